@@ -1,0 +1,43 @@
+"""Protein language model embeddings for millions of sequences, on workers that may vanish.
+
+``run`` embeds sequences into a Zarr store, ``resume`` goes on with one, ``open_store`` opens it
+lazily, and ``load_encoder`` gives the encoder alone. Importing this package loads neither torch
+nor distributed; the names are resolved when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from virnuc_dask.config import RunConfig
+    from virnuc_dask.coordinator import resume, run
+    from virnuc_dask.dataset import open_store, verify
+    from virnuc_dask.esm2 import load_encoder
+    from virnuc_dask.events import RunSummary
+
+__version__ = "0.1.0"
+__all__ = ["RunConfig", "RunSummary", "load_encoder", "open_store", "resume", "run", "verify"]
+
+_HOME = {
+    "RunConfig": "config",
+    "RunSummary": "events",
+    "load_encoder": "esm2",
+    "open_store": "dataset",
+    "resume": "coordinator",
+    "run": "coordinator",
+    "verify": "dataset",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,305 @@
+"""The command line: each command checks its options and makes one library call."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import islice
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import click
+
+from virnuc_dask import __version__
+from virnuc_dask.config import (
+    LONG_POLICIES,
+    POOLINGS,
+    PRECISIONS,
+    STORED_DTYPES,
+    RunConfig,
+    Settings,
+)
+from virnuc_dask.errors import VirnucError
+
+if TYPE_CHECKING:
+    from virnuc_dask.events import RunSummary
+
+_LISTED = 10
+
+
+class _Group(click.Group):
+    """Turns the package's errors into a message and an exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except VirnucError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(error.exit_code)
+        except KeyboardInterrupt:
+            click.echo("interrupted before anything was computed", err=True)
+            ctx.exit(130)
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def decorate(command: Any) -> Any:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_defaults = RunConfig()
+
+_identity_options = _options(
+    click.option(
+        "--model",
+        default="demo",
+        show_default=True,
+        help="demo (random weights, for trying the pipeline), a fair-esm name such as"
+        " esm2_t33_650M_UR50D, or a .pt file.",
+    ),
+    click.option("--pooling", type=click.Choice(POOLINGS), default="mean", show_default=True),
+    click.option("--repr-layer", type=int, help="Layer to pool, from 1.  [default: the last]"),
+    click.option(
+        "--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(STORED_DTYPES),
+        default="float32",
+        show_default=True,
+        help="Of the stored embeddings.",
+    ),
+    click.option(
+        "--max-residues",
+        type=click.IntRange(1),
+        default=1022,
+        show_default=True,
+        help="Residues of a sequence that are encoded at once.",
+    ),
+    click.option(
+        "--long",
+        type=click.Choice(LONG_POLICIES),
+        default="truncate",
+        show_default=True,
+        help="Longer sequences: cut off, covered by overlapping windows, or quarantined.",
+    ),
+    click.option(
+        "--rows-per-chunk",
+        type=click.IntRange(1, 10_000),
+        help="Rows that are computed and saved together.  [default: about 131,072 residues]",
+    ),
+)
+_work_options = _options(
+    click.option(
+        "--cluster",
+        default="local",
+        show_default=True,
+        help="local, a scheduler's address, or a scheduler.json.",
+    ),
+    click.option(
+        "--workers", type=click.IntRange(1), help="Local worker processes.  [default: one a core]"
+    ),
+    click.option("--device", default=_defaults.device, show_default=True, help="Torch device."),
+    click.option(
+        "--attempts",
+        type=click.IntRange(1),
+        default=_defaults.attempts,
+        show_default=True,
+        help="Tries for a chunk that raises.",
+    ),
+    click.option(
+        "--grace",
+        type=click.FloatRange(0),
+        default=_defaults.grace,
+        show_default=True,
+        help="Seconds from SIGINT or SIGTERM to the end.",
+    ),
+    click.option("--in-flight", type=click.IntRange(1), help="Chunks at once.  [default: threads]"),
+    click.option("--verify", is_flag=True, help="Decode present chunks before trusting them."),
+)
+_display_options = _options(
+    click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout."),
+    click.option("--no-progress", is_flag=True, help="Plain lines instead of a live bar."),
+    click.option("-q", "--quiet", is_flag=True, help="Trouble and the summary only."),
+)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def main() -> None:
+    """Embed protein sequences with ESM-2 into a Zarr store, and lose nothing.
+
+    Exit codes: 0 complete; 2 usage or input error; 3 complete, with quarantined rows; 4 incomplete
+    or damaged, the same command resumes; 130 and 143 interrupted, the same command resumes.
+    """
+
+
+@main.command()
+@click.argument("inputs", nargs=-1, required=True)
+@click.argument("store")
+@_identity_options
+@click.option("--strict", is_flag=True, help="Refuse input with letters that are no residues.")
+@_work_options
+@_display_options
+def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
+    """Embed INPUTS (FASTA or FASTQ, plain or compressed; - is stdin) into STORE.
+
+    The same command again goes on where the first was stopped.
+    """
+    from virnuc_dask.coordinator import run as start
+
+    shown, config = _display_kind(options), _run_config(options)
+    _show_run(
+        shown,
+        lambda listener: start(inputs, store, config=config, listener=listener, **options),
+    )
+
+
+@main.command()
+@click.argument("store")
+@click.option("--model", help="Where the weights are now, if they were moved.")
+@_work_options
+@_display_options
+def resume(store: str, **options: Any) -> None:
+    """Compute what STORE lacks. Needs no input: the store holds sequences and settings."""
+    from virnuc_dask.coordinator import resume as start
+
+    shown, config = _display_kind(options), _run_config(options)
+    _show_run(shown, lambda listener: start(store, config=config, listener=listener, **options))
+
+
+@main.command()
+@click.argument("inputs", nargs=-1, required=True)
+@_identity_options
+@click.option("--workers", type=click.IntRange(1), help="For the estimate.  [default: one a core]")
+@click.option("--strict", is_flag=True, help="Refuse input with letters that are no residues.")
+@click.option("--json", "as_json", is_flag=True)
+def plan(inputs: tuple[str, ...], workers: int | None, as_json: bool, **options: Any) -> None:
+    """Say what embedding INPUTS would take: records, letters, chunks, bytes, time."""
+    from virnuc_dask.prepare import plan as make
+
+    made = make(inputs, Settings(**options), workers=workers)
+    if as_json:
+        click.echo(json.dumps(made.to_json()))
+        return
+    from virnuc_dask.progress import input_notes
+
+    for note in input_notes(made.input):
+        click.echo(note, err=True)
+    for name, value in made.lines():
+        click.echo(f"{name:<16} {value}")
+
+
+@main.command()
+@click.argument("store")
+@click.option("--rows", is_flag=True, help="Also count rows by state, and name quarantined ones.")
+@click.option("--json", "as_json", is_flag=True)
+def status(store: str, rows: bool, as_json: bool) -> None:
+    """Show how far STORE is, from chunk presence alone; also while a run is going."""
+    from virnuc_dask import dataset
+
+    found = dataset.status(store)
+    document = found.to_json()
+    if rows:
+        document["states"] = dataset.row_states(store)
+        document["quarantined"] = [
+            {"row": row, "id": name, "reason": reason}
+            for row, name, reason in dataset.quarantined(store)
+        ]
+    if as_json:
+        click.echo(json.dumps(document))
+        return
+    from virnuc_dask.progress import chunk_map
+
+    done = int(found.present.sum())
+    click.echo(chunk_map(found.present))
+    click.echo(
+        f"{done:,} of {found.chunks:,} chunks, {found.rows_done:,} of {found.records:,} rows"
+        f" ({found.rows_done / found.records:.1%}), model {found.model}"
+    )
+    if rows:
+        for state, number in document["states"].items():
+            click.echo(f"{state:<18} {number:,}")
+        for row in document["quarantined"]:
+            click.echo(f"row {row['row']}\t{row['id']}\t{row['reason']}")
+    if done < found.chunks:
+        click.echo(f"finish with: virnuc-dask resume {store}")
+
+
+@main.command()
+@click.argument("store")
+@click.option("--repair", is_flag=True, help="Remove what is damaged, so that resume redoes it.")
+@click.option("--json", "as_json", is_flag=True)
+def verify(store: str, repair: bool, as_json: bool) -> NoReturn:
+    """Read and decode everything in STORE: chunks, checksums, states, sequences."""
+    from virnuc_dask.dataset import verify as check
+
+    on_terminal = sys.stderr.isatty() and not as_json
+
+    def show(done: int, total: int) -> None:
+        click.echo(f"\rchecked {done:,} of {total:,} chunks", err=True, nl=done == total)
+
+    report = check(store, repair=repair, progress=show if on_terminal else None)
+    if as_json:
+        click.echo(json.dumps(report.to_json() | {"exit_code": report.exit_code}))
+        sys.exit(report.exit_code)
+    for chunk, problem in report.bad.items():
+        click.echo(f"chunk {chunk}: {problem}")
+    if report.sequences:
+        click.echo(f"{report.sequences}; run again from the input, into another store")
+    for file in report.leftovers:
+        click.echo(f"not part of the store: {file}")
+    click.echo(
+        f"{report.checked - len(report.bad):,} chunks good, {len(report.bad):,} damaged,"
+        f" {report.missing:,} not computed yet"
+    )
+    if report.bad:
+        removed = "damaged chunks were removed; " if repair else "verify --repair, then "
+        click.echo(f"{removed}virnuc-dask resume {store} computes them again")
+    sys.exit(report.exit_code)
+
+
+# --- shared --------------------------------------------------------------------------------------
+
+
+def _display_kind(options: dict[str, Any]) -> str:
+    as_json, plain, quiet = (options.pop(name) for name in ("as_json", "no_progress", "quiet"))
+    return "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
+
+
+def _run_config(options: dict[str, Any]) -> RunConfig:
+    names = ("device", "attempts", "grace", "in_flight", "verify")
+    return RunConfig(**{name: options.pop(name) for name in names})
+
+
+def _show_run(kind: str, work: Callable[[Any], RunSummary]) -> NoReturn:
+    from virnuc_dask.progress import display
+
+    with display(kind) as listener:
+        summary = work(listener)
+    if kind != "json":
+        _show_summary(summary)
+    sys.exit(summary.exit_code)
+
+
+def _show_summary(summary: RunSummary) -> None:
+    from rich.console import Console
+
+    from virnuc_dask.dataset import quarantined
+    from virnuc_dask.progress import summary_table
+
+    Console(highlight=False).print(summary_table(summary))
+    if summary.quarantined:
+        for row, name, reason in islice(quarantined(summary.store), _LISTED):
+            click.echo(f"  row {row}  {name}  {reason}")
+        if summary.quarantined > _LISTED:
+            click.echo(f"  all {summary.quarantined:,}: virnuc-dask status --rows {summary.store}")
+    if summary.missing:
+        for chunk, error in islice(summary.missing.items(), _LISTED):
+            click.echo(f"  chunk {chunk} is missing: {error}")
+        click.echo(f"go on with: virnuc-dask resume {summary.store}")
+    else:
+        click.echo(f'open with: virnuc_dask.open_store("{summary.store}")')

@@ -1,0 +1,224 @@
+"""What a run is made of: the settings that change row values, and those that do not."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from enum import IntEnum
+from math import log2
+from typing import Any, Literal, get_args
+
+from virnuc_dask.errors import UsageError
+
+Pooling = Literal["mean", "bos", "max"]
+LongPolicy = Literal["truncate", "window", "skip"]
+Precision = Literal["float32"]
+StoredDtype = Literal["float32", "float16"]
+
+POOLINGS: tuple[str, ...] = get_args(Pooling)
+LONG_POLICIES: tuple[str, ...] = get_args(LongPolicy)
+PRECISIONS: tuple[str, ...] = get_args(Precision)
+STORED_DTYPES: tuple[str, ...] = get_args(StoredDtype)
+
+FORMAT = 1
+
+
+class Status(IntEnum):
+    """State of a row. Every row ends in exactly one; from 16 on it is quarantined.
+
+    A quarantined row has an embedding of NaN; the name is the reason.
+    """
+
+    PENDING = 0
+    EMBEDDED = 1
+    TRUNCATED = 2
+    WINDOWED = 3
+    INVALID_RESIDUES = 16
+    EMPTY = 17
+    TOO_LONG = 18
+    OUT_OF_MEMORY = 19
+    NON_FINITE = 20
+    CRASHED_WORKER = 21
+    ENCODER_ERROR = 22
+
+    @property
+    def quarantined(self) -> bool:
+        """Whether a row in this state has no embedding and never will."""
+        return self >= Status.INVALID_RESIDUES
+
+    @property
+    def meaning(self) -> str:
+        """Name as in the store's ``flag_meanings``."""
+        return self.name.lower()
+
+
+# A worker's checkpoint holds about this many residues, so that a chunk of reads and a chunk of
+# long proteins cost about the same, and never more than VirNucPro's 10,000 sequences.
+RESIDUES_PER_CHUNK = 2**17
+MIN_ROWS_PER_CHUNK = 32
+MAX_ROWS_PER_CHUNK = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """Which embedding a model gives: all that a worker needs to load it and use it.
+
+    Attributes
+    ----------
+    reference : str
+        ``demo``, a fair-esm name such as ``esm2_t6_8M_UR50D``, or the path of a ``.pt`` file.
+    weights_sha256 : str
+        Digest of the weights; a worker that finds others refuses them.
+    dimension : int
+        Features per embedding, D.
+    repr_layer : int
+        Layer whose representation is pooled, counted from 1; 0 is the token embedding.
+    pooling : {'mean', 'bos', 'max'}
+        Mean or maximum over residues (BOS and EOS excluded), or the BOS token.
+    precision : {'float32'}
+        Arithmetic of the encoder.
+    """
+
+    reference: str
+    weights_sha256: str
+    dimension: int
+    repr_layer: int
+    pooling: Pooling = "mean"
+    precision: Precision = "float32"
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Everything that changes the value of a row. A store has one; a run must agree with it."""
+
+    format: int
+    input_sha256: str
+    records: int
+    weights_sha256: str
+    repr_layer: int
+    pooling: Pooling
+    precision: Precision
+    dtype: StoredDtype
+    alphabet: str
+    max_residues: int
+    long: LongPolicy
+    rows_per_chunk: int
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> Identity:
+        """Rebuild an identity from a store's attributes; unknown or missing fields are an error."""
+        names = {field.name for field in fields(cls)}
+        if set(document) != names:
+            odd = sorted(set(document) ^ names)
+            raise UsageError(f"the store's identity has unknown or missing fields: {odd}")
+        return cls(**document)
+
+    def to_json(self) -> dict[str, Any]:
+        """The identity as plain JSON values."""
+        return asdict(self)
+
+    def differences(self, other: Identity) -> list[tuple[str, object, object]]:
+        """Fields in which `other` differs, as (field, this value, other's value)."""
+        mine, theirs = asdict(self), asdict(other)
+        return [(name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a user chooses that changes row values, or where one chunk ends and the next begins.
+
+    Attributes
+    ----------
+    model : str
+        ``demo`` (random weights), a fair-esm name, or the path of a ``.pt`` file.
+    pooling : {'mean', 'bos', 'max'}
+    repr_layer : int, optional
+        Layer to pool; 0 is the token embedding. Default: the last.
+    precision : {'float32'}
+        Arithmetic.
+    dtype : {'float32', 'float16'}
+        Of the stored embeddings.
+    max_residues : int
+        Residues of a sequence that are encoded at once.
+    long : {'truncate', 'window', 'skip'}
+        What becomes of longer sequences.
+    rows_per_chunk : int, optional
+        Rows that are computed and saved together. Default: what the store has, or about 2^17
+        residues.
+    strict : bool
+        Refuse an input that has a letter which is no residue.
+    """
+
+    model: str = "demo"
+    pooling: Pooling = "mean"
+    repr_layer: int | None = None
+    precision: Precision = "float32"
+    dtype: StoredDtype = "float32"
+    max_residues: int = 1022
+    long: LongPolicy = "truncate"
+    rows_per_chunk: int | None = None
+    strict: bool = False
+
+    def __post_init__(self) -> None:
+        for name, allowed in (
+            ("pooling", POOLINGS),
+            ("precision", PRECISIONS),
+            ("dtype", STORED_DTYPES),
+            ("long", LONG_POLICIES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise UsageError(
+                    f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
+                )
+        if self.max_residues < 1:
+            raise UsageError(f"max_residues must be at least 1, not {self.max_residues}")
+        if self.rows_per_chunk is not None and not 1 <= self.rows_per_chunk <= 10_000:
+            raise UsageError(f"rows_per_chunk must be 1 to 10,000, not {self.rows_per_chunk}")
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Operational settings. None of them changes a row, so none is part of the identity.
+
+    Attributes
+    ----------
+    attempts : int
+        How often a chunk that raises is tried before it is left missing.
+    grace : float
+        Seconds that running chunks get to finish after SIGINT or SIGTERM.
+    in_flight : int, optional
+        Chunks handed to the scheduler at once; default: one for each worker thread. Tasks that
+        only wait on a worker die with it, so a longer queue buys nothing.
+    verify : bool
+        Decode every chunk that is already present before trusting it.
+    device : str
+        Torch device that the workers compute on.
+    """
+
+    attempts: int = 3
+    grace: float = 30.0
+    in_flight: int | None = None
+    verify: bool = False
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.attempts < 1:
+            raise UsageError(f"attempts must be at least 1, not {self.attempts}")
+        if self.grace < 0:
+            raise UsageError(f"grace must not be negative, not {self.grace}")
+        if self.in_flight is not None and self.in_flight < 1:
+            raise UsageError(f"in_flight must be at least 1, not {self.in_flight}")
+
+
+def rows_per_chunk(records: int, encoded_residues: int) -> int:
+    """Rows per chunk for an input: the power of two near 2^17 residues, within 32 and 8,192.
+
+    Parameters
+    ----------
+    records : int
+        Records in the input.
+    encoded_residues : int
+        Residues that will go through the encoder.
+    """
+    mean = max(1.0, encoded_residues / max(1, records))
+    rows = 2 ** round(log2(RESIDUES_PER_CHUNK / mean))
+    return int(min(MAX_ROWS_PER_CHUNK, max(MIN_ROWS_PER_CHUNK, rows)))

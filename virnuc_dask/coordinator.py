@@ -1,0 +1,385 @@
+"""The main line: read the input into a store, find the missing chunks, have them computed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from dask import delayed
+from distributed import Client, Future
+from distributed.client import FutureCancelledError
+
+from virnuc_dask import events
+from virnuc_dask.cluster import connect
+from virnuc_dask.config import ModelSpec, RunConfig, Settings, Status
+from virnuc_dask.embed import ChunkReport, embed_chunk
+from virnuc_dask.errors import StoreError, UsageError, VirnucError
+from virnuc_dask.events import Listener, RunSummary
+from virnuc_dask.prepare import Inputs, prepare
+from virnuc_dask.store import Store
+
+# Of the grace after a signal, this much is kept for closing the cluster.
+_CLOSING_S = 5.0
+
+
+def run(
+    inputs: Inputs,
+    store: str | Path,
+    *,
+    model: str = "demo",
+    client: Client | None = None,
+    cluster: str = "local",
+    workers: int | None = None,
+    config: RunConfig | None = None,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> RunSummary:
+    """Embed sequences into a store; called again, go on where it was left.
+
+    Call it under ``if __name__ == "__main__":`` in a script: Dask starts its workers as new
+    processes, which import the script.
+
+    Parameters
+    ----------
+    inputs : path or sequence of path
+        FASTA or FASTQ, plain or compressed; ``-`` is standard input.
+    store : path
+        Made if nothing is there. A store that is there must come from the same input and settings.
+    model : str
+        ``demo`` (random weights), a fair-esm name, or the path of a ``.pt`` file.
+    client : distributed.Client, optional
+        Whose workers to use. They must see the store at the same path. Left open.
+    cluster : str
+        Without a client: ``local``, a scheduler's address, or a scheduler file.
+    workers : int, optional
+        Processes of a local cluster; default: one for each core.
+    config : RunConfig, optional
+        Operational settings.
+    listener : callable, optional
+        Called with every event, in this thread.
+    **settings
+        Fields of `Settings` other than `model`: ``pooling``, ``repr_layer``, ``precision``,
+        ``dtype``, ``max_residues``, ``long``, ``rows_per_chunk``, ``strict``.
+
+    Returns
+    -------
+    RunSummary
+
+    Raises
+    ------
+    InputError
+        The input cannot be read. No store is left behind.
+    IdentityMismatchError
+        The store was made with other settings.
+    NotAStoreError
+        Something else is at the path.
+    ModelError
+        The model cannot be read.
+    StoreError
+        The store is damaged.
+    """
+    started = time.monotonic()
+    emit = listener or _silence
+    opened, spec = prepare(inputs, store, Settings(model=model, **settings), emit)
+    return _fill(opened, spec, client, cluster, workers, config, emit, started)
+
+
+def resume(
+    store: str | Path,
+    *,
+    model: str | None = None,
+    client: Client | None = None,
+    cluster: str = "local",
+    workers: int | None = None,
+    config: RunConfig | None = None,
+    listener: Listener | None = None,
+) -> RunSummary:
+    """Compute what a store lacks. The store holds the sequences and the settings.
+
+    Parameters
+    ----------
+    store : path
+    model : str, optional
+        Where the weights are now, if not where they were; workers refuse other weights.
+    client, cluster, workers, config, listener
+        As for `run`.
+
+    Returns
+    -------
+    RunSummary
+    """
+    started = time.monotonic()
+    opened = Store(store)
+    identity = opened.identity
+    spec = ModelSpec(
+        model or str(opened.provenance["model"]),
+        identity.weights_sha256,
+        opened.dimension,
+        identity.repr_layer,
+        identity.pooling,
+        identity.precision,
+    )
+    return _fill(opened, spec, client, cluster, workers, config, listener or _silence, started)
+
+
+def _fill(
+    store: Store,
+    spec: ModelSpec,
+    client: Client | None,
+    cluster: str,
+    workers: int | None,
+    config: RunConfig | None,
+    emit: Listener,
+    started: float,
+) -> RunSummary:
+    """Compute the missing chunks of a store."""
+    config = config or RunConfig()
+    if config.verify:
+        for chunk in np.flatnonzero(store.present()):
+            if store.check_chunk(int(chunk)) is not None:
+                store.remove_chunk(int(chunk))
+    present = store.present()
+    missing = [int(chunk) for chunk in np.flatnonzero(~present)]
+    emit(
+        events.RunStarted(
+            str(store.path),
+            store.records,
+            store.chunk_count,
+            int(present.sum()),
+            store.records - sum(_size(store, chunk) for chunk in missing),
+            spec.reference,
+            spec.dimension,
+        )
+    )
+    work = _Work(store, spec, config, emit)
+    if missing:
+        connection: AbstractContextManager[Client] = (
+            nullcontext(client) if client is not None else connect(cluster, workers)
+        )
+        with _signals(work), connection as connected:
+            work.drive(connected, missing)
+    summary = _summarise(store, work, time.monotonic() - started)
+    emit(summary)
+    return summary
+
+
+class _Work:
+    """Chunks on their way through a cluster; all of it in one thread, fed by one queue."""
+
+    def __init__(self, store: Store, spec: ModelSpec, config: RunConfig, emit: Listener) -> None:
+        self.store, self.spec, self.config, self.emit = store, spec, config, emit
+        self.reports: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.counted: set[int] = set()
+        self.errors: dict[int, str] = {}
+        self.workers_lost = 0
+        self.retries = 0
+        self.seconds = 0.0
+        self.signal: int | None = None
+        self._attempts: Counter[int] = Counter()
+        self._todo: deque[int] = deque()
+        self._running: dict[str, tuple[int, Future]] = {}
+        # Completed futures and the scheduler's events about workers, in the order they come.
+        self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
+        self._window = 1
+        self._id = uuid4().hex[:8]
+
+    def drive(self, client: Client, missing: list[int]) -> None:
+        """Have chunks computed until none is left, or a signal and its grace have passed."""
+        self._todo.extend(missing)
+        self._count_workers(client)
+        client.subscribe_topic("all", self._on_event)
+        began = time.monotonic()
+        try:
+            deadline: float | None = None
+            while self._running or (self._todo and self.signal is None):
+                if self.signal is None:
+                    self._submit(client)
+                elif deadline is None:
+                    grace = max(0.0, self.config.grace - _CLOSING_S)
+                    deadline = time.monotonic() + grace
+                    self.emit(events.Stopping(self.signal, len(self._running), grace))
+                elif time.monotonic() > deadline:
+                    break
+                try:
+                    item = self._inbox.get(timeout=0.2)
+                except Empty:
+                    continue
+                if isinstance(item, dict):
+                    self._worker_event(client, item)
+                else:
+                    self._completed(client, item)
+        finally:
+            self.seconds = time.monotonic() - began
+            if client.status == "running":
+                client.unsubscribe_topic("all")
+                client.cancel([future for _, future in self._running.values()], force=True)
+            self._running.clear()
+
+    def _submit(self, client: Client) -> None:
+        while self._todo and len(self._running) < self._window:
+            chunk = self._todo.popleft()
+            self._attempts[chunk] += 1
+            key = f"embed-{self._id}-{chunk}-{self._attempts[chunk]}"
+            task = delayed(embed_chunk, pure=False)(
+                str(self.store.path.resolve()),
+                chunk,
+                self.store.identity,
+                self.spec,
+                self.config.device,
+                dask_key_name=key,
+            )
+            future = client.compute(task)
+            self._running[key] = (chunk, future)
+            future.add_done_callback(self._inbox.put)
+
+    def _completed(self, client: Client, future: Future) -> None:
+        chunk, _ = self._running.pop(str(future.key), (None, None))
+        if chunk is None:
+            return
+        if future.status == "finished":
+            self._done(future.result())
+            return
+        try:
+            future.result()
+        except UsageError:
+            raise  # no other worker and no other attempt will do better
+        except FutureCancelledError as error:
+            raise VirnucError(
+                "the scheduler was lost. Finished chunks are safe; the same command resumes"
+            ) from error
+        except Exception as error:
+            # Whatever it was, the chunk is not there, which is all that counts.
+            self._failed(chunk, error)
+
+    def _done(self, report: ChunkReport) -> None:
+        self.errors.pop(report.chunk, None)
+        quarantined = 0
+        if report.computed:
+            self.counts.update(report.counts)
+            self.counted.add(report.chunk)
+            self.reports.update(chunks=1, rows=report.rows, residues=report.residues)
+            quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
+        self.emit(
+            events.ChunkDone(
+                report.chunk,
+                report.rows,
+                report.residues,
+                quarantined,
+                report.computed,
+                report.read_s,
+                report.compute_s,
+                report.write_s,
+                report.pid,
+            )
+        )
+
+    def _failed(self, chunk: int, error: Exception) -> None:
+        final = self._attempts[chunk] >= self.config.attempts
+        self.errors[chunk] = f"{type(error).__name__}: {error}"
+        if not final:
+            self._todo.append(chunk)
+            self.retries += 1
+        self.emit(events.ChunkFailed(chunk, self._attempts[chunk], self.errors[chunk], final))
+
+    # --- workers ---
+
+    def _on_event(self, event: tuple[float, Any]) -> None:
+        """Called in the client's own thread."""
+        _, message = event
+        if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
+            self._inbox.put(message)
+
+    def _worker_event(self, client: Client, message: dict[str, Any]) -> None:
+        if message["action"] == "remove-worker" and not message.get("expected", False):
+            keys = map(str, message.get("processing-tasks", ()))
+            chunks = sorted(self._running[key][0] for key in keys if key in self._running)
+            self.workers_lost += 1
+            self.retries += len(chunks)
+            self.emit(events.WorkerLost(str(message["worker"]), tuple(chunks)))
+        self._count_workers(client)
+
+    def _count_workers(self, client: Client) -> None:
+        threads = client.nthreads().values()
+        # One chunk for each thread: what queues on a worker dies with it and gets the blame.
+        self._window = self.config.in_flight or max(1, sum(threads))
+        self.emit(events.WorkersChanged(len(threads), sum(threads)))
+
+
+def _summarise(store: Store, work: _Work, seconds: float) -> RunSummary:
+    """Counts of the whole store: from the reports, and from `status` where there is none."""
+    present = store.present()
+    counts = Counter(work.counts)
+    unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]
+    with ThreadPoolExecutor(8) as pool:
+        for codes in pool.map(lambda chunk: _status_or_error(store, chunk), unread):
+            for code, number in zip(*np.unique(codes, return_counts=True), strict=True):
+                counts[Status(int(code)).meaning] += int(number)
+    missing = {int(c): work.errors.get(int(c), "not computed") for c in np.flatnonzero(~present)}
+    if pending := sum(_size(store, chunk) for chunk in missing):
+        counts[Status.PENDING.meaning] = pending
+    return RunSummary(
+        str(store.path),
+        store.records,
+        store.chunk_count,
+        dict(counts),
+        work.reports["chunks"],
+        work.reports["rows"],
+        work.reports["residues"],
+        missing,
+        work.retries,
+        work.workers_lost,
+        work.seconds,
+        seconds,
+        work.signal,
+    )
+
+
+def _status_or_error(store: Store, chunk: int) -> Any:
+    try:
+        return store.read_status(chunk)
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(
+            f"{store.path}: status of chunk {chunk} is damaged ({error}); run `verify --repair`"
+        ) from error
+
+
+def _size(store: Store, chunk: int) -> int:
+    rows = store.rows(chunk)
+    return int(rows.stop - rows.start)
+
+
+@contextmanager
+def _signals(work: _Work) -> Iterator[None]:
+    """SIGINT and SIGTERM stop the work in good order; a second one leaves at once."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if work.signal is not None:
+            os._exit(128 + number)
+        work.signal = number
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _silence(_event: events.Event) -> None:
+    pass

@@ -1,0 +1,221 @@
+"""What to do with a store once it is there, or while it fills: open it, look at it, check it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.config import Status
+from virnuc_dask.store import Store
+
+_CHUNKS_PER_CHECK = 16
+
+
+def open_store(store: str | Path) -> Any:
+    """Open a store lazily; also while a run is still filling it.
+
+    Parameters
+    ----------
+    store : path
+
+    Returns
+    -------
+    xarray.Dataset
+        ``embedding`` (sequence, feature), NaN where a row is quarantined or not done yet, with the
+        coordinates ``sequence_id``, ``length`` in residues and ``status``, whose codes are named by
+        its attributes ``flag_values`` and ``flag_meanings``. Every array is a Dask array, chunked
+        as the store is. ``residues``, ``offset``: the sequences.
+
+    Raises
+    ------
+    NotAStoreError, StoreError
+    """
+    import xarray
+
+    # xarray would say of anything at all that it holds no group.
+    path = Store(store).path
+    return xarray.open_zarr(path, consolidated=False)
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """How far a store is, by chunk presence alone.
+
+    Attributes
+    ----------
+    path, model : str
+    records, chunks, rows_per_chunk, dimension : int
+    present : ndarray, bool, shape (chunks,)
+    rows_done : int
+        Rows in present chunks.
+    """
+
+    path: str
+    model: str
+    records: int
+    chunks: int
+    rows_per_chunk: int
+    dimension: int
+    present: NDArray[np.bool_]
+    rows_done: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; the missing chunks are listed."""
+        document = asdict(self)
+        document["present"] = int(self.present.sum())
+        document["missing"] = np.flatnonzero(~self.present).tolist()
+        return document
+
+
+def status(store: str | Path) -> StoreStatus:
+    """Look how far a store is. Two directory listings; no chunk is opened."""
+    opened = Store(store)
+    present = opened.present()
+    rows = sum(_size(opened.rows(int(chunk))) for chunk in np.flatnonzero(present))
+    return StoreStatus(
+        str(opened.path),
+        str(opened.provenance.get("model", "unknown")),
+        opened.records,
+        opened.chunk_count,
+        opened.identity.rows_per_chunk,
+        opened.dimension,
+        present,
+        rows,
+    )
+
+
+def row_states(store: str | Path) -> dict[str, int]:
+    """Rows per state, read from `status`; they add up to the records."""
+    opened = Store(store)
+    counts = dict.fromkeys((s.meaning for s in Status), 0)
+    for chunk, present in enumerate(opened.present()):
+        if present:
+            for code, number in zip(
+                *np.unique(opened.read_status(chunk), return_counts=True), strict=True
+            ):
+                counts[Status(int(code)).meaning] += int(number)
+        else:
+            counts[Status.PENDING.meaning] += _size(opened.rows(chunk))
+    return {state: number for state, number in counts.items() if number}
+
+
+def quarantined(store: str | Path) -> Iterator[tuple[int, str, str]]:
+    """Every quarantined row as (row, identifier, reason), in order."""
+    opened = Store(store)
+    for chunk in np.flatnonzero(opened.present()):
+        codes = opened.read_status(int(chunk))
+        found = np.flatnonzero(codes >= Status.INVALID_RESIDUES)
+        if len(found):
+            ids = opened.read_ids(int(chunk))
+            first = opened.rows(int(chunk)).start
+            for row in found:
+                yield first + int(row), ids[row], Status(int(codes[row])).meaning
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes
+    ----------
+    checked : int
+        Chunks that were read and decoded: all that have a file.
+    missing : int
+        Chunks that have none: work that is left, and no damage.
+    bad : dict of int to str
+        Damaged chunks, with what is wrong.
+    sequences : str, optional
+        What is wrong with the sequence arrays, which no recomputation mends.
+    leftovers : list of str
+        Files that are no part of the store.
+    repaired : bool
+        Whether bad chunks and leftovers in the computed arrays were removed.
+    """
+
+    checked: int
+    missing: int
+    bad: dict[int, str] = field(default_factory=dict)
+    sequences: str | None = None
+    leftovers: list[str] = field(default_factory=list)
+    repaired: bool = False
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all is well or mended, 4 if something is damaged."""
+        return 4 if self.sequences or (self.bad and not self.repaired) else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+
+def verify(
+    store: str | Path,
+    *,
+    repair: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> VerifyReport:
+    """Read and decode everything in a store.
+
+    Parameters
+    ----------
+    store : path
+    repair : bool
+        Remove damaged chunks, so that `resume` computes them again, and stray files from the
+        directories that tasks write to. Never a file of a living writer.
+    progress : callable, optional
+        Called with the chunks checked and their total.
+
+    Returns
+    -------
+    VerifyReport
+    """
+    from dask import compute, delayed
+
+    opened = Store(store)
+    present = opened.present()
+    # A file that is too small counts as missing, and is damage all the same.
+    files = np.array([present[c] or opened.has_files(c) for c in range(opened.chunk_count)], bool)
+    chunks = [int(chunk) for chunk in np.flatnonzero(files)]
+    bad: dict[int, str] = {}
+    step = _CHUNKS_PER_CHECK * 8
+    for start in range(0, len(chunks), step):
+        parts = [
+            delayed(_check)(opened, chunks[first : first + _CHUNKS_PER_CHECK])
+            for first in range(start, min(start + step, len(chunks)), _CHUNKS_PER_CHECK)
+        ]
+        for found in compute(*parts, scheduler="threads"):
+            bad.update(found)
+        if progress:
+            progress(min(start + step, len(chunks)), len(chunks))
+    sequences = opened.check_sequences()
+    leftovers = opened.leftovers()
+    if repair:
+        for chunk in bad:
+            opened.remove_chunk(chunk)
+        computed = {opened.path / "status", opened.path / "embedding"}
+        for file in leftovers:
+            if file.parent in computed and not file.is_dir():
+                file.unlink(missing_ok=True)
+    return VerifyReport(
+        len(chunks),
+        opened.chunk_count - len(chunks),
+        bad,
+        sequences,
+        [str(file) for file in leftovers],
+        repair,
+    )
+
+
+def _check(store: Store, chunks: list[int]) -> dict[int, str]:
+    problems = {chunk: store.check_chunk(chunk) for chunk in chunks}
+    return {chunk: problem for chunk, problem in problems.items() if problem is not None}
+
+
+def _size(rows: slice) -> int:
+    return int(rows.stop - rows.start)

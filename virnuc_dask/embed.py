@@ -1,0 +1,167 @@
+"""The task: read a chunk's sequences, embed them, write the region. Runs on a worker."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.config import Identity, ModelSpec, Status
+from virnuc_dask.errors import IdentityMismatchError, ModelError
+from virnuc_dask.esm2 import Encoder
+from virnuc_dask.packing import cut_segments
+from virnuc_dask.residues import invalid_rows
+from virnuc_dask.store import Store
+from virnuc_dask.weights import describe, load_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkReport:
+    """What a task tells the coordinator. The embeddings themselves stay in the store.
+
+    Attributes
+    ----------
+    chunk, rows, residues : int
+    counts : dict of str to int
+        Rows per state; empty if the chunk was found done.
+    computed : bool
+        False if another run had written the chunk meanwhile.
+    read_s, compute_s, write_s : float
+        Seconds of each part.
+    pid : int
+        Process that did it.
+    """
+
+    chunk: int
+    rows: int
+    residues: int
+    counts: dict[str, int]
+    computed: bool
+    read_s: float
+    compute_s: float
+    write_s: float
+    pid: int
+
+
+def embed_chunk(
+    path: str, chunk: int, identity: Identity, model: ModelSpec, device: str = "cpu"
+) -> ChunkReport:
+    """Embed one chunk of a store.
+
+    Idempotent: the same chunk gives the same bytes, so a second copy of a task does no harm. A
+    chunk that is present is left alone.
+
+    Parameters
+    ----------
+    path : str
+        The store, as this worker sees it.
+    chunk : int
+        Chunk of rows.
+    identity : Identity
+        What the coordinator takes the store for.
+    model : ModelSpec
+        The model; its weights are compared with the spec's digest when they are loaded.
+    device : str
+        A torch device.
+
+    Raises
+    ------
+    IdentityMismatchError
+        The path holds another store by now.
+    ModelError
+        This worker finds other weights under the model's name.
+    StoreError
+        A sequence array is damaged.
+    """
+    started = time.perf_counter()
+    store = Store(path)
+    if store.identity != identity:
+        raise IdentityMismatchError(path, store.identity.differences(identity))
+    lengths, residues = store.read_rows(chunk)
+    if store.is_present(chunk):
+        return ChunkReport(
+            chunk, len(lengths), int(lengths.sum()), {}, False, 0.0, 0.0, 0.0, os.getpid()
+        )
+    read = time.perf_counter()
+    status, embedding = embed_rows(get_encoder(model, device), lengths, residues, identity)
+    computed = time.perf_counter()
+    if not store.is_present(chunk):
+        store.write_chunk(chunk, status, embedding.astype(identity.dtype))
+    codes, numbers = np.unique(status, return_counts=True)
+    counts = {Status(c).meaning: int(n) for c, n in zip(codes, numbers, strict=True)}
+    return ChunkReport(
+        chunk,
+        len(lengths),
+        int(lengths.sum()),
+        counts,
+        True,
+        read - started,
+        computed - read,
+        time.perf_counter() - computed,
+        os.getpid(),
+    )
+
+
+def embed_rows(
+    encoder: Encoder,
+    lengths: NDArray[np.int32],
+    residues: NDArray[np.uint8],
+    identity: Identity,
+) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
+    """Embed rows and say what became of each.
+
+    Returns
+    -------
+    status : ndarray, uint8, shape (n,)
+    embedding : ndarray, float32, shape (n, D)
+        NaN where the row is quarantined.
+    """
+    long = lengths > identity.max_residues
+    status = np.full(len(lengths), Status.EMBEDDED, np.uint8)
+    status[long] = {
+        "truncate": Status.TRUNCATED,
+        "window": Status.WINDOWED,
+        "skip": Status.TOO_LONG,
+    }[identity.long]
+    status[lengths == 0] = Status.EMPTY
+    # A record with a letter that is no residue is quarantined, also if truncation would hide it.
+    status[invalid_rows(residues, lengths)] = Status.INVALID_RESIDUES
+
+    segments = cut_segments(lengths, identity.max_residues, identity.long)
+    segments = segments.select(status[segments.row] < Status.INVALID_RESIDUES)
+    embedding = encoder.encode_segments(residues, segments, len(lengths))
+    # float16 tops out at 65,504: what overflows there is not a number to keep either.
+    finite = np.isfinite(embedding.astype(identity.dtype)).all(axis=1)
+    status[~finite & (status < Status.INVALID_RESIDUES)] = Status.NON_FINITE
+    embedding[status >= Status.INVALID_RESIDUES] = np.nan
+    return status, embedding
+
+
+_loading = threading.Lock()
+_loaded: dict[tuple[ModelSpec, str], Encoder] = {}
+
+
+def get_encoder(model: ModelSpec, device: str = "cpu") -> Encoder:
+    """The process's encoder, loaded at the first call and shared by its threads.
+
+    A getter and not a worker plugin: a plugin that fails after a restart is only logged, and the
+    worker goes on taking tasks.
+    """
+    with _loading:
+        encoder = _loaded.get((model, device))
+        if encoder is None:
+            checkpoint = load_checkpoint(model.reference)
+            found = describe(checkpoint, model.precision, model.repr_layer, model.pooling)
+            if found.weights_sha256 != model.weights_sha256:
+                raise ModelError(
+                    f"model {model.reference}: this worker has weights"
+                    f" {found.weights_sha256[:12]}, the store was made with"
+                    f" {model.weights_sha256[:12]}"
+                )
+            _loaded.clear()  # one model at a time: a second may not fit beside it
+            encoder = _loaded[model, device] = Encoder(checkpoint, model, device)
+        return encoder

@@ -1,0 +1,82 @@
+"""The few errors this package raises, each with the exit code the command line gives it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class VirnucError(Exception):
+    """Anything that stops a command; ``exit_code`` is what the shell sees."""
+
+    exit_code = 4
+
+
+class UsageError(VirnucError):
+    """Something that the user asked for cannot be done as asked."""
+
+    exit_code = 2
+
+
+class InputError(UsageError):
+    """Input that cannot be read as sequences.
+
+    Parameters
+    ----------
+    problem : str
+        What is wrong.
+    file : str
+        The input as the user named it; ``-`` is standard input.
+    line : int, optional
+        Line number in the decompressed text, counted from 1.
+    record : str, optional
+        Identifier of the record, or its ordinal where it has none.
+    """
+
+    def __init__(
+        self, problem: str, *, file: str, line: int | None = None, record: str | None = None
+    ) -> None:
+        self.problem, self.file, self.line, self.record = problem, file, line, record
+        where = "standard input" if file == "-" else file
+        if line is not None:
+            where += f", line {line}"
+        if record is not None:
+            # An identifier is data from outside: it may be a megabyte long, or hold control codes.
+            where += f", record {record[:80]!r}"
+        super().__init__(f"{where}: {problem}")
+
+
+class ModelError(UsageError):
+    """A model that is unknown, unreadable, or not the one it should be."""
+
+
+class StoreError(VirnucError):
+    """A store that is damaged, or cannot be read or written."""
+
+
+class NotAStoreError(UsageError):
+    """The path holds something else, or nothing."""
+
+
+class IdentityMismatchError(UsageError):
+    """The store was made with settings under which its rows would have other values.
+
+    Parameters
+    ----------
+    path : str
+        The store.
+    differences : sequence of (field, stored, requested)
+        Every identity field that differs, with both values.
+    """
+
+    def __init__(self, path: str, differences: Sequence[tuple[str, object, object]]) -> None:
+        self.differences = list(differences)
+        lines = [
+            f"  {field}: the store has {stored!r}, this run asks for {requested!r}"
+            for field, stored, requested in differences
+        ]
+        super().__init__(
+            f"{path} was made with other settings, so its rows would not match:\n"
+            + "\n".join(lines)
+            + "\nWrite to another store, or repeat the settings the store was made with"
+            " (`resume` takes them from the store)."
+        )

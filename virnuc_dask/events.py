@@ -1,0 +1,174 @@
+"""What a run tells whoever listens: a few small values, and a summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from virnuc_dask.config import Status
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a run."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The event as plain JSON values, its kind under ``event``."""
+        return {"event": _snake(type(self).__name__), **asdict(self)}
+
+
+Listener = Callable[[Event], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Reading(Event):
+    """Input records read so far."""
+
+    records: int
+    residues: int
+
+
+@dataclass(frozen=True, slots=True)
+class InputRead(Event):
+    """The input, whole, after cleaning. Counts of letters and records as in `InputSummary`."""
+
+    records: int
+    residues: int
+    empty: int
+    invalid: int
+    ambiguous_j: int
+    gaps: int
+    terminal_stops: int
+    nucleotide_like: int
+    empty_files: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """The plan: what there is, and what is there already."""
+
+    store: str
+    records: int
+    chunks: int
+    present_chunks: int
+    present_rows: int
+    model: str
+    dimension: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersChanged(Event):
+    """How many workers and threads there are now."""
+
+    workers: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone(Event):
+    """A chunk is in the store. Seconds are the worker's; `computed` is as in `ChunkReport`."""
+
+    chunk: int
+    rows: int
+    residues: int
+    quarantined: int
+    computed: bool
+    read_s: float
+    compute_s: float
+    write_s: float
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFailed(Event):
+    """A chunk raised; `final` if it will not be tried again in this run."""
+
+    chunk: int
+    attempt: int
+    error: str
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost(Event):
+    """A worker vanished with these chunks on it; they are computed elsewhere."""
+
+    worker: str
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping(Event):
+    """A signal came; running chunks have this long to finish."""
+
+    signal: int
+    running: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary(Event):
+    """How a run ended.
+
+    Attributes
+    ----------
+    store : str
+    records, chunks : int
+        Rows and chunks of the store.
+    counts : dict of str to int
+        Rows per state, of the whole store; they add up to `records`.
+    computed_chunks, computed_rows, computed_residues : int
+        What this run did.
+    missing : dict of int to str
+        Chunks that are not done, with the last error where there was one.
+    retries, workers_lost : int
+    seconds : float
+        From the first chunk's submission to the last report, workers' start excluded.
+    total_seconds : float
+        All of the run.
+    interrupted : int, optional
+        The signal that ended the run early.
+    """
+
+    store: str
+    records: int
+    chunks: int
+    counts: dict[str, int]
+    computed_chunks: int
+    computed_rows: int
+    computed_residues: int
+    missing: dict[int, str]
+    retries: int
+    workers_lost: int
+    seconds: float
+    total_seconds: float
+    interrupted: int | None = None
+
+    @property
+    def quarantined(self) -> int:
+        """Rows that have no embedding and never will."""
+        return sum(self.counts.get(s.meaning, 0) for s in Status if s.quarantined)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has its final state."""
+        return not self.missing
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete, 3 complete with quarantined rows, 4 incomplete, 128 + signal interrupted."""
+        if self.interrupted is not None and self.missing:
+            return 128 + self.interrupted
+        if self.missing:
+            return 4
+        return 3 if self.quarantined else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As an event, with its exit code."""
+        # Not super(): a dataclass with slots is another class than the one that super() means.
+        return {**Event.to_json(self), "exit_code": self.exit_code}
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

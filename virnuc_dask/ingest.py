@@ -1,0 +1,208 @@
+"""Writing a new store: the sequences, whole, before any work begins."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from virnuc_dask.config import Identity, Status
+from virnuc_dask.errors import NotAStoreError, StoreError
+from virnuc_dask.files import may_have_a_living_owner, owner_mark, sync, sync_tree
+from virnuc_dask.residues import Block
+from virnuc_dask.store import (
+    ATTRIBUTE,
+    RESIDUES_PER_STORED_CHUNK,
+    SEQUENCES_PER_CHUNK,
+    can_create,
+    is_store,
+    local_path,
+)
+
+
+class Ingest:
+    """Writes a new store, beside its final path, and moves it there whole.
+
+    A context manager: left without `commit`, it removes what it wrote. Killed, it leaves a hidden
+    directory beside the path, which the next ingest to that path removes; the path itself holds
+    either nothing or a whole store.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where the store will be. An empty directory there is replaced.
+
+    Raises
+    ------
+    NotAStoreError
+        Something else is there.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = local_path(path)
+        if not can_create(self.path):
+            raise NotAStoreError(f"{path}: exists and is not empty; nothing was changed")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        for orphan in self.path.parent.glob(f".{_glob_escape(self.path.name)}~*.ingest"):
+            if not may_have_a_living_owner(orphan.name):
+                shutil.rmtree(orphan, ignore_errors=True)  # another run may be removing it too
+        self._staging = self.path.parent / f".{self.path.name}{owner_mark()}.ingest"
+        # Nothing is durable, and nothing need be, before the final rename.
+        self._group = zarr.create_group(LocalStore(self._staging), zarr_format=3)
+        dims, per_chunk = ("sequence",), (SEQUENCES_PER_CHUNK,)
+        self._ids = _Appender(self._create("sequence_id", "string", per_chunk, "", dims))
+        self._length = _Appender(
+            self._create("length", "int32", per_chunk, -1, dims, {"long_name": "residues"})
+        )
+        self._offset = _Appender(
+            self._create("offset", "int64", per_chunk, -1, dims, {"long_name": "first residue"})
+        )
+        self._residues = _Appender(
+            self._create(
+                "residues",
+                "uint8",
+                (RESIDUES_PER_STORED_CHUNK,),
+                0,
+                ("residue",),
+                {"long_name": "residues of all sequences, ASCII"},
+            )
+        )
+        self._next_offset = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        shutil.rmtree(self._staging, ignore_errors=True)  # already renamed, if all went well
+
+    def append(self, block: Block) -> None:
+        """Add records."""
+        ends = self._next_offset + np.cumsum(block.lengths, dtype=np.int64)
+        self._ids.append(np.array(block.ids, dtype=np.dtypes.StringDType()))
+        self._length.append(block.lengths)
+        self._offset.append(ends - block.lengths)
+        self._residues.append(block.residues)
+        self._next_offset = int(ends[-1])
+
+    def commit(self, identity: Identity, dimension: int, provenance: dict[str, Any]) -> bool:
+        """Give the store its path, durably.
+
+        Returns
+        -------
+        bool
+            False if another run put a store there first; this one is then discarded.
+        """
+        for appender in (self._ids, self._length, self._offset, self._residues):
+            appender.flush()
+        rows = min(identity.rows_per_chunk, identity.records)
+        meanings = {s: s.meaning for s in Status}
+        self._create(
+            "status",
+            "uint8",
+            (rows,),
+            int(Status.PENDING),
+            ("sequence",),
+            {
+                "long_name": "state of the row",
+                "flag_values": [int(s) for s in meanings],
+                "flag_meanings": " ".join(meanings.values()),
+            },
+            identity.records,
+        )
+        self._create(
+            "embedding",
+            identity.dtype,
+            (rows, dimension),
+            float("nan"),
+            ("sequence", "feature"),
+            {"long_name": f"ESM-2 embedding, {identity.pooling} pooling"},
+            identity.records,
+        )
+        self._group.attrs.update(
+            {
+                "Conventions": "CF-1.11",
+                "coordinates": "sequence_id length status",
+                ATTRIBUTE: {"identity": identity.to_json(), "provenance": provenance},
+            }
+        )
+        sync_tree(self._staging)
+        try:
+            os.rename(self._staging, self.path)
+        except OSError as error:
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and is_store(self.path):
+                return False
+            raise StoreError(f"{self.path}: cannot put the store there: {error}") from error
+        sync(self.path.parent)
+        return True
+
+    def _create(
+        self,
+        name: str,
+        dtype: str,
+        chunks: tuple[int, ...],
+        fill: object,
+        dims: tuple[str, ...],
+        attributes: dict[str, Any] | None = None,
+        rows: int = 0,
+    ) -> Any:
+        return self._group.create_array(
+            name,
+            shape=(rows, *chunks[1:]),
+            chunks=chunks,
+            dtype=dtype,
+            fill_value=fill,
+            dimension_names=dims,
+            attributes=attributes or {},
+            # "." keeps an array's chunks in one directory, which is listed ten times faster.
+            chunk_key_encoding={"name": "default", "separator": "."},
+            # Without the checksum a flipped bit is read back without a word.
+            compressors=(ZstdCodec(level=1), Crc32cCodec()),
+            config={"write_empty_chunks": True},
+        )
+
+
+class _Appender:
+    """Appends to a one-dimensional array in whole chunks, so that none is written twice."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self._pending: list[NDArray[Any]] = []
+        self._waiting = 0
+
+    def append(self, values: NDArray[Any]) -> None:
+        self._pending.append(values)
+        self._waiting += len(values)
+        chunk = self._array.chunks[0]
+        if self._waiting >= chunk:
+            self._write(self._waiting - self._waiting % chunk)
+
+    def flush(self) -> None:
+        self._write(self._waiting)
+
+    def _write(self, count: int) -> None:
+        if not count:
+            return
+        values = np.concatenate(self._pending)
+        done = self._array.shape[0]
+        self._array.resize((done + count,))
+        self._array[done:] = values[:count]
+        self._pending, self._waiting = [values[count:]], len(values) - count
+
+
+def _glob_escape(name: str) -> str:
+    return re.sub(r"([*?[])", r"[\1]", name)

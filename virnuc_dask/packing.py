@@ -1,0 +1,137 @@
+"""Cut rows into segments that the encoder takes, and segments into evenly filled batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.config import LongPolicy
+
+# Residues that neighbouring windows of a long sequence share at least, as a share of a window.
+WINDOW_OVERLAP = 0.25
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Stretches of residues to encode, each belonging to one row.
+
+    Attributes
+    ----------
+    row : ndarray, int64, shape (s,)
+        Row that a segment belongs to; a row has several segments only if it was windowed.
+    start : ndarray, int64, shape (s,)
+        First residue, as an index into the rows' residues laid end to end.
+    length : ndarray, int64, shape (s,)
+        Residues.
+    windows : ndarray, int64, shape (s,)
+        Windows that the row has.
+    """
+
+    row: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    windows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def select(self, chosen: NDArray[np.bool_]) -> Segments:
+        """The chosen segments; all windows of a row, or none."""
+        return Segments(
+            self.row[chosen], self.start[chosen], self.length[chosen], self.windows[chosen]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Segments that go through the encoder together, sorted by length.
+
+    Attributes
+    ----------
+    segments : ndarray, int64, shape (b,)
+        Indices into the segments.
+    runs : list of (count, length)
+        Runs of equal length, in order: within one the packed tokens are a dense array.
+    """
+
+    segments: NDArray[np.int64]
+    runs: list[tuple[int, int]]
+
+
+def cut_segments(lengths: NDArray[np.int32], max_residues: int, policy: LongPolicy) -> Segments:
+    """Cut each row into what the encoder may take at once.
+
+    Parameters
+    ----------
+    lengths : ndarray, int32, shape (n,)
+        Residues per row. Rows of length 0 give no segment.
+    max_residues : int
+        Longest segment.
+    policy : {'truncate', 'window', 'skip'}
+        What becomes of a longer row: its first `max_residues` residues; overlapping windows that
+        cover it, all of `max_residues`, evenly spaced and overlapping by at least a quarter; or
+        no segment.
+    """
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1]
+    is_long = lengths > max_residues
+    take = (lengths > 0) & ~(is_long & (policy == "skip"))
+    windows = np.ones(len(lengths), np.int64)
+    if policy == "window":
+        overlap = int(max_residues * WINDOW_OVERLAP)
+        step = max(1, max_residues - overlap)
+        windows[is_long] = -(-(lengths[is_long].astype(np.int64) - overlap) // step)
+    windows[~take] = 0
+
+    row = np.repeat(np.arange(len(lengths), dtype=np.int64), windows)
+    count = windows[row]
+    # k-th window of its row
+    k = np.arange(len(row)) - np.repeat(np.cumsum(windows) - windows, windows)
+    spare = np.maximum(lengths[row].astype(np.int64) - max_residues, 0)
+    shift = np.where(count > 1, k * spare // np.maximum(count - 1, 1), 0)
+    length = np.minimum(lengths[row], max_residues).astype(np.int64)
+    return Segments(row, offsets[row] + shift, length, count)
+
+
+def residue_weights(segments: Segments, number: int) -> NDArray[np.float32]:
+    """Weight of each residue of one segment in its row's mean, shape (length,).
+
+    Each residue of a row counts once: one that k windows see contributes 1/k from each.
+    """
+    row = segments.row[number]
+    length = int(segments.length[number])
+    if segments.windows[number] == 1:
+        return np.full(length, 1.0 / length, np.float32)
+    mine = np.flatnonzero(segments.row == row)
+    starts = segments.start[mine] - segments.start[mine[0]]
+    coverage = np.zeros(int(starts[-1]) + length)
+    for start in starts:
+        coverage[start : start + length] += 1
+    begin = int(segments.start[number] - segments.start[mine[0]])
+    weights = 1.0 / (coverage[begin : begin + length] * len(coverage))
+    return weights.astype(np.float32)
+
+
+def cut_batches(lengths: NDArray[np.int64], token_budget: int) -> Iterator[Batch]:
+    """Sort segments by length and cut them into batches of nearly equal size.
+
+    Parameters
+    ----------
+    lengths : ndarray, int64, shape (s,)
+        Residues per segment; each costs two tokens more, BOS and EOS.
+    token_budget : int
+        Tokens per batch, exceeded by less than one segment, and by one that is longer alone.
+    """
+    if len(lengths) == 0:
+        return
+    order = np.argsort(lengths, kind="stable")
+    tokens = np.cumsum(lengths[order] + 2)
+    batches = -(-int(tokens[-1]) // token_budget)
+    # Even shares: cutting at the budget would leave a small last batch.
+    shares = tokens[-1] * np.arange(1, batches) / batches
+    cuts = np.unique(np.searchsorted(tokens, shares, side="left") + 1)
+    for chosen in np.split(order, cuts[cuts < len(order)]):
+        values, counts = np.unique(lengths[chosen], return_counts=True)
+        yield Batch(chosen, [(int(n), int(v)) for n, v in zip(counts, values, strict=True)])

@@ -1,0 +1,289 @@
+"""Before any work: read the input into a store, or compare it with one; or only plan."""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from dask.system import CPU_COUNT
+from numpy.typing import NDArray
+
+from virnuc_dask import events
+from virnuc_dask.config import FORMAT, Identity, ModelSpec, Settings, rows_per_chunk
+from virnuc_dask.errors import IdentityMismatchError
+from virnuc_dask.events import Listener
+from virnuc_dask.ingest import Ingest
+from virnuc_dask.packing import cut_segments
+from virnuc_dask.residues import ALPHABET_POLICY, Block, InputSummary
+from virnuc_dask.sequences import read_blocks
+from virnuc_dask.store import Store, can_create
+from virnuc_dask.weights import PUBLISHED, describe, load_checkpoint, weights_at_hand
+
+Inputs = str | Path | Sequence[str | Path]
+
+# Residues that are encoded to estimate the speed: a second or two with a small model.
+_TRIAL_RESIDUES = 2**14
+
+
+def prepare(
+    inputs: Inputs, store: str | Path, settings: Settings, emit: Listener
+) -> tuple[Store, ModelSpec]:
+    """Make a store of an input, or make sure that a store there was made from it.
+
+    Parameters
+    ----------
+    inputs : path or sequence of path
+    store : path
+    settings : Settings
+    emit : callable
+        Gets `Reading` and `InputRead` events.
+
+    Raises
+    ------
+    InputError
+        The input cannot be read. No store is left behind.
+    IdentityMismatchError
+        The store was made with other settings, or from another input.
+    NotAStoreError, StoreError, ModelError
+    """
+    # What can fail without reading the input fails first.
+    existing = None if can_create(store) else Store(store)
+    spec = _model_of(settings)
+    files, summary = _listed(inputs), InputSummary()
+    blocks = read_blocks(files, summary, strict=settings.strict)
+    if existing is None:
+        with Ingest(store) as ingest:
+            for block in blocks:
+                ingest.append(block)
+                emit(events.Reading(summary.records, summary.residues))
+            wanted = _identity(settings, spec, summary)
+            ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary))
+        # Ours, or that of a run which was faster.
+        existing = Store(store)
+    else:
+        for _ in blocks:
+            emit(events.Reading(summary.records, summary.residues))
+        wanted = _identity(settings, spec, summary, existing.identity.rows_per_chunk)
+    if differences := existing.identity.differences(wanted):
+        raise IdentityMismatchError(str(store), differences)
+    emit(_input_read(summary))
+    return existing, spec
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would take.
+
+    Attributes
+    ----------
+    input : InputRead
+    longest, median : int
+        Residues.
+    long_records : int
+        Records longer than `max_residues`.
+    encoded_residues : int
+        Residues that would go through the encoder.
+    chunks, rows_per_chunk : int
+    embedding_bytes : int
+        Before compression, which gains little on embeddings.
+    sequence_bytes : int
+        Residues, before compression.
+    residues_per_s : float, optional
+        Of one worker, measured here on a sample; None if the weights are not on this machine.
+    workers : int
+        That the estimate counts on.
+    """
+
+    input: events.InputRead
+    longest: int
+    median: int
+    long_records: int
+    encoded_residues: int
+    chunks: int
+    rows_per_chunk: int
+    embedding_bytes: int
+    sequence_bytes: int
+    residues_per_s: float | None
+    workers: int
+
+    @property
+    def seconds(self) -> float | None:
+        """Estimated time on this machine."""
+        if self.residues_per_s is None:
+            return None
+        return self.encoded_residues / (self.residues_per_s * self.workers)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self) | {"seconds": self.seconds}
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What a person wants to know, as (name, value)."""
+        yield "records", f"{self.input.records:,}"
+        yield "residues", f"{self.input.residues:,} (median {self.median:,}, most {self.longest:,})"
+        if self.input.empty or self.input.invalid:
+            yield "quarantined", f"{self.input.invalid:,} invalid, {self.input.empty:,} empty"
+        yield "long records", f"{self.long_records:,}"
+        yield "to encode", f"{self.encoded_residues:,} residues"
+        yield "chunks", f"{self.chunks:,} of {self.rows_per_chunk:,} rows"
+        size = (self.embedding_bytes + self.sequence_bytes) / 1e6
+        yield "store", f"about {size:,.1f} MB before compression"
+        if self.seconds is None or self.residues_per_s is None:
+            yield "time", "unknown: the weights are not on this machine"
+        else:
+            yield (
+                "time",
+                f"about {self.seconds / 60:,.1f} min with {self.workers} workers here"
+                f" ({self.residues_per_s:,.0f} residues/s each, one thread)",
+            )
+
+
+def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | None = None) -> Plan:
+    """Read an input and say what embedding it would take. Writes nothing.
+
+    Parameters
+    ----------
+    inputs : path or sequence of path
+    settings : Settings, optional
+    workers : int, optional
+        Workers for the estimate; default: one for each core.
+
+    Raises
+    ------
+    InputError, ModelError
+    """
+    settings = settings or Settings()
+    summary = InputSummary()
+    sample: Block | None = None
+    for block in read_blocks(_listed(inputs), summary, strict=settings.strict):
+        sample = sample or _first_rows(block, _TRIAL_RESIDUES)
+    lengths = summary.all_lengths()
+    rate: float | None = None
+    dimension = PUBLISHED.get(settings.model)
+    if dimension is None or weights_at_hand(settings.model):
+        rate, dimension = _trial(settings, sample)
+    encoded = _encoded(settings, lengths)
+    rows = settings.rows_per_chunk or rows_per_chunk(summary.records, encoded)
+    width = 4 if settings.dtype == "float32" else 2
+    return Plan(
+        _input_read(summary),
+        int(lengths.max()),
+        int(np.median(lengths)),
+        int((lengths > settings.max_residues).sum()),
+        encoded,
+        -(-summary.records // rows),
+        rows,
+        summary.records * dimension * width,
+        summary.residues,
+        rate,
+        workers or CPU_COUNT,
+    )
+
+
+def _input_read(summary: InputSummary) -> events.InputRead:
+    return events.InputRead(
+        summary.records,
+        summary.residues,
+        summary.empty,
+        summary.invalid,
+        summary.ambiguous_j,
+        summary.gaps,
+        summary.terminal_stops,
+        summary.nucleotide_like,
+        tuple(summary.empty_files),
+    )
+
+
+def _provenance(
+    files: Sequence[str | Path], spec: ModelSpec, summary: InputSummary
+) -> dict[str, Any]:
+    """How the store came to be, for people; nothing is ever decided by it."""
+    packages = ("virnuc_dask", "fair-esm", "torch", "zarr", "dask", "numpy")
+    return {
+        "model": spec.reference,
+        "inputs": [str(file) for file in files],
+        "input": {k: v for k, v in _input_read(summary).to_json().items() if k != "event"},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in packages},
+    }
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def _listed(inputs: Inputs) -> list[str | Path]:
+    return [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+
+
+def _model_of(settings: Settings) -> ModelSpec:
+    checkpoint = load_checkpoint(settings.model)
+    return describe(checkpoint, settings.precision, settings.repr_layer, settings.pooling)
+
+
+def _first_rows(block: Block, residues: int) -> Block:
+    """The first rows of a block with about this many residues, at least one row."""
+    rows = max(1, int(np.searchsorted(np.cumsum(block.lengths), residues)))
+    lengths = block.lengths[:rows]
+    return Block(block.ids[:rows], lengths, block.residues[: int(lengths.sum())])
+
+
+def _encoded(settings: Settings, lengths: NDArray[np.int32]) -> int:
+    """Residues that go through the encoder."""
+    return int(cut_segments(lengths, settings.max_residues, settings.long).length.sum())
+
+
+def _identity(
+    settings: Settings, spec: ModelSpec, summary: InputSummary, rows: int | None = None
+) -> Identity:
+    """What row values depend on; `rows` per chunk where the user chose none."""
+    encoded = _encoded(settings, summary.all_lengths())
+    return Identity(
+        format=FORMAT,
+        input_sha256=summary.sha256,
+        records=summary.records,
+        weights_sha256=spec.weights_sha256,
+        repr_layer=spec.repr_layer,
+        pooling=settings.pooling,
+        precision=settings.precision,
+        dtype=settings.dtype,
+        alphabet=ALPHABET_POLICY,
+        max_residues=settings.max_residues,
+        long=settings.long,
+        rows_per_chunk=settings.rows_per_chunk or rows or rows_per_chunk(summary.records, encoded),
+    )
+
+
+def _trial(settings: Settings, block: Block | None) -> tuple[float | None, int]:
+    """Residues per second of one worker with one thread, and the embedding's dimension."""
+    import torch
+
+    from virnuc_dask.embed import embed_rows
+    from virnuc_dask.esm2 import load_encoder
+
+    encoder = load_encoder(
+        settings.model,
+        precision=settings.precision,
+        repr_layer=settings.repr_layer,
+        pooling=settings.pooling,
+    )
+    identity = _identity(settings, encoder.spec, InputSummary())
+    encoded = 0 if block is None else _encoded(settings, block.lengths)
+    if block is None or not encoded:
+        return None, encoder.dimension
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started = time.perf_counter()
+        embed_rows(encoder, block.lengths, block.residues, identity)
+        return encoded / (time.perf_counter() - started), encoder.dimension
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,263 @@
+"""How a run looks: a live bar on a terminal, plain lines elsewhere, JSON lines for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import IO
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from rich.table import Table
+
+from virnuc_dask import events
+from virnuc_dask.config import Status
+from virnuc_dask.events import Event, Listener, RunSummary
+
+# Plain output gets one line in this many seconds, so that a log of a long run stays readable.
+_PLAIN_EVERY_S = 10.0
+_MAP_CELLS = 64
+
+
+@contextmanager
+def display(kind: str) -> Iterator[Listener]:
+    """A listener that shows events.
+
+    Parameters
+    ----------
+    kind : {'auto', 'json', 'plain', 'quiet'}
+        ``auto``: a live bar if stderr is a terminal, else plain lines. JSON goes to stdout, all
+        else to stderr. ``quiet`` shows trouble only.
+    """
+    console = Console(stderr=True)
+    if kind == "json":
+        yield _JsonLines(sys.stdout)
+    elif kind == "auto" and console.is_terminal:
+        bar = _Bar(console)
+        with bar.progress:
+            yield bar
+    else:
+        yield _PlainLines(console, quiet=kind == "quiet")
+
+
+class _Tally:
+    """Rates and counts so far; what both the bar and the lines show."""
+
+    def __init__(self) -> None:
+        self.rows = self.total = self.before = 0
+        self.computed_rows = self.computed_residues = 0
+        self.workers = self.retries = self.quarantined = 0
+        self._began: float | None = None
+
+    def take(self, event: Event) -> None:
+        match event:
+            case events.RunStarted():
+                self.total, self.rows = event.records, event.present_rows
+            case events.WorkersChanged():
+                self.workers = event.workers
+                # Rates count from the first worker's arrival: starting one takes seconds.
+                self._began = self._began or time.monotonic()
+            case events.ChunkDone():
+                self.rows += event.rows
+                self.quarantined += event.quarantined
+                if event.computed:
+                    self.computed_rows += event.rows
+                    self.computed_residues += event.residues
+            case events.ChunkFailed(final=False):
+                self.retries += 1
+            case events.WorkerLost():
+                self.retries += len(event.chunks)
+
+    def text(self) -> str:
+        seconds = max(1e-6, time.monotonic() - (self._began or time.monotonic()))
+        rate = self.computed_rows / seconds
+        left = f"ETA {_duration((self.total - self.rows) / rate)}" if rate else "ETA ?"
+        return (
+            f"{self.rows:,}/{self.total:,} rows  {rate:,.0f} seq/s"
+            f"  {self.computed_residues / seconds:,.0f} res/s  {left}"
+            f"  {_count(self.workers, 'worker')}"
+            f"  {self.retries} retried  {self.quarantined} quarantined"
+        )
+
+
+class _Bar:
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            SpinnerColumn(),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+        )
+        self._tally = _Tally()
+        self._task = self.progress.add_task("starting", total=None)
+
+    def __call__(self, event: Event) -> None:
+        self._tally.take(event)
+        if isinstance(event, events.Reading):
+            self.progress.update(self._task, description=_reading(event))
+        elif isinstance(event, RunSummary):
+            self.progress.stop()
+        else:
+            for line in _notice(event):
+                self.progress.console.print(line, markup=False, highlight=False)
+            self.progress.update(
+                self._task,
+                total=self._tally.total or None,
+                completed=self._tally.rows,
+                description=self._tally.text() if self._tally.workers else "starting workers",
+            )
+
+
+class _PlainLines:
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._tally = _Tally()
+        self._said = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        self._tally.take(event)
+        for line in _notice(event, quiet=self._quiet):
+            self._say(line)
+        if self._quiet or isinstance(event, RunSummary):
+            return
+        if time.monotonic() - self._said >= _PLAIN_EVERY_S:
+            self._said = time.monotonic()
+            if isinstance(event, events.Reading):
+                self._say(_reading(event))
+            elif self._tally.workers:
+                self._say(self._tally.text())
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+class _JsonLines:
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._began = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        document = event.to_json() | {"elapsed_s": round(time.monotonic() - self._began, 3)}
+        self._stream.write(json.dumps(document) + "\n")
+        self._stream.flush()
+
+
+def _reading(event: events.Reading) -> str:
+    return f"reading input: {event.records:,} records, {event.residues:,} residues"
+
+
+def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
+    """Lines that are worth keeping on the screen."""
+    match event:
+        case events.InputRead():
+            if not quiet:
+                yield from input_notes(event)
+        case events.RunStarted() if not quiet:
+            left = event.chunks - event.present_chunks
+            yield (
+                f"{event.store}: {_count(event.records, 'record')} in"
+                f" {_count(event.chunks, 'chunk')}, {event.present_chunks:,} done, {left:,} to"
+                f" compute with {event.model}"
+            )
+        case events.WorkerLost():
+            yield (
+                f"worker {event.worker} was lost; {_count(len(event.chunks), 'chunk')} of it"
+                " will be computed elsewhere"
+            )
+        case events.ChunkFailed():
+            after = "given up for this run" if event.final else "will be tried again"
+            yield f"chunk {event.chunk}, attempt {event.attempt}: {event.error}; {after}"
+        case events.Stopping():
+            yield (
+                f"stopping: {_count(event.running, 'running chunk')} may finish within"
+                f" {event.seconds:.0f} s; a second signal leaves at once"
+            )
+
+
+def input_notes(event: events.InputRead) -> Iterator[str]:
+    """What reading the input met that its owner should know of."""
+    for file in event.empty_files:
+        yield f"note: {file} holds no record"
+    if event.empty:
+        yield f"note: {_count(event.empty, 'record')} without a residue; quarantined as empty"
+    if event.invalid:
+        yield (
+            f"note: {_count(event.invalid, 'record')} with letters that are no residues;"
+            " quarantined as invalid_residues (--strict refuses such input)"
+        )
+    changed = {
+        "J read as X": event.ambiguous_j,
+        "gap letters removed": event.gaps,
+        "terminal stops removed": event.terminal_stops,
+    }
+    if any(changed.values()):
+        yield "note: " + ", ".join(f"{n:,} {what}" for what, n in changed.items() if n)
+    if event.records > event.empty and event.nucleotide_like >= 0.9 * event.records:
+        yield (
+            "warning: the input looks like nucleotides, and this model reads proteins;"
+            " translate it first"
+        )
+
+
+# --- tables and the map --------------------------------------------------------------------------
+
+
+def summary_table(summary: RunSummary) -> Table:
+    """The end of a run, as a table."""
+    table = Table(show_header=False, box=None, pad_edge=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for state in Status:
+        if number := summary.counts.get(state.meaning):
+            name = f"quarantined: {state.meaning}" if state.quarantined else state.meaning
+            table.add_row(name, f"{number:,}")
+    table.add_row("records", f"{summary.records:,}")
+    done = summary.chunks - len(summary.missing)
+    table.add_row(
+        "chunks", f"{done:,} of {summary.chunks:,}, {summary.computed_chunks:,} computed now"
+    )
+    if summary.computed_rows:
+        seconds = max(summary.seconds, 1e-6)
+        table.add_row(
+            "speed",
+            f"{summary.computed_rows / seconds:,.0f} sequences/s,"
+            f" {summary.computed_residues / seconds:,.0f} residues/s over {_duration(seconds)}",
+        )
+    if summary.retries or summary.workers_lost:
+        table.add_row(
+            "trouble",
+            f"{_count(summary.workers_lost, 'worker')} lost, {summary.retries} retried",
+        )
+    table.add_row("store", escape(summary.store))
+    return table
+
+
+def chunk_map(present: NDArray[np.bool_], cells: int = _MAP_CELLS) -> str:
+    """Draw which chunks are present, in order: a cell is one chunk, or an even share of them."""
+    if len(present) <= cells:
+        shares = present.astype(float)
+    else:
+        edges = np.linspace(0, len(present), cells + 1).astype(int)
+        shares = np.array([present[a:b].mean() for a, b in pairwise(edges)])
+    return "".join("█" if share == 1 else "░" if share == 0 else "▒" for share in shares)
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
+    hours, rest = divmod(whole, 3600)
+    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

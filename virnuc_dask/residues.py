@@ -1,0 +1,233 @@
+"""Records and the letter rules: what is a residue, what is mended, what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from hashlib import sha256
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.errors import InputError
+
+# The 20 amino acids, and ESM's own X B U Z O.
+ALPHABET = "ACDEFGHIKLMNPQRSTVWYXBUZO"
+# Names the rules of `clean` below; part of a store's identity, so change it with them.
+ALPHABET_POLICY = "esm2; J to X; gaps removed; terminal stop removed"
+
+_GAPS = "-."
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One input record, as written in the file.
+
+    Attributes
+    ----------
+    id : str
+        First word of the header; may be empty, and need not be unique.
+    sequence : str
+        Residues as written, without line breaks.
+    file : str
+        The input, as the user named it.
+    line : int
+        Line of the record's header, counted from 1.
+    """
+
+    id: str
+    sequence: str
+    file: str
+    line: int
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive cleaned records.
+
+    Attributes
+    ----------
+    ids : list of str
+    lengths : ndarray, int32, shape (n,)
+        Residues per record, after cleaning.
+    residues : ndarray, uint8, shape (sum of lengths,)
+        ASCII residues in upper case, records end to end. A record that `invalid_rows` finds keeps
+        its offending letters.
+    """
+
+    ids: list[str]
+    lengths: NDArray[np.int32]
+    residues: NDArray[np.uint8]
+
+
+@dataclass(slots=True)
+class InputSummary:
+    """What reading the input found; filled while the blocks go by.
+
+    Attributes
+    ----------
+    records, residues : int
+        Totals after cleaning.
+    empty : int
+        Records without a residue. They keep their row, with status ``empty``.
+    invalid : int
+        Records with letters that are no residues. They keep their row, ``invalid_residues``.
+    ambiguous_j, gaps, terminal_stops : int
+        Letters J read as X, gap letters removed, terminal stops removed.
+    lengths : list of ndarray, int32
+        Lengths of all records, block by block.
+    empty_files : list of str
+        Inputs without a record.
+    first_invalid : InputError, optional
+        Where the first invalid record is.
+    nucleotide_like : int
+        Records that use no letter but A C G T U N.
+    """
+
+    records: int = 0
+    residues: int = 0
+    empty: int = 0
+    invalid: int = 0
+    ambiguous_j: int = 0
+    gaps: int = 0
+    terminal_stops: int = 0
+    nucleotide_like: int = 0
+    lengths: list[NDArray[np.int32]] = field(default_factory=list)
+    empty_files: list[str] = field(default_factory=list)
+    first_invalid: InputError | None = None
+    sha256: str = ""
+
+    def all_lengths(self) -> NDArray[np.int32]:
+        """Lengths of all records, shape (records,)."""
+        return np.concatenate(self.lengths) if self.lengths else np.zeros(0, np.int32)
+
+
+class InputDigest:
+    """SHA-256 of cleaned records: their identifiers, lengths and residues, in order.
+
+    Three streams, so that the digest does not depend on where blocks are cut.
+    """
+
+    def __init__(self) -> None:
+        self._streams = (sha256(), sha256(), sha256())
+
+    def update(self, block: Block) -> None:
+        """Add records."""
+        ids, lengths, residues = self._streams
+        ids.update("".join(f"{name}\n" for name in block.ids).encode())
+        lengths.update(block.lengths.astype("<i4").tobytes())
+        residues.update(block.residues.tobytes())
+
+    def hexdigest(self) -> str:
+        """Digest of all records so far."""
+        return sha256(b"".join(stream.digest() for stream in self._streams)).hexdigest()
+
+
+def invalid_rows(residues: NDArray[np.uint8], lengths: NDArray[np.int32]) -> NDArray[np.bool_]:
+    """Which rows hold a letter that is no residue, an internal stop included.
+
+    Parameters
+    ----------
+    residues : ndarray, uint8, shape (sum of lengths,)
+    lengths : ndarray, int32, shape (n,)
+
+    Returns
+    -------
+    ndarray, bool, shape (n,)
+    """
+    rows = np.repeat(np.arange(len(lengths)), lengths)
+    found = np.zeros(len(lengths), np.bool_)
+    found[rows[~_VALID[residues]]] = True
+    return found
+
+
+def clean_sequence(sequence: str) -> str:
+    """Clean one sequence by the rules of a run (see the README, "Letters").
+
+    Raises
+    ------
+    InputError
+        A letter is no residue.
+    """
+    summary = InputSummary()
+    block = clean([Record("", sequence, "argument", 1)], summary)
+    if summary.first_invalid is not None:
+        raise InputError(summary.first_invalid.problem, file="sequence")
+    return block.residues.tobytes().decode("ascii")
+
+
+def decoded_header(text: str) -> str:
+    """A header's text; bytes that were not UTF-8 are taken as Latin-1, which loses none."""
+    if text.isascii():
+        return text
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-8", "surrogateescape").decode("latin-1")
+    return text
+
+
+def _table(pairs: Iterable[tuple[str, str]]) -> NDArray[np.uint8]:
+    table = np.arange(256, dtype=np.uint8)
+    for old, new in pairs:
+        table[ord(old)] = ord(new)
+    return table
+
+
+_UPPER = _table((letter, letter.upper()) for letter in "abcdefghijklmnopqrstuvwxyz")
+_VALID = np.isin(np.arange(256), np.frombuffer(ALPHABET.encode(), np.uint8))
+_REMOVED = np.isin(np.arange(256), np.frombuffer(f"{_GAPS} \t\v\f".encode(), np.uint8))
+_IS_GAP = np.isin(np.arange(256), np.frombuffer(_GAPS.encode(), np.uint8))
+_NOT_NUCLEOTIDE = ~np.isin(np.arange(256), np.frombuffer(b"ACGTUN", np.uint8))
+
+
+def clean(records: Sequence[Record], summary: InputSummary) -> Block:
+    """Apply the letter rules to a batch at once: one look-up per letter, no loop over letters."""
+    kept = [record.sequence.rstrip("*-. \t") for record in records]
+    for record, sequence in zip(records, kept, strict=True):
+        if len(sequence) != len(record.sequence):
+            tail = record.sequence[len(sequence) :]
+            summary.terminal_stops += tail.count("*")
+            summary.gaps += tail.count("-") + tail.count(".")
+    lengths = np.fromiter(map(len, kept), np.int64, len(kept))
+    # Letters beyond ASCII become '?', which is no residue either.
+    letters = _UPPER[np.frombuffer("".join(kept).encode("ascii", "replace"), np.uint8)]
+
+    removed = _REMOVED[letters]
+    if removed.any():
+        summary.gaps += int(_IS_GAP[letters].sum())
+        rows = np.repeat(np.arange(len(kept)), lengths)
+        lengths -= np.bincount(rows[removed], minlength=len(kept))
+        letters = letters[~removed]
+    ambiguous = letters == ord("J")
+    summary.ambiguous_j += int(ambiguous.sum())
+    letters[ambiguous] = ord("X")
+
+    lengths32 = lengths.astype(np.int32)
+    invalid = invalid_rows(letters, lengths32)
+    if invalid.any() and summary.first_invalid is None:
+        row = int(np.argmax(invalid))
+        summary.first_invalid = _invalid_letter(records[row])
+    rows = np.repeat(np.arange(len(kept)), lengths32)
+    protein_like = np.bincount(rows[_NOT_NUCLEOTIDE[letters]], minlength=len(kept)) > 0
+    summary.nucleotide_like += int((~protein_like & (lengths32 > 0)).sum())
+    summary.records += len(records)
+    summary.residues += int(lengths32.sum())
+    summary.empty += int((lengths32 == 0).sum())
+    summary.invalid += int(invalid.sum())
+    summary.lengths.append(lengths32)
+    return Block([record.id for record in records], lengths32, letters)
+
+
+def _invalid_letter(record: Record) -> InputError:
+    allowed = set(ALPHABET + ALPHABET.lower() + "Jj" + _GAPS + " \t\v\f")
+    body = record.sequence.rstrip("*-. \t")
+    position, letter = next((i, c) for i, c in enumerate(body, 1) if c not in allowed)
+    what = (
+        "an internal stop '*'"
+        if letter == "*"
+        else f"letter {decoded_header(letter)!r}, no residue"
+    )
+    return InputError(
+        f"{what} at position {position}", file=record.file, line=record.line, record=record.id
+    )

@@ -1,0 +1,229 @@
+"""Read FASTA and FASTQ records and clean their residues, block by block, in bounded memory."""
+
+from __future__ import annotations
+
+import io
+import lzma
+import sys
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import BinaryIO, TextIO, cast
+
+from Bio.SeqIO.FastaIO import SimpleFastaParser
+from Bio.SeqIO.QualityIO import FastqGeneralIterator
+from xopen import xopen
+
+from virnuc_dask.errors import InputError
+from virnuc_dask.residues import Block, InputDigest, InputSummary, Record, clean, decoded_header
+
+BLOCK_RECORDS = 65_536
+BLOCK_RESIDUES = 2**24
+
+_MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe": "UTF-16 or UTF-32",
+    b"\xfe\xff": "UTF-16",
+    b"\x00\x00\xfe\xff": "UTF-32",
+}
+# zstd and isal have error types of their own, all of them subclasses of these or named like them.
+_DECOMPRESSION_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
+
+
+def read_blocks(
+    inputs: Sequence[str | Path], summary: InputSummary, *, strict: bool = False
+) -> Iterator[Block]:
+    """Read inputs in order as blocks of cleaned records.
+
+    Parameters
+    ----------
+    inputs : sequence of path
+        FASTA or FASTQ files, plain or compressed (gz, bz2, xz, zst); ``-`` is standard input.
+        The content decides the format, never the name.
+    summary : InputSummary
+        Filled in passing; complete, with the content's digest, when the iterator is exhausted.
+    strict : bool
+        Raise at the first record that has a letter outside the alphabet.
+
+    Raises
+    ------
+    InputError
+        An input that cannot be read, is not FASTA or FASTQ, is damaged; no input holds a record;
+        or, if `strict`, a letter that is no residue.
+    """
+    digest = InputDigest()
+    for records in _batches(_all_records(inputs, summary)):
+        block = clean(records, summary)
+        if strict and summary.first_invalid is not None:
+            raise summary.first_invalid
+        digest.update(block)
+        yield block
+    if not summary.records:
+        raise InputError("no sequence record in the input", file=", ".join(map(str, inputs)))
+    summary.sha256 = digest.hexdigest()
+
+
+def _all_records(inputs: Sequence[str | Path], summary: InputSummary) -> Iterator[Record]:
+    for name in map(str, inputs):
+        empty = True
+        for record in read_records(name):
+            empty = False
+            yield record
+        if empty:
+            summary.empty_files.append(name)
+
+
+def read_records(name: str) -> Iterator[Record]:
+    """Read one FASTA or FASTQ input, lazily; a file without a record yields nothing.
+
+    Raises
+    ------
+    InputError
+        With file, line and, where it is known, record.
+    """
+    with _open_text(name) as text, closing(_Lines(text, name)) as lines:
+        parser: Iterator[tuple[str, ...]]
+        first = lines.first_content()
+        if first == "":
+            return
+        if first == ">":
+            lines.skip_comments = True
+            parser = SimpleFastaParser(cast(TextIO, lines))
+        elif first == "@":
+            parser = FastqGeneralIterator(cast(TextIO, lines))
+        else:
+            raise InputError(
+                f"expected a FASTA ('>') or FASTQ ('@') header, found {lines.shown()!r}",
+                file=name,
+                line=lines.number,
+            )
+        header, count = lines.number, 0
+        while True:
+            try:
+                title, sequence = next(parser)[:2]
+            except StopIteration:
+                return
+            except ValueError as error:
+                # Biopython's FASTQ errors name neither the line nor, mostly, the record.
+                raise InputError(
+                    f"not valid FASTQ: {str(error).rstrip('.')}",
+                    file=name,
+                    line=header,
+                    record=str(count + 1),
+                ) from error
+            count += 1
+            words = title.split(maxsplit=1)
+            yield Record(decoded_header(words[0]) if words else "", sequence, name, header)
+            # The parsers read one header ahead: that is where the next record starts.
+            header = lines.number
+
+
+class _Lines:
+    """Text lines, counted, for Biopython's parsers, which take any iterable of lines."""
+
+    def __init__(self, text: TextIO, name: str) -> None:
+        self.number = 0
+        self.skip_comments = False
+        self._name = name
+        self._source = iter(text)
+        self._ahead: str | None = None
+
+    def first_content(self) -> str:
+        """First character of the first line that is neither blank nor a comment, or ''."""
+        for line in self:
+            if line.strip() and line[0] not in "#;":
+                self._ahead = line
+                return line[0]
+        return ""
+
+    def shown(self) -> str:
+        """The line read ahead, short enough for a message."""
+        return decoded_header((self._ahead or "").rstrip())[:40]
+
+    def __iter__(self) -> Iterator[str]:
+        return self
+
+    def __next__(self) -> str:
+        if self._ahead is not None:
+            line, self._ahead = self._ahead, None
+            return line
+        while True:
+            try:
+                line = next(self._source)
+            except _DECOMPRESSION_ERRORS as error:
+                raise _DamagedInputError(self._name, self.number, error) from error
+            self.number += 1
+            if "\0" in line:
+                raise InputError(
+                    "binary data (a NUL byte); expected FASTA or FASTQ text",
+                    file=self._name,
+                    line=self.number,
+                )
+            if not (self.skip_comments and line[0] in ";#"):
+                return line
+
+    def read(self, size: int) -> str:
+        """Biopython's check for a text stream reads zero characters."""
+        if size != 0:
+            raise io.UnsupportedOperation("lines only")
+        return ""
+
+    def readline(self) -> str:
+        return next(self, "")
+
+    def close(self) -> None:
+        self._source = iter(())
+
+
+class _DamagedInputError(InputError):
+    """A stream that breaks off or does not decompress."""
+
+    def __init__(self, name: str, lines: int, error: Exception) -> None:
+        super().__init__(
+            f"cannot read on, the file is truncated or damaged: {error}", file=name, line=lines + 1
+        )
+
+
+@contextmanager
+def _open_text(name: str) -> Iterator[TextIO]:
+    """Open an input as text, decompressed by content; bytes that are not UTF-8 become escapes."""
+    try:
+        raw: BinaryIO = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115
+    except OSError as error:
+        raise InputError(f"cannot open: {error.strerror}", file=name) from error
+    try:
+        try:
+            start = cast(io.BufferedReader, raw).peek(8)[:8]
+        except OSError as error:
+            raise InputError(f"cannot read: {error.strerror}", file=name) from error
+        for mark, encoding in _BYTE_ORDER_MARKS.items():
+            if start.startswith(mark):
+                raise InputError(
+                    f"{encoding} text; convert it to UTF-8 first (iconv -t UTF-8)",
+                    file=name,
+                    line=1,
+                )
+        kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
+        try:
+            # threads=0: no helper process, so a damaged stream raises here instead of elsewhere.
+            stream = xopen(raw, "rb", threads=0, format=kind) if kind else raw
+        except _DECOMPRESSION_ERRORS as error:
+            raise _DamagedInputError(name, 0, error) from error
+        yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+    finally:
+        if name != "-":
+            raw.close()
+
+
+def _batches(records: Iterable[Record]) -> Iterator[list[Record]]:
+    batch: list[Record] = []
+    residues = 0
+    for record in records:
+        batch.append(record)
+        residues += len(record.sequence)
+        if len(batch) == BLOCK_RECORDS or residues >= BLOCK_RESIDUES:
+            yield batch
+            batch, residues = [], 0
+    if batch:
+        yield batch
