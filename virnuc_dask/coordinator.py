@@ -220,7 +220,7 @@ class _Work:
                 if isinstance(item, dict):
                     self._worker_event(client, item)
                 else:
-                    self._completed(client, item)
+                    self._completed(item)
         finally:
             self.seconds = time.monotonic() - began
             if client.status == "running":
@@ -245,15 +245,10 @@ class _Work:
             self._running[key] = (chunk, future)
             future.add_done_callback(self._inbox.put)
 
-    def _completed(self, client: Client, future: Future) -> None:
-        chunk, _ = self._running.pop(str(future.key), (None, None))
-        if chunk is None:
-            return
-        if future.status == "finished":
-            self._done(future.result())
-            return
+    def _completed(self, future: Future) -> None:
+        chunk, _ = self._running[str(future.key)]
         try:
-            future.result()
+            report = future.result()
         except UsageError:
             raise  # no other worker and no other attempt will do better
         except FutureCancelledError as error:
@@ -263,6 +258,11 @@ class _Work:
         except Exception as error:
             # Whatever it was, the chunk is not there, which is all that counts.
             self._failed(chunk, error)
+        else:
+            self._done(report)
+        # Only now: what is still in here when an error leaves is cancelled on the way.
+        del self._running[str(future.key)]
+        future.release()
 
     def _done(self, report: ChunkReport) -> None:
         self.errors.pop(report.chunk, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -182,25 +183,29 @@ def verify(
     # A file that is too small counts as missing, and is damage all the same.
     files = np.array([present[c] or opened.has_files(c) for c in range(opened.chunk_count)], bool)
     chunks = [int(chunk) for chunk in np.flatnonzero(files)]
+    sequences = opened.check_sequences()
     bad: dict[int, str] = {}
     step = _CHUNKS_PER_CHECK * 8
     for start in range(0, len(chunks), step):
         parts = [
-            delayed(_check)(opened, chunks[first : first + _CHUNKS_PER_CHECK])
+            delayed(_check)(opened, chunks[first : first + _CHUNKS_PER_CHECK], sequences is None)
             for first in range(start, min(start + step, len(chunks)), _CHUNKS_PER_CHECK)
         ]
         for found in compute(*parts, scheduler="threads"):
             bad.update(found)
         if progress:
             progress(min(start + step, len(chunks)), len(chunks))
-    sequences = opened.check_sequences()
     leftovers = opened.leftovers()
     if repair:
         for chunk in bad:
             opened.remove_chunk(chunk)
         computed = {opened.path / "status", opened.path / "embedding"}
         for file in leftovers:
-            if file.parent in computed and not file.is_dir():
+            if file.parent not in computed:
+                continue
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
                 file.unlink(missing_ok=True)
     return VerifyReport(
         len(chunks),
@@ -212,8 +217,8 @@ def verify(
     )
 
 
-def _check(store: Store, chunks: list[int]) -> dict[int, str]:
-    problems = {chunk: store.check_chunk(chunk) for chunk in chunks}
+def _check(store: Store, chunks: list[int], sequences: bool) -> dict[int, str]:
+    problems = {chunk: store.check_chunk(chunk, sequences=sequences) for chunk in chunks}
     return {chunk: problem for chunk, problem in problems.items() if problem is not None}
 
 

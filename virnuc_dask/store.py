@@ -81,7 +81,7 @@ class Store:
             self.identity = Identity.from_json(document["identity"])
             self.provenance: dict[str, Any] = document["provenance"]
             self.dimension = int(self._array("embedding").shape[1])
-        except (KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
             raise StoreError(
                 f"{path}: the metadata (a zarr.json) is missing or damaged: {error!r}"
             ) from error
@@ -116,7 +116,7 @@ class Store:
 
     def has_files(self, chunk: int) -> bool:
         """Whether a chunk has any file, be it damaged or without its companion."""
-        return any(self._file(name, chunk).exists() for name in _CHUNK_FILE)
+        return any(self._file(name, chunk).is_file() for name in _CHUNK_FILE)
 
     # --- rows ---
 
@@ -187,12 +187,13 @@ class Store:
 
     # --- honesty ---
 
-    def check_chunk(self, chunk: int) -> str | None:
+    def check_chunk(self, chunk: int, *, sequences: bool = True) -> str | None:
         """What is wrong with a chunk, or None. Reads and decodes all of it.
 
         Four levels: both files present and not too small; both decode with their checksums; each
         status code is known and final, and agrees with the sequence; embeddings are finite exactly
-        where the status says so.
+        where the status says so. Without `sequences` the status is not compared with them, which
+        is for a store whose sequence arrays are damaged.
         """
         for name in _CHUNK_FILE:
             file = self._file(name, chunk)
@@ -204,21 +205,26 @@ class Store:
             status, embedding = self.read_chunk(chunk)
         except (ValueError, RuntimeError) as error:
             return f"does not decode: {error}"
-        lengths, _ = self.read_rows(chunk)
         if not np.isin(status, [s for s in Status if s is not Status.PENDING]).all():
             return "status has a code that no finished row has"
-        long = lengths > self.identity.max_residues
-        for_long = (status == Status.TRUNCATED) | (status == Status.WINDOWED)
-        for_long |= status == Status.TOO_LONG
-        if (for_long & ~long).any() or (long & (status == Status.EMBEDDED)).any():
-            return "status does not agree with the lengths"
-        if ((status == Status.EMPTY) != (lengths == 0)).any():
-            return "status does not agree with the empty records"
+        if sequences and (problem := self._disagreement(status, self.read_rows(chunk)[0])):
+            return problem
         embedded = status < Status.INVALID_RESIDUES
         if not np.isfinite(embedding[embedded]).all():
             return "an embedded row is not finite"
         if not np.isnan(embedding[~embedded]).all():
             return "a quarantined row has an embedding"
+        return None
+
+    def _disagreement(
+        self, status: NDArray[np.uint8], lengths: NDArray[np.int32]
+    ) -> str | None:
+        long = lengths > self.identity.max_residues
+        for_long = np.isin(status, (Status.TRUNCATED, Status.WINDOWED, Status.TOO_LONG))
+        if (for_long & ~long).any() or (long & (status == Status.EMBEDDED)).any():
+            return "status does not agree with the lengths"
+        if ((status == Status.EMPTY) != (lengths == 0)).any():
+            return "status does not agree with the empty records"
         return None
 
     def check_sequences(self) -> str | None:
@@ -271,11 +277,11 @@ class Store:
     # --- files ---
 
     def _array(self, name: str) -> Any:
-        # `write_empty_chunks` is not stored with an array: every process that writes must ask for
-        # it, or a chunk that holds only fill values is never written and never done.
-        return zarr.open_array(
-            self._zarr, path=name, mode="r+", zarr_format=3, config={"write_empty_chunks": True}
-        )
+        # The setting is not stored with an array, and opening one ignores it (zarr 3.1.6): every
+        # process that writes must set it afterwards, or a chunk that holds only fill values is
+        # never written and never done.
+        array = zarr.open_array(self._zarr, path=name, mode="r+", zarr_format=3)
+        return array.with_config({"write_empty_chunks": True})
 
     def _file(self, name: str, chunk: int) -> Path:
         return self.path / name / (f"c.{chunk}.0" if name == "embedding" else f"c.{chunk}")

@@ -1,0 +1,90 @@
+"""Set up an environment beside this file and use it; needs nothing but Python 3.11 and pip's index.
+
+python3 start.py demo    embed real viral proteins, show what came out
+python3 start.py test    run the tests
+python3 start.py check   lint and types
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = HERE / ".venv"
+PYTHON = ENVIRONMENT / "bin" / "python"
+# Written last, so that an interrupted installation is taken up again.
+INSTALLED = ENVIRONMENT / "installed"
+
+
+def main() -> int:
+    commands = {"demo": demo, "test": test, "check": check}
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        print(__doc__)
+        return 2
+    if sys.version_info < (3, 11):  # noqa: UP036  # whoever has less meets this line first
+        print(f"Python 3.11 or later is needed; this is {sys.version.split()[0]}")
+        return 2
+    os.chdir(HERE)
+    install()
+    return commands[sys.argv[1]](sys.argv[2:])
+
+
+def install() -> None:
+    wanted = "\n".join((HERE / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
+    if INSTALLED.exists() and INSTALLED.read_text() == wanted:
+        return
+    print(f"installing into {ENVIRONMENT}: once, and it takes a few minutes", flush=True)
+    if not PYTHON.exists():
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        made = subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=False)
+        if made.returncode:
+            shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+            raise SystemExit("cannot make an environment; on Debian: apt install python3-venv")
+    pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
+    pip += ["--constraint", "constraints.txt", "--editable", ".[dev]"]
+    if subprocess.run(pip, check=False).returncode:
+        raise SystemExit("the installation failed; the same command tries again")
+    INSTALLED.write_text(wanted)
+
+
+def demo(arguments: list[str]) -> int:
+    store, peptides = HERE / "demo.zarr", HERE / "demo.faa"
+    with open(peptides, "w") as file:
+        script = [PYTHON, "examples/lambda_orfs.py", "examples/lambda_virus.fa.gz"]
+        subprocess.run(script, stdout=file, check=True)
+    proteins = "examples/viral_proteins.faa.gz"
+    print("\nEmbedding the phage lambda's open reading frames and 300 viral proteins.")
+    command = ["run", peptides.name, proteins, store.name, "--rows-per-chunk", "32", *arguments]
+    code = show("-m", "virnuc_dask", *command)
+    if code not in (0, 3):
+        return code
+    print("\nWhich chunks are there:")
+    shown = show("-m", "virnuc_dask", "status", store.name)
+    print("\nOpened lazily as an xarray.Dataset:")
+    shown |= show("-c", f"import virnuc_dask; print(virnuc_dask.open_store({store.name!r}))")
+    print("\nNearest neighbours, by centred cosine (the demo model's weights are random: it")
+    print("tells compositions apart, and nothing more):")
+    shown |= show("examples/nearest.py", store.name, "VE2_")
+    print(f"\nKill it half-way and type it again; to start afresh: rm -r {store.name}")
+    return code or shown
+
+
+def test(arguments: list[str]) -> int:
+    return show("-m", "pytest", *arguments)
+
+
+def check(_arguments: list[str]) -> int:
+    commands = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
+    return max(show("-m", *command) for command in commands)
+
+
+def show(*command: str) -> int:
+    return subprocess.run([str(PYTHON), *command], check=False).returncode
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,138 @@
+"""Real input, real stores, real processes; shared by all tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from virnuc_dask.config import Settings
+from virnuc_dask.store import Store
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+VIRAL_PROTEINS = EXAMPLES / "viral_proteins.faa.gz"
+
+# Awkward on purpose: long, empty, invalid, gaps, lower case, duplicate ids, a J and stops.
+AWKWARD = (
+    ">a first\nMKTAYIAKQRQISFVKSHFSRQ\n"
+    ">b\nmktay-iakqr.qis*\n"
+    ">empty\n"
+    ">stop inside\nMKT*AYI\n"
+    ">a again, the same id\nMKTJJ\n"
+    ">digit\nMKT1\n"
+    f">long\n{'MKTAYIAKQRQISFVKSHFSRQ' * 4}\n"
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch finds none"))
+
+
+@pytest.fixture(scope="session")
+def peptides(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The phage lambda's open reading frames of 12 residues and more: 2,049 real peptides."""
+    path = tmp_path_factory.mktemp("peptides") / "lambda_orfs.faa"
+    script = [sys.executable, "examples/lambda_orfs.py", "examples/lambda_virus.fa.gz"]
+    with path.open("w") as file:
+        subprocess.run([*script, "--minimum", "12"], cwd=ROOT, stdout=file, check=True)
+    return path
+
+
+@pytest.fixture
+def awkward(tmp_path: Path) -> Path:
+    """Seven records, each with something odd about it."""
+    path = tmp_path / "awkward.faa"
+    path.write_text(AWKWARD)
+    return path
+
+
+Maker = Callable[..., Store]
+
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Maker:
+    """Ingest an input into a new store, and embed all of it or nothing, in this process.
+
+    Layer 0, the token embedding, is quick, and as good as any for what a store does.
+    """
+
+    def make(inputs: Path, name: str = "out.zarr", *, embed: bool = True, **settings: Any) -> Store:
+        from virnuc_dask.embed import embed_chunk
+        from virnuc_dask.prepare import prepare
+
+        chosen = Settings(**({"rows_per_chunk": 32, "repr_layer": 0} | settings))
+        store, model = prepare(inputs, tmp_path / name, chosen, lambda _event: None)
+        for chunk in range(store.chunk_count if embed else 0):
+            embed_chunk(str(store.path), chunk, store.identity, model)
+        return store
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def client() -> Iterator[Any]:
+    """Two worker processes, kept for the whole session."""
+    from virnuc_dask.cluster import connect
+
+    with connect("local", workers=2) as connected:
+        yield connected
+
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Run a command in a process of its own, in an empty directory."""
+
+    def call(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            command(*arguments),
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=240,
+            **options,
+        )
+
+    return call
+
+
+def command(*arguments: object) -> list[str]:
+    """The command line of a command."""
+    return [sys.executable, "-m", "virnuc_dask", *map(str, arguments)]
+
+
+def tree(path: Path) -> dict[str, tuple[int, int, bytes]]:
+    """Every file of a store: inode, modification time and content. Equal: nothing was written."""
+    return {
+        str(file.relative_to(path)): (
+            file.stat().st_ino,
+            file.stat().st_mtime_ns,
+            file.read_bytes(),
+        )
+        for file in sorted(path.rglob("*"))
+        if file.is_file()
+    }
+
+
+def chunk_bytes(path: Path) -> dict[str, bytes]:
+    """The content of every file that tasks write."""
+    return {
+        f"{array}/{name}": (path / array / name).read_bytes()
+        for array in ("status", "embedding")
+        for name in sorted(os.listdir(path / array))
+    }

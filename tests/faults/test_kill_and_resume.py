@@ -1,0 +1,238 @@
+"""The promise: kill it anywhere, type it again, and lose nothing. Real processes, real SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from Bio.SeqIO.FastaIO import SimpleFastaParser
+from conftest import VIRAL_PROTEINS, chunk_bytes, command, tree
+from xopen import xopen
+
+import virnuc_dask
+from virnuc_dask.store import Store
+
+RECORDS = 2_000
+SETTINGS = ("--rows-per-chunk", 20, "--workers", 2)
+
+
+@pytest.fixture(scope="module")
+def proteins(tmp_path_factory: pytest.TempPathFactory, peptides: Path) -> Path:
+    """2,000 real sequences: 300 viral proteins, and open reading frames of phage lambda."""
+    path = tmp_path_factory.mktemp("input") / "proteins.faa"
+    with path.open("w") as out:
+        written = 0
+        for source in (VIRAL_PROTEINS, peptides):
+            with xopen(source) as text:
+                for title, sequence in SimpleFastaParser(text):
+                    if written < RECORDS:
+                        out.write(f">{title}\n{sequence}\n")
+                        written += 1
+    assert written == RECORDS
+    return path
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, proteins: Path) -> Store:
+    """The same input and settings, left in peace."""
+    path = tmp_path_factory.mktemp("uninterrupted") / "out.zarr"
+    subprocess.run(command("run", proteins, path, *SETTINGS, "-q"), check=True, timeout=240)
+    return Store(path)
+
+
+class Run:
+    """A command in a process group of its own, whose events are read as they come."""
+
+    def __init__(self, *arguments: object) -> None:
+        self.events: list[dict[str, Any]] = []
+        self.process = subprocess.Popen(
+            command(*arguments, "--json"),
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.endswith("\n"):  # a killed process may leave half a line
+                self.events.append(json.loads(line))
+                yield self.events[-1]
+
+    def finish(self) -> int:
+        for _ in self:
+            pass
+        return self.process.wait(timeout=120)
+
+    def of(self, kind: str) -> list[dict[str, Any]]:
+        return [event for event in self.events if event["event"] == kind]
+
+    def computed(self) -> list[int]:
+        return [event["chunk"] for event in self.of("chunk_done") if event["computed"]]
+
+
+def assert_ledger(store: Store, reference: Store) -> None:
+    """Every record is in exactly one state, every row is what an uninterrupted run gives."""
+    data, expected = virnuc_dask.open_store(store.path), virnuc_dask.open_store(reference.path)
+    assert data.sizes["sequence"] == RECORDS
+    assert list(data.sequence_id.values) == list(expected.sequence_id.values)
+    assert np.array_equal(data.status.values, expected.status.values)
+    assert (data.status.values != 0).all()
+    assert np.array_equal(data.embedding.values, expected.embedding.values, equal_nan=True)
+    assert chunk_bytes(store.path) == chunk_bytes(reference.path)  # and no stray file
+    report = virnuc_dask.verify(store.path)
+    assert (report.checked, report.missing, report.bad) == (store.chunk_count, 0, {})
+    assert report.sequences is None
+    assert report.leftovers == []
+
+
+def finished_chunks(store: Store) -> dict[str, tuple[int, int, bytes]]:
+    """Files of the chunks that are done: inode, time, content."""
+    done = {f"status/c.{chunk}" for chunk in np.flatnonzero(store.present())}
+    done |= {f"embedding/c.{chunk}.0" for chunk in np.flatnonzero(store.present())}
+    return {name: found for name, found in tree(store.path).items() if name in done}
+
+
+def test_coordinator_then_worker_killed_and_nothing_is_lost(
+    proteins: Path, uninterrupted: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+
+    # The coordinator is killed after about a tenth of the chunks.
+    first = Run("run", proteins, path, *SETTINGS)
+    workers: set[int] = set()
+    for event in first:
+        if event["event"] == "chunk_done":
+            workers.add(event["pid"])
+        if len(first.computed()) == uninterrupted.chunk_count // 10:
+            break
+    first.process.send_signal(signal.SIGKILL)
+    assert first.finish() == -signal.SIGKILL
+    assert not first.of("run_summary")
+    await_end(workers)
+    store = Store(path)
+    present = np.flatnonzero(store.present())
+    assert 0 < len(present) < store.chunk_count // 2
+    before = finished_chunks(store)
+
+    # The same command goes on, and loses a worker in the middle of a chunk.
+    second = Run("run", proteins, path, *SETTINGS)
+    victim = None
+    for event in second:
+        if event["event"] == "chunk_done" and victim is None:
+            victim = event["pid"]
+            os.kill(victim, signal.SIGKILL)
+    assert second.process.wait(timeout=120) == 0
+    lost = second.of("worker_lost")
+    assert len(lost) == 1
+    assert lost[0]["chunks"], "the worker was idle when it was killed"
+    assert set(lost[0]["chunks"]) <= set(second.computed())
+
+    # Nothing that was done was done again, by count and by file.
+    assert second.of("run_started")[0]["present_chunks"] == len(present)
+    assert sorted([*present, *second.computed()]) == list(range(store.chunk_count))
+    assert {name: tree(path)[name] for name in before} == before
+    summary = second.of("run_summary")[0]
+    assert summary["counts"] == count_states(uninterrupted)
+    assert summary["workers_lost"] == 1
+    clear_partial_files_of_the_killed(store)
+    assert_ledger(store, uninterrupted)
+
+    # A third run does nothing, and needs no cluster for it.
+    whole = tree(path)
+    third = Run("run", proteins, path, *SETTINGS)
+    assert third.finish() == 0
+    assert third.of("run_summary")[0]["computed_chunks"] == 0
+    assert not third.of("workers_changed")
+    assert tree(path) == whole
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_lets_running_chunks_finish_and_the_next_run_goes_on(
+    number: signal.Signals, proteins: Path, uninterrupted: Store, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+    first = Run("run", proteins, path, *SETTINGS)
+    for event in first:
+        if event["event"] == "chunk_done":
+            # To the whole group, as a terminal's Ctrl-C goes.
+            os.killpg(first.process.pid, number) if number == signal.SIGINT else (
+                first.process.send_signal(number)
+            )
+            break
+    assert first.finish() == 128 + number
+    assert first.of("stopping")[0]["running"] >= 1
+    summary = first.of("run_summary")[0]
+    assert summary["interrupted"] == number
+    store = Store(path)
+    # Whatever was running has been written and reported: no work was thrown away.
+    assert sorted(first.computed()) == np.flatnonzero(store.present()).tolist()
+    assert len(first.computed()) > 1
+    assert len(summary["missing"]) == store.chunk_count - len(first.computed())
+
+    second = Run("resume", path, "--workers", 2)
+    assert second.finish() == 0
+    assert sorted([*first.computed(), *second.computed()]) == list(range(store.chunk_count))
+    assert_ledger(store, uninterrupted)
+
+
+def test_a_second_signal_leaves_at_once(proteins: Path, tmp_path: Path) -> None:
+    run = Run("run", proteins, tmp_path / "out.zarr", *SETTINGS, "--in-flight", 60)
+    workers: set[int] = set()
+    for event in run:
+        if event["event"] == "chunk_done":
+            workers.add(event["pid"])
+            run.process.send_signal(signal.SIGTERM)
+        if event["event"] == "stopping":
+            assert event["running"] > 4  # hours of work, for all the user knows
+            run.process.send_signal(signal.SIGTERM)
+            break
+    assert run.finish() == 128 + signal.SIGTERM
+    assert not run.of("run_summary")
+    await_end(workers)
+
+
+def test_status_draws_the_map_while_a_run_is_going(proteins: Path, tmp_path: Path) -> None:
+    path = tmp_path / "out.zarr"
+    run = Run("run", proteins, path, *SETTINGS)
+    seen = ""
+    for event in run:
+        if len(run.computed()) == 3 and event["event"] == "chunk_done":
+            seen = subprocess.check_output(command("status", path), text=True)
+            break
+    first_line, second_line = seen.splitlines()[:2]
+    assert "░" in first_line
+    assert set(first_line) & {"█", "▒"}
+    assert "of 100 chunks" in second_line
+    run.process.terminate()
+    run.finish()
+
+
+def count_states(store: Store) -> dict[str, int]:
+    from virnuc_dask.dataset import row_states
+
+    return row_states(store.path)
+
+
+def await_end(pids: set[int]) -> None:
+    """Workers must not outlive their coordinator: an orphan would hold a GPU for ever."""
+    assert pids
+    deadline = time.monotonic() + 20
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "workers outlive the coordinator"
+        time.sleep(0.05)
+
+
+def clear_partial_files_of_the_killed(store: Store) -> None:
+    """A worker killed in the middle of a write leaves a temporary file, which `verify` names."""
+    report = virnuc_dask.verify(store.path, repair=True)
+    assert all(name.endswith(".partial") for name in report.leftovers)

@@ -1,0 +1,125 @@
+"""The house rules: who may import whom, and what a stranger waits for."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import virnuc_dask
+
+PACKAGE = ROOT / "virnuc_dask"
+
+# A module imports only from those before it. The order is that of the README's table.
+ORDER = [
+    "errors",
+    "config",
+    "residues",
+    "sequences",
+    "files",
+    "store",
+    "ingest",
+    "packing",
+    "weights",
+    "esm2",
+    "embed",
+    "cluster",
+    "events",
+    "prepare",
+    "coordinator",
+    "dataset",
+    "progress",
+    "cli",
+    "__main__",
+]
+
+
+def imports(module: Path, *, top_level_only: bool = False) -> set[str]:
+    """Names of the modules that a module imports, whole."""
+    tree = ast.parse(module.read_text())
+    found: set[str] = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def test_every_module_is_in_the_order() -> None:
+    assert {path.stem for path in PACKAGE.glob("*.py")} == {*ORDER, "__init__"}
+
+
+@pytest.mark.parametrize("name", ORDER)
+def test_imports_go_one_way(name: str) -> None:
+    allowed = {f"virnuc_dask.{other}" for other in ORDER[: ORDER.index(name)]}
+    ours = {
+        found
+        for found in imports(PACKAGE / f"{name}.py")
+        if found.startswith("virnuc_dask.") and found.removeprefix("virnuc_dask.") in ORDER
+    }
+    assert ours <= allowed
+
+
+@pytest.mark.parametrize(
+    ("library", "owners"),
+    [
+        ("zarr", {"store", "ingest"}),
+        ("esm", {"esm2"}),
+        ("Bio", {"sequences"}),
+        ("rich", {"progress", "cli"}),
+        ("click", {"cli"}),
+        ("distributed", {"cluster", "coordinator"}),
+        ("xarray", {"dataset"}),
+    ],
+)
+def test_each_library_has_its_owners(library: str, owners: set[str]) -> None:
+    users = {
+        path.stem
+        for path in PACKAGE.glob("*.py")
+        if any(found.split(".")[0] == library for found in imports(path))
+    }
+    assert users == owners
+
+
+def loaded_by(statement: str) -> set[str]:
+    """Top-level packages that a fresh process has loaded after a statement."""
+    code = f"{statement}\nimport sys\nprint(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
+
+
+HEAVY = {"torch", "distributed", "dask", "zarr", "xarray", "numpy", "esm", "Bio", "pandas"}
+
+
+def test_importing_the_package_loads_nothing_heavy() -> None:
+    assert not loaded_by("import virnuc_dask") & HEAVY
+    assert not loaded_by("import virnuc_dask.cli") & HEAVY
+
+
+def test_help_is_answered_without_loading_anything_heavy() -> None:
+    code = "import sys; sys.argv[1:] = ['run', '--help']\nfrom virnuc_dask.cli import main\n"
+    loaded = loaded_by(f"{code}try: main()\nexcept SystemExit: pass")
+    assert not loaded & HEAVY
+
+
+def test_reading_a_store_loads_no_torch() -> None:
+    assert "torch" not in loaded_by("from virnuc_dask import open_store, verify")
+
+
+def test_public_names_resolve_and_stay_functions() -> None:
+    statement = "import virnuc_dask, virnuc_dask.coordinator; assert callable(virnuc_dask.run)"
+    assert "torch" in loaded_by(statement)
+    for name in virnuc_dask.__all__:
+        assert getattr(virnuc_dask, name).__doc__
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        virnuc_dask.nothing  # noqa: B018
+
+
+def test_no_module_is_longer_than_an_evening_allows() -> None:
+    for path in PACKAGE.glob("*.py"):
+        assert len(path.read_text().splitlines()) <= 400, f"{path.name} is two things"
