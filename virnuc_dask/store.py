@@ -216,9 +216,7 @@ class Store:
             return "a quarantined row has an embedding"
         return None
 
-    def _disagreement(
-        self, status: NDArray[np.uint8], lengths: NDArray[np.int32]
-    ) -> str | None:
+    def _disagreement(self, status: NDArray[np.uint8], lengths: NDArray[np.int32]) -> str | None:
         long = lengths > self.identity.max_residues
         for_long = np.isin(status, (Status.TRUNCATED, Status.WINDOWED, Status.TOO_LONG))
         if (for_long & ~long).any() or (long & (status == Status.EMBEDDED)).any():
