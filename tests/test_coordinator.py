@@ -257,7 +257,7 @@ def test_the_plan_is_what_the_run_then_does(tmp_path: Path, client: Any) -> None
     summary = virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "a.zarr", client=client, rows_per_chunk=64)
     assert (made.input.records, made.chunks) == (summary.records, summary.chunks) == (300, 5)
     assert made.long_records == summary.counts["truncated"]
-    assert made.input.residues == summary.computed_residues
+    assert made.encoded_residues == summary.computed_residues
     assert made.longest == 3164
     data = virnuc_dask.open_store(tmp_path / "a.zarr")
     assert made.embedding_bytes == data.embedding.nbytes

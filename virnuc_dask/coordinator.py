@@ -27,6 +27,7 @@ from virnuc_dask.config import ModelSpec, RunConfig, Settings, Status
 from virnuc_dask.embed import ChunkReport, embed_chunk
 from virnuc_dask.errors import StoreError, UsageError, VirnucError
 from virnuc_dask.events import Listener, RunSummary
+from virnuc_dask.packing import cut_segments
 from virnuc_dask.prepare import Inputs, prepare
 from virnuc_dask.store import Store
 
@@ -152,6 +153,9 @@ def _fill(
                 store.remove_chunk(int(chunk))
     present = store.present()
     missing = [int(chunk) for chunk in np.flatnonzero(~present)]
+    costs = _residues_to_encode(store) if missing else {}
+    # The longest first: one that starts last would leave the other workers idle at the end.
+    missing.sort(key=lambda chunk: -costs[chunk])
     emit(
         events.RunStarted(
             str(store.path),
@@ -159,11 +163,12 @@ def _fill(
             store.chunk_count,
             int(present.sum()),
             store.records - sum(_size(store, chunk) for chunk in missing),
+            sum(costs[chunk] for chunk in missing),
             spec.reference,
             spec.dimension,
         )
     )
-    work = _Work(store, spec, config, emit)
+    work = _Work(store, spec, config, emit, costs)
     if missing:
         connection: AbstractContextManager[Client] = (
             nullcontext(client) if client is not None else connect(cluster, workers)
@@ -178,8 +183,16 @@ def _fill(
 class _Work:
     """Chunks on their way through a cluster; all of it in one thread, fed by one queue."""
 
-    def __init__(self, store: Store, spec: ModelSpec, config: RunConfig, emit: Listener) -> None:
+    def __init__(
+        self,
+        store: Store,
+        spec: ModelSpec,
+        config: RunConfig,
+        emit: Listener,
+        costs: dict[int, int],
+    ) -> None:
         self.store, self.spec, self.config, self.emit = store, spec, config, emit
+        self.costs = costs
         self.reports: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.counted: set[int] = set()
@@ -266,17 +279,18 @@ class _Work:
 
     def _done(self, report: ChunkReport) -> None:
         self.errors.pop(report.chunk, None)
+        residues = self.costs[report.chunk]
         quarantined = 0
         if report.computed:
             self.counts.update(report.counts)
             self.counted.add(report.chunk)
-            self.reports.update(chunks=1, rows=report.rows, residues=report.residues)
+            self.reports.update(chunks=1, rows=report.rows, residues=residues)
             quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
         self.emit(
             events.ChunkDone(
                 report.chunk,
                 report.rows,
-                report.residues,
+                residues,
                 quarantined,
                 report.computed,
                 report.read_s,
@@ -354,6 +368,15 @@ def _status_or_error(store: Store, chunk: int) -> Any:
         raise StoreError(
             f"{store.path}: status of chunk {chunk} is damaged ({error}); run `verify --repair`"
         ) from error
+
+
+def _residues_to_encode(store: Store) -> dict[int, int]:
+    """What each chunk costs, in residues that go through the encoder."""
+    identity = store.identity
+    segments = cut_segments(store.lengths(), identity.max_residues, identity.long)
+    chunk = segments.row // identity.rows_per_chunk
+    residues = np.bincount(chunk, segments.length, minlength=store.chunk_count)
+    return dict(enumerate(residues.astype(int).tolist()))
 
 
 def _size(store: Store, chunk: int) -> int:

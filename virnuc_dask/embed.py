@@ -25,7 +25,7 @@ class ChunkReport:
 
     Attributes
     ----------
-    chunk, rows, residues : int
+    chunk, rows : int
     counts : dict of str to int
         Rows per state; empty if the chunk was found done.
     computed : bool
@@ -38,7 +38,6 @@ class ChunkReport:
 
     chunk: int
     rows: int
-    residues: int
     counts: dict[str, int]
     computed: bool
     read_s: float
@@ -83,9 +82,7 @@ def embed_chunk(
         raise IdentityMismatchError(path, store.identity.differences(identity))
     lengths, residues = store.read_rows(chunk)
     if store.is_present(chunk):
-        return ChunkReport(
-            chunk, len(lengths), int(lengths.sum()), {}, False, 0.0, 0.0, 0.0, os.getpid()
-        )
+        return ChunkReport(chunk, len(lengths), {}, False, 0.0, 0.0, 0.0, os.getpid())
     read = time.perf_counter()
     status, embedding = embed_rows(get_encoder(model, device), lengths, residues, identity)
     computed = time.perf_counter()
@@ -96,7 +93,6 @@ def embed_chunk(
     return ChunkReport(
         chunk,
         len(lengths),
-        int(lengths.sum()),
         counts,
         True,
         read - started,

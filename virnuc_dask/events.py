@@ -53,6 +53,7 @@ class RunStarted(Event):
     chunks: int
     present_chunks: int
     present_rows: int
+    residues_to_encode: int
     model: str
     dimension: int
 
@@ -67,7 +68,10 @@ class WorkersChanged(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChunkDone(Event):
-    """A chunk is in the store. Seconds are the worker's; `computed` is as in `ChunkReport`."""
+    """A chunk is in the store.
+
+    `residues` are those to encode; seconds are the worker's; `computed` is as in `ChunkReport`.
+    """
 
     chunk: int
     rows: int
@@ -119,7 +123,7 @@ class RunSummary(Event):
     counts : dict of str to int
         Rows per state, of the whole store; they add up to `records`.
     computed_chunks, computed_rows, computed_residues : int
-        What this run did.
+        What this run did; residues as encoded, truncated or covered by windows.
     missing : dict of int to str
         Chunks that are not done, with the last error where there was one.
     retries, workers_lost : int

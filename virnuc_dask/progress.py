@@ -51,7 +51,7 @@ class _Tally:
     """Rates and counts so far; what both the bar and the lines show."""
 
     def __init__(self) -> None:
-        self.rows = self.total = self.before = 0
+        self.rows = self.total = self.residues_left = 0
         self.computed_rows = self.computed_residues = 0
         self.workers = self.retries = self.quarantined = 0
         self._began: float | None = None
@@ -60,12 +60,14 @@ class _Tally:
         match event:
             case events.RunStarted():
                 self.total, self.rows = event.records, event.present_rows
+                self.residues_left = event.residues_to_encode
             case events.WorkersChanged():
                 self.workers = event.workers
                 # Rates count from the first worker's arrival: starting one takes seconds.
                 self._began = self._began or time.monotonic()
             case events.ChunkDone():
                 self.rows += event.rows
+                self.residues_left -= event.residues
                 self.quarantined += event.quarantined
                 if event.computed:
                     self.computed_rows += event.rows
@@ -77,11 +79,11 @@ class _Tally:
 
     def text(self) -> str:
         seconds = max(1e-6, time.monotonic() - (self._began or time.monotonic()))
-        rate = self.computed_rows / seconds
-        left = f"ETA {_duration((self.total - self.rows) / rate)}" if rate else "ETA ?"
+        rate = self.computed_residues / seconds
+        left = f"ETA {_duration(max(0, self.residues_left) / rate)}" if rate else "ETA ?"
         return (
-            f"{self.rows:,}/{self.total:,} rows  {rate:,.0f} seq/s"
-            f"  {self.computed_residues / seconds:,.0f} res/s  {left}"
+            f"{self.rows:,}/{self.total:,} rows  {self.computed_rows / seconds:,.0f} seq/s"
+            f"  {rate:,.0f} res/s  {left}"
             f"  {_count(self.workers, 'worker')}"
             f"  {self.retries} retried  {self.quarantined} quarantined"
         )

@@ -118,6 +118,10 @@ class Store:
         """Whether a chunk has any file, be it damaged or without its companion."""
         return any(self._file(name, chunk).is_file() for name in _CHUNK_FILE)
 
+    def lengths(self) -> NDArray[np.int32]:
+        """Residues of every record, shape (records,)."""
+        return np.asarray(self._array("length")[:], np.int32)
+
     # --- rows ---
 
     def read_rows(self, chunk: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
