@@ -131,7 +131,8 @@ def embed_rows(
     segments = segments.select(status[segments.row] < Status.INVALID_RESIDUES)
     embedding = encoder.encode_segments(residues, segments, len(lengths))
     # float16 tops out at 65,504: what overflows there is not a number to keep either.
-    finite = np.isfinite(embedding.astype(identity.dtype)).all(axis=1)
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(embedding.astype(identity.dtype)).all(axis=1)
     status[~finite & (status < Status.INVALID_RESIDUES)] = Status.NON_FINITE
     embedding[status >= Status.INVALID_RESIDUES] = np.nan
     return status, embedding

@@ -115,7 +115,10 @@ def load_checkpoint(reference: str) -> Checkpoint:
             f"model {file}: refused, it is damaged or holds more than tensors and settings"
             f" ({str(error).splitlines()[0]})"
         ) from error
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, AttributeError) as error:
+    except ModelError:
+        raise
+    except Exception as error:
+        # Torch's unpickler raises whatever comes when it is fed something else.
         raise ModelError(f"model {file}: not a fair-esm ESM-2 checkpoint: {error}") from error
     return checkpoint
 

@@ -1,0 +1,82 @@
+"""Random ESM-2 models in the layout of fair-esm's files, and fair-esm's own forward on them."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from esm.data import Alphabet
+from esm.model.esm2 import ESM2
+from numpy.typing import NDArray
+
+LETTERS = "ACDEFGHIKLMNPQRSTVWYXBUZO"
+
+
+def random_network(
+    layers: int, dimension: int, heads: int, *, seed: int = 0, token_dropout: bool = True
+) -> ESM2:
+    """An ESM-2 in which nothing cancels: biases, norms and attention are all perturbed."""
+    torch.manual_seed(seed)
+    network = ESM2(layers, dimension, heads, "ESM-1b", token_dropout).eval()
+    with torch.no_grad():
+        for name, parameter in network.named_parameters():
+            if "q_proj" in name or "k_proj" in name:
+                parameter.mul_(2)
+            if name.endswith("bias") or "norm" in name:
+                parameter.add_(0.2 * torch.randn_like(parameter))
+    return network.requires_grad_(False)
+
+
+def checkpoint_data(network: ESM2) -> dict[str, Any]:
+    """A network in the layout of the published files, prefixes and all."""
+    settings = argparse.Namespace(
+        encoder_layers=network.num_layers,
+        encoder_embed_dim=network.embed_dim,
+        encoder_attention_heads=network.attention_heads,
+        token_dropout=network.token_dropout,
+        arch="esm2",
+    )
+    tensors = {}
+    for name, tensor in network.state_dict().items():
+        if not name.startswith("contact_head"):
+            prefix = "encoder." if name.startswith("lm_head") else "encoder.sentence_encoder."
+            tensors[prefix + name] = tensor
+    return {"cfg": {"model": settings}, "model": tensors}
+
+
+def save_network(network: ESM2, path: Path) -> str:
+    torch.save(checkpoint_data(network), path)
+    return str(path)
+
+
+def upstream(
+    network: ESM2, sequences: list[str], layer: int | None = None
+) -> list[NDArray[np.float32]]:
+    """Per-token representations by fair-esm's own forward: BOS, residues, EOS of each sequence."""
+    layer = network.num_layers if layer is None else layer
+    convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    _, _, tokens = convert([("", sequence) for sequence in sequences])
+    with torch.inference_mode():
+        hidden = network(tokens, repr_layers=[layer])["representations"][layer]
+    return [hidden[n, : len(s) + 2].numpy() for n, s in enumerate(sequences)]
+
+
+def upstream_mean(
+    network: ESM2, sequences: list[str], layer: int | None = None
+) -> NDArray[np.float32]:
+    """fair-esm's own mean over residues, one sequence at a time, shape (n, D)."""
+    return np.stack([upstream(network, [s], layer)[0][1:-1].mean(0) for s in sequences])
+
+
+def random_sequences(lengths: list[int], seed: int = 0) -> list[str]:
+    random = np.random.default_rng(seed)
+    return ["".join(random.choice(list(LETTERS), length)) for length in lengths]
+
+
+def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
+    """Largest difference in any row, relative to the row's norm."""
+    norms = np.linalg.norm(expected, axis=1)
+    return float((np.abs(found - expected).max(axis=1) / norms).max())

@@ -1,0 +1,166 @@
+"""Weights: every way in, no code run from any of them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from models import checkpoint_data, random_network, random_sequences, save_network, upstream_mean
+
+from virnuc_dask import weights
+from virnuc_dask.errors import ModelError
+from virnuc_dask.esm2 import load_encoder
+from virnuc_dask.weights import describe, load_checkpoint, weights_at_hand
+
+DEMO_SHA256 = "c8b0642605129c699fb45509b46733bb5b50dbc4cd5ba6a5d355b7adb8c67d94"
+
+
+class Malicious:
+    """A pickle that writes a file when it is read without care."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.canary),)
+
+
+def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:
+    canary = tmp_path / "canary"
+    data = checkpoint_data(random_network(2, 32, 2))
+    data["extra"] = Malicious(canary)
+    for name, write in (("zip.pt", torch.save), ("bare.pt", _bare_pickle)):
+        write(data, tmp_path / name)
+        with pytest.raises(ModelError, match="refused"):
+            load_checkpoint(str(tmp_path / name))
+        assert not canary.exists()
+    # The trap is live: reading it carelessly springs it.
+    torch.load(tmp_path / "zip.pt", weights_only=False)
+    assert canary.exists()
+
+
+def _bare_pickle(data: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(data["extra"]))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"not a model", b"PK\x03\x04 broken", bytes(1000), b"\x80\x02."],
+)
+def test_a_file_that_is_no_checkpoint_is_a_clear_error(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"model\.pt"):
+        load_checkpoint(str(path))
+
+
+@pytest.mark.parametrize(
+    "data", [{}, [1, 2], {"model": {}}, {"cfg": {"model": {}}, "model": {}}, torch.zeros(3), 7]
+)
+def test_a_torch_file_of_something_else_is_a_clear_error(data: Any, tmp_path: Path) -> None:
+    torch.save(data, tmp_path / "model.pt")
+    with pytest.raises(ModelError, match=r"model\.pt"):
+        load_checkpoint(str(tmp_path / "model.pt"))
+
+
+def test_a_truncated_checkpoint_is_a_clear_error(tmp_path: Path) -> None:
+    path = Path(save_network(random_network(2, 32, 2), tmp_path / "model.pt"))
+    path.write_bytes(path.read_bytes()[:-3000])
+    with pytest.raises(ModelError, match=r"model\.pt"):
+        load_checkpoint(str(path))
+
+
+def test_a_checkpoint_without_a_layer_is_a_clear_error(tmp_path: Path) -> None:
+    data = checkpoint_data(random_network(2, 32, 2))
+    del data["model"]["encoder.sentence_encoder.layers.1.fc1.weight"]
+    torch.save(data, tmp_path / "model.pt")
+    with pytest.raises(ModelError, match=r"layers\.1\.fc1\.weight"):
+        load_encoder(str(tmp_path / "model.pt"))
+
+
+def test_an_unknown_name_says_which_are_known() -> None:
+    with pytest.raises(ModelError, match="neither a file, nor one of demo, esm2_t6_8M_UR50D"):
+        load_checkpoint("esm2_t7")
+
+
+def test_the_old_file_format_is_read(tmp_path: Path) -> None:
+    network = random_network(2, 32, 2)
+    torch.save(checkpoint_data(network), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    new = save_network(network, tmp_path / "new.pt")
+    assert load_checkpoint(str(tmp_path / "old.pt")).sha256() == load_checkpoint(new).sha256()
+
+
+def test_the_digest_is_of_what_an_embedding_depends_on(tmp_path: Path) -> None:
+    network = random_network(2, 32, 2)
+    published = checkpoint_data(network)
+    plain = {**published, "model": dict(network.state_dict())}  # with contact head, no prefixes
+    other_head = checkpoint_data(network)
+    other_head["model"]["encoder.lm_head.bias"] = torch.ones(33)
+    other = checkpoint_data(network)
+    name = "encoder.sentence_encoder.layers.1.fc2.bias"
+    other["model"][name] = other["model"][name] + 1e-6
+    digests = []
+    for number, data in enumerate((published, plain, other_head, other)):
+        torch.save(data, tmp_path / f"{number}.pt")
+        digests.append(load_checkpoint(str(tmp_path / f"{number}.pt")).sha256())
+    assert digests[0] == digests[1] == digests[2] != digests[3]
+
+
+def test_a_name_is_read_from_the_hub_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    folder = tmp_path / "hub" / "checkpoints"
+    folder.mkdir(parents=True)
+    network = random_network(2, 320, 20)
+    assert not weights_at_hand("esm2_t6_8M_UR50D")
+    save_network(network, folder / "esm2_t6_8M_UR50D.pt")
+    assert weights_at_hand("esm2_t6_8M_UR50D")
+    sequences = random_sequences([30])
+    found = load_encoder("esm2_t6_8M_UR50D").encode(sequences)
+    assert np.allclose(found, upstream_mean(network, sequences), atol=1e-4)
+
+
+def test_without_a_network_the_error_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr(weights, "_URL", "http://127.0.0.1:9/{}.pt")  # refuses, for real
+    with pytest.raises(ModelError, match=r"put the file at .*esm2_t6_8M_UR50D\.pt.*--model demo"):
+        load_checkpoint("esm2_t6_8M_UR50D")
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+
+def test_the_download_goes_into_the_cache_under_upstreams_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = tmp_path / "served"
+    served.mkdir()
+    save_network(random_network(2, 320, 20), served / "esm2_t6_8M_UR50D.pt")
+    server = subprocess.Popen(
+        [sys.executable, "-u", "-m", "http.server", "0", "--bind", "127.0.0.1"],
+        cwd=served,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        port = server.stdout.readline().split("port ")[1].split()[0]
+        monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+        monkeypatch.setattr(weights, "_URL", f"http://127.0.0.1:{port}/{{}}.pt")
+        checkpoint = load_checkpoint("esm2_t6_8M_UR50D")
+    finally:
+        server.kill()
+        server.wait()
+    assert checkpoint.dimension == 320
+    assert (tmp_path / "home/hub/checkpoints/esm2_t6_8M_UR50D.pt").is_file()
+
+
+def test_demo_weights_never_change() -> None:
+    assert describe(load_checkpoint("demo")).weights_sha256 == DEMO_SHA256
