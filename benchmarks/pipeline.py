@@ -33,6 +33,7 @@ from virnuc_dask import run
 from virnuc_dask.config import ModelSpec, Settings
 from virnuc_dask.embed import embed_rows
 from virnuc_dask.esm2 import load_encoder
+from virnuc_dask.events import ChunkDone, Event, WorkersChanged
 from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
 
@@ -56,9 +57,10 @@ def main() -> None:
         settings = Settings(model=str(weights), rows_per_chunk=arguments.rows_per_chunk)
         store, model = prepare(inputs, work / "bare.zarr", settings, lambda _event: None)
 
-        bare, whole, peaks = [], [], []
+        bare, whole, steady, peaks = [], [], [], []
         for number in range(arguments.repeats):
             bare.append(store.records / bare_loop(store, model, arguments.workers))
+            loading = Loading()
             with PeakMemory() as peak:
                 summary = run(
                     inputs,
@@ -66,11 +68,12 @@ def main() -> None:
                     model=str(weights),
                     workers=arguments.workers,
                     rows_per_chunk=arguments.rows_per_chunk,
+                    listener=loading,
                 )
             assert summary.complete
             whole.append(summary.computed_rows / summary.seconds)
+            steady.append(summary.computed_rows / (summary.seconds - loading.seconds))
             peaks.append(peak)
-        ratios = [w / b for w, b in zip(whole, bare, strict=True)]
         done = work / "run0.zarr"
         size = sum(f.stat().st_size for f in (done / "embedding").iterdir())
         everything = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
@@ -83,7 +86,8 @@ def main() -> None:
         rows = [
             ("bare encoder loop, sequences/s", f"{median(bare):.1f}"),
             ("run, sequences/s", f"{median(whole):.1f}"),
-            ("run / bare", f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"),
+            ("run / bare", ratio(whole, bare)),
+            ("the same without the workers' import of torch", ratio(steady, bare)),
             ("store, bytes per row", f"{everything / store.records:,.0f}"),
             ("embedding, bytes per row", f"{size / store.records:,.0f} of {4 * model.dimension:,}"),
             ("peak RSS of the coordinator", f"{max(p.own for p in peaks) / 2**20:,.0f} MiB"),
@@ -94,6 +98,26 @@ def main() -> None:
         print("| what | measured |\n|---|---|")
         for name, value in rows:
             print(f"| {name} | {value} |")
+
+
+def ratio(ours: list[float], peers: list[float]) -> str:
+    """Median and range of the turns' ratios."""
+    ratios = [ours / peer for ours, peer in zip(ours, peers, strict=True)]
+    return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
+
+
+class Loading:
+    """Seconds from the first submission until a worker has begun to compute."""
+
+    seconds = 0.0
+
+    def __call__(self, event: Event) -> None:
+        """Take an event of the run."""
+        if isinstance(event, WorkersChanged) and not self.seconds:
+            self._began = time.perf_counter()
+        elif isinstance(event, ChunkDone) and not self.seconds:
+            busy = event.read_s + event.compute_s + event.write_s
+            self.seconds = time.perf_counter() - self._began - busy
 
 
 def random_8m(path: Path) -> Path:

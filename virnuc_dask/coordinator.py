@@ -8,7 +8,6 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -24,8 +23,9 @@ from distributed.client import FutureCancelledError
 from virnuc_dask import events
 from virnuc_dask.cluster import connect
 from virnuc_dask.config import ModelSpec, RunConfig, Settings, Status
+from virnuc_dask.dataset import count_states
 from virnuc_dask.embed import ChunkReport, embed_chunk
-from virnuc_dask.errors import StoreError, UsageError, VirnucError
+from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.events import Listener, RunSummary
 from virnuc_dask.packing import cut_segments
 from virnuc_dask.prepare import Inputs, prepare
@@ -162,7 +162,7 @@ def _fill(
             store.records,
             store.chunk_count,
             int(present.sum()),
-            store.records - sum(_size(store, chunk) for chunk in missing),
+            store.rows_in(np.flatnonzero(present)),
             sum(costs[chunk] for chunk in missing),
             spec.reference,
             spec.dimension,
@@ -337,12 +337,9 @@ def _summarise(store: Store, work: _Work, seconds: float) -> RunSummary:
     present = store.present()
     counts = Counter(work.counts)
     unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]
-    with ThreadPoolExecutor(8) as pool:
-        for codes in pool.map(lambda chunk: _status_or_error(store, chunk), unread):
-            for code, number in zip(*np.unique(codes, return_counts=True), strict=True):
-                counts[Status(int(code)).meaning] += int(number)
+    counts.update(count_states(store, unread))
     missing = {int(c): work.errors.get(int(c), "not computed") for c in np.flatnonzero(~present)}
-    if pending := sum(_size(store, chunk) for chunk in missing):
+    if pending := store.records - store.rows_in(np.flatnonzero(present)):
         counts[Status.PENDING.meaning] = pending
     return RunSummary(
         str(store.path),
@@ -361,15 +358,6 @@ def _summarise(store: Store, work: _Work, seconds: float) -> RunSummary:
     )
 
 
-def _status_or_error(store: Store, chunk: int) -> Any:
-    try:
-        return store.read_status(chunk)
-    except (ValueError, RuntimeError) as error:
-        raise StoreError(
-            f"{store.path}: status of chunk {chunk} is damaged ({error}); run `verify --repair`"
-        ) from error
-
-
 def _residues_to_encode(store: Store) -> dict[int, int]:
     """What each chunk costs, in residues that go through the encoder."""
     identity = store.identity
@@ -377,11 +365,6 @@ def _residues_to_encode(store: Store) -> dict[int, int]:
     chunk = segments.row // identity.rows_per_chunk
     residues = np.bincount(chunk, segments.length, minlength=store.chunk_count)
     return dict(enumerate(residues.astype(int).tolist()))
-
-
-def _size(store: Store, chunk: int) -> int:
-    rows = store.rows(chunk)
-    return int(rows.stop - rows.start)
 
 
 @contextmanager

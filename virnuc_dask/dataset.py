@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.config import Status
+from virnuc_dask.errors import StoreError
 from virnuc_dask.store import Store
 
 _CHUNKS_PER_CHECK = 16
@@ -77,7 +80,6 @@ def status(store: str | Path) -> StoreStatus:
     """Look how far a store is. Two directory listings; no chunk is opened."""
     opened = Store(store)
     present = opened.present()
-    rows = sum(_size(opened.rows(int(chunk))) for chunk in np.flatnonzero(present))
     return StoreStatus(
         str(opened.path),
         str(opened.provenance.get("model", "unknown")),
@@ -86,23 +88,40 @@ def status(store: str | Path) -> StoreStatus:
         opened.identity.rows_per_chunk,
         opened.dimension,
         present,
-        rows,
+        opened.rows_in(np.flatnonzero(present)),
     )
 
 
 def row_states(store: str | Path) -> dict[str, int]:
     """Rows per state, read from `status`; they add up to the records."""
     opened = Store(store)
-    counts = dict.fromkeys((s.meaning for s in Status), 0)
-    for chunk, present in enumerate(opened.present()):
-        if present:
-            for code, number in zip(
-                *np.unique(opened.read_status(chunk), return_counts=True), strict=True
-            ):
-                counts[Status(int(code)).meaning] += int(number)
-        else:
-            counts[Status.PENDING.meaning] += _size(opened.rows(chunk))
+    done = np.flatnonzero(opened.present())
+    counts = count_states(opened, done)
+    counts[Status.PENDING.meaning] = opened.records - opened.rows_in(done)
     return {state: number for state, number in counts.items() if number}
+
+
+def count_states(store: Store, chunks: Iterable[int]) -> Counter[str]:
+    """Rows per state in some chunks that are present.
+
+    Raises
+    ------
+    StoreError
+        A chunk of `status` is damaged.
+    """
+
+    def count(chunk: int) -> Counter[str]:
+        try:
+            codes, numbers = np.unique(store.read_status(int(chunk)), return_counts=True)
+            return Counter({Status(c).meaning: int(n) for c, n in zip(codes, numbers, strict=True)})
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"{store.path}: status of chunk {chunk} is damaged ({error});"
+                " `verify --repair` removes it"
+            ) from error
+
+    with ThreadPoolExecutor(8) as pool:
+        return sum(pool.map(count, chunks), Counter())
 
 
 def quarantined(store: str | Path) -> Iterator[tuple[int, str, str]]:
@@ -220,7 +239,3 @@ def verify(
 def _check(store: Store, chunks: list[int], sequences: bool) -> dict[int, str]:
     problems = {chunk: store.check_chunk(chunk, sequences=sequences) for chunk in chunks}
     return {chunk: problem for chunk, problem in problems.items() if problem is not None}
-
-
-def _size(rows: slice) -> int:
-    return int(rows.stop - rows.start)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,11 @@ class Store:
         """Rows of a chunk."""
         start = chunk * self.identity.rows_per_chunk
         return slice(start, min(start + self.identity.rows_per_chunk, self.records))
+
+    def rows_in(self, chunks: Iterable[int]) -> int:
+        """How many rows some chunks have together."""
+        spans = (self.rows(int(chunk)) for chunk in chunks)
+        return sum(int(span.stop - span.start) for span in spans)
 
     def present(self) -> NDArray[np.bool_]:
         """Which chunks are done, shape (chunk_count,): `status` and `embedding` both have a file.
