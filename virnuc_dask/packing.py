@@ -104,14 +104,13 @@ def residue_weights(segments: Segments, number: int) -> NDArray[np.float32]:
     length = int(segments.length[number])
     if segments.windows[number] == 1:
         return np.full(length, 1.0 / length, np.float32)
-    mine = np.flatnonzero(segments.row == row)
-    starts = segments.start[mine] - segments.start[mine[0]]
-    coverage = np.zeros(int(starts[-1]) + length)
-    for start in starts:
-        coverage[start : start + length] += 1
-    begin = int(segments.start[number] - segments.start[mine[0]])
-    weights = 1.0 / (coverage[begin : begin + length] * len(coverage))
-    return weights.astype(np.float32)
+    first, last = np.searchsorted(segments.row, [row, row + 1])
+    starts = segments.start[first:last]  # of all the row's windows, which are equally long
+    residues = segments.start[number] + np.arange(length)
+    begun = np.searchsorted(starts, residues, side="right")
+    ended = np.searchsorted(starts + length, residues, side="right")
+    residues_of_row = int(starts[-1] - starts[0]) + length
+    return np.asarray(1.0 / ((begun - ended) * residues_of_row), np.float32)
 
 
 def cut_batches(lengths: NDArray[np.int64], token_budget: int) -> Iterator[Batch]:

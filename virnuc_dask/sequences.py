@@ -18,6 +18,11 @@ from xopen import xopen
 from virnuc_dask.errors import InputError
 from virnuc_dask.residues import Block, InputDigest, InputSummary, Record, clean, decoded_header
 
+if sys.version_info >= (3, 14):
+    from compression.zstd import ZstdError
+else:
+    from backports.zstd import ZstdError  # as xopen does
+
 BLOCK_RECORDS = 65_536
 BLOCK_RESIDUES = 2**24
 
@@ -27,8 +32,7 @@ _BYTE_ORDER_MARKS = {
     b"\xfe\xff": "UTF-16",
     b"\x00\x00\xfe\xff": "UTF-32",
 }
-# zstd and isal have error types of their own, all of them subclasses of these or named like them.
-_DECOMPRESSION_ERRORS = (EOFError, OSError, zlib.error, lzma.LZMAError, ValueError)
+_DECOMPRESSION_ERRORS = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, ZstdError)
 
 
 def read_blocks(

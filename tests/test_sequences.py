@@ -1,0 +1,371 @@
+"""Reading input: what works, what is mended and counted, what is refused and how."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from backports import zstd
+from conftest import EXAMPLES, VIRAL_PROTEINS
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from virnuc_dask import sequences
+from virnuc_dask.errors import InputError
+from virnuc_dask.residues import ALPHABET, InputSummary, Record, clean, clean_sequence, invalid_rows
+from virnuc_dask.sequences import read_blocks, read_records
+
+FASTA = ">a first\nMKTAYI\nAKQR\n>b\nMKV\n>a again\nLLL\n"
+FASTQ = "@a first\nMKTAYIAKQR\n+\nIIIIIIIIII\n@b\nMKV\n+b\n@@@\n@a again\nLLL\n+\nIII\n"
+EXPECTED = [("a", "MKTAYIAKQR"), ("b", "MKV"), ("a", "LLL")]
+
+COMPRESS: dict[str, Callable[[bytes], bytes]] = {
+    "plain": bytes,
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": zstd.compress,
+}
+
+
+def read(*paths: Path | str, strict: bool = False) -> tuple[list[tuple[str, str]], InputSummary]:
+    """Cleaned records as (identifier, residues), and the summary."""
+    summary = InputSummary()
+    found = []
+    for block in read_blocks([*paths], summary, strict=strict):
+        ends = np.cumsum(block.lengths)
+        for name, end, length in zip(block.ids, ends, block.lengths, strict=True):
+            found.append((name, block.residues[end - length : end].tobytes().decode()))
+    return found, summary
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+# --- what works ---
+
+
+@pytest.mark.parametrize("name", ["in.fa", "in.fastq", "in.txt.gz", "in"])
+@pytest.mark.parametrize("compression", COMPRESS)
+@pytest.mark.parametrize("text", [FASTA, FASTQ], ids=["fasta", "fastq"])
+def test_content_decides_the_format_and_not_the_name(
+    name: str, compression: str, text: str, tmp_path: Path
+) -> None:
+    path = write(tmp_path / name, COMPRESS[compression](text.encode()))
+    found, summary = read(path)
+    assert found == EXPECTED
+    assert (summary.records, summary.residues) == (3, 16)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        FASTA.replace("\n", "\r\n"),
+        FASTA.rstrip("\n"),
+        FASTA.replace("MKTAYI\nAKQR", "MKTAYIAKQR"),
+        FASTA.replace("MKTAYI\nAKQR", "M\nK\nT\nA\nY\nI\nA\nK\nQ\nR"),
+        FASTA.lower().replace(">A", ">a"),
+        "\n\n" + FASTA.replace("\n", "\n\n"),
+        "; a comment\n# another\n" + FASTA,
+        FASTA.replace(">b", "; in between\n>b").replace("AKQR", "AK\n# inside\nQR"),
+        "\ufeff" + FASTA,
+        FASTA.replace("MKV", "M K\tV "),
+        FASTQ.replace("\n", "\r\n"),
+        FASTQ.rstrip("\n"),
+        FASTQ.lower().replace("@b\n@@@", "@b\n@@@"),
+        FASTQ.replace(
+            "@a first\nMKTAYIAKQR\n+\nIIIIIIIIII", "@a first\nMKTAYI\nAKQR\n+\nIIII\nIIIIII"
+        ),
+        "\n\n" + FASTQ,
+    ],
+)
+def test_common_variants_read_the_same(text: str, tmp_path: Path) -> None:
+    found, summary = read(write(tmp_path / "in.fa", text))
+    assert found == EXPECTED
+    assert summary.sha256 == read(write(tmp_path / "plain.fa", FASTA))[1].sha256
+
+
+def test_empty_headers_and_bytes_that_are_not_utf8_lose_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.fa", b">\nMKT\n>prot\xe9ine\nMKV\n>\xc3\xa9\nMKL\n")
+    assert read(path)[0] == [("", "MKT"), ("protéine", "MKV"), ("é", "MKL")]
+
+
+def test_files_are_read_in_order_as_one_input(tmp_path: Path) -> None:
+    one = write(tmp_path / "one.fa", ">a\nMKTAYIAKQR\n")
+    none = write(tmp_path / "none.fa", "")
+    two = write(tmp_path / "two.fq.gz", gzip.compress(b"@b\nMKV\n+\nIII\n@a\nLLL\n+\nIII\n"))
+    found, summary = read(one, none, two)
+    assert found == EXPECTED
+    assert summary.empty_files == [str(none)]
+    assert summary.sha256 == read(write(tmp_path / "whole.fa", FASTA))[1].sha256
+
+
+def test_standard_input_is_read_compressed_or_not(tmp_path: Path) -> None:
+    code = (
+        "from virnuc_dask.residues import InputSummary\n"
+        "from virnuc_dask.sequences import read_blocks\n"
+        "print([name for block in read_blocks(['-'], InputSummary()) for name in block.ids])"
+    )
+    for compress in COMPRESS.values():
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            input=compress(FASTA.encode()),
+            stdout=subprocess.PIPE,
+            check=True,
+        )
+        assert done.stdout.decode().strip() == "['a', 'b', 'a']"
+
+
+def test_several_gzip_members_are_one_file(tmp_path: Path) -> None:
+    content = gzip.compress(b">a\nMKTAYIAKQR\n>b\nM") + gzip.compress(b"KV\n>a\nLLL\n")
+    assert read(write(tmp_path / "in.fa.gz", content))[0] == EXPECTED
+
+
+def test_lines_of_records_are_those_of_their_headers(tmp_path: Path) -> None:
+    text = "\n; comment\n>a\r\nMK\r\n\r\nTA\r\n# another\r\n>b\nM\n\n\n>c\n>d\nM"
+    path = write(tmp_path / "in.fa", text)
+    assert [(r.id, r.line) for r in read_records(str(path))] == [
+        ("a", 3),
+        ("b", 8),
+        ("c", 12),
+        ("d", 13),
+    ]
+    path = write(tmp_path / "in.fq", FASTQ)
+    assert [r.line for r in read_records(str(path))] == [1, 5, 9]
+
+
+def test_real_files_read_as_biopython_reads_them() -> None:
+    from Bio import SeqIO
+    from xopen import xopen
+
+    for path in (VIRAL_PROTEINS, EXAMPLES / "esm_some_proteins.fasta"):
+        with xopen(path) as text:
+            expected = [(r.id, str(r.seq)) for r in SeqIO.parse(text, "fasta")]
+        assert read(path)[0] == expected
+
+
+# --- letters ---
+
+
+def test_letters_are_mended_by_rule_and_counted(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "in.fa", f">all\n{ALPHABET}\n>j\nMJjK\n>gaps\n-M.K-\n>stop\nMK**\n>mix\nM-*-\n"
+    )
+    found, summary = read(path)
+    assert [sequence for _, sequence in found] == [ALPHABET, "MXXK", "MK", "MK", "M"]
+    assert (summary.ambiguous_j, summary.gaps, summary.terminal_stops) == (2, 5, 3)
+    assert summary.invalid == 0
+
+
+@pytest.mark.parametrize(
+    "bad", ["M*K", "M1", "M?K", "Mé", "M>K", "M@", "_M", "M/K", "M\x7fK", "M中"]
+)
+def test_other_letters_make_the_record_invalid(bad: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.fa", f">good\nMKT\n>bad\n{bad}\n>fine\nMKV\n")
+    _, summary = read(path)
+    assert (summary.records, summary.invalid) == (3, 1)
+    assert summary.first_invalid is not None
+    assert (summary.first_invalid.line, summary.first_invalid.record) == (3, "bad")
+    with pytest.raises(InputError, match=r"in\.fa, line 3, record 'bad'") as refused:
+        read(path, strict=True)
+    assert refused.value.exit_code == 2
+
+
+@given(
+    st.lists(
+        st.text(st.characters(exclude_characters="\n\r\0"), max_size=30), min_size=1, max_size=8
+    )
+)
+def test_any_text_is_cleaned_or_named(texts: list[str]) -> None:
+    summary = InputSummary()
+    records = [
+        Record(
+            str(number),
+            text.encode("utf-8", "surrogatepass").decode("utf-8", "surrogateescape"),
+            "f",
+            number,
+        )
+        for number, text in enumerate(texts)
+    ]
+    block = clean(records, summary)
+    invalid = invalid_rows(block.residues, block.lengths)
+    assert int(block.lengths.sum()) == len(block.residues)
+    assert summary.invalid == invalid.sum()
+    assert (summary.first_invalid is not None) == bool(invalid.any())
+    if invalid.any():
+        assert summary.first_invalid is not None
+        assert summary.first_invalid.line == int(np.argmax(invalid))
+    good = set(ALPHABET.encode())
+    ends = np.cumsum(block.lengths)
+    for bad, end, length in zip(invalid, ends, block.lengths, strict=True):
+        assert bad == (not set(block.residues[end - length : end].tolist()) <= good)
+
+
+@given(st.text("ACDEFGHIKLMNPQRSTVWYXBUZOacdxJj-.* ", max_size=40))
+def test_cleaning_twice_is_cleaning_once(text: str) -> None:
+    try:
+        once = clean_sequence(text)
+    except InputError:
+        assert "*" in text.rstrip("*-. ")
+    else:
+        assert clean_sequence(once) == once
+        assert set(once) <= set(ALPHABET)
+
+
+def test_empty_records_keep_their_place(tmp_path: Path) -> None:
+    found, summary = read(write(tmp_path / "in.fa", ">a\n>b\n\n>c\n*\n>d\n--\n>e\nM\n>f"))
+    assert found == [("a", ""), ("b", ""), ("c", ""), ("d", ""), ("e", "M"), ("f", "")]
+    assert summary.empty == 5
+
+
+@pytest.mark.parametrize("content", [b"", b"\n\n", b"; only a comment\n", gzip.compress(b"")])
+def test_input_without_a_record_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = write(tmp_path / "in.fa", content)
+    with pytest.raises(InputError, match=r"in\.fa: no sequence record"):
+        read(path)
+
+
+def test_nucleotides_are_recognised(tmp_path: Path) -> None:
+    assert (
+        read(write(tmp_path / "in.fa", ">a\nACGTN\n>b\nMKT\n>c\nacguu\n"))[1].nucleotide_like == 2
+    )
+
+
+# --- the digest ---
+
+
+def test_the_digest_knows_order_names_and_borders(tmp_path: Path) -> None:
+    texts = [
+        ">a\nAC\n>b\nD\n",
+        ">a\nA\n>b\nCD\n",
+        ">a\nACD\n",
+        ">b\nD\n>a\nAC\n",
+        ">a\nAC\n>c\nD\n",
+        ">a\nAC\n>b\nE\n",
+        ">ab\nAC\n>\nD\n",
+        ">a\nAC\n>b\nD\n>c\n",
+    ]
+    digests = {read(write(tmp_path / "in.fa", text))[1].sha256 for text in texts}
+    assert len(digests) == len(texts)
+
+
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=20, deadline=None
+)
+@given(records=st.integers(1, 400), residues=st.integers(1, 5000))
+def test_the_digest_does_not_depend_on_blocks(
+    records: int, residues: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = read(VIRAL_PROTEINS)
+    with monkeypatch.context() as patch:
+        patch.setattr(sequences, "BLOCK_RECORDS", records)
+        patch.setattr(sequences, "BLOCK_RESIDUES", residues)
+        parts = read(VIRAL_PROTEINS)
+    assert parts[0] == whole[0]
+    assert parts[1].sha256 == whole[1].sha256
+
+
+# --- what is refused ---
+
+
+def refused(path: Path | str) -> InputError:
+    with pytest.raises(InputError) as caught:
+        read(path)
+    assert caught.value.exit_code == 2
+    assert str(path) in str(caught.value)
+    return caught.value
+
+
+def test_what_is_not_there_or_no_file_is_refused(tmp_path: Path) -> None:
+    assert "No such file" in str(refused(tmp_path / "missing.fa"))
+    assert "directory" in str(refused(tmp_path))
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
+@pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999])
+def test_a_truncated_file_is_refused_with_its_line(
+    compression: str, share: float, tmp_path: Path
+) -> None:
+    content = COMPRESS[compression](gzip.decompress(VIRAL_PROTEINS.read_bytes()))
+    error = refused(write(tmp_path / "in.fa", content[: max(8, int(share * len(content)))]))
+    assert error.line is not None
+    assert "truncated or damaged" in str(error)
+
+
+@pytest.mark.parametrize("compression", ["gz", "bz2", "xz", "zst"])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_file_damaged_inside_is_refused(compression: str, seed: int, tmp_path: Path) -> None:
+    content = bytearray(COMPRESS[compression](gzip.decompress(VIRAL_PROTEINS.read_bytes())))
+    if compression == "zst":
+        options = {zstd.CompressionParameter.checksum_flag: 1}
+        content = bytearray(
+            zstd.compress(gzip.decompress(VIRAL_PROTEINS.read_bytes()), options=options)
+        )
+    middle = random.Random(seed).randrange(len(content) // 3, len(content) - 100)
+    content[middle : middle + 40] = bytes(b ^ 0x55 for b in content[middle : middle + 40])
+    assert refused(write(tmp_path / "in.fa", bytes(content))).line is not None
+
+
+def garbage(seed: int) -> bytes:
+    return random.Random(seed).randbytes(4000)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"\x89PNG\r\n\x1a\n" + garbage(1),
+        b"PK\x03\x04" + garbage(2),
+        *[garbage(seed) for seed in range(3, 12)],
+        b">a\nMKT\0AYI\n",
+        ">a\nMKT\n".encode("utf-16"),
+        ">a\nMKT\n".encode("utf-16-le"),
+        ">a\nMKT\n".encode("utf-16-be"),
+        b"\xfe\xff" + ">a\nMKT\n".encode("utf-16-be"),
+        ">a\nMKT\n".encode("utf-32"),
+        b"MKTAYIAKQR\n>a\nMKT\n",
+        b"<!DOCTYPE html>\n<html></html>\n",
+        b"id,sequence\na,MKT\n",
+    ],
+)
+def test_what_is_no_sequence_file_is_refused_with_its_line(content: bytes, tmp_path: Path) -> None:
+    assert refused(write(tmp_path / "in.fa", content)).line is not None
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "problem"),
+    [
+        ("@a\nMKT\n+\nII\n", 1, "differs"),
+        ("@a\nMKT\n+\nIII\n@b\nMKTAY\n+\nIII\n@c\nM\n+\nI\n", 5, ""),
+        ("@a\nMKT\n+\nIII\n@b\nMKT\n+\n", 5, ""),
+        ("@a\nMKT\n+\nIII\n@b\nMKT\n", 5, ""),
+        ("@a\nMKT\n+\nIII\n@b\n", 5, ""),
+        ("@a\nMKT\n+\nIII\n@b\nMKT\n+other\nIII\n", 5, "differ"),
+        ("@a\nMKT\n+\nIII\n>b\nMKT\n", 1, ""),
+        ("@a\nMKT\n+\nIIII\n", 1, ""),
+    ],
+)
+def test_malformed_fastq_is_refused_at_the_record(
+    text: str, line: int, problem: str, tmp_path: Path
+) -> None:
+    error = refused(write(tmp_path / "in.fq", text))
+    assert error.line == line
+    assert problem in str(error).lower()
+
+
+def test_identifiers_are_data_and_never_break_a_message(tmp_path: Path) -> None:
+    path: Any = write(tmp_path / "in.fa", f">{'x' * 10_000}\x1b[2J\nM1\n")
+    with pytest.raises(InputError) as caught:
+        read(path, strict=True)
+    assert len(str(caught.value)) < 400
+    assert "\x1b" not in str(caught.value)
