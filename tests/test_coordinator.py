@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from pathlib import Path
@@ -173,7 +174,7 @@ def test_a_scheduler_file_is_attached_to_and_left_running(
     tmp_path: Path, awkward: Path, client: Any
 ) -> None:
     file = tmp_path / "scheduler.json"
-    client.write_scheduler_file(str(file))
+    file.write_text(json.dumps({"address": client.scheduler.address}))
     summary = virnuc_dask.run(awkward, tmp_path / "a.zarr", cluster=str(file))
     assert summary.complete
     address = client.scheduler.address
@@ -275,8 +276,6 @@ def test_a_plan_needs_no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 
 
 def test_events_say_everything_as_json(tmp_path: Path, client: Any) -> None:
-    import json
-
     path = tmp_path / "a.faa"
     path.write_text(AWKWARD)
     seen: list[events.Event] = []
