@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from collections.abc import Callable
@@ -36,8 +37,13 @@ class _Group(click.Group):
         except VirnucError as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(error.exit_code)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # click's own business
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(VirnucError.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted before anything was computed", err=True)
+            click.echo("interrupted; the same command goes on", err=True)
             ctx.exit(130)
 
 
@@ -276,8 +282,12 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
 
 
 def _show_run(kind: str, work: Callable[[Any], RunSummary]) -> NoReturn:
+    import logging
+
     from virnuc_dask.progress import display
 
+    # What the user should know of a lost worker or scheduler comes as an event or an error.
+    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
     with display(kind) as listener:
         summary = work(listener)
     if kind != "json":

@@ -37,6 +37,8 @@ def connect(cluster: str, workers: int | None = None) -> Iterator[Client]:
     ------
     UsageError
         A name that means nothing, or a scheduler that does not answer.
+    VirnucError
+        Workers that do not come.
     """
     if cluster == "local":
         count = workers or CPU_COUNT
@@ -61,7 +63,7 @@ def connect(cluster: str, workers: int | None = None) -> Iterator[Client]:
             Client(local, set_as_default=False) as client,
         ):
             client.register_plugin(_IgnoreInterrupt())
-            client.wait_for_workers(count, timeout=_START_S)
+            _await_workers(client, count)
             yield client
         return
     if workers is not None:
@@ -81,11 +83,15 @@ def connect(cluster: str, workers: int | None = None) -> Iterator[Client]:
     except (OSError, ValueError) as error:
         raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
     with client:
-        try:
-            client.wait_for_workers(1, timeout=_START_S)
-        except TimeoutError as error:
-            raise VirnucError(f"cluster {cluster}: no worker came in {_START_S} s") from error
+        _await_workers(client, 1)
         yield client
+
+
+def _await_workers(client: Client, count: int) -> None:
+    try:
+        client.wait_for_workers(count, timeout=_START_S)
+    except TimeoutError as error:
+        raise VirnucError(f"{count} worker(s) did not come within {_START_S} s") from error
 
 
 # Dask has workers give every freed page back to the system at once, which costs the encoder a

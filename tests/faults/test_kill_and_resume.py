@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,13 +53,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, proteins: Path) -> S
 class Run:
     """A command in a process group of its own, whose events are read as they come."""
 
-    def __init__(self, *arguments: object) -> None:
+    def __init__(self, *arguments: object, **options: Any) -> None:
         self.events: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
             command(*arguments, "--json"),
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            **options,
         )
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -199,6 +201,65 @@ def test_a_second_signal_leaves_at_once(proteins: Path, tmp_path: Path) -> None:
     assert run.finish() == 128 + signal.SIGTERM
     assert not run.of("run_summary")
     await_end(workers)
+
+
+def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "out.zarr"
+    settings = ("--rows-per-chunk", 300, "--workers", 1)
+    first = Run("run", VIRAL_PROTEINS, path, *settings, "--grace", 5)
+    for event in first:
+        if event["event"] == "workers_changed":
+            first.process.send_signal(signal.SIGTERM)
+            break
+    assert first.finish() == 128 + signal.SIGTERM
+    assert first.of("stopping")[0]["running"] == 1
+    assert first.of("run_summary")[0]["counts"] == {"pending": 300}
+    assert not Store(path).has_files(0)
+    second = Run("resume", path)
+    assert second.finish() == 0
+    assert virnuc_dask.verify(path).checked == 1
+
+
+def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
+    proteins: Path, uninterrupted: Store, tmp_path: Path
+) -> None:
+    file, path = tmp_path / "scheduler.json", tmp_path / "out.zarr"
+    dask = [sys.executable, "-m", "dask"]
+    scheduler = subprocess.Popen(
+        [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)],
+        stderr=subprocess.DEVNULL,
+    )
+    worker = subprocess.Popen(
+        [*dask, "worker", "--scheduler-file", str(file), "--nworkers", "2", "--nthreads", "2"],
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        while not file.exists() or not file.read_text():
+            time.sleep(0.1)
+        first = Run(
+            "run", proteins, path, "--rows-per-chunk", 20, "--cluster", file, stderr=subprocess.PIPE
+        )
+        for event in first:
+            if event["event"] == "chunk_done":
+                scheduler.kill()
+                break
+        assert first.finish() == 4
+        assert scheduler.wait() == -signal.SIGKILL
+    finally:
+        scheduler.kill()
+        worker.terminate()
+        worker.wait()
+    assert first.process.stderr is not None
+    assert first.process.stderr.read() == (
+        "error: the scheduler was lost. Finished chunks are safe; the same command resumes\n"
+    )
+    present = Store(path).present()
+    assert 0 < present.sum() < len(present)
+    second = Run("run", proteins, path, *SETTINGS)
+    assert second.finish() == 0
+    assert sorted([*np.flatnonzero(present), *second.computed()]) == list(range(len(present)))
+    clear_partial_files_of_the_killed(Store(path))
+    assert_ledger(Store(path), uninterrupted)
 
 
 def test_status_draws_the_map_while_a_run_is_going(proteins: Path, tmp_path: Path) -> None:
