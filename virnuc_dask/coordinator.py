@@ -23,9 +23,9 @@ from distributed.client import FutureCancelledError
 from virnuc_dask import events
 from virnuc_dask.cluster import connect
 from virnuc_dask.config import ModelSpec, RunConfig, Settings, Status
-from virnuc_dask.dataset import count_states
+from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.embed import ChunkReport, embed_chunk
-from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.errors import StoreError, UsageError, VirnucError
 from virnuc_dask.events import Listener, RunSummary
 from virnuc_dask.packing import cut_segments
 from virnuc_dask.prepare import Inputs, prepare
@@ -148,9 +148,9 @@ def _fill(
     """Compute the missing chunks of a store."""
     config = config or RunConfig()
     if config.verify:
-        for chunk in np.flatnonzero(store.present()):
-            if store.check_chunk(int(chunk)) is not None:
-                store.remove_chunk(int(chunk))
+        report = verify(store.path, repair=True)
+        if report.sequences is not None:
+            raise StoreError(f"{store.path}: {report.sequences}")
     present = store.present()
     missing = [int(chunk) for chunk in np.flatnonzero(~present)]
     costs = _residues_to_encode(store) if missing else {}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 
 class VirnucError(Exception):
@@ -44,6 +46,12 @@ class InputError(UsageError):
             where += f", record {record[:80]!r}"
         super().__init__(f"{where}: {problem}")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Errors travel from workers; by default only the message would.
+        return partial(
+            type(self), self.problem, file=self.file, line=self.line, record=self.record
+        ), ()
+
 
 class ModelError(UsageError):
     """A model that is unknown, unreadable, or not the one it should be."""
@@ -69,7 +77,7 @@ class IdentityMismatchError(UsageError):
     """
 
     def __init__(self, path: str, differences: Sequence[tuple[str, object, object]]) -> None:
-        self.differences = list(differences)
+        self.path, self.differences = path, list(differences)
         lines = [
             f"  {field}: the store has {stored!r}, this run asks for {requested!r}"
             for field, stored, requested in differences
@@ -80,3 +88,6 @@ class IdentityMismatchError(UsageError):
             + "\nWrite to another store, or repeat the settings the store was made with"
             " (`resume` takes them from the store)."
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path, self.differences)

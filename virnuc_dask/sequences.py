@@ -156,7 +156,7 @@ class _Lines:
             try:
                 line = next(self._source)
             except _DECOMPRESSION_ERRORS as error:
-                raise _DamagedInputError(self._name, self.number, error) from error
+                raise _damaged(self._name, self.number, error) from error
             self.number += 1
             if "\0" in line:
                 raise InputError(
@@ -180,13 +180,11 @@ class _Lines:
         self._source = iter(())
 
 
-class _DamagedInputError(InputError):
-    """A stream that breaks off or does not decompress."""
-
-    def __init__(self, name: str, lines: int, error: Exception) -> None:
-        super().__init__(
-            f"cannot read on, the file is truncated or damaged: {error}", file=name, line=lines + 1
-        )
+def _damaged(name: str, lines: int, error: Exception) -> InputError:
+    """The error for a stream that breaks off or does not decompress."""
+    return InputError(
+        f"cannot read on, the file is truncated or damaged: {error}", file=name, line=lines + 1
+    )
 
 
 @contextmanager
@@ -213,7 +211,7 @@ def _open_text(name: str) -> Iterator[TextIO]:
             # threads=0: no helper process, so a damaged stream raises here instead of elsewhere.
             stream = xopen(raw, "rb", threads=0, format=kind) if kind else raw
         except _DECOMPRESSION_ERRORS as error:
-            raise _DamagedInputError(name, 0, error) from error
+            raise _damaged(name, 0, error) from error
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
     finally:
         if name != "-":

@@ -126,7 +126,13 @@ class Store:
 
     def lengths(self) -> NDArray[np.int32]:
         """Residues of every record, shape (records,)."""
-        return np.asarray(self._array("length")[:], np.int32)
+        try:
+            lengths = np.asarray(self._array("length")[:], np.int32)
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(f"{self.path}: `length` is damaged: {error}") from error
+        if (lengths < 0).any():
+            raise StoreError(f"{self.path}: a chunk of `length` is missing")
+        return lengths
 
     # --- rows ---
 
