@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from virnuc_dask.config import LongPolicy
 from virnuc_dask.packing import WINDOW_OVERLAP, cut_batches, cut_segments, residue_weights
 
 lengths_of_rows = st.lists(st.integers(0, 400), max_size=30).map(lambda n: np.array(n, np.int32))
@@ -79,3 +80,100 @@ def test_no_batch_is_much_smaller_than_the_others(lengths: list[int]) -> None:
         for batch in cut_batches(np.array(lengths, np.int64), 1024)
     ]
     assert max(sizes) - min(sizes) <= 2 * 102
+
+
+def test_the_smallest_sizes_work() -> None:
+    segments = cut_segments(np.array([0, 3, 1, 0], np.int32), 1, "window")
+    assert segments.row.tolist() == [1, 1, 1, 2]
+    assert segments.start.tolist() == [0, 1, 2, 3]
+    assert segments.length.tolist() == [1, 1, 1, 1]
+    assert segments.windows.tolist() == [3, 3, 3, 1]
+    weights = [residue_weights(segments, number).tolist() for number in range(4)]
+    assert weights == [[pytest.approx(1 / 3)]] * 3 + [[1.0]]
+    assert [b.runs for b in cut_batches(segments.length, 1)] == [[(1, 1)]] * 4
+
+
+@pytest.mark.parametrize("policy", ["truncate", "window", "skip"])
+def test_no_rows_and_empty_rows_give_no_segment_and_no_batch(policy: LongPolicy) -> None:
+    for lengths in ([], [0], [0, 0, 0]):
+        segments = cut_segments(np.array(lengths, np.int32), 10, policy)
+        assert len(segments) == 0
+        assert list(cut_batches(segments.length, 100)) == []
+
+
+@pytest.mark.parametrize("policy", ["truncate", "window", "skip"])
+def test_a_limit_beyond_32_bits_cuts_nothing(policy: LongPolicy) -> None:
+    segments = cut_segments(np.array([5, 7], np.int32), 2**40, policy)
+    assert segments.length.tolist() == [5, 7]
+    assert segments.start.tolist() == [0, 5]
+
+
+def test_offsets_beyond_32_bits_are_right() -> None:
+    segments = cut_segments(np.array([2**31 - 1, 2**31 - 1, 4], np.int32), 10, "truncate")
+    assert segments.start.tolist() == [0, 2**31 - 1, 2**32 - 2]
+
+
+@pytest.mark.parametrize(
+    ("length", "size", "starts"),
+    [
+        (100, 100, [0]),
+        (101, 100, [0, 1]),
+        (175, 100, [0, 75]),
+        (176, 100, [0, 38, 76]),
+        (9, 4, [0, 2, 5]),
+    ],
+)
+def test_there_are_no_more_windows_than_the_overlap_asks_for(
+    length: int, size: int, starts: list[int]
+) -> None:
+    assert cut_segments(np.array([length], np.int32), size, "window").start.tolist() == starts
+
+
+@given(lengths_of_rows, st.integers(1, 100), st.sampled_from(["truncate", "window", "skip"]))
+def test_the_weights_of_every_row_sum_to_one(
+    lengths: np.ndarray, size: int, policy: LongPolicy
+) -> None:
+    segments = cut_segments(lengths, size, policy)
+    total = np.zeros(len(lengths))
+    for number in range(len(segments)):
+        weights = residue_weights(segments, number)
+        assert len(weights) == segments.length[number]
+        assert (weights > 0).all()
+        total[segments.row[number]] += weights.sum(dtype=np.float64)
+    taken = np.isin(np.arange(len(lengths)), segments.row)
+    assert total == pytest.approx(taken.astype(float), rel=1e-5)
+
+
+@given(lengths_of_rows, st.integers(1, 60), st.data())
+def test_selected_rows_keep_their_windows_and_weights(
+    lengths: np.ndarray, size: int, data: st.DataObject
+) -> None:
+    segments = cut_segments(lengths, size, "window")
+    rows = data.draw(st.sets(st.integers(0, max(0, len(lengths) - 1))))
+    chosen = np.isin(segments.row, sorted(rows))
+    selected = segments.select(chosen)
+    assert len(selected) == chosen.sum()
+    for number, before in enumerate(np.flatnonzero(chosen)):
+        assert (residue_weights(selected, number) == residue_weights(segments, before)).all()
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=300).map(lambda n: np.array(n, np.int64)),
+    st.integers(1, 3000),
+)
+def test_each_batch_is_its_share_give_or_take_one_segment(lengths: np.ndarray, budget: int) -> None:
+    sizes = [
+        sum(count * (length + 2) for count, length in batch.runs)
+        for batch in cut_batches(lengths, budget)
+    ]
+    longest = int(lengths.max()) + 2
+    share = sum(sizes) / -(-sum(sizes) // budget)
+    assert all(share - longest < size < share + longest for size in sizes)
+
+
+def test_segments_longer_than_the_budget_go_alone() -> None:
+    assert [b.runs for b in cut_batches(np.array([500, 900, 500]), 100)] == [
+        [(1, 500)],
+        [(1, 500)],
+        [(1, 900)],
+    ]

@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from backports import zstd
 from conftest import EXAMPLES, VIRAL_PROTEINS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -23,6 +22,11 @@ from virnuc_dask import sequences
 from virnuc_dask.errors import InputError
 from virnuc_dask.residues import ALPHABET, InputSummary, Record, clean, clean_sequence, invalid_rows
 from virnuc_dask.sequences import read_blocks, read_records
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 FASTA = ">a first\nMKTAYI\nAKQR\n>b\nMKV\n>a again\nLLL\n"
 FASTQ = "@a first\nMKTAYIAKQR\n+\nIIIIIIIIII\n@b\nMKV\n+b\n@@@\n@a again\nLLL\n+\nIII\n"
@@ -369,3 +373,240 @@ def test_identifiers_are_data_and_never_break_a_message(tmp_path: Path) -> None:
         read(path, strict=True)
     assert len(str(caught.value)) < 400
     assert "\x1b" not in str(caught.value)
+
+
+# --- damage, byte by byte ---
+
+
+def small_fasta(first: int, last: int) -> bytes:
+    letters = random.Random(first)
+    rows = (f">r{n}\n{''.join(letters.choices(ALPHABET, k=30))}\n" for n in range(first, last))
+    return "".join(rows).encode()
+
+
+def compressed(kind: str, content: bytes) -> bytes:
+    if kind == "zst":  # as the zstd command does; without, a changed letter goes unnoticed
+        return zstd.compress(content, options={zstd.CompressionParameter.checksum_flag: 1})
+    return COMPRESS[kind](content)
+
+
+def same_or_refused(path: Path, content: bytes, expected: list[tuple[str, str]]) -> bool:
+    """True if refused; what is read is what was written, never less."""
+    try:
+        found = read(write(path, content))[0]
+    except InputError as caught:
+        error = caught
+    else:
+        assert found == expected
+        return False
+    assert error.exit_code == 2
+    assert error.file == str(path)
+    assert error.line is not None
+    return True
+
+
+COMPRESSIONS = ["gz", "bz2", "xz", "zst"]
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_a_file_cut_anywhere_is_refused(kind: str, tmp_path: Path) -> None:
+    content = compressed(kind, small_fasta(0, 5))
+    assert all(
+        same_or_refused(tmp_path / "in.fa", content[:size], []) for size in range(1, len(content))
+    )
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+@pytest.mark.parametrize("mask", [0x01, 0xFF])
+def test_a_byte_changed_anywhere_never_changes_what_is_read(
+    kind: str, mask: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "in.fa"
+    expected = read(write(path, small_fasta(0, 5)))[0]
+    content = compressed(kind, small_fasta(0, 5))
+    refusals = 0
+    for position in range(len(content)):
+        changed = bytearray(content)
+        changed[position] ^= mask
+        refusals += same_or_refused(path, bytes(changed), expected)
+    # The rest is the time and the system in a gzip header, and the like.
+    assert refusals >= len(content) - 20
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_damage_in_a_later_stream_is_not_the_end_of_the_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "in.fa"
+    first, second = compressed(kind, small_fasta(0, 5)), compressed(kind, small_fasta(5, 9))
+    expected = read(write(path, small_fasta(0, 5) + small_fasta(5, 9)))[0]
+    assert read(write(path, first + second))[0] == expected
+    for position in range(len(second)):
+        changed = bytearray(second)
+        changed[position] ^= 0xFF
+        same_or_refused(path, first + bytes(changed), expected)
+        if position:
+            assert same_or_refused(path, first + second[:position], expected)
+    assert same_or_refused(path, first + b"garbage", expected)
+
+
+@pytest.mark.parametrize("kind", ["gz", "bz2", "xz"])
+def test_zeros_after_a_stream_are_padding(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "in.fa"
+    content = compressed(kind, small_fasta(0, 5)) + bytes(8) + compressed(kind, small_fasta(5, 9))
+    assert len(read(write(path, content + bytes(512)))[0]) == 9
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_many_streams_and_much_text_in_few_bytes_are_read(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "in.fa"
+    many = b"".join(compressed(kind, f">r{n}\nMK\n".encode()) for n in range(500))
+    assert read(write(path, many))[1].records == 500
+    assert read(write(path, compressed(kind, b">a\n" + b"M" * 3_000_000)))[1].residues == 3_000_000
+
+
+@pytest.mark.parametrize("start", [b"\x1f\x8b\x08\0", b"BZh9", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd"])
+def test_garbage_behind_the_mark_of_a_compression_is_refused(start: bytes, tmp_path: Path) -> None:
+    for seed in range(50):
+        assert same_or_refused(tmp_path / "in.fa", start + garbage(seed)[:300], [])
+
+
+def test_a_skippable_frame_as_pzstd_writes_it_is_skipped(tmp_path: Path) -> None:
+    frame = b"P*M\x18" + (4).to_bytes(4, "little") + b"size"
+    assert read(write(tmp_path / "in.fa", frame + zstd.compress(FASTA.encode())))[0] == EXPECTED
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_utf16_is_refused_in_a_compressed_file_too(
+    kind: str, encoding: str, tmp_path: Path
+) -> None:
+    content = compressed(kind, FASTA.encode(encoding))
+    assert refused(write(tmp_path / "in.fa", content)).line == 1
+
+
+@pytest.mark.parametrize("kind", COMPRESSIONS)
+def test_a_byte_order_mark_inside_a_compressed_file_is_dropped(kind: str, tmp_path: Path) -> None:
+    assert read(write(tmp_path / "in", compressed(kind, b"\xef\xbb\xbf" + FASTA.encode())))[0] == (
+        EXPECTED
+    )
+
+
+# --- standard input and pipes ---
+
+READ_ARGUMENTS = """
+import sys
+from virnuc_dask.errors import InputError
+from virnuc_dask.residues import InputSummary
+from virnuc_dask.sequences import read_blocks
+summary = InputSummary()
+try:
+    names = [name for block in read_blocks(sys.argv[1:], summary) for name in block.ids]
+    print(names, summary.empty_files)
+except InputError as error:
+    print("refused", error)
+if sys.stdin is not None:
+    sys.stdin.read()
+"""
+
+
+def read_in_a_process(shell: str, cwd: Path) -> str:
+    done = subprocess.run(
+        ["bash", "-c", shell.replace("READ", '"$0" -c "$1"'), sys.executable, READ_ARGUMENTS],
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+def test_standard_input_named_twice_is_empty_the_second_time(tmp_path: Path) -> None:
+    write(tmp_path / "in.gz", gzip.compress(FASTA.encode()))
+    assert read_in_a_process("READ - - < in.gz", tmp_path) == "['a', 'b', 'a'] ['-']"
+
+
+def test_closed_and_empty_standard_input_is_refused(tmp_path: Path) -> None:
+    assert read_in_a_process("READ - <&-", tmp_path).startswith("refused standard input: cannot")
+    assert read_in_a_process("READ - < /dev/null", tmp_path).startswith("refused standard input: ")
+
+
+def test_a_pipe_that_gives_one_byte_at_first_is_still_recognised(tmp_path: Path) -> None:
+    write(tmp_path / "in", gzip.compress(FASTA.encode()))
+    slowly = "(head -c1 in; sleep 0.6; tail -c+2 in)"
+    assert read_in_a_process(f"{slowly} | READ -", tmp_path) == "['a', 'b', 'a'] []"
+    assert read_in_a_process(f"READ <({slowly})", tmp_path) == "['a', 'b', 'a'] []"
+
+
+# --- more of what is refused, and where ---
+
+
+def test_a_name_with_a_nul_is_refused() -> None:
+    with pytest.raises(InputError, match="cannot open"):
+        read("in\0.fa")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("\n# c\n\n@a\r\nMKT\r\n+\r\nIII\r\n\r\n@b\r\nMKT\r\n+\r\nII\r\n", 9),
+        ("@a\nMK\nT\n+\nI\nII\n@b\nMKT\n+c\nIII\n", 7),
+        ("@a\nMKT\n+\nIII\n@b\nM KT\n+\nIIII\n", 5),
+        ("\n\nMKT\n>a\nMKT\n", 3),
+        ("##gff-version 3\nchr1\tx\tgene\n", 2),
+    ],
+)
+def test_the_line_of_an_error_counts_blank_lines_and_comments(
+    text: str, line: int, tmp_path: Path
+) -> None:
+    assert refused(write(tmp_path / "in", text)).line == line
+
+
+def test_letters_and_lines_are_counted_in_the_file_that_holds_them(tmp_path: Path) -> None:
+    good = write(tmp_path / "good.fa", FASTA)
+    bad = write(tmp_path / "bad.fq", "@a\nMKT\n+\nIII\n\n@b\nM1\n+\nII\n")
+    with pytest.raises(InputError) as caught:
+        read(good, bad, strict=True)
+    error = caught.value
+    assert (error.file, error.line, error.record) == (str(bad), 6, "b")
+
+
+def test_quality_lines_that_look_like_headers_or_comments_are_qualities(tmp_path: Path) -> None:
+    path = write(tmp_path / "in.fq", "@a\nMKT\n+\n@II\n@\nMKV\n+\n#;>\n@c\n\n+\n\n")
+    assert read(path)[0] == [("a", "MKT"), ("", "MKV"), ("c", "")]
+
+
+@given(data=st.data())
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+def test_layout_changes_neither_records_nor_lines_nor_digest(
+    data: st.DataObject, tmp_path: Path
+) -> None:
+    rows = data.draw(
+        st.lists(st.tuples(st.text("ab|", max_size=3), st.text("ACDXJ-.", max_size=12)), min_size=1)
+    )
+    text, lines = "", []
+    filler = st.lists(st.sampled_from(["", "; c", "# c", "  "]), max_size=2)
+    for name, sequence in rows:
+        for line in data.draw(filler):
+            text += line + "\n"
+        lines.append(text.count("\n") + 1)
+        text += f">{name} description\n" if name else ">\n"
+        width = data.draw(st.integers(1, 12))
+        for start in range(0, len(sequence), width):
+            part = sequence[start : start + width]
+            text += (part.lower() if data.draw(st.booleans()) else part) + "\n"
+            text += "".join(f"{line}\n" for line in data.draw(filler))
+    text = text.replace("\n", data.draw(st.sampled_from(["\n", "\r\n"])))
+    text = text.rstrip() if data.draw(st.booleans()) else text
+    kind = data.draw(st.sampled_from(list(COMPRESS)))
+    path = write(tmp_path / "in", COMPRESS[kind](text.encode()))
+    assert [record.line for record in read_records(str(path))] == lines
+    plain = "".join(f">{name}\n{sequence}\n" for name, sequence in rows)
+    expected, summary = read(write(tmp_path / "plain", plain))
+    found, other = read(path)
+    assert found == expected
+    assert other.sha256 == summary.sha256
+    assert (other.gaps, other.ambiguous_j, other.empty) == (
+        summary.gaps,
+        summary.ambiguous_j,
+        summary.empty,
+    )

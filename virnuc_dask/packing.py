@@ -61,7 +61,7 @@ class Batch:
     runs: list[tuple[int, int]]
 
 
-def cut_segments(lengths: NDArray[np.int32], max_residues: int, policy: LongPolicy) -> Segments:
+def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy) -> Segments:
     """Cut each row into what the encoder may take at once.
 
     Parameters
@@ -75,23 +75,24 @@ def cut_segments(lengths: NDArray[np.int32], max_residues: int, policy: LongPoli
         cover it, all of `max_residues`, evenly spaced and overlapping by at least a quarter; or
         no segment.
     """
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])[:-1]
+    lengths = lengths.astype(np.int64)
+    offsets = np.cumsum(lengths) - lengths
     is_long = lengths > max_residues
     take = (lengths > 0) & ~(is_long & (policy == "skip"))
     windows = np.ones(len(lengths), np.int64)
     if policy == "window":
         overlap = int(max_residues * WINDOW_OVERLAP)
         step = max(1, max_residues - overlap)
-        windows[is_long] = -(-(lengths[is_long].astype(np.int64) - overlap) // step)
+        windows[is_long] = -(-(lengths[is_long] - overlap) // step)
     windows[~take] = 0
 
     row = np.repeat(np.arange(len(lengths), dtype=np.int64), windows)
     count = windows[row]
     # k-th window of its row
     k = np.arange(len(row)) - np.repeat(np.cumsum(windows) - windows, windows)
-    spare = np.maximum(lengths[row].astype(np.int64) - max_residues, 0)
+    spare = np.maximum(lengths[row] - max_residues, 0)
     shift = np.where(count > 1, k * spare // np.maximum(count - 1, 1), 0)
-    length = np.minimum(lengths[row], max_residues).astype(np.int64)
+    length = np.minimum(lengths[row], max_residues)
     return Segments(row, offsets[row] + shift, length, count)
 
 

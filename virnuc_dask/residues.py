@@ -17,6 +17,7 @@ ALPHABET = "ACDEFGHIKLMNPQRSTVWYXBUZO"
 ALPHABET_POLICY = "esm2; J to X; gaps removed; terminal stop removed"
 
 _GAPS = "-."
+_TAIL = "*" + _GAPS  # what may follow the last residue
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,26 +177,26 @@ def _table(pairs: Iterable[tuple[str, str]]) -> NDArray[np.uint8]:
 
 _UPPER = _table((letter, letter.upper()) for letter in "abcdefghijklmnopqrstuvwxyz")
 _VALID = np.isin(np.arange(256), np.frombuffer(ALPHABET.encode(), np.uint8))
-_REMOVED = np.isin(np.arange(256), np.frombuffer(f"{_GAPS} \t\v\f".encode(), np.uint8))
 _IS_GAP = np.isin(np.arange(256), np.frombuffer(_GAPS.encode(), np.uint8))
 _NOT_NUCLEOTIDE = ~np.isin(np.arange(256), np.frombuffer(b"ACGTUN", np.uint8))
 
 
 def clean(records: Sequence[Record], summary: InputSummary) -> Block:
     """Apply the letter rules to a batch at once: one look-up per letter, no loop over letters."""
-    kept = [record.sequence.rstrip("*-. \t") for record in records]
-    for record, sequence in zip(records, kept, strict=True):
-        if len(sequence) != len(record.sequence):
-            tail = record.sequence[len(sequence) :]
-            summary.terminal_stops += tail.count("*")
-            summary.gaps += tail.count("-") + tail.count(".")
+    written = [_without_space(record.sequence) for record in records]
+    kept = [sequence.rstrip(_TAIL) for sequence in written]
+    for whole, sequence in zip(written, kept, strict=True):
+        if len(sequence) != len(whole):
+            stops = whole.count("*", len(sequence))
+            summary.terminal_stops += stops
+            summary.gaps += len(whole) - len(sequence) - stops
     lengths = np.fromiter(map(len, kept), np.int64, len(kept))
     # Letters beyond ASCII become '?', which is no residue either.
     letters = _UPPER[np.frombuffer("".join(kept).encode("ascii", "replace"), np.uint8)]
 
-    removed = _REMOVED[letters]
+    removed = _IS_GAP[letters]
     if removed.any():
-        summary.gaps += int(_IS_GAP[letters].sum())
+        summary.gaps += int(removed.sum())
         rows = np.repeat(np.arange(len(kept)), lengths)
         lengths -= np.bincount(rows[removed], minlength=len(kept))
         letters = letters[~removed]
@@ -219,15 +220,18 @@ def clean(records: Sequence[Record], summary: InputSummary) -> Block:
     return Block([record.id for record in records], lengths32, letters)
 
 
+def _without_space(sequence: str) -> str:
+    """Drop white space of every kind, as the parsers do at the ends of lines."""
+    return "".join(sequence.split())
+
+
 def _invalid_letter(record: Record) -> InputError:
-    allowed = set(ALPHABET + ALPHABET.lower() + "Jj" + _GAPS + " \t\v\f")
-    body = record.sequence.rstrip("*-. \t")
+    allowed = set(ALPHABET + ALPHABET.lower() + "Jj" + _GAPS)
+    body = _without_space(record.sequence).rstrip(_TAIL)
     position, letter = next((i, c) for i, c in enumerate(body, 1) if c not in allowed)
-    what = (
-        "an internal stop '*'"
-        if letter == "*"
-        else f"letter {decoded_header(letter)!r}, no residue"
-    )
+    # Other surrogates stand for no byte; only a caller's own text can have them.
+    shown = decoded_header(letter) if "\udc80" <= letter <= "\udcff" else letter
+    what = "an internal stop '*'" if letter == "*" else f"letter {shown!r}, no residue"
     return InputError(
         f"{what} at position {position}", file=record.file, line=record.line, record=record.id
     )

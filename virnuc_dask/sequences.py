@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bz2
 import io
 import lzma
 import sys
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from importlib import import_module
+from itertools import chain
 from pathlib import Path
-from typing import BinaryIO, TextIO, cast
+from typing import Any, BinaryIO, TextIO, cast
 
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from Bio.SeqIO.QualityIO import FastqGeneralIterator
@@ -26,13 +30,15 @@ else:
 BLOCK_RECORDS = 65_536
 BLOCK_RESIDUES = 2**24
 
+_CHUNK = 2**16
 _MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
-_BYTE_ORDER_MARKS = {
-    b"\xff\xfe": "UTF-16 or UTF-32",
-    b"\xfe\xff": "UTF-16",
-    b"\x00\x00\xfe\xff": "UTF-32",
-}
-_DECOMPRESSION_ERRORS = (EOFError, OSError, ValueError, zlib.error, lzma.LZMAError, ZstdError)
+_MAGIC[b"P*M\x18"] = "zst"  # pzstd puts a skippable frame first
+_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # of UTF-16 and UTF-32
+_DECOMPRESSION_ERRORS: tuple[type[Exception], ...] = (EOFError, OSError, ValueError, zlib.error)
+_DECOMPRESSION_ERRORS += (lzma.LZMAError, ZstdError)
+for _module in ("isal.isal_zlib", "zlib_ng.zlib_ng"):  # xopen's, where the platform has them
+    with suppress(ImportError):
+        _DECOMPRESSION_ERRORS += (import_module(_module).error,)
 
 
 def read_blocks(
@@ -136,7 +142,7 @@ class _Lines:
     def first_content(self) -> str:
         """First character of the first line that is neither blank nor a comment, or ''."""
         for line in self:
-            if line.strip() and line[0] not in "#;":
+            if line.strip(" \t\r\n\v\f") and line[0] not in "#;":
                 self._ahead = line
                 return line[0]
         return ""
@@ -187,31 +193,63 @@ def _damaged(name: str, lines: int, error: Exception) -> InputError:
     )
 
 
+class _Chunks(io.RawIOBase):
+    """Chunks of bytes as a stream. Closing it closes nothing else, such as standard input."""
+
+    def __init__(self, chunks: Iterator[bytes]) -> None:
+        self._chunks, self._left = filter(None, chunks), b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        self._left = self._left or next(self._chunks, b"")
+        size = min(len(buffer), len(self._left))
+        buffer[:size], self._left = self._left[:size], self._left[size:]
+        return size
+
+
+def _decompressed(chunks: Iterable[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
+    """Decompress bz2 or xz streams laid end to end, or padded with zeros.
+
+    Python's own readers take a damaged stream, unless it is the first, for the end of the file.
+    """
+    stream = None
+    for chunk in chunks:
+        while chunk := chunk if stream else chunk.lstrip(b"\0"):
+            stream = stream or new()
+            yield stream.decompress(chunk, _CHUNK)
+            while not (stream.needs_input or stream.eof):
+                yield stream.decompress(b"", _CHUNK)
+            chunk, stream = stream.unused_data, None if stream.eof else stream
+    if stream:
+        raise EOFError("the compressed stream breaks off")
+
+
 @contextmanager
 def _open_text(name: str) -> Iterator[TextIO]:
     """Open an input as text, decompressed by content; bytes that are not UTF-8 become escapes."""
+    if name == "-" and sys.stdin is None:
+        raise InputError("cannot open: it is closed", file=name)
     try:
         raw: BinaryIO = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115
-    except OSError as error:
-        raise InputError(f"cannot open: {error.strerror}", file=name) from error
+        start = raw.read(8)  # `peek` may show fewer, if a pipe has not yet more
+    except (OSError, ValueError) as error:  # ValueError: NUL in a name
+        problem = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot open: {problem}", file=name) from error
     try:
-        try:
-            start = cast(io.BufferedReader, raw).peek(8)[:8]
-        except OSError as error:
-            raise InputError(f"cannot read: {error.strerror}", file=name) from error
-        for mark, encoding in _BYTE_ORDER_MARKS.items():
-            if start.startswith(mark):
-                raise InputError(
-                    f"{encoding} text; convert it to UTF-8 first (iconv -t UTF-8)",
-                    file=name,
-                    line=1,
-                )
+        if start.startswith(_WIDE_MARKS):
+            problem = "UTF-16 or UTF-32 text; convert it to UTF-8 first (iconv -t UTF-8)"
+            raise InputError(problem, file=name, line=1)
         kind = next((kind for magic, kind in _MAGIC.items() if start.startswith(magic)), None)
-        try:
-            # threads=0: no helper process, so a damaged stream raises here instead of elsewhere.
-            stream = xopen(raw, "rb", threads=0, format=kind) if kind else raw
-        except _DECOMPRESSION_ERRORS as error:
-            raise _damaged(name, 0, error) from error
+        chunks: Iterator[bytes] = chain([start], iter(partial(raw.read, _CHUNK), b""))
+        if kind in ("bz2", "xz"):
+            new = bz2.BZ2Decompressor if kind == "bz2" else lzma.LZMADecompressor
+            chunks = _decompressed(chunks, new)
+        stream: BinaryIO = io.BufferedReader(_Chunks(chunks), _CHUNK)
+        if kind in ("gz", "zst"):
+            # threads=0: no helper process, so damage raises where lines are read.
+            stream = xopen(stream, "rb", threads=0, format=kind)
         yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
     finally:
         if name != "-":
