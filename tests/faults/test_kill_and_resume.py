@@ -209,6 +209,7 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Pa
     first = Run("run", VIRAL_PROTEINS, path, *settings, "--grace", 5)
     for event in first:
         if event["event"] == "workers_changed":
+            time.sleep(0.3)  # the chunk, of seconds, is handed out right after
             first.process.send_signal(signal.SIGTERM)
             break
     assert first.finish() == 128 + signal.SIGTERM
