@@ -58,6 +58,8 @@ def load_encoder(
     ------
     ModelError
         The weights cannot be read, or have no such layer.
+    UsageError
+        A pooling or a precision that does not exist.
     """
     checkpoint = load_checkpoint(model)
     return Encoder(checkpoint, describe(checkpoint, precision, repr_layer, pooling), device)
@@ -83,7 +85,7 @@ class Encoder:
             try:
                 # The name only tells fair-esm which family it is.
                 network, alphabet = load_model_and_alphabet_core("esm2", checkpoint.data)
-            except (RuntimeError, KeyError) as error:
+            except RuntimeError as error:
                 raise ModelError(f"model {checkpoint.reference}: {error}") from error
         network = network.to(self._device, torch.float32).eval().requires_grad_(False)
         self._heads = int(network.attention_heads)
@@ -114,9 +116,11 @@ class Encoder:
         Raises
         ------
         InputError
-            A sequence is empty or has a letter that is no residue.
+            A sequence is empty or has a letter that is no residue; counted from 0.
+        TypeError
+            One string instead of several.
         """
-        if isinstance(sequences, str):
+        if isinstance(sequences, str | bytes):
             raise TypeError("encode takes a list of sequences, not one string")
         cleaned = []
         for number, sequence in enumerate(sequences):

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import argparse
 import pickle
+import tempfile
+import threading
 from dataclasses import dataclass
 from hashlib import sha256
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from virnuc_dask.config import ModelSpec, Pooling, Precision
-from virnuc_dask.errors import ModelError
+from virnuc_dask.config import POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
+from virnuc_dask.errors import ModelError, UsageError
 
 # fair-esm's names, and the dimension of each model's embeddings.
 PUBLISHED = {
@@ -62,9 +64,20 @@ class Checkpoint:
         """Features per token, D."""
         return int(self.data["cfg"]["model"].encoder_embed_dim)
 
+    @property
+    def heads(self) -> int:
+        """Attention heads per layer."""
+        return int(self.data["cfg"]["model"].encoder_attention_heads)
+
+    @property
+    def token_dropout(self) -> bool:
+        """Whether the token embeddings are scaled by 0.88."""
+        return bool(self.data["cfg"]["model"].token_dropout)
+
     def sha256(self) -> str:
-        """Digest of every tensor that an embedding depends on, by name, shape and value."""
-        digest = sha256()
+        """Digest of all that an embedding depends on: tensors by name, shape and value."""
+        # No tensor tells this setting; the others follow from the tensors' names and shapes.
+        digest = sha256(f"token_dropout {self.token_dropout}\n".encode())
         names = {
             name.removeprefix("encoder.").removeprefix("sentence_encoder."): tensor
             for name, tensor in self.data["model"].items()
@@ -94,39 +107,24 @@ def load_checkpoint(reference: str) -> Checkpoint:
     """
     if reference == DEMO:
         return Checkpoint(DEMO, _demo_weights())
-    file = Path(reference)
     if reference in PUBLISHED:
-        file = Path(torch.hub.get_dir(), "checkpoints", f"{reference}.pt")
-        if not file.exists():
+        file = _cached(reference)
+        if not file.is_file():
             _download(reference, file)
-    elif not file.is_file():
+        return _read(reference, file)
+    file = Path(reference)
+    if not _is_file(file):
         raise ModelError(
             f"model {reference!r}: neither a file, nor one of {DEMO}, {', '.join(PUBLISHED)}"
         )
-    else:
-        reference = str(file.resolve())
-    try:
-        data = _read_tensors(file)
-        checkpoint = Checkpoint(reference, data)
-        if checkpoint.layers < 1 or checkpoint.dimension < 1 or not data["model"]:
-            raise ModelError(f"model {file}: an empty checkpoint")
-    except pickle.UnpicklingError as error:
-        raise ModelError(
-            f"model {file}: refused, it is damaged or holds more than tensors and settings"
-            f" ({str(error).splitlines()[0]})"
-        ) from error
-    except ModelError:
-        raise
-    except Exception as error:
-        # Torch's unpickler raises whatever comes when it is fed something else.
-        raise ModelError(f"model {file}: not a fair-esm ESM-2 checkpoint: {error}") from error
-    return checkpoint
+    return _read(str(file.resolve()), file)
 
 
 def weights_at_hand(reference: str) -> bool:
     """Whether a model can be read without a download."""
-    cached = Path(torch.hub.get_dir(), "checkpoints", f"{reference}.pt")
-    return reference == DEMO or Path(reference).is_file() or cached.is_file()
+    if reference in PUBLISHED:
+        return _cached(reference).is_file()
+    return reference == DEMO or _is_file(Path(reference))
 
 
 def describe(
@@ -135,46 +133,110 @@ def describe(
     repr_layer: int | None = None,
     pooling: Pooling = "mean",
 ) -> ModelSpec:
-    """What a worker needs to know in order to load the same model. Reads every weight once."""
+    """What a worker needs to know in order to load the same model. Reads every weight once.
+
+    Raises
+    ------
+    ModelError
+        The model has no such layer.
+    UsageError
+        A pooling or a precision that does not exist.
+    """
+    for value, allowed in ((pooling, POOLINGS), (precision, PRECISIONS)):
+        if value not in allowed:
+            raise UsageError(f"{value!r}: must be one of {', '.join(allowed)}")
     layer = checkpoint.layers if repr_layer is None else repr_layer
     if not 0 <= layer <= checkpoint.layers:
         raise ModelError(
             f"model {checkpoint.reference}: layer {layer} of a model with {checkpoint.layers}"
         )
-    return ModelSpec(
-        checkpoint.reference,
-        checkpoint.sha256(),
-        checkpoint.dimension,
-        layer,
-        pooling,
-        precision,
-    )
+    digest, dimension = checkpoint.sha256(), checkpoint.dimension
+    return ModelSpec(checkpoint.reference, digest, dimension, layer, pooling, precision)
 
 
-def _read_tensors(file: Path) -> dict[str, Any]:
+def _cached(name: str) -> Path:
+    # Where fair-esm's own loader keeps its downloads.
+    return Path(torch.hub.get_dir(), "checkpoints", f"{name}.pt")
+
+
+def _is_file(file: Path) -> bool:
+    try:
+        return file.is_file()
+    except (OSError, ValueError):  # a name too long for a file, or with a NUL
+        return False
+
+
+# torch's allow-list belongs to the process: who leaves it takes it from threads still reading.
+_reading = threading.Lock()
+
+
+def _read(reference: str, file: Path) -> Checkpoint:
+    try:
+        checkpoint = Checkpoint(reference, _read_tensors(file))
+        problem = _problem(checkpoint)
+    except pickle.UnpicklingError as error:
+        # Not torch's text, which advises to read the file without the protection.
+        raise ModelError(
+            f"model {file}: refused, it is damaged or holds more than tensors and settings"
+        ) from error
+    except Exception as error:  # damaged bytes raise whatever they happen to mean
+        detail = (str(error).splitlines() or [""])[0][:200]
+        raise ModelError(
+            f"model {file}: not a fair-esm ESM-2 checkpoint, or damaged"
+            f" ({type(error).__name__}: {detail})"
+        ) from error
+    if problem:
+        raise ModelError(f"model {file}: not a fair-esm ESM-2 checkpoint: {problem}")
+    return checkpoint
+
+
+def _read_tensors(file: Path) -> Any:
     # fair-esm's own loader unpickles whatever a file holds. Its files need one class beyond
     # tensors, and nothing else is let in.
-    with torch.serialization.safe_globals([argparse.Namespace]):
+    with _reading, torch.serialization.safe_globals([argparse.Namespace]):
         try:
-            loaded = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         except RuntimeError as error:
-            if "mmap" not in str(error):
+            if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
                 raise
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    if not isinstance(loaded, dict):
-        raise TypeError(f"holds a {type(loaded).__name__}")
-    return loaded
+            return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _problem(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint, other than what fair-esm finds when it builds it."""
+    data = checkpoint.data
+    if not isinstance(data, dict) or not {"cfg", "model"} <= data.keys():
+        return "no entries 'cfg' and 'model'"
+    if not isinstance(data["model"], dict) or not data["model"]:
+        return "no tensors"
+    for name, tensor in data["model"].items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            return f"{name!r} is no tensor"
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            return f"{name!r} is no plain tensor of numbers"
+    layers, dimension, heads = checkpoint.layers, checkpoint.dimension, checkpoint.heads
+    _ = checkpoint.token_dropout  # raises if there is none
+    # Each head's features are rotated in pairs.
+    if min(layers, dimension, heads) < 1 or dimension % (2 * heads):
+        return f"{layers} layers, {dimension} features and {heads} heads do not go together"
+    return None
 
 
 def _download(name: str, file: Path) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
     try:
-        # The same address and the same cache as fair-esm's loader; the file appears when whole.
-        torch.hub.download_url_to_file(_URL.format(name), str(file))
-    except (URLError, OSError) as error:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # The same address and the same cache as fair-esm's loader. torch takes a connection that
+        # breaks off for the end of the file, so the file appears only once it can be read.
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=file.parent) as folder:
+            part = Path(folder, file.name)
+            torch.hub.download_url_to_file(_URL.format(name), str(part))
+            _read(name, part)
+            part.replace(file)
+    except (OSError, HTTPException, ModelError) as error:
         raise ModelError(
-            f"model {name}: cannot download {_URL.format(name)} ({error}). Without a network, put"
-            f" the file at {file}, give the path of a .pt file, or try --model {DEMO}"
+            f"model {name}: cannot download {_URL.format(name)} to {file} ({error}). Without a"
+            f" network, put the file there, give the path of a .pt file, or try --model {DEMO}"
+            " (random weights)"
         ) from error
 
 
@@ -182,7 +244,7 @@ def _demo_weights() -> dict[str, Any]:
     """A small ESM-2 with random weights, the same on every machine.
 
     NumPy's generator, since its stream is stable over versions and platforms and torch's is not
-    promised to be.
+    promised to be; and frequencies in float64, since float32 powers differ between processors.
     """
     random = np.random.Generator(np.random.PCG64(20_230_316))
     dimension = _DEMO_DIMENSION
@@ -210,7 +272,8 @@ def _demo_weights() -> dict[str, Any]:
             values += 1
         tensors[name] = torch.from_numpy(values)
     head = dimension // _DEMO_HEADS
-    frequencies = 1.0 / 10_000 ** (torch.arange(0, head, 2, dtype=torch.float32) / head)
+    exponents = np.arange(0, head, 2) / head
+    frequencies = torch.from_numpy((1.0 / 10_000.0**exponents).astype(np.float32))
     for number in range(_DEMO_LAYERS):
         tensors[f"layers.{number}.self_attn.rot_emb.inv_freq"] = frequencies
     # fair-esm's module wants its language-model head; nothing here uses it.
