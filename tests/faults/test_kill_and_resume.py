@@ -205,16 +205,18 @@ def test_a_second_signal_leaves_at_once(proteins: Path, tmp_path: Path) -> None:
 
 def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "out.zarr"
-    settings = ("--rows-per-chunk", 300, "--workers", 1)
-    first = Run("run", VIRAL_PROTEINS, path, *settings, "--grace", 5)
+    # One chunk of several seconds, so that it is under way when the signal comes on any machine.
+    inputs = [VIRAL_PROTEINS] * 8
+    settings = ("--rows-per-chunk", 2_400, "--workers", 1)
+    first = Run("run", *inputs, path, *settings, "--grace", 5)
     for event in first:
         if event["event"] == "workers_changed":
-            time.sleep(0.3)  # the chunk, of seconds, is handed out right after
+            time.sleep(1)  # the chunk is handed out right after
             first.process.send_signal(signal.SIGTERM)
             break
     assert first.finish() == 128 + signal.SIGTERM
     assert first.of("stopping")[0]["running"] == 1
-    assert first.of("run_summary")[0]["counts"] == {"pending": 300}
+    assert first.of("run_summary")[0]["counts"] == {"pending": 2_400}
     assert not Store(path).has_files(0)
     second = Run("resume", path)
     assert second.finish() == 0
