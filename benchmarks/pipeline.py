@@ -1,6 +1,6 @@
 """What the pipeline costs beside the bare encoder loop, measured together, turn by turn.
 
-    python benchmarks/pipeline.py
+    python -m benchmarks.pipeline
 
 The work is the examples' real sequences through ESM-2 8M with random weights, which cost the same
 as trained ones. *Bare*: as many processes as there are workers, each with the encoder in memory
@@ -30,6 +30,7 @@ import numpy as np
 import psutil
 import torch
 
+from tests.models import random_network, save_network
 from virnuc_dask import run
 from virnuc_dask.config import ModelSpec, Settings
 from virnuc_dask.embed import embed_rows
@@ -49,7 +50,8 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        weights, peptides = random_8m(work / "esm2_8m_random.pt"), work / "orfs.faa"
+        weights, peptides = work / "esm2_8m_random.pt", work / "orfs.faa"
+        save_network(random_network(6, 320, 20), weights)
         with peptides.open("w") as file:
             script = [sys.executable, EXAMPLES / "lambda_orfs.py", EXAMPLES / "lambda_virus.fa.gz"]
             subprocess.run(script, stdout=file, check=True)
@@ -100,19 +102,6 @@ def ratio(ours: list[float], peers: list[float]) -> str:
     """Median and range of the turns' ratios."""
     ratios = [ours / peer for ours, peer in zip(ours, peers, strict=True)]
     return f"{median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})"
-
-
-def random_8m(path: Path) -> Path:
-    """Weights with the shapes of esm2_t6_8M_UR50D."""
-    from esm.model.esm2 import ESM2
-
-    torch.manual_seed(0)
-    network = ESM2(num_layers=6, embed_dim=320, attention_heads=20)
-    shape = argparse.Namespace(
-        encoder_layers=6, encoder_embed_dim=320, encoder_attention_heads=20, token_dropout=True
-    )
-    torch.save({"cfg": {"model": shape}, "model": network.state_dict()}, path)
-    return path
 
 
 def bare_loop(store: Store, model: ModelSpec, workers: int) -> float:

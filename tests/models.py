@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from esm.data import Alphabet
 from esm.model.esm2 import ESM2
 from numpy.typing import NDArray
+from safetensors.torch import save_file
 
 LETTERS = "ACDEFGHIKLMNPQRSTVWYXBUZO"
 
@@ -50,6 +52,56 @@ def checkpoint_data(network: ESM2) -> dict[str, Any]:
 def save_network(network: ESM2, path: Path) -> str:
     torch.save(checkpoint_data(network), path)
     return str(path)
+
+
+def save_huggingface(network: ESM2, folder: Path) -> str:
+    """A network as Hugging Face's published files hold it: safetensors and a configuration."""
+    tensors = {
+        _huggingface_name(name): tensor.contiguous()
+        for name, tensor in network.state_dict().items()
+        if name != "lm_head.weight"  # the embedding, stored once
+    }
+    config = {
+        "architectures": ["EsmForMaskedLM"],
+        "emb_layer_norm_before": False,
+        "hidden_act": "gelu",
+        "hidden_size": network.embed_dim,
+        "intermediate_size": 4 * network.embed_dim,
+        "is_folding_model": False,
+        "layer_norm_eps": 1e-05,
+        "mask_token_id": 32,
+        "max_position_embeddings": 1026,
+        "model_type": "esm",
+        "num_attention_heads": network.attention_heads,
+        "num_hidden_layers": network.num_layers,
+        "pad_token_id": 1,
+        "position_embedding_type": "rotary",
+        "token_dropout": network.token_dropout,
+        "vocab_size": 33,
+    }
+    folder.mkdir(exist_ok=True)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def _huggingface_name(name: str) -> str:
+    for theirs, ours in (
+        ("embed_tokens", "esm.embeddings.word_embeddings"),
+        ("emb_layer_norm_after", "esm.encoder.emb_layer_norm_after"),
+        ("self_attn.q_proj", "attention.self.query"),
+        ("self_attn.k_proj", "attention.self.key"),
+        ("self_attn.v_proj", "attention.self.value"),
+        ("self_attn.out_proj", "attention.output.dense"),
+        ("self_attn.rot_emb", "attention.self.rotary_embeddings"),
+        ("self_attn_layer_norm", "attention.LayerNorm"),
+        ("final_layer_norm", "LayerNorm"),
+        ("fc1", "intermediate.dense"),
+        ("fc2", "output.dense"),
+        ("contact_head", "esm.contact_head"),
+    ):
+        name = name.replace(theirs, ours)
+    return f"esm.encoder.layer.{name[7:]}" if name.startswith("layers.") else name
 
 
 def upstream(

@@ -86,7 +86,7 @@ def test_a_checkpoint_without_a_layer_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_says_which_are_known() -> None:
-    with pytest.raises(ModelError, match="neither a file, nor one of demo, esm2_t6_8M_UR50D"):
+    with pytest.raises(ModelError, match="Hugging Face directory, nor one of demo, esm2_t6_8M"):
         load_checkpoint("esm2_t7")
 
 

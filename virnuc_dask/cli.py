@@ -13,6 +13,7 @@ import click
 
 from virnuc_dask import __version__
 from virnuc_dask.config import (
+    AUTO,
     LONG_POLICIES,
     POOLINGS,
     PRECISIONS,
@@ -64,12 +65,16 @@ _identity_options = _options(
         default="demo",
         show_default=True,
         help="demo (random weights, for trying the pipeline), a fair-esm name such as"
-        " esm2_t33_650M_UR50D, or a .pt file.",
+        " esm2_t33_650M_UR50D, a .pt file, or a Hugging Face directory.",
     ),
     click.option("--pooling", type=click.Choice(POOLINGS), default="mean", show_default=True),
     click.option("--repr-layer", type=int, help="Layer to pool, from 1.  [default: the last]"),
     click.option(
-        "--precision", type=click.Choice(PRECISIONS), default="float32", show_default=True
+        "--precision",
+        type=click.Choice([AUTO, *PRECISIONS]),
+        default=AUTO,
+        show_default=True,
+        help="Of the matrix products. auto: the store's; else float32 on a CPU, bfloat16 on a GPU.",
     ),
     click.option(
         "--dtype",

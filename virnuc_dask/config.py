@@ -11,12 +11,13 @@ from virnuc_dask.errors import UsageError
 
 Pooling = Literal["mean", "bos", "max"]
 LongPolicy = Literal["truncate", "window", "skip"]
-Precision = Literal["float32"]
+Precision = Literal["float32", "bfloat16", "float16", "int8"]
 StoredDtype = Literal["float32", "float16"]
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 LONG_POLICIES: tuple[str, ...] = get_args(LongPolicy)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+AUTO: Literal["auto"] = "auto"
 STORED_DTYPES: tuple[str, ...] = get_args(StoredDtype)
 
 FORMAT = 1
@@ -65,7 +66,7 @@ class ModelSpec:
     Attributes
     ----------
     reference : str
-        ``demo``, a fair-esm name such as ``esm2_t6_8M_UR50D``, or the path of a ``.pt`` file.
+        ``demo``, a fair-esm name such as ``esm2_t6_8M_UR50D``, or the path of weights.
     weights_sha256 : str
         Digest of the weights; a worker that finds others refuses them.
     dimension : int
@@ -74,8 +75,8 @@ class ModelSpec:
         Layer whose representation is pooled, counted from 1; 0 is the token embedding.
     pooling : {'mean', 'bos', 'max'}
         Mean or maximum over residues (BOS and EOS excluded), or the BOS token.
-    precision : {'float32'}
-        Arithmetic of the encoder.
+    precision : {'float32', 'bfloat16', 'float16', 'int8'}
+        Arithmetic of the encoder's matrix products; all else on a CPU is float32.
     """
 
     reference: str
@@ -129,12 +130,13 @@ class Settings:
     Attributes
     ----------
     model : str
-        ``demo`` (random weights), a fair-esm name, or the path of a ``.pt`` file.
+        ``demo`` (random weights), a fair-esm name, or the path of weights.
     pooling : {'mean', 'bos', 'max'}
     repr_layer : int, optional
         Layer to pool; 0 is the token embedding. Default: the last.
-    precision : {'float32'}
-        Arithmetic.
+    precision : {'auto', 'float32', 'bfloat16', 'float16', 'int8'}
+        Arithmetic of the matrix products; ``auto`` is what the store has, and for a new one
+        float32 on a CPU and bfloat16 on a GPU.
     dtype : {'float32', 'float16'}
         Of the stored embeddings.
     max_residues : int
@@ -151,7 +153,7 @@ class Settings:
     model: str = "demo"
     pooling: Pooling = "mean"
     repr_layer: int | None = None
-    precision: Precision = "float32"
+    precision: Precision | Literal["auto"] = AUTO
     dtype: StoredDtype = "float32"
     max_residues: int = 1022
     long: LongPolicy = "truncate"
@@ -161,7 +163,7 @@ class Settings:
     def __post_init__(self) -> None:
         for name, allowed in (
             ("pooling", POOLINGS),
-            ("precision", PRECISIONS),
+            ("precision", (AUTO, *PRECISIONS)),
             ("dtype", STORED_DTYPES),
             ("long", LONG_POLICIES),
         ):
@@ -207,6 +209,24 @@ class RunConfig:
             raise UsageError(f"grace must not be negative, not {self.grace}")
         if self.in_flight is not None and self.in_flight < 1:
             raise UsageError(f"in_flight must be at least 1, not {self.in_flight}")
+
+
+def precision_on(device: str, precision: Precision | Literal["auto"]) -> Precision:
+    """A precision that a device has; ``auto`` is one that keeps every row's cosine above 0.999.
+
+    Raises
+    ------
+    UsageError
+        The device does not have it.
+    """
+    on_cpu = device.partition(":")[0] == "cpu"
+    if precision == "auto":
+        return "float32" if on_cpu else "bfloat16"
+    if precision == "int8" and not on_cpu:
+        raise UsageError("precision int8 is for CPUs; a GPU has bfloat16 and float16")
+    if precision == "float16" and on_cpu:
+        raise UsageError("precision float16 is for GPUs; a CPU has bfloat16 and int8")
+    return precision
 
 
 def rows_per_chunk(records: int, encoded_residues: int) -> int:

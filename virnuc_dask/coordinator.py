@@ -59,7 +59,7 @@ def run(
     store : path
         Made if nothing is there. A store that is there must come from the same input and settings.
     model : str
-        ``demo`` (random weights), a fair-esm name, or the path of a ``.pt`` file.
+        ``demo`` (random weights), a fair-esm name, or the path of weights.
     client : distributed.Client, optional
         Whose workers to use. They must see the store at the same path. Left open.
     cluster : str
@@ -82,6 +82,8 @@ def run(
     ------
     InputError
         The input cannot be read. No store is left behind.
+    UsageError
+        A setting that does not exist, or that the device does not have.
     IdentityMismatchError
         The store was made with other settings.
     NotAStoreError
@@ -93,7 +95,9 @@ def run(
     """
     started = time.monotonic()
     emit = listener or _silence
-    opened, spec = prepare(inputs, store, Settings(model=model, **settings), emit)
+    config = config or RunConfig()
+    chosen = Settings(model=model, **settings)
+    opened, spec = prepare(inputs, store, chosen, emit, config.device)
     return _fill(opened, spec, client, cluster, workers, config, emit, started)
 
 

@@ -129,7 +129,8 @@ def embed_rows(
 
     segments = cut_segments(lengths, identity.max_residues, identity.long)
     segments = segments.select(status[segments.row] < Status.INVALID_RESIDUES)
-    embedding = encoder.encode_segments(residues, segments, len(lengths))
+    embedding, fits = encoder.encode_segments(residues, segments, len(lengths))
+    status[~fits] = Status.OUT_OF_MEMORY
     # float16 tops out at 65,504: what overflows there is not a number to keep either.
     with np.errstate(over="ignore"):
         finite = np.isfinite(embedding.astype(identity.dtype)).all(axis=1)

@@ -16,7 +16,15 @@ from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from virnuc_dask import events
-from virnuc_dask.config import FORMAT, Identity, ModelSpec, Settings, rows_per_chunk
+from virnuc_dask.config import (
+    AUTO,
+    FORMAT,
+    Identity,
+    ModelSpec,
+    Settings,
+    precision_on,
+    rows_per_chunk,
+)
 from virnuc_dask.errors import IdentityMismatchError
 from virnuc_dask.events import Listener
 from virnuc_dask.ingest import Ingest
@@ -33,7 +41,7 @@ _TRIAL_RESIDUES = 2**14
 
 
 def prepare(
-    inputs: Inputs, store: str | Path, settings: Settings, emit: Listener
+    inputs: Inputs, store: str | Path, settings: Settings, emit: Listener, device: str = "cpu"
 ) -> tuple[Store, ModelSpec]:
     """Make a store of an input, or make sure that a store there was made from it.
 
@@ -44,9 +52,13 @@ def prepare(
     settings : Settings
     emit : callable
         Gets `Reading` and `InputRead` events.
+    device : str
+        That the workers will compute on; ``auto`` precision depends on it.
 
     Raises
     ------
+    UsageError
+        The device does not have the precision.
     InputError
         The input cannot be read. No store is left behind.
     IdentityMismatchError
@@ -55,7 +67,12 @@ def prepare(
     """
     # What can fail without reading the input fails first.
     existing = None if can_create(store) else Store(store)
-    spec = _model_of(settings)
+    precision = precision_on(device, settings.precision)
+    if existing and settings.precision == AUTO:
+        precision = existing.identity.precision
+    spec = describe(
+        load_checkpoint(settings.model), precision, settings.repr_layer, settings.pooling
+    )
     files, summary = _listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict)
     if existing is None:
@@ -224,11 +241,6 @@ def _listed(inputs: Inputs) -> list[str | Path]:
     return [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
 
 
-def _model_of(settings: Settings) -> ModelSpec:
-    checkpoint = load_checkpoint(settings.model)
-    return describe(checkpoint, settings.precision, settings.repr_layer, settings.pooling)
-
-
 def _first_rows(block: Block, residues: int) -> Block:
     """The first rows of a block with about this many residues, at least one row."""
     rows = max(1, int(np.searchsorted(np.cumsum(block.lengths), residues)))
@@ -253,7 +265,7 @@ def _identity(
         weights_sha256=spec.weights_sha256,
         repr_layer=spec.repr_layer,
         pooling=settings.pooling,
-        precision=settings.precision,
+        precision=spec.precision,
         dtype=settings.dtype,
         alphabet=ALPHABET_POLICY,
         max_residues=settings.max_residues,
@@ -271,7 +283,7 @@ def _trial(settings: Settings, block: Block | None) -> tuple[float | None, int]:
 
     encoder = load_encoder(
         settings.model,
-        precision=settings.precision,
+        precision=precision_on("cpu", settings.precision),
         repr_layer=settings.repr_layer,
         pooling=settings.pooling,
     )

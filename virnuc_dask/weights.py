@@ -18,6 +18,7 @@ from torch import Tensor
 
 from virnuc_dask.config import POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
 from virnuc_dask.errors import ModelError, UsageError
+from virnuc_dask.huggingface import idle_head, is_huggingface, read_huggingface
 
 # fair-esm's names, and the dimension of each model's embeddings.
 PUBLISHED = {
@@ -97,7 +98,8 @@ def load_checkpoint(reference: str) -> Checkpoint:
     ----------
     reference : str
         ``demo``; a fair-esm name, read from torch's hub cache or downloaded to it; or the path of
-        a fair-esm ``.pt`` file. The contact regression is not needed.
+        a fair-esm ``.pt`` file, which needs no contact regression, or of a directory or a
+        ``.safetensors`` file in Hugging Face's layout.
 
     Raises
     ------
@@ -113,9 +115,10 @@ def load_checkpoint(reference: str) -> Checkpoint:
             _download(reference, file)
         return _read(reference, file)
     file = Path(reference)
-    if not _is_file(file):
+    if not _exists(file):
         raise ModelError(
-            f"model {reference!r}: neither a file, nor one of {DEMO}, {', '.join(PUBLISHED)}"
+            f"model {reference!r}: neither a file nor a Hugging Face directory, nor one of"
+            f" {DEMO}, {', '.join(PUBLISHED)}"
         )
     return _read(str(file.resolve()), file)
 
@@ -124,7 +127,7 @@ def weights_at_hand(reference: str) -> bool:
     """Whether a model can be read without a download."""
     if reference in PUBLISHED:
         return _cached(reference).is_file()
-    return reference == DEMO or _is_file(Path(reference))
+    return reference == DEMO or _exists(Path(reference))
 
 
 def describe(
@@ -159,9 +162,9 @@ def _cached(name: str) -> Path:
     return Path(torch.hub.get_dir(), "checkpoints", f"{name}.pt")
 
 
-def _is_file(file: Path) -> bool:
+def _exists(file: Path) -> bool:
     try:
-        return file.is_file()
+        return file.is_file() or is_huggingface(file)
     except (OSError, ValueError):  # a name too long for a file, or with a NUL
         return False
 
@@ -172,7 +175,8 @@ _reading = threading.Lock()
 
 def _read(reference: str, file: Path) -> Checkpoint:
     try:
-        checkpoint = Checkpoint(reference, _read_tensors(file))
+        data = read_huggingface(file) if is_huggingface(file) else _read_tensors(file)
+        checkpoint = Checkpoint(reference, data)
         problem = _problem(checkpoint)
     except pickle.UnpicklingError as error:
         # Not torch's text, which advises to read the file without the protection.
@@ -182,11 +186,10 @@ def _read(reference: str, file: Path) -> Checkpoint:
     except Exception as error:  # damaged bytes raise whatever they happen to mean
         detail = (str(error).splitlines() or [""])[0][:200]
         raise ModelError(
-            f"model {file}: not a fair-esm ESM-2 checkpoint, or damaged"
-            f" ({type(error).__name__}: {detail})"
+            f"model {file}: not an ESM-2 checkpoint, or damaged ({type(error).__name__}: {detail})"
         ) from error
     if problem:
-        raise ModelError(f"model {file}: not a fair-esm ESM-2 checkpoint: {problem}")
+        raise ModelError(f"model {file}: not an ESM-2 checkpoint: {problem}")
     return checkpoint
 
 
@@ -276,17 +279,10 @@ def _demo_weights() -> dict[str, Any]:
     frequencies = torch.from_numpy((1.0 / 10_000.0**exponents).astype(np.float32))
     for number in range(_DEMO_LAYERS):
         tensors[f"layers.{number}.self_attn.rot_emb.inv_freq"] = frequencies
-    # fair-esm's module wants its language-model head; nothing here uses it.
-    tensors["lm_head.weight"] = tensors["embed_tokens.weight"]
-    tensors["lm_head.bias"] = torch.zeros(33)
-    tensors["lm_head.dense.weight"] = torch.eye(dimension)
-    tensors["lm_head.dense.bias"] = torch.zeros(dimension)
-    tensors["lm_head.layer_norm.weight"] = torch.ones(dimension)
-    tensors["lm_head.layer_norm.bias"] = torch.zeros(dimension)
     settings = argparse.Namespace(
         encoder_layers=_DEMO_LAYERS,
         encoder_embed_dim=dimension,
         encoder_attention_heads=_DEMO_HEADS,
         token_dropout=True,
     )
-    return {"cfg": {"model": settings}, "model": tensors}
+    return {"cfg": {"model": settings}, "model": tensors | idle_head(tensors)}

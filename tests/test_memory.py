@@ -1,0 +1,135 @@
+"""Memory that runs out: the token budget halves and stays, and no row is lost that fits alone."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VIRAL_PROTEINS, Maker
+from models import random_network, random_sequences, save_network
+
+from virnuc_dask import embed, esm2
+from virnuc_dask.config import Status
+from virnuc_dask.esm2 import Encoder, load_encoder
+
+
+@pytest.fixture
+def small_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A stand-in for a device that holds 500 tokens: says so as CUDA's allocator does.
+
+    A GPU cannot be had everywhere; a real allocator's limit is in the test after these.
+    """
+    forward = Encoder._forward
+    refused: list[int] = []
+
+    def limited(self: Encoder, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if len(tokens) > 500:
+            refused.append(len(tokens))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, tokens, *rest)
+
+    monkeypatch.setattr(Encoder, "_forward", limited)
+    return refused
+
+
+def test_the_budget_halves_until_it_fits_and_is_remembered(small_device: list[int]) -> None:
+    sequences = random_sequences([*range(20, 120), 400, 490])
+    encoder = load_encoder("demo")
+    found = encoder.encode(sequences)
+    assert small_device
+    assert 125 <= encoder.token_budget <= 500
+    small_device.clear()
+    again = encoder.encode(sequences)
+    # Batches may exceed the budget by less than a sequence: only one with the longest can.
+    assert len(small_device) <= 1
+    alone = np.concatenate([load_encoder("demo").encode([s]) for s in sequences])
+    assert np.array_equal(found, again)
+    assert np.allclose(found, alone, rtol=0, atol=1e-6)
+
+
+def test_a_sequence_that_does_not_fit_alone_is_named(small_device: list[int]) -> None:
+    encoder = load_encoder("demo")
+    with pytest.raises(MemoryError, match="sequence 1, 600 residues"):
+        encoder.encode(random_sequences([30, 600, 40]))
+    assert small_device[-1] == 602
+
+
+def test_rows_that_do_not_fit_are_quarantined_and_their_neighbours_are_not(
+    small_device: list[int], make_store: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "_loaded", {})
+    store = make_store(VIRAL_PROTEINS, repr_layer=None)
+    long = np.concatenate([store.read_rows(c)[0] for c in range(store.chunk_count)]) > 498
+    assert 0 < long.sum() < len(long)
+    assert small_device
+    status = np.concatenate([store.read_chunk(c)[0] for c in range(store.chunk_count)])
+    embedding = np.concatenate([store.read_chunk(c)[1] for c in range(store.chunk_count)])
+    assert (status[long] == Status.OUT_OF_MEMORY).all()
+    assert np.isnan(embedding[long]).all()
+    assert np.isfinite(embedding[~long]).all()
+    assert (status[~long] == Status.EMBEDDED).all()
+
+
+def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> torch.Tensor:
+        raise RuntimeError("device-side assert triggered")
+
+    monkeypatch.setattr(Encoder, "_forward", broken)
+    with pytest.raises(RuntimeError, match="device-side assert"):
+        load_encoder("demo").encode(["MKT"])
+
+
+LIMITED = """
+import resource, sys
+import numpy as np, torch
+from virnuc_dask import esm2
+torch.set_num_threads(1)
+esm2.CPU_TOKENS = 2**17
+encoder = esm2.load_encoder(sys.argv[1], precision=sys.argv[2])
+rng = np.random.default_rng(0)
+sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(1500)]
+expected = encoder.encode(sequences[:32])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20, used + 150 * 2**20))
+found = encoder.encode(sequences)
+print(encoder.token_budget, np.array_equal(found[:32], expected), np.isfinite(found).all())
+"""
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "int8"])
+def test_a_real_limit_of_the_address_space(precision: str, tmp_path: Path) -> None:
+    path = save_network(random_network(2, 320, 20), tmp_path / "model.pt")
+    command = [sys.executable, "-c", LIMITED, path, precision]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    budget, same, finite = done.stdout.split()
+    assert int(budget) < 2**16  # the limit was met
+    assert (same, finite) == ("True", "True")
+
+
+@pytest.mark.gpu
+def test_a_real_limit_on_a_gpu(tmp_path: Path) -> None:
+    path = save_network(random_network(4, 640, 10), tmp_path / "model.pt")
+    encoder = load_encoder(path, "cuda", "bfloat16")
+    sequences = random_sequences([100] * 2000)
+    expected = encoder.encode(sequences)
+    before = encoder.token_budget = 2**17
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    held = torch.cuda.memory_reserved()
+    torch.cuda.set_per_process_memory_fraction((held + 2**28) / total)
+    try:
+        found = encoder.encode(sequences)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert encoder.token_budget < before
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_the_first_budget_is_a_cpus() -> None:
+    assert load_encoder("demo").token_budget == esm2.CPU_TOKENS
