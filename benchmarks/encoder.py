@@ -8,7 +8,7 @@ weights, which cost the same as trained ones. *fair-esm* is the loop of its `scr
 without writing. *HF* is Hugging Face's `EsmModel` with sdpa on the same padded batches, and
 *esm-cpp* a C++ engine with weights of 8 bits; `pip install transformers esm-cpp` brings them.
 
-On a CPU time is the process's processor time. Peak memory is that of a process of its own. FLOP
+Each has a process of its own, and they take turns. On a CPU time is processor time. FLOP
 are 2 per parameter of the layers and token, and attention's; their share is of one layer of 2,048
 features at the same precision. Prints Markdown for RESULTS.md.
 """
@@ -25,6 +25,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -38,7 +39,7 @@ from tests.models import random_network, save_huggingface, save_network
 from virnuc_dask.esm2 import load_encoder
 from virnuc_dask.linear import make_linear
 
-Engine = Callable[[list[str]], NDArray[np.float32]]
+Encode = Callable[[list[str]], NDArray[np.float32]]
 # Layers, features and heads of the published models.
 SHAPES = {
     "8M": (6, 320, 20),
@@ -49,6 +50,8 @@ SHAPES = {
 }
 # Tokens that a turn encodes, on a CPU; a GPU gets a hundred times as many.
 TOKENS = {"8M": 16_000, "35M": 12_000, "150M": 8_000, "650M": 4_000, "3B": 2_000}
+# As `virnuc_dask.cluster` starts its workers.
+MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 PACKAGES = {"HF": "transformers", "esm-cpp int8": "esm_cpp"}
 DISTRIBUTIONS = ("reads", "proteins")
 
@@ -74,52 +77,46 @@ def main() -> None:
         " | of a layer's | max abs | cosine | centred | peak MiB |"
     )
     print("|---|---|---|---|---|---|---|---|---|---|---|", flush=True)
+    names = ["fair-esm", *(name for name, package in PACKAGES.items() if has(package)), *ours]
     with tempfile.TemporaryDirectory() as folder:
         for model in arguments.models.split(","):
             weights = Path(folder, f"{model}.pt")
             network = random_network(*SHAPES[model])
             save_network(network, weights)
             save_huggingface(network, weights.with_suffix(""))
-            engines = {
-                name: make(name, model, weights, arguments.device)
-                for name in ["fair-esm", *PACKAGES, *ours]
-                if on_cpu or name != "esm-cpp int8"
-                if name not in PACKAGES or has(PACKAGES[name])
-            }
             for lengths in DISTRIBUTIONS:
                 tokens = TOKENS[model] * (1 if on_cpu else 100)
-                for line in compare(engines, model, lengths, tokens, arguments, weights, rates):
+                engines = [Engine(name, model, weights, arguments.device) for name in names]
+                for line in compare(engines, model, lengths, tokens, arguments.turns, rates):
                     print(line, flush=True)
 
 
 def compare(
-    engines: dict[str, Engine],
+    engines: list[Engine],
     model: str,
     lengths: str,
     tokens: int,
-    arguments: argparse.Namespace,
-    weights: Path,
+    turns: int,
     rates: dict[str, float],
 ) -> Iterator[str]:
     """One table row for each engine."""
     sequences = random_sequences(lengths, tokens)
     exact = sum(len(sequence) + 2 for sequence in sequences)
-    seconds: dict[str, list[float]] = {name: [] for name in engines}
+    seconds: dict[str, list[float]] = {engine.name: [] for engine in engines}
     results: dict[str, NDArray[np.float32]] = {}
-    for engine in engines.values():
-        engine(sequences[:8])
-    for _ in range(arguments.turns):
-        for name, engine in engines.items():
-            started = now(arguments.device)
-            results[name] = engine(sequences)
-            seconds[name].append(now(arguments.device) - started)
+    for engine in engines:
+        engine.encode(sequences[:8])
+    for _ in range(turns):
+        for engine in engines:
+            spent, results[engine.name] = engine.encode(sequences)
+            seconds[engine.name].append(spent)
     expected = results["fair-esm"]
     centre = expected.mean(axis=0)
-    for name, times in seconds.items():
+    for engine in engines:
+        name, times = engine.name, seconds[engine.name]
         ratios = [peer / own for peer, own in zip(seconds["fair-esm"], times, strict=True)]
         speed = flop(model, sequences) / median(times)
         found = results[name]
-        memory = peak_memory(name, model, weights, arguments.device, lengths, tokens)
         cells = [
             f"{model} {lengths}",
             name,
@@ -131,7 +128,7 @@ def compare(
             f"{np.abs(found - expected).max():.1e}",
             f"{cosine(found, expected).min():.6f}",
             f"{cosine(found - centre, expected - centre).min():.5f}",
-            f"{memory:,.0f}",
+            f"{engine.finish():,.0f}",
         ]
         yield f"| {' | '.join(cells)} |"
 
@@ -139,7 +136,55 @@ def compare(
 # --- engines -------------------------------------------------------------------------------------
 
 
-def make(name: str, model: str, weights: Path, device: str) -> Engine:
+class Engine:
+    """An engine in a process of its own, with the environment that it is run in.
+
+    This package's workers have an allocator that keeps large blocks (`virnuc_dask.cluster`); the
+    peers have the one that a user's shell gives them.
+    """
+
+    def __init__(self, name: str, model: str, weights: Path, device: str) -> None:
+        self.name = name
+        context = multiprocessing.get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        self._process = context.Process(target=_serve, args=(theirs, name, model, weights, device))
+        settings = {} if name in ("fair-esm", *PACKAGES) else MALLOC
+        for variable in MALLOC:
+            os.environ.pop(variable, None)
+        os.environ.update(settings)
+        self._process.start()
+
+    def encode(self, sequences: list[str]) -> tuple[float, NDArray[np.float32]]:
+        """Seconds, and rows."""
+        self._pipe.send(sequences)
+        answer: tuple[float, NDArray[np.float32]] = self._pipe.recv()
+        return answer
+
+    def finish(self) -> float:
+        """Peak memory in MiB."""
+        self._pipe.send(None)
+        peak = float(self._pipe.recv())
+        self._process.join()
+        return peak
+
+
+def _serve(pipe: Connection, name: str, model: str, weights: Path, device: str) -> None:
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    encode = make(name, model, weights, device)
+    while sequences := pipe.recv():
+        started = now(device)
+        rows = encode(sequences)
+        pipe.send((now(device) - started, rows))
+    if device == "cpu":
+        # Not getrusage: its peak is that of the parent, if that was larger.
+        status = Path("/proc/self/status").read_text()
+        pipe.send(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
+    else:
+        pipe.send(torch.cuda.max_memory_allocated() / 2**20)
+
+
+def make(name: str, model: str, weights: Path, device: str) -> Encode:
     """An engine with its model in memory."""
     if name == "fair-esm":
         return fair_esm(model, device)
@@ -151,7 +196,7 @@ def make(name: str, model: str, weights: Path, device: str) -> Engine:
     return encoder.encode
 
 
-def fair_esm(model: str, device: str) -> Engine:
+def fair_esm(model: str, device: str) -> Encode:
     """The loop of fair-esm's `scripts/extract.py`, with its defaults."""
     network = random_network(*SHAPES[model]).to(device)
     last = network.num_layers
@@ -169,7 +214,7 @@ def fair_esm(model: str, device: str) -> Engine:
     return encode
 
 
-def hugging_face(folder: Path, device: str) -> Engine:
+def hugging_face(folder: Path, device: str) -> Encode:
     """Hugging Face's model with the same weights, on the same batches."""
     from transformers import EsmModel
 
@@ -190,7 +235,7 @@ def hugging_face(folder: Path, device: str) -> Engine:
     return encode
 
 
-def esm_cpp(folder: Path) -> Engine:
+def esm_cpp(folder: Path) -> Encode:
     """The C++ engine with weights of 8 bits, one sequence after the other, as its API has it."""
     from esm_cpp import Model, Tokenizer
 
@@ -276,33 +321,6 @@ def cosine(a: NDArray[Any], b: NDArray[Any]) -> NDArray[Any]:
     a, b = a.astype(float), b.astype(float)
     norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     return np.asarray((a * b).sum(axis=1) / norms)
-
-
-def peak_memory(
-    name: str, model: str, weights: Path, device: str, lengths: str, tokens: int
-) -> float:
-    """MiB that an engine takes at most: of a process of its own, or of the GPU."""
-    context = multiprocessing.get_context("spawn")
-    result = context.Queue()
-    arguments = (name, model, weights, device, lengths, tokens, result)
-    process = context.Process(target=_measure_memory, args=arguments)
-    process.start()
-    peak = result.get()
-    process.join()
-    return float(peak)
-
-
-def _measure_memory(
-    name: str, model: str, weights: Path, device: str, lengths: str, tokens: int, result: Any
-) -> None:
-    torch.set_num_threads(1)
-    make(name, model, weights, device)(random_sequences(lengths, tokens))
-    if device == "cpu":
-        # Not getrusage: its peak is that of the parent, if that was larger.
-        status = Path("/proc/self/status").read_text()
-        result.put(int(status.split("VmHWM:")[1].split()[0]) / 2**10)
-    else:
-        result.put(torch.cuda.max_memory_allocated() / 2**20)
 
 
 def processor() -> str:
