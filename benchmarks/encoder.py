@@ -36,7 +36,7 @@ from esm.data import Alphabet, FastaBatchedDataset
 from numpy.typing import NDArray
 
 from tests.models import random_network, save_huggingface, save_network
-from virnuc_dask.esm2 import load_encoder
+from virnuc_dask.encoder import load_encoder
 from virnuc_dask.linear import make_linear
 
 Encode = Callable[[list[str]], NDArray[np.float32]]

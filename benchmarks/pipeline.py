@@ -34,7 +34,7 @@ from tests.models import random_network, save_network
 from virnuc_dask import run
 from virnuc_dask.config import ModelSpec, Settings
 from virnuc_dask.embed import embed_rows
-from virnuc_dask.esm2 import load_encoder
+from virnuc_dask.encoder import load_encoder
 from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
 

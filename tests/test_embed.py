@@ -23,14 +23,14 @@ from models import (
 from virnuc_dask import embed
 from virnuc_dask.config import Identity, Status
 from virnuc_dask.embed import embed_chunk, embed_rows, get_encoder
+from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import IdentityMismatchError, ModelError
-from virnuc_dask.esm2 import load_encoder
 from virnuc_dask.weights import describe, load_checkpoint
 
 
 def identity(**changes: Any) -> Identity:
     plain = Identity(
-        1, "", 0, "", 0, "mean", "float32", "float32", "", 1022, "truncate", rows_per_chunk=32
+        1, "", 0, "", 0, "mean", "float32", "float32", "", 1022, "truncate", 32, per_residue=False
     )
     return replace(plain, **changes)
 
@@ -40,10 +40,15 @@ def packed(sequences: list[str]) -> tuple[Any, Any]:
     return lengths, np.frombuffer("".join(sequences).encode(), np.uint8)
 
 
+def embedded(*arguments: Any) -> tuple[Any, Any]:
+    rows = embed_rows(*arguments)
+    return rows.status, rows.embedding
+
+
 def test_every_row_gets_exactly_one_state() -> None:
     encoder = load_encoder("demo")
     sequences = ["MKTAYIAKQR", "", "MK1", "M" * 51, "M" * 60 + "*K", "A"]
-    status, embedding = embed_rows(encoder, *packed(sequences), identity(max_residues=50))
+    status, embedding = embedded(encoder, *packed(sequences), identity(max_residues=50))
     assert [Status(code).meaning for code in status] == [
         "embedded",
         "empty",
@@ -62,7 +67,7 @@ def test_windows_are_a_mean_over_residues_each_counted_once(tmp_path: Path) -> N
     network = random_network(2, 64, 4)
     encoder = load_encoder(save_network(network, tmp_path / "model.pt"))
     sequences = random_sequences([40, 101, 260, 100, 1000])
-    status, embedding = embed_rows(
+    status, embedding = embedded(
         encoder, *packed(sequences), identity(max_residues=100, long="window")
     )
     assert [Status(code).meaning for code in status] == [
@@ -96,7 +101,7 @@ def test_windows_are_pooled_by_maximum_or_mean_of_bos(pooling: str, tmp_path: Pa
     network = random_network(2, 64, 4)
     encoder = load_encoder(save_network(network, tmp_path / "model.pt"), pooling=pooling)
     (sequence,) = random_sequences([150])
-    rows = embed_rows(
+    rows = embedded(
         encoder, *packed([sequence]), identity(max_residues=100, long="window", pooling=pooling)
     )[1]
     windows = [upstream(network, [sequence[start : start + 100]])[0] for start in (0, 50)]
@@ -108,7 +113,7 @@ def test_windows_are_pooled_by_maximum_or_mean_of_bos(pooling: str, tmp_path: Pa
 
 
 def test_long_rows_are_skipped_on_request() -> None:
-    status, embedding = embed_rows(
+    status, embedding = embedded(
         load_encoder("demo"), *packed(["MKT", "M" * 51]), identity(max_residues=50, long="skip")
     )
     assert status.tolist() == [Status.EMBEDDED, Status.TOO_LONG]
@@ -121,10 +126,10 @@ def test_what_overflows_the_stored_type_is_quarantined(tmp_path: Path) -> None:
         network.emb_layer_norm_after.weight.mul_(1e6)
     encoder = load_encoder(save_network(network, tmp_path / "model.pt"))
     sequences = packed(["MKTAYIAKQR", ""])
-    status, embedding = embed_rows(encoder, *sequences, identity(dtype="float16"))
+    status, embedding = embedded(encoder, *sequences, identity(dtype="float16"))
     assert status.tolist() == [Status.NON_FINITE, Status.EMPTY]
     assert np.isnan(embedding).all()
-    status, _ = embed_rows(encoder, *sequences, identity(dtype="float32"))
+    status, _ = embedded(encoder, *sequences, identity(dtype="float32"))
     assert status.tolist() == [Status.EMBEDDED, Status.EMPTY]
 
 
@@ -134,7 +139,7 @@ def test_a_model_that_yields_nan_quarantines_the_row(tmp_path: Path) -> None:
         network.embed_tokens.weight[network.alphabet.get_idx("W")] = float("nan")
     encoder = load_encoder(save_network(network, tmp_path / "model.pt"))
     sequences = ["MKT", "MWT", "MKTAY"]
-    status, embedding = embed_rows(encoder, *packed(sequences), identity())
+    status, embedding = embedded(encoder, *packed(sequences), identity())
     assert status.tolist() == [Status.EMBEDDED, Status.NON_FINITE, Status.EMBEDDED]
     clean = upstream_mean(network, ["MKT", "MKTAY"])
     assert relative_error(embedding[[0, 2]], clean) < 1e-4

@@ -17,8 +17,8 @@ from models import (
     upstream_mean,
 )
 
+from virnuc_dask.encoder import Encoder, load_encoder
 from virnuc_dask.errors import InputError, ModelError
-from virnuc_dask.esm2 import Encoder, load_encoder
 
 TOLERANCE = 1e-4
 # float32 rounding; far below what any wrong mask or neighbour would give.

@@ -20,8 +20,8 @@ from models import (
 )
 from safetensors.torch import load_file, save_file
 
+from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import ModelError
-from virnuc_dask.esm2 import load_encoder
 from virnuc_dask.weights import load_checkpoint, weights_at_hand
 
 SEQUENCES = random_sequences([1, 17, 60, 60, 200])

@@ -13,9 +13,10 @@ import torch
 from conftest import VIRAL_PROTEINS, Maker
 from models import random_network, random_sequences, save_network
 
-from virnuc_dask import embed, esm2
+from virnuc_dask import embed
 from virnuc_dask.config import Status
-from virnuc_dask.esm2 import Encoder, load_encoder
+from virnuc_dask.encoder import CPU_TOKENS, load_encoder
+from virnuc_dask.esm2 import Network
 
 
 @pytest.fixture
@@ -24,16 +25,16 @@ def small_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     A GPU cannot be had everywhere; a real allocator's limit is in the test after these.
     """
-    forward = Encoder._forward
+    forward = Network._forward
     refused: list[int] = []
 
-    def limited(self: Encoder, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def limited(self: Network, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
         if len(tokens) > 500:
             refused.append(len(tokens))
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, tokens, *rest)
 
-    monkeypatch.setattr(Encoder, "_forward", limited)
+    monkeypatch.setattr(Network, "_forward", limited)
     return refused
 
 
@@ -79,7 +80,7 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
     def broken(*_: Any) -> torch.Tensor:
         raise RuntimeError("device-side assert triggered")
 
-    monkeypatch.setattr(Encoder, "_forward", broken)
+    monkeypatch.setattr(Network, "_forward", broken)
     with pytest.raises(RuntimeError, match="device-side assert"):
         load_encoder("demo").encode(["MKT"])
 
@@ -87,10 +88,10 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
 LIMITED = """
 import resource, sys
 import numpy as np, torch
-from virnuc_dask import esm2
+from virnuc_dask import encoder as module
 torch.set_num_threads(1)
-esm2.CPU_TOKENS = 2**17
-encoder = esm2.load_encoder(sys.argv[1], precision=sys.argv[2])
+module.CPU_TOKENS = 2**17
+encoder = module.load_encoder(sys.argv[1], precision=sys.argv[2])
 rng = np.random.default_rng(0)
 sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(1500)]
 expected = encoder.encode(sequences[:32])
@@ -132,4 +133,4 @@ def test_a_real_limit_on_a_gpu(tmp_path: Path) -> None:
 
 
 def test_the_first_budget_is_a_cpus() -> None:
-    assert load_encoder("demo").token_budget == esm2.CPU_TOKENS
+    assert load_encoder("demo").token_budget == CPU_TOKENS

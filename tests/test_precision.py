@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from virnuc_dask import linear
 from virnuc_dask.config import PRECISIONS, Precision, Settings, precision_on
+from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import IdentityMismatchError, UsageError
-from virnuc_dask.esm2 import load_encoder
 from virnuc_dask.linear import make_linear
 from virnuc_dask.prepare import prepare
 

@@ -21,6 +21,7 @@ from virnuc_dask import dataset
 from virnuc_dask.config import Identity, Settings, Status
 from virnuc_dask.errors import IdentityMismatchError, InputError, NotAStoreError, StoreError
 from virnuc_dask.ingest import Ingest
+from virnuc_dask.integrity import check_chunk, check_sequences
 from virnuc_dask.prepare import prepare
 from virnuc_dask.residues import InputSummary
 from virnuc_dask.sequences import read_blocks
@@ -47,7 +48,7 @@ def hopeless(tmp_path: Path) -> Path:
 def test_a_chunk_of_fill_values_is_written_and_present(hopeless: Path, make_store: Maker) -> None:
     store = make_store(hopeless)
     assert store.present().all()
-    assert store.check_chunk(0) is None
+    assert check_chunk(store, 0) is None
     assert np.isnan(store.read_chunk(0)[1]).all()
 
 
@@ -162,7 +163,7 @@ def test_another_chunks_sequences_are_noticed(make_store: Maker) -> None:
     one = make_store(VIRAL_PROTEINS, "one.zarr", embed=False)
     other = make_store(VIRAL_PROTEINS.parent / "esm_some_proteins.fasta", "two.zarr", embed=False)
     first_file(one, "residues").write_bytes(first_file(other, "residues").read_bytes())
-    assert one.check_sequences() is not None
+    assert check_sequences(one) is not None
 
 
 # --- rule 4: presence is checked cheaply at every resume, and thoroughly by verify ---
@@ -215,7 +216,7 @@ def test_a_damaged_short_last_chunk_does_not_stop_its_own_repair(make_store: Mak
     status, embedding = store.read_chunk(9)
     (store.path / "embedding" / "c.9.0").write_bytes(b"not a chunk, and long enough")
     store.write_chunk(9, status, embedding)
-    assert store.check_chunk(9) is None
+    assert check_chunk(store, 9) is None
 
 
 @pytest.mark.parametrize(
@@ -234,10 +235,10 @@ def test_states_and_values_that_do_not_agree_are_found(
 ) -> None:
     store = make_store(VIRAL_PROTEINS)
     status, embedding = store.read_chunk(1)
-    assert store.check_chunk(1) is None
+    assert check_chunk(store, 1) is None
     change(status, embedding)
     store.write_chunk(1, status, embedding)
-    assert problem in str(store.check_chunk(1))
+    assert problem in str(check_chunk(store, 1))
 
 
 # --- rule 5: what is not a chunk is not taken for one ---
@@ -314,7 +315,7 @@ def test_racing_ingests_end_with_one_store(tmp_path: Path) -> None:
         thread.join()
     assert len(stores) == 4
     assert os.listdir(tmp_path) == ["a.zarr"]
-    assert stores[0].check_sequences() is None
+    assert check_sequences(stores[0]) is None
 
 
 # --- rule 7: no clock and no lock decides anything ---
@@ -346,6 +347,7 @@ OTHER_VALUES = {
     "max_residues": 500,
     "long": "window",
     "rows_per_chunk": 64,
+    "per_residue": True,
 }
 
 
@@ -408,7 +410,7 @@ def test_an_ingest_that_was_killed_leaves_no_store_and_the_next_one_cleans_up(
 
     store, _ = prepare(VIRAL_PROTEINS, target, Settings(), lambda _event: None)
     assert os.listdir(target.parent) == ["a.zarr"]
-    assert store.check_sequences() is None
+    assert check_sequences(store) is None
     assert store.records == 300
 
 
@@ -473,7 +475,7 @@ def test_records_cross_block_and_chunk_borders_unharmed(
     assert np.array_equal(np.concatenate([r for _, r in stored]), residues)
     assert np.array_equal(np.concatenate([n for n, _ in stored]), summary.all_lengths())
     assert [n for chunk in range(store.chunk_count) for n in store.read_ids(chunk)] == ids
-    assert store.check_sequences() is None
+    assert check_sequences(store) is None
 
 
 def test_the_store_opens_lazily_in_xarray_with_ids_as_a_coordinate(make_store: Maker) -> None:

@@ -15,8 +15,8 @@ import torch
 from models import checkpoint_data, random_network, random_sequences, save_network, upstream_mean
 
 from virnuc_dask import weights
+from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import ModelError
-from virnuc_dask.esm2 import load_encoder
 from virnuc_dask.weights import describe, load_checkpoint, weights_at_hand
 
 DEMO_SHA256 = "129ce4726f6c6e07dad3f6144b3cc14977f7d3741b5620ae94edbb1de8cf17f2"

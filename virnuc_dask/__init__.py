@@ -1,8 +1,9 @@
 """Protein language model embeddings for millions of sequences, on workers that may vanish.
 
 ``run`` embeds sequences into a Zarr store, ``resume`` goes on with one, ``open_store`` opens it
-lazily, and ``load_encoder`` gives the encoder alone. Importing this package loads neither torch
-nor distributed; the names are resolved when they are first used.
+lazily, ``open_residues`` a row's residues in it, and ``load_encoder`` gives the encoder alone.
+Importing this package loads neither torch nor distributed; the names are resolved when they are
+first used.
 """
 
 from __future__ import annotations
@@ -13,17 +14,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from virnuc_dask.config import RunConfig
     from virnuc_dask.coordinator import resume, run
-    from virnuc_dask.dataset import open_store, verify
-    from virnuc_dask.esm2 import load_encoder
+    from virnuc_dask.dataset import open_residues, open_store, verify
+    from virnuc_dask.encoder import load_encoder
     from virnuc_dask.events import RunSummary
 
 __version__ = "0.1.0"
-__all__ = ["RunConfig", "RunSummary", "load_encoder", "open_store", "resume", "run", "verify"]
+__all__ = [
+    "RunConfig",
+    "RunSummary",
+    "load_encoder",
+    "open_residues",
+    "open_store",
+    "resume",
+    "run",
+    "verify",
+]
 
 _HOME = {
     "RunConfig": "config",
     "RunSummary": "events",
-    "load_encoder": "esm2",
+    "load_encoder": "encoder",
+    "open_residues": "dataset",
     "open_store": "dataset",
     "resume": "coordinator",
     "run": "coordinator",

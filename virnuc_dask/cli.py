@@ -102,6 +102,7 @@ _identity_options = _options(
         type=click.IntRange(1, 10_000),
         help="Rows that are computed and saved together.  [default: about 131,072 residues]",
     ),
+    click.option("--per-residue", is_flag=True, help="Store each residue's too, as float16."),
 )
 _work_options = _options(
     click.option(

@@ -103,6 +103,7 @@ class Identity:
     max_residues: int
     long: LongPolicy
     rows_per_chunk: int
+    per_residue: bool
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Identity:
@@ -146,6 +147,8 @@ class Settings:
     rows_per_chunk : int, optional
         Rows that are computed and saved together. Default: what the store has, or about 2^17
         residues.
+    per_residue : bool
+        Store the representation of each residue too, as float16.
     strict : bool
         Refuse an input that has a letter which is no residue.
     """
@@ -158,6 +161,7 @@ class Settings:
     max_residues: int = 1022
     long: LongPolicy = "truncate"
     rows_per_chunk: int | None = None
+    per_residue: bool = False
     strict: bool = False
 
     def __post_init__(self) -> None:

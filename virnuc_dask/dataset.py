@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.config import Status
-from virnuc_dask.errors import StoreError
-from virnuc_dask.store import Store
+from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.integrity import check_chunk, check_sequences, leftovers
+from virnuc_dask.packing import encoded_lengths
+from virnuc_dask.store import TASK_ARRAYS, Store
 
 _CHUNKS_PER_CHECK = 16
 
@@ -33,7 +35,8 @@ def open_store(store: str | Path) -> Any:
         ``embedding`` (sequence, feature), NaN where a row is quarantined or not done yet, with the
         coordinates ``sequence_id``, ``length`` in residues and ``status``, whose codes are named by
         its attributes ``flag_values`` and ``flag_meanings``. Every array is a Dask array, chunked
-        as the store is. ``residues``, ``offset``: the sequences.
+        as the store is. ``residues``, ``offset``: the sequences. ``residue_embedding`` (slot,
+        feature), in a store that has it: see `open_residues`.
 
     Raises
     ------
@@ -44,6 +47,41 @@ def open_store(store: str | Path) -> Any:
     # xarray would say of anything at all that it holds no group.
     path = Store(store).path
     return xarray.open_zarr(path, consolidated=False)
+
+
+def open_residues(store: str | Path, row: int) -> Any:
+    """Representation of each residue of one row, lazily.
+
+    Parameters
+    ----------
+    store : path
+        Made with ``per_residue``.
+    row : int
+
+    Returns
+    -------
+    xarray.DataArray, float16, shape (residues, D)
+        Of the residues that were encoded: where `long` is ``truncate``, the first
+        `max_residues`. NaN where the row is quarantined or not done yet.
+
+    Raises
+    ------
+    IndexError
+        There is no such row.
+    UsageError
+        The store keeps no single residues.
+    NotAStoreError, StoreError
+    """
+    opened = Store(store)
+    identity = opened.identity
+    if not identity.per_residue:
+        raise UsageError(f"{store}: made without per_residue, so it keeps no single residues")
+    if not 0 <= row < opened.records:
+        raise IndexError(f"row {row} of {opened.records}")
+    data = open_store(store)
+    first, length = int(data.residue_slot[row]), data.length[[row]].values
+    count = int(encoded_lengths(length, identity.max_residues, identity.long)[0])
+    return data.residue_embedding[first : first + count].rename(slot="residue")
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,7 +240,7 @@ def verify(
     # A file that is too small counts as missing, and is damage all the same.
     files = np.array([present[c] or opened.has_files(c) for c in range(opened.chunk_count)], bool)
     chunks = [int(chunk) for chunk in np.flatnonzero(files)]
-    sequences = opened.check_sequences()
+    sequences = check_sequences(opened)
     bad: dict[int, str] = {}
     step = _CHUNKS_PER_CHECK * 8
     for start in range(0, len(chunks), step):
@@ -214,12 +252,12 @@ def verify(
             bad.update(found)
         if progress:
             progress(min(start + step, len(chunks)), len(chunks))
-    leftovers = opened.leftovers()
+    strays = leftovers(opened)
     if repair:
         for chunk in bad:
             opened.remove_chunk(chunk)
-        computed = {opened.path / "status", opened.path / "embedding"}
-        for file in leftovers:
+        computed = {opened.path / name for name in TASK_ARRAYS}
+        for file in strays:
             if file.parent not in computed:
                 continue
             if file.is_dir() and not file.is_symlink():
@@ -231,11 +269,11 @@ def verify(
         opened.chunk_count - len(chunks),
         bad,
         sequences,
-        [str(file) for file in leftovers],
+        [str(file) for file in strays],
         repair,
     )
 
 
 def _check(store: Store, chunks: list[int], sequences: bool) -> dict[int, str]:
-    problems = {chunk: store.check_chunk(chunk, sequences=sequences) for chunk in chunks}
+    problems = {chunk: check_chunk(store, chunk, sequences=sequences) for chunk in chunks}
     return {chunk: problem for chunk, problem in problems.items() if problem is not None}

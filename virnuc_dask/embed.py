@@ -11,9 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.config import Identity, ModelSpec, Status
+from virnuc_dask.encoder import Encoder
 from virnuc_dask.errors import IdentityMismatchError, ModelError
-from virnuc_dask.esm2 import Encoder
-from virnuc_dask.packing import cut_segments
+from virnuc_dask.packing import cut_segments, encoded_lengths
 from virnuc_dask.residues import invalid_rows
 from virnuc_dask.store import Store
 from virnuc_dask.weights import describe, load_checkpoint
@@ -84,11 +84,11 @@ def embed_chunk(
     if store.is_present(chunk):
         return ChunkReport(chunk, len(lengths), {}, False, 0.0, 0.0, 0.0, os.getpid())
     read = time.perf_counter()
-    status, embedding = embed_rows(get_encoder(model, device), lengths, residues, identity)
+    rows = embed_rows(get_encoder(model, device), lengths, residues, identity)
     computed = time.perf_counter()
     if not store.is_present(chunk):
-        store.write_chunk(chunk, status, embedding.astype(identity.dtype))
-    codes, numbers = np.unique(status, return_counts=True)
+        store.write_chunk(chunk, rows.status, rows.embedding.astype(identity.dtype), rows.residues)
+    codes, numbers = np.unique(rows.status, return_counts=True)
     counts = {Status(c).meaning: int(n) for c, n in zip(codes, numbers, strict=True)}
     return ChunkReport(
         chunk,
@@ -102,20 +102,31 @@ def embed_chunk(
     )
 
 
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows of a chunk, computed.
+
+    Attributes
+    ----------
+    status : ndarray, uint8, shape (n,)
+    embedding : ndarray, float32, shape (n, D)
+        NaN where the row is quarantined.
+    residues : ndarray, float16, shape (N, D), optional
+        Representation of each encoded residue, end to end; NaN where the row is quarantined.
+    """
+
+    status: NDArray[np.uint8]
+    embedding: NDArray[np.float32]
+    residues: NDArray[np.float16] | None
+
+
 def embed_rows(
     encoder: Encoder,
     lengths: NDArray[np.int32],
     residues: NDArray[np.uint8],
     identity: Identity,
-) -> tuple[NDArray[np.uint8], NDArray[np.float32]]:
-    """Embed rows and say what became of each.
-
-    Returns
-    -------
-    status : ndarray, uint8, shape (n,)
-    embedding : ndarray, float32, shape (n, D)
-        NaN where the row is quarantined.
-    """
+) -> Rows:
+    """Embed rows and say what became of each."""
     long = lengths > identity.max_residues
     status = np.full(len(lengths), Status.EMBEDDED, np.uint8)
     status[long] = {
@@ -127,16 +138,36 @@ def embed_rows(
     # A record with a letter that is no residue is quarantined, also if truncation would hide it.
     status[invalid_rows(residues, lengths)] = Status.INVALID_RESIDUES
 
+    encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
+    if identity.per_residue:
+        residues, lengths = _first_residues(residues, lengths, encoded), encoded.astype(np.int32)
     segments = cut_segments(lengths, identity.max_residues, identity.long)
     segments = segments.select(status[segments.row] < Status.INVALID_RESIDUES)
-    embedding, fits = encoder.encode_segments(residues, segments, len(lengths))
-    status[~fits] = Status.OUT_OF_MEMORY
+    found = encoder.encode_segments(
+        residues, segments, len(lengths), per_residue=identity.per_residue
+    )
+    status[~found.fits] = Status.OUT_OF_MEMORY
     # float16 tops out at 65,504: what overflows there is not a number to keep either.
     with np.errstate(over="ignore"):
-        finite = np.isfinite(embedding.astype(identity.dtype)).all(axis=1)
+        finite = np.isfinite(found.embedding.astype(identity.dtype)).all(axis=1)
+    row_of_residue = np.repeat(np.arange(len(lengths)), encoded)
+    if found.residues is not None:
+        finite[row_of_residue[~np.isfinite(found.residues).all(axis=1)]] = False
     status[~finite & (status < Status.INVALID_RESIDUES)] = Status.NON_FINITE
-    embedding[status >= Status.INVALID_RESIDUES] = np.nan
-    return status, embedding
+    quarantined = status >= Status.INVALID_RESIDUES
+    found.embedding[quarantined] = np.nan
+    if found.residues is not None:
+        found.residues[quarantined[row_of_residue]] = np.nan
+    return Rows(status, found.embedding, found.residues)
+
+
+def _first_residues(
+    residues: NDArray[np.uint8], lengths: NDArray[np.int32], wanted: NDArray[np.int64]
+) -> NDArray[np.uint8]:
+    """The first residues of each row, as many as are wanted of it."""
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    place = np.arange(len(residues)) - np.repeat(starts, lengths)
+    return residues[place < np.repeat(wanted, lengths)]
 
 
 _loading = threading.Lock()

@@ -6,6 +6,7 @@ import errno
 import os
 import re
 import shutil
+from math import log2
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -19,6 +20,7 @@ from zarr.storage import LocalStore
 from virnuc_dask.config import Identity, Status
 from virnuc_dask.errors import NotAStoreError, StoreError
 from virnuc_dask.files import may_have_a_living_owner, owner_mark, sync, sync_tree
+from virnuc_dask.packing import encoded_lengths
 from virnuc_dask.residues import Block
 from virnuc_dask.store import (
     ATTRIBUTE,
@@ -27,7 +29,11 @@ from virnuc_dask.store import (
     can_create,
     is_store,
     local_path,
+    residue_slots,
 )
+
+# About 10 MB of float16 in a chunk of `residue_embedding`.
+_RESIDUE_VALUES_PER_CHUNK = 2**22
 
 
 class Ingest:
@@ -133,10 +139,13 @@ class Ingest:
             {"long_name": f"ESM-2 embedding, {identity.pooling} pooling"},
             identity.records,
         )
+        if identity.per_residue:
+            self._create_residue_arrays(identity, dimension)
+        more = " residue_slot" if identity.per_residue else ""
         self._group.attrs.update(
             {
                 "Conventions": "CF-1.11",
-                "coordinates": "sequence_id length status",
+                "coordinates": f"sequence_id length status{more}",
                 ATTRIBUTE: {"identity": identity.to_json(), "provenance": provenance},
             }
         )
@@ -149,6 +158,32 @@ class Ingest:
             raise StoreError(f"{self.path}: cannot put the store there: {error}") from error
         sync(self.path.parent)
         return True
+
+    def _create_residue_arrays(self, identity: Identity, dimension: int) -> None:
+        lengths = self._length.read()
+        encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
+        largest = np.add.reduceat(encoded, np.arange(0, len(encoded), identity.rows_per_chunk))
+        per_chunk = 2 ** round(log2(_RESIDUE_VALUES_PER_CHUNK / dimension))
+        per_chunk = max(1, min(per_chunk, int(largest.max())))
+        slots, total = residue_slots(encoded, identity.rows_per_chunk, per_chunk)
+        self._create(
+            "residue_slot",
+            "int64",
+            (SEQUENCES_PER_CHUNK,),
+            -1,
+            ("sequence",),
+            {"long_name": "first slot of the row's residues"},
+            len(slots),
+        )[:] = slots
+        self._create(
+            "residue_embedding",
+            "float16",
+            (per_chunk, dimension),
+            float("nan"),
+            ("slot", "feature"),
+            {"long_name": "ESM-2 representation of each residue"},
+            total,
+        )
 
     def _create(
         self,
@@ -193,6 +228,10 @@ class _Appender:
 
     def flush(self) -> None:
         self._write(self._waiting)
+
+    def read(self) -> NDArray[Any]:
+        """Everything that was appended and flushed."""
+        return np.asarray(self._array[:])
 
     def _write(self, count: int) -> None:
         if not count:

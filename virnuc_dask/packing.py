@@ -96,22 +96,35 @@ def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPo
     return Segments(row, offsets[row] + shift, length, count)
 
 
-def residue_weights(segments: Segments, number: int) -> NDArray[np.float32]:
-    """Weight of each residue of one segment in its row's mean, shape (length,).
+def encoded_lengths(
+    lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy
+) -> NDArray[np.int64]:
+    """Residues of each row that are encoded, shape (n,): its first ones, all of them, or none."""
+    encoded = lengths.astype(np.int64)
+    if policy != "window":
+        encoded[lengths > max_residues] = max_residues if policy == "truncate" else 0
+    return encoded
 
-    Each residue of a row counts once: one that k windows see contributes 1/k from each.
-    """
-    row = segments.row[number]
-    length = int(segments.length[number])
-    if segments.windows[number] == 1:
-        return np.full(length, 1.0 / length, np.float32)
+
+def window_shares(segments: Segments, number: int) -> NDArray[np.float32]:
+    """1/k for each residue of a segment that k windows of its row see, shape (length,)."""
+    row, length = segments.row[number], int(segments.length[number])
     first, last = np.searchsorted(segments.row, [row, row + 1])
     starts = segments.start[first:last]  # of all the row's windows, which are equally long
     residues = segments.start[number] + np.arange(length)
     begun = np.searchsorted(starts, residues, side="right")
     ended = np.searchsorted(starts + length, residues, side="right")
-    residues_of_row = int(starts[-1] - starts[0]) + length
-    return np.asarray(1.0 / ((begun - ended) * residues_of_row), np.float32)
+    return np.asarray(1.0 / (begun - ended), np.float32)
+
+
+def residue_weights(segments: Segments, number: int) -> NDArray[np.float32]:
+    """Weight of each residue of one segment in its row's mean, shape (length,).
+
+    Each residue of a row counts once: one that k windows see contributes 1/k from each.
+    """
+    first, last = np.searchsorted(segments.row, [segments.row[number], segments.row[number] + 1])
+    covered = segments.start[last - 1] + segments.length[number] - segments.start[first]
+    return np.asarray(window_shares(segments, number) / covered, np.float32)
 
 
 def cut_batches(lengths: NDArray[np.int64], token_budget: int) -> Iterator[Batch]:

@@ -28,7 +28,7 @@ from virnuc_dask.config import (
 from virnuc_dask.errors import IdentityMismatchError
 from virnuc_dask.events import Listener
 from virnuc_dask.ingest import Ingest
-from virnuc_dask.packing import cut_segments
+from virnuc_dask.packing import cut_segments, encoded_lengths
 from virnuc_dask.residues import ALPHABET_POLICY, Block, InputSummary
 from virnuc_dask.sequences import read_blocks
 from virnuc_dask.store import Store, can_create
@@ -112,6 +112,8 @@ class Plan:
         Before compression, which gains little on embeddings.
     sequence_bytes : int
         Residues, before compression.
+    residue_embedding_bytes : int
+        Representations of single residues, before compression.
     residues_per_s : float, optional
         Of one worker, measured here on a sample; None if the weights are not on this machine.
     workers : int
@@ -127,6 +129,7 @@ class Plan:
     rows_per_chunk: int
     embedding_bytes: int
     sequence_bytes: int
+    residue_embedding_bytes: int
     residues_per_s: float | None
     workers: int
 
@@ -150,7 +153,8 @@ class Plan:
         yield "long records", f"{self.long_records:,}"
         yield "to encode", f"{self.encoded_residues:,} residues"
         yield "chunks", f"{self.chunks:,} of {self.rows_per_chunk:,} rows"
-        size = (self.embedding_bytes + self.sequence_bytes) / 1e6
+        parts = (self.embedding_bytes, self.sequence_bytes, self.residue_embedding_bytes)
+        size = sum(parts) / 1e6
         yield "store", f"about {size:,.1f} MB before compression"
         if self.seconds is None or self.residues_per_s is None:
             yield "time", "unknown: the weights are not on this machine"
@@ -189,6 +193,7 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
     encoded = _encoded(settings, lengths)
     rows = settings.rows_per_chunk or rows_per_chunk(summary.records, encoded)
     width = 4 if settings.dtype == "float32" else 2
+    kept = encoded_lengths(lengths, settings.max_residues, settings.long)
     return Plan(
         _input_read(summary),
         int(lengths.max()),
@@ -199,6 +204,7 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
         rows,
         summary.records * dimension * width,
         summary.residues,
+        int(kept.sum()) * dimension * 2 if settings.per_residue else 0,
         rate,
         workers or CPU_COUNT,
     )
@@ -271,6 +277,7 @@ def _identity(
         max_residues=settings.max_residues,
         long=settings.long,
         rows_per_chunk=settings.rows_per_chunk or rows or rows_per_chunk(summary.records, encoded),
+        per_residue=settings.per_residue,
     )
 
 
@@ -279,7 +286,7 @@ def _trial(settings: Settings, block: Block | None) -> tuple[float | None, int]:
     import torch
 
     from virnuc_dask.embed import embed_rows
-    from virnuc_dask.esm2 import load_encoder
+    from virnuc_dask.encoder import load_encoder
 
     encoder = load_encoder(
         settings.model,

@@ -2,7 +2,8 @@
 
 A store appears at its path by one rename, whole, with every sequence in it. From then on only
 tasks write, each one its own chunk of ``status`` and then of ``embedding``. A chunk of both is
-the checkpoint: there is no other record of what is done.
+the checkpoint: there is no other record of what is done. On request the representations of single
+residues stand between the two, ragged: each chunk of rows has several chunks of slots to itself.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ from numpy.typing import NDArray
 from zarr.core.buffer import Buffer
 from zarr.storage import LocalStore
 
-from virnuc_dask.config import FORMAT, Identity, Status
+from virnuc_dask.config import FORMAT, Identity
 from virnuc_dask.errors import NotAStoreError, StoreError
-from virnuc_dask.files import may_have_a_living_owner, sync, write_durably
-from virnuc_dask.residues import Block, InputDigest
+from virnuc_dask.files import sync, write_durably
+from virnuc_dask.packing import encoded_lengths
 
 SEQUENCES_PER_CHUNK = 65_536
 RESIDUES_PER_STORED_CHUNK = 2**22
@@ -34,11 +35,15 @@ RESIDUES_PER_STORED_CHUNK = 2**22
 MIN_CHUNK_BYTES = 13
 
 ATTRIBUTE = "virnuc_dask"
-_CHUNK_FILE = {
+# What a task writes, in this order: the last is the commit.
+CHUNK_FILE = {
     "status": re.compile(r"c\.(0|[1-9]\d*)"),
+    "residue_embedding": re.compile(r"c\.(0|[1-9]\d*)\.0"),
     "embedding": re.compile(r"c\.(0|[1-9]\d*)\.0"),
 }
-_INGESTED = ("sequence_id", "length", "offset", "residues")
+TASK_ARRAYS = tuple(CHUNK_FILE)
+PER_RESIDUE = ("residue_slot", "residue_embedding")
+INGESTED = ("sequence_id", "length", "offset", "residues", "residue_slot")
 
 
 class Store:
@@ -81,7 +86,7 @@ class Store:
                 )
             self.identity = Identity.from_json(document["identity"])
             self.provenance: dict[str, Any] = document["provenance"]
-            self.dimension = int(self._array("embedding").shape[1])
+            self.dimension = int(self.array("embedding").shape[1])
         except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
             raise StoreError(
                 f"{path}: the metadata (a zarr.json) is missing or damaged: {error!r}"
@@ -112,22 +117,37 @@ class Store:
     def present(self) -> NDArray[np.bool_]:
         """Which chunks are done, shape (chunk_count,): `status` and `embedding` both have a file.
 
-        One directory listing each; nothing is opened or decoded.
+        One directory listing each; no chunk of them is opened or decoded.
         """
-        return self._listed("status") & self._listed("embedding")
+        found = self._listed("status") & self._listed("embedding")
+        if self.identity.per_residue:
+            slots = self.array("residue_embedding")
+            firsts = self._read_slots(slice(None, None, self.identity.rows_per_chunk))
+            bounds = np.append(firsts, slots.shape[0]) // slots.chunks[0]
+            before = np.append(0, np.cumsum(self._listed("residue_embedding")))
+            found &= np.diff(before[bounds]) == np.diff(bounds)
+        return found
 
     def is_present(self, chunk: int) -> bool:
         """Whether one chunk is done."""
-        return all(self._is_chunk(self._file(name, chunk)) for name in _CHUNK_FILE)
+        return all(self._is_chunk(file) for file in self.files(chunk))
 
     def has_files(self, chunk: int) -> bool:
         """Whether a chunk has any file, be it damaged or without its companion."""
-        return any(self._file(name, chunk).is_file() for name in _CHUNK_FILE)
+        return any(file.is_file() for file in self.files(chunk))
+
+    def slots(self, chunk: int) -> slice:
+        """Slots of `residue_embedding` that belong to a chunk of rows: whole chunks of slots."""
+        rows = self.rows(chunk)
+        firsts = self._read_slots(slice(rows.start, rows.stop + 1))
+        is_last = rows.stop == self.records
+        end = self.array("residue_embedding").shape[0] if is_last else firsts[-1]
+        return slice(int(firsts[0]), int(end))
 
     def lengths(self) -> NDArray[np.int32]:
         """Residues of every record, shape (records,)."""
         try:
-            lengths = np.asarray(self._array("length")[:], np.int32)
+            lengths = np.asarray(self.array("length")[:], np.int32)
         except (ValueError, RuntimeError) as error:
             raise StoreError(f"{self.path}: `length` is damaged: {error}") from error
         if (lengths < 0).any():
@@ -152,12 +172,12 @@ class Store:
         """
         rows = self.rows(chunk)
         try:
-            lengths = np.asarray(self._array("length")[rows], np.int32)
-            offsets = np.asarray(self._array("offset")[rows], np.int64)
+            lengths = np.asarray(self.array("length")[rows], np.int32)
+            offsets = np.asarray(self.array("offset")[rows], np.int64)
             if (lengths < 0).any() or (offsets < 0).any():
                 raise StoreError(f"{self.path}: a chunk of `length` or `offset` is missing")
             end = int(offsets[-1]) + int(lengths[-1])
-            residues = np.asarray(self._array("residues")[int(offsets[0]) : end], np.uint8)
+            residues = np.asarray(self.array("residues")[int(offsets[0]) : end], np.uint8)
         except (ValueError, RuntimeError) as error:
             raise StoreError(f"{self.path}: sequence arrays are damaged: {error}") from error
         if len(residues) != lengths.sum() or not residues.all():
@@ -165,7 +185,11 @@ class Store:
         return lengths, residues
 
     def write_chunk(
-        self, chunk: int, status: NDArray[np.uint8], embedding: NDArray[np.floating[Any]]
+        self,
+        chunk: int,
+        status: NDArray[np.uint8],
+        embedding: NDArray[np.floating[Any]],
+        residues: NDArray[np.float16] | None = None,
     ) -> None:
         """Write a chunk; when `embedding` has its name, the chunk is done, durably.
 
@@ -174,123 +198,67 @@ class Store:
         chunk : int
         status : ndarray, uint8, shape (n,)
         embedding : ndarray, float, shape (n, D)
+        residues : ndarray, float16, shape (N, D), optional
+            Of each encoded residue, end to end; for a store that keeps them.
         """
         rows = self.rows(chunk)
         expected = (rows.stop - rows.start, self.dimension)
         if status.shape != expected[:1] or embedding.shape != expected:
             raise ValueError(f"chunk {chunk} takes {expected}, not {embedding.shape}")
-        for name, values in (("status", status), ("embedding", embedding)):
-            try:
-                self._array(name)[rows] = values
-            except (ValueError, RuntimeError):
-                # Zarr reads a short last chunk before it overwrites it, so that damage there
-                # would stop the very write that repairs it.
-                self._file(name, chunk).unlink(missing_ok=True)
-                self._array(name)[rows] = values
+        if (residues is not None) != self.identity.per_residue:
+            raise ValueError(f"chunk {chunk}: representations of residues are not as the store's")
+        self._write("status", rows, status)
+        if residues is not None:
+            self._write_residues(self.slots(chunk), residues)
+        self._write("embedding", rows, embedding)
+
+    def _write(self, name: str, rows: slice, values: NDArray[Any]) -> None:
+        try:
+            self.array(name)[rows] = values
+        except (ValueError, RuntimeError):
+            # Zarr reads a short last chunk before it overwrites it, so that damage there would
+            # stop the very write that repairs it.
+            self._file(name, rows.start // self.identity.rows_per_chunk).unlink(missing_ok=True)
+            self.array(name)[rows] = values
+
+    def _write_residues(self, slots: slice, residues: NDArray[np.float16]) -> None:
+        array = self.array("residue_embedding")
+        step = array.chunks[0]
+        if not slots.stop - slots.start - step < len(residues) <= slots.stop - slots.start:
+            raise ValueError(f"{slots} does not take {len(residues)} residues")
+        for first in range(slots.start, slots.stop, step):
+            part = residues[first - slots.start :][:step]
+            whole = np.full(array.chunks, np.nan, np.float16)
+            whole[: len(part)] = part
+            array[first : first + step] = whole
 
     def read_chunk(self, chunk: int) -> tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]:
         """Status, shape (n,), and embedding, shape (n, D), of a chunk."""
         rows = self.rows(chunk)
-        return np.asarray(self._array("status")[rows]), np.asarray(self._array("embedding")[rows])
+        return np.asarray(self.array("status")[rows]), np.asarray(self.array("embedding")[rows])
+
+    def read_residues(self, chunk: int) -> NDArray[np.float16]:
+        """Representations of a chunk's residues and the unused slots, NaN, after them."""
+        return np.asarray(self.array("residue_embedding")[self.slots(chunk)])
 
     def read_status(self, chunk: int) -> NDArray[np.uint8]:
         """Status codes of a chunk, shape (n,)."""
-        return np.asarray(self._array("status")[self.rows(chunk)])
+        return np.asarray(self.array("status")[self.rows(chunk)])
 
     def read_ids(self, chunk: int) -> list[str]:
         """Identifiers of a chunk's records."""
-        return [str(name) for name in self._array("sequence_id")[self.rows(chunk)]]
-
-    # --- honesty ---
-
-    def check_chunk(self, chunk: int, *, sequences: bool = True) -> str | None:
-        """What is wrong with a chunk, or None. Reads and decodes all of it.
-
-        Four levels: both files present and not too small; both decode with their checksums; each
-        status code is known and final, and agrees with the sequence; embeddings are finite exactly
-        where the status says so. Without `sequences` the status is not compared with them, which
-        is for a store whose sequence arrays are damaged.
-        """
-        for name in _CHUNK_FILE:
-            file = self._file(name, chunk)
-            if not file.is_file():
-                return f"{name} chunk is missing"
-            if file.stat().st_size < MIN_CHUNK_BYTES:
-                return f"{name} chunk has {file.stat().st_size} bytes"
-        try:
-            status, embedding = self.read_chunk(chunk)
-        except (ValueError, RuntimeError) as error:
-            return f"does not decode: {error}"
-        if not np.isin(status, [s for s in Status if s is not Status.PENDING]).all():
-            return "status has a code that no finished row has"
-        if sequences and (problem := self._disagreement(status, self.read_rows(chunk)[0])):
-            return problem
-        embedded = status < Status.INVALID_RESIDUES
-        if not np.isfinite(embedding[embedded]).all():
-            return "an embedded row is not finite"
-        if not np.isnan(embedding[~embedded]).all():
-            return "a quarantined row has an embedding"
-        return None
-
-    def _disagreement(self, status: NDArray[np.uint8], lengths: NDArray[np.int32]) -> str | None:
-        long = lengths > self.identity.max_residues
-        for_long = np.isin(status, (Status.TRUNCATED, Status.WINDOWED, Status.TOO_LONG))
-        if (for_long & ~long).any() or (long & (status == Status.EMBEDDED)).any():
-            return "status does not agree with the lengths"
-        if ((status == Status.EMPTY) != (lengths == 0)).any():
-            return "status does not agree with the empty records"
-        return None
-
-    def check_sequences(self) -> str | None:
-        """What is wrong with the sequence arrays, or None.
-
-        All of them are decoded, and their digest is compared with the input's.
-        """
-        digest = InputDigest()
-        try:
-            for start in range(0, self.records, SEQUENCES_PER_CHUNK):
-                rows = slice(start, min(start + SEQUENCES_PER_CHUNK, self.records))
-                lengths = np.asarray(self._array("length")[rows], np.int32)
-                offsets = np.asarray(self._array("offset")[rows], np.int64)
-                if (lengths < 0).any() or (np.diff(offsets) != lengths[:-1]).any():
-                    return "`length` and `offset` do not agree"
-                end = int(offsets[-1]) + int(lengths[-1])
-                residues = np.asarray(self._array("residues")[int(offsets[0]) : end], np.uint8)
-                ids = [str(name) for name in self._array("sequence_id")[rows]]
-                digest.update(Block(ids, lengths, residues))
-        except (ValueError, RuntimeError) as error:
-            return f"sequence arrays do not decode: {error}"
-        if digest.hexdigest() != self.identity.input_sha256:
-            return "sequence arrays do not hold the input that the store was made from"
-        return None
-
-    def leftovers(self) -> list[Path]:
-        """Files that are no part of the store and belong to no living writer.
-
-        Readers ignore them. A `.partial` file is listed once the process that its name gives is
-        known to be dead; on another host that cannot be known.
-        """
-        names = {*_INGESTED, *_CHUNK_FILE}
-        found = [p for p in self.path.iterdir() if p.name not in {*names, "zarr.json"}]
-        for name in names:
-            pattern = _CHUNK_FILE.get(name, re.compile(r"c\.(\d+)"))
-            limit = self._array(name).cdata_shape[0]
-            for file in (self.path / name).iterdir():
-                match = pattern.fullmatch(file.name)
-                is_chunk = match is not None and int(match[1]) < limit and file.is_file()
-                if file.name != "zarr.json" and not is_chunk:
-                    found.append(file)
-        return sorted(file for file in found if not may_have_a_living_owner(file.name))
+        return [str(name) for name in self.array("sequence_id")[self.rows(chunk)]]
 
     def remove_chunk(self, chunk: int) -> None:
         """Remove a chunk, so that it is computed again. The commit goes first."""
-        for name in reversed(_CHUNK_FILE):
-            self._file(name, chunk).unlink(missing_ok=True)
-            sync(self.path / name)
+        for file in reversed(self.files(chunk)):
+            file.unlink(missing_ok=True)
+            sync(file.parent)
 
     # --- files ---
 
-    def _array(self, name: str) -> Any:
+    def array(self, name: str) -> Any:
+        """An array of the store, to read and to write."""
         # The setting is not stored with an array, and opening one ignores it (zarr 3.1.6): every
         # process that writes must set it afterwards, or a chunk that holds only fill values is
         # never written and never done.
@@ -298,7 +266,29 @@ class Store:
         return array.with_config({"write_empty_chunks": True})
 
     def _file(self, name: str, chunk: int) -> Path:
-        return self.path / name / (f"c.{chunk}.0" if name == "embedding" else f"c.{chunk}")
+        return self.path / name / (f"c.{chunk}" if name == "status" else f"c.{chunk}.0")
+
+    def files(self, chunk: int) -> list[Path]:
+        """Files of a chunk of rows, in the order in which a task writes them."""
+        between: list[Path] = []
+        if self.identity.per_residue:
+            slots, step = self.slots(chunk), self.array("residue_embedding").chunks[0]
+            numbers = range(slots.start // step, slots.stop // step)
+            between = [self._file("residue_embedding", number) for number in numbers]
+        return [self._file("status", chunk), *between, self._file("embedding", chunk)]
+
+    def encoded(self, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+        """Residues of each row that are encoded, shape (n,)."""
+        return encoded_lengths(lengths, self.identity.max_residues, self.identity.long)
+
+    def _read_slots(self, rows: slice) -> NDArray[np.int64]:
+        try:
+            slots = np.asarray(self.array("residue_slot")[rows], np.int64)
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(f"{self.path}: `residue_slot` is damaged: {error}") from error
+        if (slots < 0).any():
+            raise StoreError(f"{self.path}: a chunk of `residue_slot` is missing")
+        return slots
 
     @staticmethod
     def _is_chunk(file: Path) -> bool:
@@ -309,16 +299,43 @@ class Store:
 
     def _listed(self, name: str) -> NDArray[np.bool_]:
         """Chunks of an array by a listing: Zarr's own count takes minutes for 100,000 chunks."""
-        found = np.zeros(self.chunk_count, np.bool_)
+        found = np.zeros(self.array(name).cdata_shape[0], np.bool_)
         with os.scandir(self.path / name) as entries:
             for entry in entries:
-                match = _CHUNK_FILE[name].fullmatch(entry.name)
-                if match is None or int(match[1]) >= self.chunk_count:
+                match = CHUNK_FILE[name].fullmatch(entry.name)
+                if match is None or int(match[1]) >= len(found):
                     continue
                 with suppress(FileNotFoundError):  # removed since it was listed: not present
                     is_file = entry.is_file()
                     found[int(match[1])] = is_file and entry.stat().st_size >= MIN_CHUNK_BYTES
         return found
+
+
+def residue_slots(
+    encoded: NDArray[np.int64], rows_per_chunk: int, slots_per_chunk: int
+) -> tuple[NDArray[np.int64], int]:
+    """Where the residues of each row are in `residue_embedding`; it follows from lengths alone.
+
+    Each chunk of rows begins at a chunk of slots, so that no two tasks write to the same.
+
+    Parameters
+    ----------
+    encoded : ndarray, int64, shape (n,)
+        Residues per row that are encoded.
+    rows_per_chunk, slots_per_chunk : int
+
+    Returns
+    -------
+    slots : ndarray, int64, shape (n,)
+        First slot of each row.
+    total : int
+        Slots in all.
+    """
+    firsts = np.arange(0, len(encoded), rows_per_chunk)
+    sizes = -(-np.add.reduceat(encoded, firsts) // slots_per_chunk) * slots_per_chunk
+    before = np.cumsum(encoded) - encoded
+    shift = np.cumsum(sizes) - sizes - before[firsts]
+    return before + np.repeat(shift, rows_per_chunk)[: len(encoded)], int(sizes.sum())
 
 
 class DurableStore(LocalStore):

@@ -1,0 +1,323 @@
+"""Sequences of any lengths to embeddings: batches that fit into memory, and pooling."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from virnuc_dask.config import ModelSpec, Pooling, Precision, precision_on
+from virnuc_dask.errors import InputError
+from virnuc_dask.esm2 import Network
+from virnuc_dask.packing import (
+    Batch,
+    Segments,
+    cut_batches,
+    cut_segments,
+    residue_weights,
+    window_shares,
+)
+from virnuc_dask.residues import clean_sequence
+from virnuc_dask.weights import DEMO, Checkpoint, describe, load_checkpoint
+
+# Tokens per batch on a CPU: 512 to 4,096 are equally fast, and the smaller stay in cache.
+CPU_TOKENS = 2048
+# On a GPU at most; about 64 bytes per token and feature are alive at once.
+_GPU_TOKENS, _TOKEN_BYTES = 2**17, 64
+
+
+def load_encoder(
+    model: str = DEMO,
+    device: str = "cpu",
+    precision: Precision = "float32",
+    *,
+    repr_layer: int | None = None,
+    pooling: Pooling = "mean",
+) -> Encoder:
+    """Load an ESM-2 encoder.
+
+    Parameters
+    ----------
+    model : str
+        ``demo`` (random weights), a fair-esm name, or the path of weights.
+    device : str
+        A torch device.
+    precision : {'float32', 'bfloat16', 'float16', 'int8'}
+        Arithmetic of the matrix products; all else is float32.
+    repr_layer : int, optional
+        Layer whose representation is pooled; 0 is the token embedding. Default: the last.
+    pooling : {'mean', 'bos', 'max'}
+        Mean or maximum over residues, or the BOS token.
+
+    Raises
+    ------
+    ModelError
+        The weights cannot be read, or have no such layer.
+    UsageError
+        A pooling or a precision that does not exist, or not on this device.
+    """
+    checkpoint = load_checkpoint(model)
+    return Encoder(checkpoint, describe(checkpoint, precision, repr_layer, pooling), device)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Rows that went through the encoder.
+
+    Attributes
+    ----------
+    embedding : ndarray, float32, shape (rows, D)
+        NaN for rows without a segment.
+    fits : ndarray, bool, shape (rows,)
+        False where a segment does not fit into memory, even alone.
+    residues : ndarray, float16, shape (N, D), optional
+        Representation of each residue; where windows overlap, their mean. NaN for residues
+        outside all segments.
+    """
+
+    embedding: NDArray[np.float32]
+    fits: NDArray[np.bool_]
+    residues: NDArray[np.float16] | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One batch's segments, each pooled, (s, D), and on request their residues end to end."""
+
+    segments: NDArray[np.int64]
+    pooled: Tensor
+    residues: Tensor | None
+
+
+class Encoder:
+    """An ESM-2 network in memory. Its methods may be called from several threads.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+    dimension : int
+        Features per embedding, D.
+    token_budget : int
+        Tokens that are encoded at once; becomes less when memory runs out.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
+        precision_on(device, spec.precision)
+        self.spec = spec
+        self.dimension = spec.dimension
+        self._device = torch.device(device)
+        self._network = Network(checkpoint, spec, self._device)
+        # Halved whenever memory runs out, and kept for all later chunks.
+        self.token_budget = _first_budget(self._device, spec.dimension)
+        # One chunk at a time computes in a process; other threads read and write meanwhile.
+        self._computing = threading.Lock()
+
+    def encode(self, sequences: Sequence[str]) -> NDArray[np.float32]:
+        """Embed sequences of any length.
+
+        Parameters
+        ----------
+        sequences : sequence of str
+            Proteins; letters are treated as in a run (see the README, "Letters").
+
+        Returns
+        -------
+        ndarray, float32, shape (n, D)
+
+        Raises
+        ------
+        InputError
+            A sequence is empty or has a letter that is no residue; counted from 0.
+        MemoryError
+            A sequence does not fit into memory, even alone.
+        TypeError
+            One string instead of several.
+        """
+        if isinstance(sequences, str | bytes):
+            raise TypeError("encode takes a list of sequences, not one string")
+        cleaned = []
+        for number, sequence in enumerate(sequences):
+            try:
+                cleaned.append(clean_sequence(sequence))
+            except InputError as error:
+                raise InputError(error.problem, file=f"sequence {number}") from error
+            if not cleaned[-1]:
+                raise InputError("no residues", file=f"sequence {number}")
+        lengths = np.array([len(sequence) for sequence in cleaned], np.int32)
+        residues = np.frombuffer("".join(cleaned).encode("ascii"), np.uint8)
+        whole = cut_segments(lengths, int(lengths.max(initial=1)), "truncate")
+        encoded = self.encode_segments(residues, whole, len(cleaned))
+        if not encoded.fits.all():
+            number = int(np.argmin(encoded.fits))
+            raise MemoryError(f"sequence {number}, {lengths[number]} residues, does not fit")
+        return encoded.embedding
+
+    def encode_segments(
+        self,
+        residues: NDArray[np.uint8],
+        segments: Segments,
+        rows: int,
+        *,
+        per_residue: bool = False,
+    ) -> Encoded:
+        """Embed rows that are cut into segments.
+
+        A row with several windows gets the mean over its residues, each counted once; with
+        ``max``, the maximum over all windows; with ``bos``, the mean of the windows' BOS tokens.
+
+        Parameters
+        ----------
+        residues : ndarray, uint8, shape (N,)
+            ASCII residues that the segments point into.
+        segments : Segments
+        rows : int
+            Rows of the result.
+        per_residue : bool
+            Return each residue's representation too.
+        """
+        embedding = np.full((rows, self.dimension), np.nan, np.float32)
+        pool = self.spec.pooling
+        embedding[segments.row] = -np.inf if pool == "max" else 0.0
+        combine = np.maximum.at if pool == "max" else np.add.at
+        each = np.full((len(residues), self.dimension), np.nan, np.float16) if per_residue else None
+        with self._computing, torch.inference_mode():
+            done, unfit = self._encode_batches(residues, segments, per_residue)
+            for part in done:
+                combine(embedding, segments.row[part.segments], part.pooled.cpu().numpy())
+                # The copy above came last: those of the residues have arrived.
+                if each is not None and part.residues is not None:
+                    _scatter(each, part.residues.numpy(), segments, part.segments)
+        fits = np.ones(rows, np.bool_)
+        fits[segments.row[unfit]] = False
+        return Encoded(embedding, fits, each)
+
+    def _encode_batches(
+        self, residues: NDArray[np.uint8], segments: Segments, per_residue: bool
+    ) -> tuple[list[_Part], list[int]]:
+        """What became of all batches, and the segments that do not fit.
+
+        A GPU is left to work on while the next batch is prepared: nothing is waited for in here.
+        """
+        done: list[_Part] = []
+        unfit: list[int] = []
+        left = self._cut(segments, np.arange(len(segments)))
+        while left:
+            batch = left.popleft()
+            part = self._encode_or_run_out(residues, segments, batch, per_residue)
+            if part is not None:
+                done.append(part)
+            elif len(batch.segments) == 1:
+                unfit.append(int(batch.segments[0]))
+            else:
+                tokens = sum(count * (length + 2) for count, length in batch.runs)
+                self.token_budget = max(1, min(self.token_budget, tokens) // 2)
+                rest = [batch.segments, *(other.segments for other in left)]
+                left = self._cut(segments, np.concatenate(rest))
+        return done, unfit
+
+    def _cut(self, segments: Segments, chosen: NDArray[np.int64]) -> deque[Batch]:
+        batches = cut_batches(segments.length[chosen], self.token_budget)
+        return deque(Batch(chosen[batch.segments], batch.runs) for batch in batches)
+
+    # --- one batch ---
+
+    def _encode_or_run_out(
+        self, residues: NDArray[np.uint8], segments: Segments, batch: Batch, per_residue: bool
+    ) -> _Part | None:
+        """None if memory ran out. What was allocated by then is free again."""
+        try:
+            return self._encode_batch(residues, segments, batch, per_residue)
+        except (MemoryError, RuntimeError) as error:
+            if not _is_out_of_memory(error):
+                raise
+        _release_memory(self._device)
+        return None
+
+    def _encode_batch(
+        self, residues: NDArray[np.uint8], segments: Segments, batch: Batch, per_residue: bool
+    ) -> _Part:
+        hidden = self._network.represent(residues, segments.start[batch.segments], batch.runs)
+        pooled: list[Tensor] = []
+        each: list[Tensor] = []
+        first = done = 0
+        for count, length in batch.runs:
+            run = hidden[first : first + count * (length + 2)].view(count, length + 2, -1)
+            members = batch.segments[done : done + count]
+            pooled.append(self._pool(run, segments, members))
+            if per_residue:
+                each.append(run[:, 1:-1].to(torch.float16).flatten(0, 1))
+            first, done = first + count * (length + 2), done + count
+        return _Part(
+            batch.segments, torch.cat(pooled), _start_copy(torch.cat(each)) if each else None
+        )
+
+    def _pool(self, run: Tensor, segments: Segments, members: NDArray[np.int64]) -> Tensor:
+        """Pool segments of equal length, shape (count, length + 2, D), to (count, D)."""
+        if self.spec.pooling == "max":
+            return run[:, 1:-1].amax(1)
+        if self.spec.pooling == "bos":
+            windows = torch.from_numpy(segments.windows[members]).to(run)
+            return run[:, 0] / windows[:, None]
+        if (segments.windows[members] == 1).all():
+            return run[:, 1:-1].mean(1)
+        weights = np.stack([residue_weights(segments, int(number)) for number in members])
+        return (run[:, 1:-1] * torch.from_numpy(weights).to(run)[:, :, None]).sum(1)
+
+
+def _start_copy(values: Tensor) -> Tensor:
+    """Values on the host, once the device's queue has come to them."""
+    if values.device.type != "cuda":
+        return values
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+    return host.copy_(values, non_blocking=True)
+
+
+def _scatter(
+    each: NDArray[np.float16],
+    values: NDArray[np.float16],
+    segments: Segments,
+    members: NDArray[np.int64],
+) -> None:
+    """Put the residues of some segments, end to end, where they belong among all residues."""
+    ends = np.cumsum(segments.length[members])
+    for number, part in zip(members.tolist(), np.split(values, ends[:-1]), strict=True):
+        start = int(segments.start[number])
+        place = each[start : start + len(part)]
+        if segments.windows[number] == 1:
+            place[:] = part
+        else:
+            shared = part * window_shares(segments, number)[:, None]
+            place[:] = np.where(np.isnan(place), 0, place) + shared
+
+
+def _first_budget(device: torch.device, dimension: int) -> int:
+    if device.type != "cuda":
+        return CPU_TOKENS
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(min(_GPU_TOKENS, max(CPU_TOKENS, free // 2 // (_TOKEN_BYTES * dimension))))
+
+
+def _release_memory(device: torch.device) -> None:
+    """Give back what the allocator keeps for later: the next batch may need it in other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a libc other than glibc has no such function
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # On a CPU torch raises a plain RuntimeError, and oneDNN, short of memory, one of these.
+    texts = ("can't allocate memory", "could not create a", "could not execute a")
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error) for text in texts
+    )

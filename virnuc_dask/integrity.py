@@ -1,0 +1,123 @@
+"""Whether a store is what it says: everything read, decoded and compared."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.config import Status
+from virnuc_dask.files import may_have_a_living_owner
+from virnuc_dask.residues import Block, InputDigest
+from virnuc_dask.store import (
+    CHUNK_FILE,
+    INGESTED,
+    MIN_CHUNK_BYTES,
+    PER_RESIDUE,
+    SEQUENCES_PER_CHUNK,
+    Store,
+    residue_slots,
+)
+
+
+def check_chunk(store: Store, chunk: int, *, sequences: bool = True) -> str | None:
+    """What is wrong with a chunk, or None. Reads and decodes all of it.
+
+    Four levels: all files present and not too small; all decode with their checksums; each
+    status code is known and final, and agrees with the sequence; embeddings are finite exactly
+    where the status says so. Without `sequences` the status is not compared with them, which
+    is for a store whose sequence arrays are damaged.
+    """
+    for file in store.files(chunk):
+        if not file.is_file():
+            return f"{file.parent.name} chunk is missing"
+        if file.stat().st_size < MIN_CHUNK_BYTES:
+            return f"{file.parent.name} chunk has {file.stat().st_size} bytes"
+    try:
+        status, embedding = store.read_chunk(chunk)
+        residues = store.read_residues(chunk) if store.identity.per_residue else None
+    except (ValueError, RuntimeError) as error:
+        return f"does not decode: {error}"
+    if not np.isin(status, [s for s in Status if s is not Status.PENDING]).all():
+        return "status has a code that no finished row has"
+    embedded = status < Status.INVALID_RESIDUES
+    if sequences:
+        lengths, _ = store.read_rows(chunk)
+        if problem := _disagreement(store, status, lengths):
+            return problem
+        if residues is not None:
+            expected = np.zeros(len(residues), np.bool_)
+            kept = np.repeat(embedded, store.encoded(lengths))
+            expected[: len(kept)] = kept
+            there, absent = np.isfinite(residues).all(axis=1), np.isnan(residues).all(axis=1)
+            if not (np.where(expected, there, absent)).all():
+                return "the residues' representations do not agree with the status"
+    if not np.isfinite(embedding[embedded]).all():
+        return "an embedded row is not finite"
+    if not np.isnan(embedding[~embedded]).all():
+        return "a quarantined row has an embedding"
+    return None
+
+
+def _disagreement(
+    store: Store, status: NDArray[np.uint8], lengths: NDArray[np.int32]
+) -> str | None:
+    long = lengths > store.identity.max_residues
+    for_long = np.isin(status, (Status.TRUNCATED, Status.WINDOWED, Status.TOO_LONG))
+    if (for_long & ~long).any() or (long & (status == Status.EMBEDDED)).any():
+        return "status does not agree with the lengths"
+    if ((status == Status.EMPTY) != (lengths == 0)).any():
+        return "status does not agree with the empty records"
+    return None
+
+
+def check_sequences(store: Store) -> str | None:
+    """What is wrong with the sequence arrays, or None.
+
+    All of them are decoded, and their digest is compared with the input's.
+    """
+    digest = InputDigest()
+    try:
+        if store.identity.per_residue:
+            array, encoded = store.array("residue_embedding"), store.encoded(store.lengths())
+            slots, total = residue_slots(encoded, store.identity.rows_per_chunk, array.chunks[0])
+            if total != array.shape[0] or (slots != store.array("residue_slot")[:]).any():
+                return "`residue_slot` does not agree with the lengths"
+        for start in range(0, store.records, SEQUENCES_PER_CHUNK):
+            rows = slice(start, min(start + SEQUENCES_PER_CHUNK, store.records))
+            lengths = np.asarray(store.array("length")[rows], np.int32)
+            offsets = np.asarray(store.array("offset")[rows], np.int64)
+            if (lengths < 0).any() or (np.diff(offsets) != lengths[:-1]).any():
+                return "`length` and `offset` do not agree"
+            end = int(offsets[-1]) + int(lengths[-1])
+            residues = np.asarray(store.array("residues")[int(offsets[0]) : end], np.uint8)
+            ids = [str(name) for name in store.array("sequence_id")[rows]]
+            digest.update(Block(ids, lengths, residues))
+    except (ValueError, RuntimeError) as error:
+        return f"sequence arrays do not decode: {error}"
+    if digest.hexdigest() != store.identity.input_sha256:
+        return "sequence arrays do not hold the input that the store was made from"
+    return None
+
+
+def leftovers(store: Store) -> list[Path]:
+    """Files that are no part of the store and belong to no living writer.
+
+    Readers ignore them. A `.partial` file is listed once the process that its name gives is
+    known to be dead; on another host that cannot be known.
+    """
+    names = {*INGESTED, *CHUNK_FILE}
+    if not store.identity.per_residue:
+        names.difference_update(PER_RESIDUE)
+    found = [p for p in store.path.iterdir() if p.name not in {*names, "zarr.json"}]
+    for name in names:
+        pattern = CHUNK_FILE.get(name, re.compile(r"c\.(\d+)"))
+        limit = store.array(name).cdata_shape[0]
+        for file in (store.path / name).iterdir():
+            match = pattern.fullmatch(file.name)
+            is_chunk = match is not None and int(match[1]) < limit and file.is_file()
+            if file.name != "zarr.json" and not is_chunk:
+                found.append(file)
+    return sorted(file for file in found if not may_have_a_living_owner(file.name))
