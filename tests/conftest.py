@@ -13,7 +13,7 @@ import pytest
 from hypothesis import settings
 
 from virnuc_dask.config import Settings
-from virnuc_dask.store import Store
+from virnuc_dask.store import TASK_ARRAYS, Store
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -138,6 +138,7 @@ def chunk_bytes(path: Path) -> dict[str, bytes]:
     """The content of every file that tasks write."""
     return {
         f"{array}/{name}": (path / array / name).read_bytes()
-        for array in ("status", "embedding")
+        for array in TASK_ARRAYS
+        if (path / array).is_dir()
         for name in sorted(os.listdir(path / array))
     }
