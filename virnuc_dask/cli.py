@@ -120,7 +120,14 @@ _work_options = _options(
         type=click.IntRange(1),
         default=_defaults.attempts,
         show_default=True,
-        help="Tries for a chunk that raises.",
+        help="Tries for a chunk that meets a transient error, of I/O for example.",
+    ),
+    click.option(
+        "--backoff",
+        type=click.FloatRange(0),
+        default=_defaults.backoff,
+        show_default=True,
+        help="Seconds before the second try; doubled before each further one.",
     ),
     click.option(
         "--grace",
@@ -244,8 +251,20 @@ def status(store: str, rows: bool, as_json: bool) -> None:
 @main.command()
 @click.argument("store")
 @click.option("--repair", is_flag=True, help="Remove what is damaged, so that resume redoes it.")
+@click.option(
+    "--sample", type=click.IntRange(1), help="Also embed so many random rows again, in float32."
+)
+@click.option("--seed", type=int, help="Of the sample.  [default: another each time]")
+@click.option("--model", help="For the sample: where the weights are now, if they were moved.")
 @click.option("--json", "as_json", is_flag=True)
-def verify(store: str, repair: bool, as_json: bool) -> NoReturn:
+def verify(
+    store: str,
+    repair: bool,
+    sample: int | None,
+    seed: int | None,
+    model: str | None,
+    as_json: bool,
+) -> NoReturn:
     """Read and decode everything in STORE: chunks, checksums, states, sequences."""
     from virnuc_dask.dataset import verify as check
 
@@ -255,9 +274,16 @@ def verify(store: str, repair: bool, as_json: bool) -> NoReturn:
         click.echo(f"\rchecked {done:,} of {total:,} chunks", err=True, nl=done == total)
 
     report = check(store, repair=repair, progress=show if on_terminal else None)
+    drift, code = None, report.exit_code
+    if sample and not (report.bad or report.sequences):
+        from virnuc_dask.drift import sample_drift
+
+        drift = sample_drift(store, sample, seed=seed, model=model)
+        code = code if drift.good else 4
     if as_json:
-        click.echo(json.dumps(report.to_json() | {"exit_code": report.exit_code}))
-        sys.exit(report.exit_code)
+        document = report.to_json() | {"drift": drift and drift.to_json(), "exit_code": code}
+        click.echo(json.dumps(document))
+        sys.exit(code)
     for chunk, problem in report.bad.items():
         click.echo(f"chunk {chunk}: {problem}")
     if report.sequences:
@@ -271,7 +297,17 @@ def verify(store: str, repair: bool, as_json: bool) -> NoReturn:
     if report.bad:
         removed = "damaged chunks were removed; " if repair else "verify --repair, then "
         click.echo(f"{removed}virnuc-dask resume {store} computes them again")
-    sys.exit(report.exit_code)
+    if drift:
+        click.echo(
+            f"{drift.rows:,} rows computed again in float32: stored in {drift.precision}, lowest"
+            f" cosine {drift.cosine:.6f} (row {drift.worst_row}, {drift.worst_id[:80]}), largest"
+            f" difference {drift.largest:.2g}"
+        )
+        if not drift.good:
+            click.echo("that is not what these sequences give; run again, into another store")
+    elif sample:
+        click.echo("no rows were computed again: what is damaged comes first")
+    sys.exit(code)
 
 
 # --- shared --------------------------------------------------------------------------------------
@@ -283,7 +319,7 @@ def _display_kind(options: dict[str, Any]) -> str:
 
 
 def _run_config(options: dict[str, Any]) -> RunConfig:
-    names = ("device", "attempts", "grace", "in_flight", "verify")
+    names = ("device", "attempts", "backoff", "grace", "in_flight", "verify")
     return RunConfig(**{name: options.pop(name) for name in names})
 
 
@@ -313,6 +349,8 @@ def _show_summary(summary: RunSummary) -> None:
             click.echo(f"  row {row}  {name}  {reason}")
         if summary.quarantined > _LISTED:
             click.echo(f"  all {summary.quarantined:,}: virnuc-dask status --rows {summary.store}")
+    if summary.stopped:
+        click.echo(f"stopped: {summary.stopped}")
     if summary.missing:
         for chunk, error in islice(summary.missing.items(), _LISTED):
             click.echo(f"  chunk {chunk} is missing: {error}")

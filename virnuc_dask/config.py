@@ -188,7 +188,10 @@ class RunConfig:
     Attributes
     ----------
     attempts : int
-        How often a chunk that raises is tried before it is left missing.
+        How often a chunk is tried that meets a transient error, such as of I/O, before it is left
+        missing. Any other error is tried twice.
+    backoff : float
+        Seconds before the second attempt, about; doubled before each further one.
     grace : float
         Seconds that running chunks get to finish after SIGINT or SIGTERM.
     in_flight : int, optional
@@ -201,6 +204,7 @@ class RunConfig:
     """
 
     attempts: int = 3
+    backoff: float = 1.0
     grace: float = 30.0
     in_flight: int | None = None
     verify: bool = False
@@ -209,6 +213,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         if self.attempts < 1:
             raise UsageError(f"attempts must be at least 1, not {self.attempts}")
+        if self.backoff < 0:
+            raise UsageError(f"backoff must not be negative, not {self.backoff}")
         if self.grace < 0:
             raise UsageError(f"grace must not be negative, not {self.grace}")
         if self.in_flight is not None and self.in_flight < 1:

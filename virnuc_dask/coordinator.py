@@ -6,33 +6,26 @@ import os
 import signal
 import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
-from dask import delayed
-from distributed import Client, Future
-from distributed.client import FutureCancelledError
+from distributed import Client
 
 from virnuc_dask import events
 from virnuc_dask.cluster import connect
 from virnuc_dask.config import ModelSpec, RunConfig, Settings, Status
 from virnuc_dask.dataset import count_states, verify
-from virnuc_dask.embed import ChunkReport, embed_chunk
-from virnuc_dask.errors import StoreError, UsageError, VirnucError
+from virnuc_dask.errors import StoreError
 from virnuc_dask.events import Listener, RunSummary
 from virnuc_dask.packing import cut_segments
 from virnuc_dask.prepare import Inputs, prepare
 from virnuc_dask.store import Store
-
-# Of the grace after a signal, this much is kept for closing the cluster.
-_CLOSING_S = 5.0
+from virnuc_dask.work import Work
 
 
 def run(
@@ -172,7 +165,7 @@ def _fill(
             spec.dimension,
         )
     )
-    work = _Work(store, spec, config, emit, costs)
+    work = Work(store, spec, config, emit, costs)
     if missing:
         connection: AbstractContextManager[Client] = (
             nullcontext(client) if client is not None else connect(cluster, workers)
@@ -184,159 +177,7 @@ def _fill(
     return summary
 
 
-class _Work:
-    """Chunks on their way through a cluster; all of it in one thread, fed by one queue."""
-
-    def __init__(
-        self,
-        store: Store,
-        spec: ModelSpec,
-        config: RunConfig,
-        emit: Listener,
-        costs: dict[int, int],
-    ) -> None:
-        self.store, self.spec, self.config, self.emit = store, spec, config, emit
-        self.costs = costs
-        self.reports: Counter[str] = Counter()
-        self.counts: Counter[str] = Counter()
-        self.counted: set[int] = set()
-        self.errors: dict[int, str] = {}
-        self.workers_lost = 0
-        self.retries = 0
-        self.seconds = 0.0
-        self.signal: int | None = None
-        self._attempts: Counter[int] = Counter()
-        self._todo: deque[int] = deque()
-        self._running: dict[str, tuple[int, Future]] = {}
-        # Completed futures and the scheduler's events about workers, in the order they come.
-        self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
-        self._window = 1
-        self._id = uuid4().hex[:8]
-
-    def drive(self, client: Client, missing: list[int]) -> None:
-        """Have chunks computed until none is left, or a signal and its grace have passed."""
-        self._todo.extend(missing)
-        self._count_workers(client)
-        client.subscribe_topic("all", self._on_event)
-        began = time.monotonic()
-        try:
-            deadline: float | None = None
-            while self._running or (self._todo and self.signal is None):
-                if self.signal is None:
-                    self._submit(client)
-                elif deadline is None:
-                    grace = max(0.0, self.config.grace - _CLOSING_S)
-                    deadline = time.monotonic() + grace
-                    self.emit(events.Stopping(self.signal, len(self._running), grace))
-                elif time.monotonic() > deadline:
-                    break
-                try:
-                    item = self._inbox.get(timeout=0.2)
-                except Empty:
-                    continue
-                if isinstance(item, dict):
-                    self._worker_event(client, item)
-                else:
-                    self._completed(item)
-        finally:
-            self.seconds = time.monotonic() - began
-            if client.status == "running":
-                client.unsubscribe_topic("all")
-                client.cancel([future for _, future in self._running.values()], force=True)
-            self._running.clear()
-
-    def _submit(self, client: Client) -> None:
-        while self._todo and len(self._running) < self._window:
-            chunk = self._todo.popleft()
-            self._attempts[chunk] += 1
-            key = f"embed-{self._id}-{chunk}-{self._attempts[chunk]}"
-            task = delayed(embed_chunk, pure=False)(
-                str(self.store.path.resolve()),
-                chunk,
-                self.store.identity,
-                self.spec,
-                self.config.device,
-                dask_key_name=key,
-            )
-            future = client.compute(task)
-            self._running[key] = (chunk, future)
-            future.add_done_callback(self._inbox.put)
-
-    def _completed(self, future: Future) -> None:
-        chunk, _ = self._running[str(future.key)]
-        try:
-            report = future.result()
-        except UsageError:
-            raise  # no other worker and no other attempt will do better
-        except FutureCancelledError as error:
-            raise VirnucError(
-                "the scheduler was lost. Finished chunks are safe; the same command resumes"
-            ) from error
-        except Exception as error:
-            # Whatever it was, the chunk is not there, which is all that counts.
-            self._failed(chunk, error)
-        else:
-            self._done(report)
-        # Only now: what is still in here when an error leaves is cancelled on the way.
-        del self._running[str(future.key)]
-        future.release()
-
-    def _done(self, report: ChunkReport) -> None:
-        self.errors.pop(report.chunk, None)
-        residues = self.costs[report.chunk]
-        quarantined = 0
-        if report.computed:
-            self.counts.update(report.counts)
-            self.counted.add(report.chunk)
-            self.reports.update(chunks=1, rows=report.rows, residues=residues)
-            quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
-        self.emit(
-            events.ChunkDone(
-                report.chunk,
-                report.rows,
-                residues,
-                quarantined,
-                report.computed,
-                report.read_s,
-                report.compute_s,
-                report.write_s,
-                report.pid,
-            )
-        )
-
-    def _failed(self, chunk: int, error: Exception) -> None:
-        final = self._attempts[chunk] >= self.config.attempts
-        self.errors[chunk] = f"{type(error).__name__}: {error}"
-        if not final:
-            self._todo.append(chunk)
-            self.retries += 1
-        self.emit(events.ChunkFailed(chunk, self._attempts[chunk], self.errors[chunk], final))
-
-    # --- workers ---
-
-    def _on_event(self, event: tuple[float, Any]) -> None:
-        """Called in the client's own thread."""
-        _, message = event
-        if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
-            self._inbox.put(message)
-
-    def _worker_event(self, client: Client, message: dict[str, Any]) -> None:
-        if message["action"] == "remove-worker" and not message.get("expected", False):
-            keys = map(str, message.get("processing-tasks", ()))
-            chunks = sorted(self._running[key][0] for key in keys if key in self._running)
-            self.workers_lost += 1
-            self.retries += len(chunks)
-            self.emit(events.WorkerLost(str(message["worker"]), tuple(chunks)))
-        self._count_workers(client)
-
-    def _count_workers(self, client: Client) -> None:
-        threads = client.nthreads().values()
-        # One chunk for each thread: what queues on a worker dies with it and gets the blame.
-        self._window = self.config.in_flight or max(1, sum(threads))
-        self.emit(events.WorkersChanged(len(threads), sum(threads)))
-
-
-def _summarise(store: Store, work: _Work, seconds: float) -> RunSummary:
+def _summarise(store: Store, work: Work, seconds: float) -> RunSummary:
     """Counts of the whole store: from the reports, and from `status` where there is none."""
     present = store.present()
     counts = Counter(work.counts)
@@ -359,6 +200,7 @@ def _summarise(store: Store, work: _Work, seconds: float) -> RunSummary:
         work.seconds,
         seconds,
         work.signal,
+        work.stopped,
     )
 
 
@@ -372,7 +214,7 @@ def _residues_to_encode(store: Store) -> dict[int, int]:
 
 
 @contextmanager
-def _signals(work: _Work) -> Iterator[None]:
+def _signals(work: Work) -> Iterator[None]:
     """SIGINT and SIGTERM stop the work in good order; a second one leaves at once."""
     if threading.current_thread() is not threading.main_thread():
         yield

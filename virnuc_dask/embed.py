@@ -5,18 +5,24 @@ from __future__ import annotations
 import os
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask import retry
 from virnuc_dask.config import Identity, ModelSpec, Status
-from virnuc_dask.encoder import Encoder
+from virnuc_dask.encoder import Encoded, Encoder
 from virnuc_dask.errors import IdentityMismatchError, ModelError
-from virnuc_dask.packing import cut_segments, encoded_lengths
+from virnuc_dask.packing import Segments, cut_segments, encoded_lengths
 from virnuc_dask.residues import invalid_rows
 from virnuc_dask.store import Store
 from virnuc_dask.weights import describe, load_checkpoint
+
+# Ubiquitin's beginning: an encoder that has trouble with it has trouble with anything.
+_BEYOND_DOUBT = "MQIFVKTLTGKTITLEVEPS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,22 +149,88 @@ def embed_rows(
         residues, lengths = _first_residues(residues, lengths, encoded), encoded.astype(np.int32)
     segments = cut_segments(lengths, identity.max_residues, identity.long)
     segments = segments.select(status[segments.row] < Status.INVALID_RESIDUES)
-    found = encoder.encode_segments(
-        residues, segments, len(lengths), per_residue=identity.per_residue
-    )
-    status[~found.fits] = Status.OUT_OF_MEMORY
-    # float16 tops out at 65,504: what overflows there is not a number to keep either.
-    with np.errstate(over="ignore"):
-        finite = np.isfinite(found.embedding.astype(identity.dtype)).all(axis=1)
     row_of_residue = np.repeat(np.arange(len(lengths)), encoded)
-    if found.residues is not None:
-        finite[row_of_residue[~np.isfinite(found.residues).all(axis=1)]] = False
-    status[~finite & (status < Status.INVALID_RESIDUES)] = Status.NON_FINITE
+
+    def encode(by: Encoder, part: Segments) -> Encoded:
+        return by.encode_segments(residues, part, len(lengths), per_residue=identity.per_residue)
+
+    try:
+        found = encode(encoder, segments)
+    except Exception as error:
+        if not retry.is_of_the_input(error):
+            raise
+        # If this raises too, it is no row's fault.
+        encoder.encode([_BEYOND_DOUBT])
+        found, guilty = _encode_apart(partial(encode, encoder), segments, row_of_residue)
+        status[guilty] = Status.ENCODER_ERROR
+    status[~found.fits] = Status.OUT_OF_MEMORY
+    odd = ~_finite(found, row_of_residue, identity) & (status < Status.INVALID_RESIDUES)
+    if odd.any() and encoder.spec.precision != "float32":
+        # What another precision cannot hold may well be a number in this one.
+        exact = get_encoder(replace(encoder.spec, precision="float32"), encoder.device)
+        again = encode(exact, segments.select(odd[segments.row]))
+        _put(again, found, odd, row_of_residue)
+        odd &= ~_finite(found, row_of_residue, identity)
+    status[odd] = Status.NON_FINITE
     quarantined = status >= Status.INVALID_RESIDUES
     found.embedding[quarantined] = np.nan
     if found.residues is not None:
         found.residues[quarantined[row_of_residue]] = np.nan
     return Rows(status, found.embedding, found.residues)
+
+
+def _encode_apart(
+    encode: Callable[[Segments], Encoded], segments: Segments, row_of_residue: NDArray[np.int64]
+) -> tuple[Encoded, list[int]]:
+    """Encode again, and halve what raises until the rows that raise alone are known.
+
+    Returns
+    -------
+    encoded : Encoded
+        Of all other rows.
+    guilty : list of int
+    """
+    whole = encode(segments.select(np.zeros(len(segments), np.bool_)))
+    guilty: list[int] = []
+    parts = [segments]
+    while parts:
+        part = parts.pop()
+        members = np.unique(part.row)
+        try:
+            found = encode(part)
+        except Exception as error:
+            if not retry.is_of_the_input(error):
+                raise
+            if len(members) == 1:
+                guilty.append(int(members[0]))
+            else:
+                second = part.row >= members[len(members) // 2]
+                parts += [part.select(~second), part.select(second)]
+            continue
+        _put(found, whole, np.isin(np.arange(len(whole.fits)), members), row_of_residue)
+    return whole, guilty
+
+
+def _put(
+    source: Encoded, target: Encoded, rows: NDArray[np.bool_], row_of_residue: NDArray[np.int64]
+) -> None:
+    """Copy some rows."""
+    target.embedding[rows] = source.embedding[rows]
+    target.fits[rows] = source.fits[rows]
+    if source.residues is not None and target.residues is not None:
+        chosen = rows[row_of_residue]
+        target.residues[chosen] = source.residues[chosen]
+
+
+def _finite(
+    found: Encoded, row_of_residue: NDArray[np.int64], identity: Identity
+) -> NDArray[np.bool_]:
+    """Which rows are numbers that can be stored: float16 tops out at 65,504."""
+    with np.errstate(over="ignore"):
+        finite = np.isfinite(found.embedding.astype(identity.dtype)).all(axis=1)
+    if found.residues is not None:
+        finite[row_of_residue[~np.isfinite(found.residues).all(axis=1)]] = False
+    return np.asarray(finite, np.bool_)
 
 
 def _first_residues(
@@ -191,6 +263,10 @@ def get_encoder(model: ModelSpec, device: str = "cpu") -> Encoder:
                     f" {found.weights_sha256[:12]}, the store was made with"
                     f" {model.weights_sha256[:12]}"
                 )
-            _loaded.clear()  # one model at a time: a second may not fit beside it
+            # One model at a time, for a second may not fit beside it; but a model's float32 twin,
+            # which is there for a few rows, does not replace it.
+            for spec, place in list(_loaded):
+                if model.precision != "float32" or replace(spec, precision="float32") != model:
+                    del _loaded[spec, place]
             encoder = _loaded[model, device] = Encoder(checkpoint, model, device)
         return encoder

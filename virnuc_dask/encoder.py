@@ -104,6 +104,7 @@ class Encoder:
     Attributes
     ----------
     spec : ModelSpec
+    device : str
     dimension : int
         Features per embedding, D.
     token_budget : int
@@ -112,7 +113,7 @@ class Encoder:
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
         precision_on(device, spec.precision)
-        self.spec = spec
+        self.spec, self.device = spec, device
         self.dimension = spec.dimension
         self._device = torch.device(device)
         self._network = Network(checkpoint, spec, self._device)

@@ -112,6 +112,14 @@ class Stopping(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class CannotGoOn(Event):
+    """No chunk can be written any more; those that run may finish."""
+
+    reason: str
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
 class RunSummary(Event):
     """How a run ended.
 
@@ -133,6 +141,8 @@ class RunSummary(Event):
         All of the run.
     interrupted : int, optional
         The signal that ended the run early.
+    stopped : str, optional
+        Why no chunk could be written any more: path, cause, free space.
     """
 
     store: str
@@ -148,6 +158,7 @@ class RunSummary(Event):
     seconds: float
     total_seconds: float
     interrupted: int | None = None
+    stopped: str | None = None
 
     @property
     def quarantined(self) -> int:

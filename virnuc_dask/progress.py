@@ -178,6 +178,8 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
         case events.ChunkFailed():
             after = "given up for this run" if event.final else "will be tried again"
             yield f"chunk {event.chunk}, attempt {event.attempt}: {event.error}; {after}"
+        case events.CannotGoOn():
+            yield f"cannot go on: {event.reason}"
         case events.Stopping():
             yield (
                 f"stopping: {_count(event.running, 'running chunk')} may finish within"

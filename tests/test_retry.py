@@ -1,0 +1,301 @@
+"""What a failure means, and what becomes of the rows it meets."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VIRAL_PROTEINS, Maker, chunk_bytes, tree
+from distributed.comm import CommClosedError
+from models import random_network, random_sequences, save_network
+
+import virnuc_dask
+from virnuc_dask import RunConfig, embed, events, retry
+from virnuc_dask.config import Identity, Status
+from virnuc_dask.embed import embed_rows
+from virnuc_dask.encoder import Encoder, load_encoder
+from virnuc_dask.esm2 import Network
+from virnuc_dask.store import Store
+
+IDENTITY = Identity(
+    1, "", 0, "", 0, "mean", "float32", "float32", "", 100, "window", 32, per_residue=True
+)
+
+
+@pytest.mark.parametrize(
+    ("error", "hopeless", "tries"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True, 2),
+        (OSError(errno.EROFS, "Read-only file system"), True, 2),
+        (PermissionError(errno.EACCES, "Permission denied"), True, 2),
+        (OSError(errno.EIO, "Input/output error"), False, 7),
+        (ConnectionResetError(), False, 7),
+        (TimeoutError(), False, 7),
+        (CommClosedError("in <TCP>"), False, 7),
+        (ValueError("a bug"), False, 2),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, 2),
+    ],
+)
+def test_errors_are_told_apart(error: Exception, hopeless: bool, tries: int) -> None:
+    assert retry.is_hopeless(error) == hopeless
+    assert retry.attempts(error, RunConfig(attempts=7)) == tries
+    assert retry.attempts(error, RunConfig(attempts=1)) == 1
+
+
+def test_delays_double_and_spread() -> None:
+    config = RunConfig(backoff=2.0)
+    for attempt, middle in ((1, 2.0), (2, 4.0), (3, 8.0)):
+        delays = [retry.delay(attempt, config) for _ in range(200)]
+        assert middle / 2 <= min(delays) < middle < max(delays) <= middle * 1.5
+
+
+# --- rows that raise ---
+
+
+def packed(sequences: list[str]) -> tuple[Any, Any]:
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    return lengths, np.frombuffer("".join(sequences).encode(), np.uint8)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return save_network(random_network(2, 64, 4), tmp_path / "model.pt")
+
+
+@pytest.fixture
+def tryptophan() -> int:
+    return int(random_network(1, 8, 2).alphabet.get_idx("W"))
+
+
+# W stands for whatever makes an encoder raise; 130 residues are two windows.
+CLEAN = [s.replace("W", "A") for s in random_sequences([30, 5, 130, 60, 30, 1, 77, 12])]
+POISONED = [*CLEAN[:3], "MWT", *CLEAN[3:6], "", CLEAN[6][:50] + "W" + CLEAN[7] * 9, CLEAN[7]]
+GUILTY = [3, 8]
+
+
+def test_rows_that_raise_are_quarantined_and_no_others(
+    model: str, tryptophan: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Network._forward
+    raised = 0
+
+    def poisonous(self: Network, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        nonlocal raised
+        if (tokens == tryptophan).any():
+            raised += 1
+            raise RuntimeError("no kernel for this")
+        return forward(self, tokens, *rest)
+
+    expected = embed_rows(load_encoder(model), *packed(POISONED), IDENTITY)
+    assert (expected.status[GUILTY] < Status.INVALID_RESIDUES).all()
+    monkeypatch.setattr(Network, "_forward", poisonous)
+    found = embed_rows(load_encoder(model), *packed(POISONED), IDENTITY)
+    assert raised >= 4
+    assert np.flatnonzero(found.status == Status.ENCODER_ERROR).tolist() == GUILTY
+    others = np.setdiff1d(np.arange(len(POISONED)), GUILTY)
+    assert np.array_equal(found.status[others], expected.status[others])
+    assert np.array_equal(found.embedding[others], expected.embedding[others], equal_nan=True)
+    assert np.isnan(found.embedding[GUILTY]).all()
+    assert found.residues is not None
+    assert expected.residues is not None
+    guilty = np.isin(np.repeat(np.arange(len(POISONED)), packed(POISONED)[0]), GUILTY)
+    assert np.array_equal(found.residues[~guilty], expected.residues[~guilty])
+    assert np.isnan(found.residues[guilty]).all()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no such operator"), RuntimeError("CUDA error: device-side assert")]
+)
+def test_an_encoder_that_raises_for_anything_blames_no_row(
+    error: Exception, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def broken(*_: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        raise error
+
+    monkeypatch.setattr(Network, "_forward", broken)
+    with pytest.raises(RuntimeError, match=str(error)):
+        embed_rows(load_encoder(model), *packed(POISONED), IDENTITY)
+    assert calls <= 2
+
+
+def test_a_row_that_is_no_number_is_computed_again_in_float32(
+    model: str, tryptophan: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "_loaded", {})
+    encoder = load_encoder(model, precision="bfloat16")
+    identity = replace(IDENTITY, precision="bfloat16")
+    usual = embed_rows(encoder, *packed(POISONED), identity)
+    exact = embed_rows(load_encoder(model), *packed(POISONED), IDENTITY)
+    overflow_where(encoder, tryptophan, monkeypatch)
+    found = embed_rows(encoder, *packed(POISONED), identity)
+    assert np.array_equal(found.status, usual.status)
+    others = np.setdiff1d(np.arange(len(POISONED)), GUILTY)
+    assert np.array_equal(found.embedding[others], usual.embedding[others], equal_nan=True)
+    assert np.array_equal(found.embedding[GUILTY], exact.embedding[GUILTY])
+    assert not np.array_equal(usual.embedding[GUILTY], exact.embedding[GUILTY])
+    assert found.residues is not None
+    assert np.isfinite(found.residues).all()
+    # The float32 twin is kept beside the model, and another model replaces both.
+    assert [spec.precision for spec, _ in embed._loaded] == ["float32"]
+    embed.get_encoder(encoder.spec)
+    assert [spec.precision for spec, _ in embed._loaded] == ["bfloat16"]
+    embed.get_encoder(replace(encoder.spec, precision="float32"))
+    assert len(embed._loaded) == 2
+
+
+def overflow_where(encoder: Encoder, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for float16, which only a GPU has: sequences with a token overflow."""
+    represent = encoder._network.represent
+
+    def overflowing(residues: Any, starts: Any, runs: Any) -> torch.Tensor:
+        hidden = represent(residues, starts, runs)
+        first = 0
+        lengths = [length for count, length in runs for _ in range(count)]
+        for start, length in zip(starts, lengths, strict=True):
+            if ord("W") in residues[start : start + length]:
+                hidden[first : first + length + 2] = torch.inf
+            first += length + 2
+        return hidden
+
+    monkeypatch.setattr(encoder._network, "represent", overflowing)
+
+
+# --- chunks that raise ---
+
+
+def test_a_transient_error_is_waited_out_while_the_others_go_on(
+    make_store: Maker, client: Any
+) -> None:
+    whole = make_store(VIRAL_PROTEINS, "whole.zarr")
+    store = make_store(VIRAL_PROTEINS, embed=False)
+    obstacle = store.path / "embedding" / "c.3.0"
+    obstacle.mkdir()
+    seen: list[events.Event] = []
+    times: list[float] = []
+
+    def listen(event: events.Event) -> None:
+        seen.append(event)
+        times.append(time.monotonic())
+        if isinstance(event, events.ChunkFailed):
+            obstacle.rmdir()
+
+    config = RunConfig(backoff=4.0)
+    summary = virnuc_dask.resume(store.path, client=client, config=config, listener=listen)
+    kinds = [type(event).__name__ for event in seen]
+    assert kinds.count("ChunkFailed") == 1
+    failed = kinds.index("ChunkFailed")
+    done = [n for n, event in enumerate(seen) if isinstance(event, events.ChunkDone)]
+    last = seen[done[-1]]
+    assert isinstance(last, events.ChunkDone)
+    assert last.chunk == 3
+    assert times[done[-1]] - times[failed] >= 2.0  # half of the backoff at least
+    assert times[done[-2]] - times[failed] < times[done[-1]] - times[failed]
+    assert (summary.exit_code, summary.retries, len(done)) == (0, 1, 10)
+    assert chunk_bytes(store.path) == chunk_bytes(whole.path)
+
+
+def test_an_error_that_stays_is_tried_three_times(make_store: Maker, client: Any) -> None:
+    store = make_store(VIRAL_PROTEINS, embed=False)
+    (store.path / "embedding" / "c.3.0").mkdir()
+    seen: list[events.Event] = []
+    config = RunConfig(backoff=0.01)
+    summary = virnuc_dask.resume(store.path, client=client, config=config, listener=seen.append)
+    failures = [event for event in seen if isinstance(event, events.ChunkFailed)]
+    assert [(event.chunk, event.attempt, event.final) for event in failures] == [
+        (3, 1, False),
+        (3, 2, False),
+        (3, 3, True),
+    ]
+    assert (summary.exit_code, list(summary.missing)) == (4, [3])
+
+
+# --- disks that take no more ---
+
+
+def mount(*arguments: str) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path))
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def assert_whole_in_the_end(store: Store, reference: Store, client: Any) -> None:
+    """The ledger: each row in one state and as it should be, nothing stray, nothing done twice."""
+    before = tree(store.path)
+    present = store.present()
+    summary = virnuc_dask.resume(store.path, client=client)
+    assert summary.exit_code == 0
+    assert summary.computed_chunks == (~present).sum()
+    assert sum(summary.counts.values()) == reference.records
+    assert chunk_bytes(store.path) == chunk_bytes(reference.path)
+    after = tree(store.path)
+    for chunk in np.flatnonzero(present):
+        for file in store.files(int(chunk)):
+            name = str(file.relative_to(store.path))
+            assert after[name] == before[name]
+    assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
+    assert tree(store.path) == after
+    report = virnuc_dask.verify(store.path)
+    assert (report.exit_code, report.leftovers) == (0, [])
+
+
+@pytest.mark.parametrize("room", [8, 24, 40, 60])
+def test_a_full_disk_stops_the_run_at_once_and_costs_nothing(
+    room: int, disk: Path, make_store: Maker, client: Any
+) -> None:
+    reference = make_store(VIRAL_PROTEINS)
+    store = make_store(VIRAL_PROTEINS, str(disk / "full.zarr"), embed=False)
+    filler = disk / "filler"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
+    filler.write_bytes(b"\0" * (free - room * 1024))
+    seen: list[events.Event] = []
+    summary = virnuc_dask.resume(store.path, client=client, listener=seen.append)
+    assert summary.exit_code == 4
+    assert summary.stopped is not None
+    assert "No space left on device" in summary.stopped
+    assert str(store.path) in summary.stopped
+    assert "MB are free" in summary.stopped
+    failed = [event for event in seen if isinstance(event, events.ChunkFailed)]
+    threads = sum(client.nthreads().values())
+    assert 1 <= len(failed) <= threads  # what ran already, and nothing after it
+    assert all(event.final for event in failed)
+    assert sum(isinstance(event, events.CannotGoOn) for event in seen) == 1
+    assert len(summary.missing) == (~store.present()).sum() > 0
+    assert virnuc_dask.verify(store.path).leftovers == []
+    filler.unlink()
+    assert_whole_in_the_end(store, reference, client)
+
+
+def test_a_read_only_disk_stops_the_run_at_once(disk: Path, make_store: Maker, client: Any) -> None:
+    reference = make_store(VIRAL_PROTEINS)
+    store = make_store(VIRAL_PROTEINS, str(disk / "out.zarr"), embed=False)
+    mount("-o", "remount,ro", str(disk))
+    before = tree(store.path)
+    summary = virnuc_dask.resume(store.path, client=client)
+    assert summary.exit_code == 4
+    assert "Read-only file system" in str(summary.stopped)
+    assert tree(store.path) == before
+    mount("-o", "remount,rw", str(disk))
+    assert_whole_in_the_end(store, reference, client)

@@ -1,0 +1,57 @@
+"""What a failure means: nothing can go on, try again later, or it is the input's own."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import TypeGuard
+
+from virnuc_dask.config import RunConfig
+
+# What every other chunk would meet too.
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def is_hopeless(error: BaseException) -> TypeGuard[OSError]:
+    """Whether no chunk can be written any more: a full, read-only or forbidden disk."""
+    return isinstance(error, OSError) and error.errno in _HOPELESS
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether waiting may help: I/O, connections, timeouts, all of them an `OSError`."""
+    return isinstance(error, OSError) and not is_hopeless(error)
+
+
+def is_of_the_input(error: BaseException) -> bool:
+    """Whether an error of the encoder may be due to single rows.
+
+    Not what the machine does: I/O, memory, or a CUDA error, after which a process is of no use.
+    """
+    return not isinstance(error, OSError | MemoryError) and "CUDA error" not in str(error)
+
+
+def attempts(error: BaseException, config: RunConfig) -> int:
+    """How often a chunk that raises this is tried in one run."""
+    return config.attempts if is_transient(error) else min(2, config.attempts)
+
+
+def delay(attempt: int, config: RunConfig) -> float:
+    """Seconds to wait after an attempt, counted from 1: twice as long each time, give or take half.
+
+    The spread keeps chunks that failed together from coming back together.
+    """
+    return config.backoff * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
+
+
+def explain(error: OSError, store: Path) -> str:
+    """Cause, path and free space, for whoever has to make room."""
+    cause = os.strerror(error.errno) if error.errno else str(error)
+    file = f" ({error.filename})" if error.filename else ""
+    try:
+        free = f"{shutil.disk_usage(store).free / 1e6:,.1f} MB are free"
+    except OSError as gone:
+        free = f"its file system does not answer: {gone.strerror}"
+    return f"{store}: {cause}{file}; {free}"
