@@ -130,6 +130,13 @@ _work_options = _options(
         help="Seconds before the second try; doubled before each further one.",
     ),
     click.option(
+        "--suspect-after",
+        type=click.IntRange(1),
+        default=_defaults.suspect_after,
+        show_default=True,
+        help="Workers' deaths after which a chunk is computed in a process of its own.",
+    ),
+    click.option(
         "--grace",
         type=click.FloatRange(0),
         default=_defaults.grace,
@@ -319,7 +326,7 @@ def _display_kind(options: dict[str, Any]) -> str:
 
 
 def _run_config(options: dict[str, Any]) -> RunConfig:
-    names = ("device", "attempts", "backoff", "grace", "in_flight", "verify")
+    names = ("device", "attempts", "backoff", "suspect_after", "grace", "in_flight", "verify")
     return RunConfig(**{name: options.pop(name) for name in names})
 
 

@@ -192,6 +192,9 @@ class RunConfig:
         missing. Any other error is tried twice.
     backoff : float
         Seconds before the second attempt, about; doubled before each further one.
+    suspect_after : int
+        At how many deaths of workers a chunk that they were computing is computed in a process of
+        its own, to find out whether one of its rows kills.
     grace : float
         Seconds that running chunks get to finish after SIGINT or SIGTERM.
     in_flight : int, optional
@@ -205,6 +208,7 @@ class RunConfig:
 
     attempts: int = 3
     backoff: float = 1.0
+    suspect_after: int = 2
     grace: float = 30.0
     in_flight: int | None = None
     verify: bool = False
@@ -215,6 +219,8 @@ class RunConfig:
             raise UsageError(f"attempts must be at least 1, not {self.attempts}")
         if self.backoff < 0:
             raise UsageError(f"backoff must not be negative, not {self.backoff}")
+        if self.suspect_after < 1:
+            raise UsageError(f"suspect_after must be at least 1, not {self.suspect_after}")
         if self.grace < 0:
             raise UsageError(f"grace must not be negative, not {self.grace}")
         if self.in_flight is not None and self.in_flight < 1:

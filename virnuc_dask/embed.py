@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask import retry
+from virnuc_dask import faults, retry
 from virnuc_dask.config import Identity, ModelSpec, Status
 from virnuc_dask.encoder import Encoded, Encoder
 from virnuc_dask.errors import IdentityMismatchError, ModelError
@@ -22,7 +22,7 @@ from virnuc_dask.store import Store
 from virnuc_dask.weights import describe, load_checkpoint
 
 # Ubiquitin's beginning: an encoder that has trouble with it has trouble with anything.
-_BEYOND_DOUBT = "MQIFVKTLTGKTITLEVEPS"
+BEYOND_DOUBT = "MQIFVKTLTGKTITLEVEPS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +52,24 @@ class ChunkReport:
     pid: int
 
 
+def embed_here(
+    model: ModelSpec,
+    device: str,
+    lengths: NDArray[np.int32],
+    residues: NDArray[np.uint8],
+    identity: Identity,
+) -> Rows:
+    """`embed_rows` by the process's encoder."""
+    return embed_rows(get_encoder(model, device), lengths, residues, identity)
+
+
 def embed_chunk(
-    path: str, chunk: int, identity: Identity, model: ModelSpec, device: str = "cpu"
+    path: str,
+    chunk: int,
+    identity: Identity,
+    model: ModelSpec,
+    device: str = "cpu",
+    embed: Callable[..., Rows] = embed_here,
 ) -> ChunkReport:
     """Embed one chunk of a store.
 
@@ -72,6 +88,8 @@ def embed_chunk(
         The model; its weights are compared with the spec's digest when they are loaded.
     device : str
         A torch device.
+    embed : callable
+        Has the arguments of `embed_here`.
 
     Raises
     ------
@@ -90,7 +108,7 @@ def embed_chunk(
     if store.is_present(chunk):
         return ChunkReport(chunk, len(lengths), {}, False, 0.0, 0.0, 0.0, os.getpid())
     read = time.perf_counter()
-    rows = embed_rows(get_encoder(model, device), lengths, residues, identity)
+    rows = embed(model, device, lengths, residues, identity)
     computed = time.perf_counter()
     if not store.is_present(chunk):
         store.write_chunk(chunk, rows.status, rows.embedding.astype(identity.dtype), rows.residues)
@@ -152,6 +170,7 @@ def embed_rows(
     row_of_residue = np.repeat(np.arange(len(lengths)), encoded)
 
     def encode(by: Encoder, part: Segments) -> Encoded:
+        faults.strike(residues, part)
         return by.encode_segments(residues, part, len(lengths), per_residue=identity.per_residue)
 
     try:
@@ -160,7 +179,7 @@ def embed_rows(
         if not retry.is_of_the_input(error):
             raise
         # If this raises too, it is no row's fault.
-        encoder.encode([_BEYOND_DOUBT])
+        encoder.encode([BEYOND_DOUBT])
         found, guilty = _encode_apart(partial(encode, encoder), segments, row_of_residue)
         status[guilty] = Status.ENCODER_ERROR
     status[~found.fits] = Status.OUT_OF_MEMORY

@@ -103,6 +103,14 @@ class WorkerLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkSuspected(Event):
+    """Workers died while they computed a chunk; it is computed in processes of its own."""
+
+    chunk: int
+    deaths: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stopping(Event):
     """A signal came; running chunks have this long to finish."""
 

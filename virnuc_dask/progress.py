@@ -175,6 +175,11 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
                 f"worker {event.worker} was lost; {_count(len(event.chunks), 'chunk')} of it"
                 " will be computed elsewhere"
             )
+        case events.ChunkSuspected():
+            yield (
+                f"chunk {event.chunk} was being computed when {event.deaths} workers died; it goes"
+                " into a process of its own"
+            )
         case events.ChunkFailed():
             after = "given up for this run" if event.final else "will be tried again"
             yield f"chunk {event.chunk}, attempt {event.attempt}: {event.error}; {after}"

@@ -12,12 +12,14 @@ from uuid import uuid4
 from dask import delayed
 from distributed import Client, Future
 from distributed.client import FutureCancelledError
+from distributed.scheduler import KilledWorker
 
 from virnuc_dask import events, retry
 from virnuc_dask.config import ModelSpec, RunConfig, Status
 from virnuc_dask.embed import ChunkReport, embed_chunk
 from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.events import Listener
+from virnuc_dask.isolate import embed_chunk_apart
 from virnuc_dask.store import Store
 
 # Of the grace after a signal, this much is kept for closing the cluster.
@@ -47,6 +49,9 @@ class Work:
         self.signal: int | None = None
         self.stopped: str | None = None
         self._attempts: Counter[int] = Counter()
+        self._deaths: Counter[int] = Counter()
+        self._suspects: set[int] = set()
+        self._submitted = 0
         self._todo: deque[int] = deque()
         # Chunks that failed, with the time at which they are tried again. Nobody waits for them.
         self._later: list[tuple[float, int]] = []
@@ -101,9 +106,10 @@ class Work:
             self._todo.append(heappop(self._later)[1])
         while self._todo and len(self._running) < self._window:
             chunk = self._todo.popleft()
-            self._attempts[chunk] += 1
-            key = f"embed-{self._id}-{chunk}-{self._attempts[chunk]}"
-            task = delayed(embed_chunk, pure=False)(
+            self._submitted += 1
+            key = f"embed-{self._id}-{chunk}-{self._submitted}"
+            embed = embed_chunk_apart if chunk in self._suspects else embed_chunk
+            task = delayed(embed, pure=False)(
                 str(self.store.path.resolve()),
                 chunk,
                 self.store.identity,
@@ -116,6 +122,8 @@ class Work:
             future.add_done_callback(self._inbox.put)
 
     def _completed(self, future: Future) -> None:
+        if str(future.key) not in self._running:
+            return  # taken back, and submitted anew
         chunk, _ = self._running[str(future.key)]
         try:
             report = future.result()
@@ -125,6 +133,9 @@ class Work:
             raise VirnucError(
                 "the scheduler was lost. Finished chunks are safe; the same command resumes"
             ) from error
+        except KilledWorker:
+            # Dask itself gives up a task after some deaths. We do not: a death condemns no row.
+            self._suspect(chunk)
         except Exception as error:
             # Whatever it was, the chunk is not there, which is all that counts.
             self._failed(chunk, error)
@@ -158,6 +169,7 @@ class Work:
         )
 
     def _failed(self, chunk: int, error: Exception) -> None:
+        self._attempts[chunk] += 1
         attempt = self._attempts[chunk]
         final = retry.is_hopeless(error) or attempt >= retry.attempts(error, self.config)
         self.errors[chunk] = f"{type(error).__name__}: {error}"
@@ -184,7 +196,20 @@ class Work:
             self.workers_lost += 1
             self.retries += len(chunks)
             self.emit(events.WorkerLost(str(message["worker"]), tuple(chunks)))
+            self._deaths.update(chunks)
+            for key, (chunk, future) in list(self._running.items()):
+                suspect = self._deaths[chunk] >= self.config.suspect_after
+                if suspect and chunk not in self._suspects:
+                    del self._running[key]
+                    client.cancel([future], force=True)
+                    self._suspect(chunk)
         self._count_workers(client)
+
+    def _suspect(self, chunk: int) -> None:
+        if chunk not in self._suspects:
+            self._suspects.add(chunk)
+            self.emit(events.ChunkSuspected(chunk, self._deaths[chunk]))
+        self._todo.appendleft(chunk)
 
     def _count_workers(self, client: Client) -> None:
         threads = client.nthreads().values()

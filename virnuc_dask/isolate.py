@@ -1,0 +1,152 @@
+"""Rows that may kill their process: computed in processes made to be killed.
+
+A chunk that was being computed whenever workers died is suspect, but most often innocent: workers
+vanish for many reasons. Here it is computed again in a child process. If the child dies, the rows
+that it was at are halved and a new child goes on, until the rows that kill alone are known: about
+log2 n deaths for one guilty row of n, and no worker's.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections import deque
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.config import Identity, ModelSpec, Status
+from virnuc_dask.embed import (
+    BEYOND_DOUBT,
+    ChunkReport,
+    Rows,
+    embed_chunk,
+    embed_rows,
+    get_encoder,
+)
+from virnuc_dask.errors import VirnucError
+from virnuc_dask.packing import encoded_lengths
+
+# The child met an error in the ordinary way: no row has killed it.
+_RAISED = 70
+
+
+def embed_chunk_apart(
+    path: str, chunk: int, identity: Identity, model: ModelSpec, device: str = "cpu"
+) -> ChunkReport:
+    """As `embed_chunk`, in child processes; rows that kill them are quarantined."""
+    return embed_chunk(path, chunk, identity, model, device, embed_apart)
+
+
+def embed_apart(
+    model: ModelSpec,
+    device: str,
+    lengths: NDArray[np.int32],
+    residues: NDArray[np.uint8],
+    identity: Identity,
+) -> Rows:
+    """Embed rows in child processes.
+
+    Raises
+    ------
+    VirnucError
+        A child raised, or died before it came to the rows: no row's fault.
+    """
+    count = len(lengths)
+    encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
+    ends = np.concatenate(([0], np.cumsum(encoded)))
+    whole = Rows(
+        np.full(count, Status.CRASHED_WORKER, np.uint8),
+        np.full((count, model.dimension), np.nan, np.float32),
+        np.full((int(ends[-1]), model.dimension), np.nan, np.float16)
+        if identity.per_residue
+        else None,
+    )
+    left = deque([(0, count)])
+    with TemporaryDirectory(prefix="virnuc-dask-") as name:
+        folder = Path(name)
+        np.savez(folder / "rows.npz", lengths=lengths, residues=residues)
+        while left:
+            job = {"model": asdict(model), "identity": asdict(identity), "device": device}
+            (folder / "job.json").write_text(json.dumps({**job, "parts": list(left)}))
+            _run_child(folder)
+            while left and (found := _result(folder, *left[0])).exists():
+                first, last = left.popleft()
+                with np.load(found, allow_pickle=False) as arrays:
+                    whole.status[first:last] = arrays["status"]
+                    whole.embedding[first:last] = arrays["embedding"]
+                    if whole.residues is not None:
+                        whole.residues[ends[first] : ends[last]] = arrays["residues"]
+            if left:
+                # It died of this part. Alone, a row is guilty, and keeps the state it has.
+                first, last = left.popleft()
+                if last - first > 1:
+                    middle = (first + last) // 2
+                    left.extendleft([(middle, last), (first, middle)])
+    return whole
+
+
+def _result(folder: Path, first: int, last: int) -> Path:
+    return folder / f"{first}-{last}.npz"
+
+
+def _run_child(folder: Path) -> None:
+    """Have a child do the parts of the job, in order, until it is done or dead."""
+    ready = folder / "ready"
+    ready.unlink(missing_ok=True)
+    with open(folder / "stderr", "w+b") as stderr:
+        child = subprocess.Popen(
+            [sys.executable, "-m", "virnuc_dask.isolate", str(folder)],
+            stdin=subprocess.PIPE,  # which closes with this process, and with it the child ends
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+        )
+        with child:
+            code = child.wait()
+        if code and (code == _RAISED or not ready.exists()):
+            stderr.seek(0)
+            last_words = stderr.read().decode(errors="replace")[-500:].strip()
+            raise VirnucError(f"a child process ended with {code}: {last_words}")
+
+
+def _main(folder: Path) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    job = json.loads((folder / "job.json").read_text())
+    model, identity = ModelSpec(**job["model"]), Identity.from_json(job["identity"])
+    with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
+        lengths, residues = arrays["lengths"], arrays["residues"]
+    ends = np.concatenate(([0], np.cumsum(lengths)))
+    encoder = get_encoder(model, job["device"])
+    # Whoever dies of this does not die of a row.
+    encoder.encode([BEYOND_DOUBT])
+    (folder / "ready").touch()
+    for first, last in job["parts"]:
+        rows = embed_rows(
+            encoder, lengths[first:last], residues[ends[first] : ends[last]], identity
+        )
+        arrays = {"status": rows.status, "embedding": rows.embedding}
+        if rows.residues is not None:
+            arrays["residues"] = rows.residues
+        partial = folder / "partial.npz"
+        np.savez(partial, **arrays)
+        partial.rename(_result(folder, first, last))
+
+
+def _end_with_parent() -> None:
+    # Not sys.stdin, whose lock a thread that still waits would hold at the child's own end.
+    os.read(0, 1)
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    try:
+        _main(Path(sys.argv[1]))
+    except Exception as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        sys.exit(_RAISED)
