@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask import faults, retry
+from virnuc_dask import retry
 from virnuc_dask.config import Identity, ModelSpec, Status
 from virnuc_dask.encoder import Encoded, Encoder
 from virnuc_dask.errors import IdentityMismatchError, ModelError
@@ -170,7 +170,6 @@ def embed_rows(
     row_of_residue = np.repeat(np.arange(len(lengths)), encoded)
 
     def encode(by: Encoder, part: Segments) -> Encoded:
-        faults.strike(residues, part)
         return by.encode_segments(residues, part, len(lengths), per_residue=identity.per_residue)
 
     try:

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from virnuc_dask import faults
 from virnuc_dask.config import ModelSpec, Pooling, Precision, precision_on
 from virnuc_dask.errors import InputError
 from virnuc_dask.esm2 import Network
@@ -246,7 +247,11 @@ class Encoder:
     def _encode_batch(
         self, residues: NDArray[np.uint8], segments: Segments, batch: Batch, per_residue: bool
     ) -> _Part:
+        spoiled = faults.strike(residues, segments, batch.segments)
         hidden = self._network.represent(residues, segments.start[batch.segments], batch.runs)
+        if spoiled.any():
+            tokens = np.repeat(spoiled, segments.length[batch.segments] + 2)
+            hidden[torch.from_numpy(tokens).to(hidden.device)] = torch.nan
         pooled: list[Tensor] = []
         each: list[Tensor] = []
         first = done = 0

@@ -1,8 +1,21 @@
 """A hook for tests: sequences that harm the process that encodes them.
 
 Set ``VIRNUC_DASK_FAULTS`` to the path of a JSON file such as ``{"WWCWW": "abort"}``, and whatever
-encodes a sequence that has this motif ends as it would in a library's bug: ``abort`` and ``kill``
-end the process, ``raise`` raises. Unset, as always outside tests, nothing is read.
+encodes a sequence that has this motif fares as it would with a library's bug. A list of actions is
+for the first, second, … time that the motif is met, in whatever process; after its end nothing
+happens. Unset, as always outside tests, nothing is read.
+
+========== =========================================================
+``abort``  ends the process by SIGABRT
+``kill``   ends it by SIGKILL
+``raise``  raises RuntimeError
+``cuda``   raises what torch does once a GPU's context is lost
+``memory`` takes memory until there is none
+``nan``    makes the sequence's result NaN
+``hang``   does not return
+``slow``   takes a second longer
+``pass``   does nothing
+========== =========================================================
 """
 
 from __future__ import annotations
@@ -10,6 +23,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -20,23 +34,64 @@ from virnuc_dask.packing import Segments
 VARIABLE = "VIRNUC_DASK_FAULTS"
 
 
-def strike(residues: NDArray[np.uint8], segments: Segments) -> None:
-    """Do what is asked for, if a segment has one of the motifs.
+def strike(
+    residues: NDArray[np.uint8], segments: Segments, chosen: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """Do what is asked for, if one of the chosen segments has one of the motifs.
+
+    Returns
+    -------
+    ndarray, bool, shape (chosen,)
+        Whose results are to be NaN.
 
     Raises
     ------
     RuntimeError
-        What ``raise`` stands for.
+        What ``raise`` and ``cuda`` stand for.
+    MemoryError
+        What ``memory`` ends with, where a limit is set.
     """
+    spoiled = np.zeros(len(chosen), np.bool_)
     if VARIABLE not in os.environ:
-        return
-    table: dict[str, str] = json.loads(Path(os.environ[VARIABLE]).read_text())
-    for start, length in zip(segments.start, segments.length, strict=True):
-        sequence = residues[start : start + length].tobytes().decode("ascii")
-        for motif, action in table.items():
-            if motif in sequence:
-                if action == "abort":
-                    os.abort()
-                if action == "kill":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                raise RuntimeError(f"a fault was asked for: {motif}")
+        return spoiled
+    path = Path(os.environ[VARIABLE])
+    table: dict[str, str | list[str]] = json.loads(path.read_text())
+    for number, segment in enumerate(chosen):
+        first = segments.start[segment]
+        sequence = residues[first : first + segments.length[segment]].tobytes().decode("ascii")
+        for motif in filter(sequence.__contains__, table):
+            actions = table[motif]
+            action = actions if isinstance(actions, str) else _next(actions, path, motif)
+            _act(action)
+            spoiled[number] |= action == "nan"
+    return spoiled
+
+
+def _next(actions: list[str], table: Path, motif: str) -> str:
+    """The action that is due; a file's size counts, for processes that end without a word."""
+    with open(table.with_name(f"{motif}.met"), "ab") as file:
+        file.write(b".")
+        file.flush()
+        met = file.tell()
+    return actions[met - 1] if met <= len(actions) else "pass"
+
+
+def _act(action: str) -> None:
+    match action:
+        case "abort":
+            os.abort()
+        case "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "raise":
+            raise RuntimeError("a fault was asked for")
+        case "cuda":
+            raise RuntimeError("CUDA error: device-side assert triggered")
+        case "memory":
+            held = []
+            while True:
+                held.append(b"\1" * 2**24)
+        case "hang":
+            while True:
+                time.sleep(60)
+        case "slow":
+            time.sleep(1)
