@@ -23,6 +23,7 @@ from virnuc_dask import RunConfig, embed, events, retry
 from virnuc_dask.config import Identity, Status
 from virnuc_dask.embed import embed_rows
 from virnuc_dask.encoder import Encoder, load_encoder
+from virnuc_dask.errors import UsageError
 from virnuc_dask.esm2 import Network
 from virnuc_dask.store import Store
 
@@ -40,6 +41,7 @@ IDENTITY = Identity(
         (OSError(errno.EIO, "Input/output error"), False, 7),
         (ConnectionResetError(), False, 7),
         (TimeoutError(), False, 7),
+        (MemoryError(), False, 7),
         (CommClosedError("in <TCP>"), False, 7),
         (ValueError("a bug"), False, 2),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, 2),
@@ -56,6 +58,39 @@ def test_delays_double_and_spread() -> None:
     for attempt, middle in ((1, 2.0), (2, 4.0), (3, 8.0)):
         delays = [retry.delay(attempt, config) for _ in range(200)]
         assert middle / 2 <= min(delays) < middle < max(delays) <= middle * 1.5
+
+
+def test_a_deadline_follows_the_running_median() -> None:
+    config = RunConfig(deadline_factor=10, deadline_floor=2, deadline_first=500)
+    pace = retry.Pace(config)
+    for seconds in (1.0, 3.0):
+        pace.took(1_000, seconds)
+        assert pace.allowed(1_000) == 500
+    pace.took(1_000, 1_000.0)  # one that hung does not count for much
+    assert pace.allowed(1_000) == pytest.approx(30)
+    assert pace.allowed(10_000) == pytest.approx(300)
+    assert pace.allowed(0) == 2
+    for _ in range(200):
+        pace.took(1_000, 0.5)
+    assert pace.allowed(1_000) == pytest.approx(5)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attempts", 0),
+        ("backoff", -0.1),
+        ("suspect_after", 0),
+        ("deadline_factor", 0.5),
+        ("deadline_floor", -1),
+        ("deadline_first", float("nan")),
+        ("grace", -1),
+        ("in_flight", 0),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{name} must be at least"):
+        RunConfig(**{name: value})
 
 
 # --- rows that raise ---

@@ -6,6 +6,8 @@ import errno
 import json
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import fields
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -137,6 +139,28 @@ _work_options = _options(
         help="Workers' deaths after which a chunk is computed in a process of its own.",
     ),
     click.option(
+        "--deadline-factor",
+        type=click.FloatRange(1),
+        default=_defaults.deadline_factor,
+        show_default=True,
+        help="Times the running median, per residue, that a chunk may take before it counts as"
+        " hanging.",
+    ),
+    click.option(
+        "--deadline-floor",
+        type=click.FloatRange(0),
+        default=_defaults.deadline_floor,
+        show_default=True,
+        help="Seconds that any chunk may take.",
+    ),
+    click.option(
+        "--deadline-first",
+        type=click.FloatRange(0),
+        default=_defaults.deadline_first,
+        show_default=True,
+        help="Seconds that a chunk may take before a median is known.",
+    ),
+    click.option(
         "--grace",
         type=click.FloatRange(0),
         default=_defaults.grace,
@@ -145,6 +169,9 @@ _work_options = _options(
     ),
     click.option("--in-flight", type=click.IntRange(1), help="Chunks at once.  [default: threads]"),
     click.option("--verify", is_flag=True, help="Decode present chunks before trusting them."),
+    click.option("--tls-ca-file", help="For tls:// addresses: the authority to trust, PEM."),
+    click.option("--tls-cert", help="This client's certificate, PEM."),
+    click.option("--tls-key", help="Its key, PEM."),
 )
 _display_options = _options(
     click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout."),
@@ -263,6 +290,10 @@ def status(store: str, rows: bool, as_json: bool) -> None:
 )
 @click.option("--seed", type=int, help="Of the sample.  [default: another each time]")
 @click.option("--model", help="For the sample: where the weights are now, if they were moved.")
+@click.option(
+    "--cluster",
+    help="Whose workers read: local, an address, a scheduler.json.  [default: threads here]",
+)
 @click.option("--json", "as_json", is_flag=True)
 def verify(
     store: str,
@@ -270,6 +301,7 @@ def verify(
     sample: int | None,
     seed: int | None,
     model: str | None,
+    cluster: str | None,
     as_json: bool,
 ) -> NoReturn:
     """Read and decode everything in STORE: chunks, checksums, states, sequences."""
@@ -280,7 +312,14 @@ def verify(
     def show(done: int, total: int) -> None:
         click.echo(f"\rchecked {done:,} of {total:,} chunks", err=True, nl=done == total)
 
-    report = check(store, repair=repair, progress=show if on_terminal else None)
+    with ExitStack() as stack:
+        client = None
+        if cluster:
+            from virnuc_dask.cluster import connect
+
+            client = stack.enter_context(connect(cluster))
+        progress = show if on_terminal else None
+        report = check(store, repair=repair, progress=progress, client=client)
     drift, code = None, report.exit_code
     if sample and not (report.bad or report.sequences):
         from virnuc_dask.drift import sample_drift
@@ -326,8 +365,7 @@ def _display_kind(options: dict[str, Any]) -> str:
 
 
 def _run_config(options: dict[str, Any]) -> RunConfig:
-    names = ("device", "attempts", "backoff", "suspect_after", "grace", "in_flight", "verify")
-    return RunConfig(**{name: options.pop(name) for name in names})
+    return RunConfig(**{field.name: options.pop(field.name) for field in fields(RunConfig)})
 
 
 def _show_run(kind: str, work: Callable[[Any], RunSummary]) -> NoReturn:

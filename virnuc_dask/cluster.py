@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 from collections.abc import Iterator
@@ -10,19 +11,23 @@ from pathlib import Path
 
 import dask
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster
+from distributed import Client, LocalCluster, Security
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.worker import Worker
 
+from virnuc_dask.config import RunConfig
 from virnuc_dask.errors import UsageError, VirnucError
 
 # Two threads, so that one chunk is read or written while the other is computed.
 THREADS_PER_WORKER = 2
 _START_S = 120
+_DEFAULT = RunConfig()
 
 
 @contextmanager
-def connect(cluster: str, workers: int | None = None) -> Iterator[Client]:
+def connect(
+    cluster: str, workers: int | None = None, config: RunConfig = _DEFAULT
+) -> Iterator[Client]:
     """A client of the cluster that a user names.
 
     Parameters
@@ -32,6 +37,8 @@ def connect(cluster: str, workers: int | None = None) -> Iterator[Client]:
         or the scheduler file of a running scheduler, which is left as it is.
     workers : int, optional
         Workers of a local cluster; default: one for each core.
+    config : RunConfig, optional
+        Its TLS files are for a scheduler that runs already.
 
     Raises
     ------
@@ -75,16 +82,36 @@ def connect(cluster: str, workers: int | None = None) -> Iterator[Client]:
             " scheduler file"
         )
     try:
-        client = (
-            Client(scheduler_file=cluster, set_as_default=False)
-            if is_file
-            else Client(cluster, set_as_default=False)
-        )
+        # Not Dask's own `scheduler_file`, which tries for a minute what can never work.
+        address = json.loads(Path(cluster).read_text())["address"] if is_file else cluster
+        client = Client(address, security=_security(address, config), set_as_default=False)
+    except KeyError as error:
+        raise UsageError(f"cluster {cluster}: not a scheduler file: no {error}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
     with client:
         _await_workers(client, 1)
         yield client
+
+
+def _security(address: str, config: RunConfig) -> Security:
+    """TLS as the user says it, or as Dask's own configuration does."""
+    files = {
+        "tls_ca_file": config.tls_ca_file,
+        "tls_client_cert": config.tls_cert,
+        "tls_client_key": config.tls_key,
+    }
+    given = {name: file for name, file in files.items() if file is not None}
+    for file in given.values():
+        if not Path(file).is_file():
+            raise UsageError(f"{file}: no such file; TLS needs it")
+    security = Security(require_encryption=True, **given) if given else Security()
+    context = security.get_connection_args("client")["ssl_context"]
+    if address.startswith("tls://") and context is None:
+        raise UsageError(
+            f"{address} wants TLS: --tls-ca-file, --tls-cert and --tls-key, or Dask's configuration"
+        )
+    return security
 
 
 def _await_workers(client: Client, count: int) -> None:

@@ -40,6 +40,7 @@ class Status(IntEnum):
     NON_FINITE = 20
     CRASHED_WORKER = 21
     ENCODER_ERROR = 22
+    TIMED_OUT = 23
 
     @property
     def quarantined(self) -> bool:
@@ -195,6 +196,13 @@ class RunConfig:
     suspect_after : int
         At how many deaths of workers a chunk that they were computing is computed in a process of
         its own, to find out whether one of its rows kills.
+    deadline_factor : float
+        How many times as long as usual an attempt may take before the chunk is taken elsewhere and
+        the worker replaced. Usual is the running median, per residue.
+    deadline_floor : float
+        Seconds that any attempt may take.
+    deadline_first : float
+        Seconds that an attempt may take while too few chunks are done to know what is usual.
     grace : float
         Seconds that running chunks get to finish after SIGINT or SIGTERM.
     in_flight : int, optional
@@ -204,27 +212,40 @@ class RunConfig:
         Decode every chunk that is already present before trusting it.
     device : str
         Torch device that the workers compute on.
+    tls_ca_file, tls_cert, tls_key : str, optional
+        For a scheduler at ``tls://``: PEM files of the authority to trust, and of this client's
+        certificate and key. Default: what Dask's own configuration says.
     """
 
     attempts: int = 3
     backoff: float = 1.0
     suspect_after: int = 2
+    deadline_factor: float = 20.0
+    deadline_floor: float = 60.0
+    deadline_first: float = 3600.0
     grace: float = 30.0
     in_flight: int | None = None
     verify: bool = False
     device: str = "cpu"
+    tls_ca_file: str | None = None
+    tls_cert: str | None = None
+    tls_key: str | None = None
 
     def __post_init__(self) -> None:
-        if self.attempts < 1:
-            raise UsageError(f"attempts must be at least 1, not {self.attempts}")
-        if self.backoff < 0:
-            raise UsageError(f"backoff must not be negative, not {self.backoff}")
-        if self.suspect_after < 1:
-            raise UsageError(f"suspect_after must be at least 1, not {self.suspect_after}")
-        if self.grace < 0:
-            raise UsageError(f"grace must not be negative, not {self.grace}")
-        if self.in_flight is not None and self.in_flight < 1:
-            raise UsageError(f"in_flight must be at least 1, not {self.in_flight}")
+        least = {"attempts": 1, "suspect_after": 1, "in_flight": 1, "deadline_factor": 1}
+        for name in (
+            "attempts",
+            "backoff",
+            "suspect_after",
+            "deadline_factor",
+            "deadline_floor",
+            "deadline_first",
+            "grace",
+            "in_flight",
+        ):
+            value, bound = getattr(self, name), least.get(name, 0)
+            if value is not None and not value >= bound:
+                raise UsageError(f"{name} must be at least {bound}, not {value}")
 
 
 def precision_on(device: str, precision: Precision | Literal["auto"]) -> Precision:

@@ -144,8 +144,13 @@ def _fill(
 ) -> RunSummary:
     """Compute the missing chunks of a store."""
     config = config or RunConfig()
+
+    def connection() -> AbstractContextManager[Client]:
+        return connect(cluster, workers, config) if client is None else nullcontext(client)
+
     if config.verify:
-        report = verify(store.path, repair=True)
+        with connection() as connected:
+            report = verify(store.path, repair=True, client=connected)
         if report.sequences is not None:
             raise StoreError(f"{store.path}: {report.sequences}")
     present = store.present()
@@ -167,10 +172,7 @@ def _fill(
     )
     work = Work(store, spec, config, emit, costs)
     if missing:
-        connection: AbstractContextManager[Client] = (
-            nullcontext(client) if client is not None else connect(cluster, workers)
-        )
-        with _signals(work), connection as connected:
+        with _signals(work), connection() as connected:
             work.drive(connected, missing)
     summary = _summarise(store, work, time.monotonic() - started)
     emit(summary)

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -217,6 +218,7 @@ def verify(
     *,
     repair: bool = False,
     progress: Callable[[int, int], None] | None = None,
+    client: Any = None,
 ) -> VerifyReport:
     """Read and decode everything in a store.
 
@@ -228,6 +230,8 @@ def verify(
         directories that tasks write to. Never a file of a living writer.
     progress : callable, optional
         Called with the chunks checked and their total.
+    client : distributed.Client, optional
+        Whose workers read and decode; default: threads of this process.
 
     Returns
     -------
@@ -242,13 +246,19 @@ def verify(
     chunks = [int(chunk) for chunk in np.flatnonzero(files)]
     sequences = check_sequences(opened)
     bad: dict[int, str] = {}
-    step = _CHUNKS_PER_CHECK * 8
+    run = partial(compute, scheduler="threads") if client is None else partial(_gather, client)
+    width = 8 if client is None else 2 * max(4, sum(client.nthreads().values()))
+    step = _CHUNKS_PER_CHECK * width
     for start in range(0, len(chunks), step):
         parts = [
-            delayed(_check)(opened, chunks[first : first + _CHUNKS_PER_CHECK], sequences is None)
+            delayed(_check)(
+                str(opened.path.resolve()),
+                chunks[first : first + _CHUNKS_PER_CHECK],
+                sequences is None,
+            )
             for first in range(start, min(start + step, len(chunks)), _CHUNKS_PER_CHECK)
         ]
-        for found in compute(*parts, scheduler="threads"):
+        for found in run(*parts):
             bad.update(found)
         if progress:
             progress(min(start + step, len(chunks)), len(chunks))
@@ -274,6 +284,11 @@ def verify(
     )
 
 
-def _check(store: Store, chunks: list[int], sequences: bool) -> dict[int, str]:
+def _gather(client: Any, *parts: Any) -> list[dict[int, str]]:
+    return list(client.compute(list(parts), sync=True))
+
+
+def _check(path: str, chunks: list[int], sequences: bool) -> dict[int, str]:
+    store = Store(path)
     problems = {chunk: check_chunk(store, chunk, sequences=sequences) for chunk in chunks}
     return {chunk: problem for chunk, problem in problems.items() if problem is not None}

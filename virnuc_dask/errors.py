@@ -61,6 +61,24 @@ class StoreError(VirnucError):
     """A store that is damaged, or cannot be read or written."""
 
 
+class DeviceLostError(VirnucError):
+    """A device whose process is of no use any more, such as after a sticky CUDA error.
+
+    Parameters
+    ----------
+    worker : str
+        Address of the worker.
+    problem : str
+    """
+
+    def __init__(self, worker: str, problem: str) -> None:
+        self.worker, self.problem = worker, problem
+        super().__init__(f"{worker}: {problem}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.worker, self.problem)
+
+
 class NotAStoreError(UsageError):
     """The path holds something else, or nothing."""
 

@@ -103,8 +103,18 @@ class WorkerLost(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ChunkOverdue(Event):
+    """A chunk took far longer than usual and is computed elsewhere; its worker may be replaced."""
+
+    chunk: int
+    worker: str
+    seconds: float
+    replaced: bool
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkSuspected(Event):
-    """Workers died while they computed a chunk; it is computed in processes of its own."""
+    """Workers died or hung while they computed a chunk; it is computed in processes of its own."""
 
     chunk: int
     deaths: int

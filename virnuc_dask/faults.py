@@ -3,7 +3,8 @@
 Set ``VIRNUC_DASK_FAULTS`` to the path of a JSON file such as ``{"WWCWW": "abort"}``, and whatever
 encodes a sequence that has this motif fares as it would with a library's bug. A list of actions is
 for the first, second, … time that the motif is met, in whatever process; after its end nothing
-happens. Unset, as always outside tests, nothing is read.
+happens. How often a motif was met is the size of the file ``MOTIF.met`` beside the table. Unset, as
+always outside tests, nothing is read.
 
 ========== =========================================================
 ``abort``  ends the process by SIGABRT
@@ -60,19 +61,20 @@ def strike(
         first = segments.start[segment]
         sequence = residues[first : first + segments.length[segment]].tobytes().decode("ascii")
         for motif in filter(sequence.__contains__, table):
-            actions = table[motif]
-            action = actions if isinstance(actions, str) else _next(actions, path, motif)
+            action = _due(table[motif], path.with_name(f"{motif}.met"))
             _act(action)
             spoiled[number] |= action == "nan"
     return spoiled
 
 
-def _next(actions: list[str], table: Path, motif: str) -> str:
+def _due(actions: str | list[str], count: Path) -> str:
     """The action that is due; a file's size counts, for processes that end without a word."""
-    with open(table.with_name(f"{motif}.met"), "ab") as file:
+    with open(count, "ab") as file:
         file.write(b".")
         file.flush()
         met = file.tell()
+    if isinstance(actions, str):
+        return actions
     return actions[met - 1] if met <= len(actions) else "pass"
 
 

@@ -1,9 +1,9 @@
 """Rows that may kill their process: computed in processes made to be killed.
 
 A chunk that was being computed whenever workers died is suspect, but most often innocent: workers
-vanish for many reasons. Here it is computed again in a child process. If the child dies, the rows
-that it was at are halved and a new child goes on, until the rows that kill alone are known: about
-log2 n deaths for one guilty row of n, and no worker's.
+vanish for many reasons. Here it is computed again in a child process. If the child dies or hangs,
+the rows that it was at are halved and a new child goes on, until the rows that do so alone are
+known: about log2 n deaths for one guilty row of n, and no worker's.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections import deque
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
+from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask import retry
 from virnuc_dask.config import Identity, ModelSpec, Status
 from virnuc_dask.embed import (
     BEYOND_DOUBT,
@@ -35,13 +39,39 @@ from virnuc_dask.packing import encoded_lengths
 
 # The child met an error in the ordinary way: no row has killed it.
 _RAISED = 70
+# A row has made the device useless: as good as a death.
+_DEVICE_LOST = 71
+_LOOK_EVERY_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """Seconds that a child has before it counts as hanging.
+
+    Attributes
+    ----------
+    start : float
+        To load the model and encode a sequence beyond doubt.
+    part : float
+        For each part of the rows.
+    """
+
+    start: float = inf
+    part: float = inf
 
 
 def embed_chunk_apart(
-    path: str, chunk: int, identity: Identity, model: ModelSpec, device: str = "cpu"
+    path: str,
+    chunk: int,
+    identity: Identity,
+    model: ModelSpec,
+    device: str = "cpu",
+    patience: Patience = Patience(),
 ) -> ChunkReport:
-    """As `embed_chunk`, in child processes; rows that kill them are quarantined."""
-    return embed_chunk(path, chunk, identity, model, device, embed_apart)
+    """As `embed_chunk`, in child processes; rows that kill or hang them are quarantined."""
+    return embed_chunk(
+        path, chunk, identity, model, device, partial(embed_apart, patience=patience)
+    )
 
 
 def embed_apart(
@@ -50,13 +80,14 @@ def embed_apart(
     lengths: NDArray[np.int32],
     residues: NDArray[np.uint8],
     identity: Identity,
+    patience: Patience = Patience(),
 ) -> Rows:
     """Embed rows in child processes.
 
     Raises
     ------
     VirnucError
-        A child raised, or died before it came to the rows: no row's fault.
+        A child raised, or died or hung before it came to the rows: no row's fault.
     """
     count = len(lengths)
     encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
@@ -75,7 +106,7 @@ def embed_apart(
         while left:
             job = {"model": asdict(model), "identity": asdict(identity), "device": device}
             (folder / "job.json").write_text(json.dumps({**job, "parts": list(left)}))
-            _run_child(folder)
+            hung = _run_child(folder, patience)
             while left and (found := _result(folder, *left[0])).exists():
                 first, last = left.popleft()
                 with np.load(found, allow_pickle=False) as arrays:
@@ -84,9 +115,11 @@ def embed_apart(
                     if whole.residues is not None:
                         whole.residues[ends[first] : ends[last]] = arrays["residues"]
             if left:
-                # It died of this part. Alone, a row is guilty, and keeps the state it has.
+                # It died of this part. Alone, a row is guilty.
                 first, last = left.popleft()
-                if last - first > 1:
+                if last - first == 1:
+                    whole.status[first] = Status.TIMED_OUT if hung else Status.CRASHED_WORKER
+                else:
                     middle = (first + last) // 2
                     left.extendleft([(middle, last), (first, middle)])
     return whole
@@ -96,8 +129,14 @@ def _result(folder: Path, first: int, last: int) -> Path:
     return folder / f"{first}-{last}.npz"
 
 
-def _run_child(folder: Path) -> None:
-    """Have a child do the parts of the job, in order, until it is done or dead."""
+def _run_child(folder: Path, patience: Patience) -> bool:
+    """Have a child do the parts of the job, in order, until it is done or dead.
+
+    Returns
+    -------
+    bool
+        Whether it hung and was killed.
+    """
     ready = folder / "ready"
     ready.unlink(missing_ok=True)
     with open(folder / "stderr", "w+b") as stderr:
@@ -108,11 +147,31 @@ def _run_child(folder: Path) -> None:
             stderr=stderr,
         )
         with child:
-            code = child.wait()
+            hung = _watch(child, folder, patience)
+        code = child.returncode
         if code and (code == _RAISED or not ready.exists()):
             stderr.seek(0)
             last_words = stderr.read().decode(errors="replace")[-500:].strip()
-            raise VirnucError(f"a child process ended with {code}: {last_words}")
+            how = f"hung for {patience.start:.0f} s" if hung else f"ended with {code}"
+            raise VirnucError(f"a child process {how}: {last_words}")
+    return hung
+
+
+def _watch(child: subprocess.Popen[bytes], folder: Path, patience: Patience) -> bool:
+    """Wait for a child's end; kill it if it hangs, and say whether that was so."""
+    ready = folder / "ready"
+    progress, since = -1, time.monotonic()
+    while True:
+        try:
+            child.wait(_LOOK_EVERY_S)
+            return False
+        except subprocess.TimeoutExpired:
+            found, now = len(os.listdir(folder)), time.monotonic()
+            if found != progress:
+                progress, since = found, now
+            elif now - since > (patience.part if ready.exists() else patience.start):
+                child.kill()
+                return True
 
 
 def _main(folder: Path) -> None:
@@ -127,9 +186,14 @@ def _main(folder: Path) -> None:
     encoder.encode([BEYOND_DOUBT])
     (folder / "ready").touch()
     for first, last in job["parts"]:
-        rows = embed_rows(
-            encoder, lengths[first:last], residues[ends[first] : ends[last]], identity
-        )
+        try:
+            rows = embed_rows(
+                encoder, lengths[first:last], residues[ends[first] : ends[last]], identity
+            )
+        except RuntimeError as error:
+            if retry.is_sticky(error):
+                os._exit(_DEVICE_LOST)
+            raise
         arrays = {"status": rows.status, "embedding": rows.embedding}
         if rows.residues is not None:
             arrays["residues"] = rows.residues

@@ -74,6 +74,8 @@ class _Tally:
                     self.computed_residues += event.residues
             case events.ChunkFailed(final=False):
                 self.retries += 1
+            case events.ChunkOverdue():
+                self.retries += 1
             case events.WorkerLost():
                 self.retries += len(event.chunks)
 
@@ -175,10 +177,16 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
                 f"worker {event.worker} was lost; {_count(len(event.chunks), 'chunk')} of it"
                 " will be computed elsewhere"
             )
+        case events.ChunkOverdue():
+            then = "it is replaced" if event.replaced else "it is left alone"
+            yield (
+                f"chunk {event.chunk} hangs on worker {event.worker} for {event.seconds:.0f} s;"
+                f" {then}, and the chunk is computed elsewhere"
+            )
         case events.ChunkSuspected():
             yield (
-                f"chunk {event.chunk} was being computed when {event.deaths} workers died; it goes"
-                " into a process of its own"
+                f"chunk {event.chunk} was being computed when workers died or hung, {event.deaths}"
+                " times; it goes into a process of its own"
             )
         case events.ChunkFailed():
             after = "given up for this run" if event.final else "will be tried again"

@@ -6,13 +6,17 @@ import errno
 import os
 import random
 import shutil
+from collections import deque
 from pathlib import Path
+from statistics import median
 from typing import TypeGuard
 
 from virnuc_dask.config import RunConfig
 
 # What every other chunk would meet too.
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+# Chunks after which it is known how long one takes, and those that count.
+_ENOUGH, _RECENT = 3, 99
 
 
 def is_hopeless(error: BaseException) -> TypeGuard[OSError]:
@@ -21,8 +25,13 @@ def is_hopeless(error: BaseException) -> TypeGuard[OSError]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether waiting may help: I/O, connections, timeouts, all of them an `OSError`."""
-    return isinstance(error, OSError) and not is_hopeless(error)
+    """Whether waiting may help: memory, I/O, connections, timeouts; the latter are `OSError`."""
+    return isinstance(error, OSError | MemoryError) and not is_hopeless(error)
+
+
+def is_sticky(error: BaseException) -> bool:
+    """Whether the process is of no use any more: after a CUDA error all that follow fail too."""
+    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
 
 
 def is_of_the_input(error: BaseException) -> bool:
@@ -30,7 +39,7 @@ def is_of_the_input(error: BaseException) -> bool:
 
     Not what the machine does: I/O, memory, or a CUDA error, after which a process is of no use.
     """
-    return not isinstance(error, OSError | MemoryError) and "CUDA error" not in str(error)
+    return not isinstance(error, OSError | MemoryError) and not is_sticky(error)
 
 
 def attempts(error: BaseException, config: RunConfig) -> int:
@@ -44,6 +53,25 @@ def delay(attempt: int, config: RunConfig) -> float:
     The spread keeps chunks that failed together from coming back together.
     """
     return config.backoff * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
+
+
+class Pace:
+    """How long an attempt may take, from how long others took: a running median per residue."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+
+    def took(self, residues: int, seconds: float) -> None:
+        """Take note of an attempt that succeeded."""
+        self._recent.append(seconds / max(1, residues))
+
+    def allowed(self, residues: int) -> float:
+        """Seconds that an attempt at a chunk of so many residues may take."""
+        if len(self._recent) < _ENOUGH:
+            return max(self._config.deadline_floor, self._config.deadline_first)
+        usual = median(self._recent) * max(1, residues)
+        return max(self._config.deadline_floor, self._config.deadline_factor * usual)
 
 
 def explain(error: OSError, store: Path) -> str:

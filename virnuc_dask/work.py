@@ -2,28 +2,98 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import time
 from collections import Counter, deque
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import dataclass
 from heapq import heappop, heappush
 from queue import Empty, SimpleQueue
+from threading import Thread
 from typing import Any
 from uuid import uuid4
 
 from dask import delayed
-from distributed import Client, Future
+from distributed import Client, Future, Nanny, get_worker
 from distributed.client import FutureCancelledError
 from distributed.scheduler import KilledWorker
 
-from virnuc_dask import events, retry
+from virnuc_dask import __version__, events, retry
 from virnuc_dask.config import ModelSpec, RunConfig, Status
 from virnuc_dask.embed import ChunkReport, embed_chunk
-from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.errors import DeviceLostError, UsageError, VirnucError
 from virnuc_dask.events import Listener
-from virnuc_dask.isolate import embed_chunk_apart
+from virnuc_dask.isolate import Patience, embed_chunk_apart
 from virnuc_dask.store import Store
 
 # Of the grace after a signal, this much is kept for closing the cluster.
 _CLOSING_S = 5.0
+# Dask's topic under which workers say that they have begun with a chunk.
+_TOPIC = "virnuc-dask"
+
+
+def embed_on_worker(
+    version: str, key: str, embed: Callable[..., ChunkReport], *arguments: Any
+) -> ChunkReport:
+    """The task as a worker gets it.
+
+    Parameters
+    ----------
+    version : str
+        Of the coordinator's package.
+    key : str
+        Of the task.
+    embed : callable
+        `embed_chunk` or `embed_chunk_apart`, which the other arguments are for.
+
+    Raises
+    ------
+    UsageError
+        The worker has another version, which may give other rows.
+    DeviceLostError
+        The worker's process is of no use any more.
+    """
+    worker = get_worker()
+    if version != __version__:
+        raise UsageError(
+            f"worker {worker.address} has virnuc_dask {__version__}, this run {version}; rows of"
+            " one store must come from one version"
+        )
+    worker.log_event(_TOPIC, {"action": "started", "key": key, "worker": worker.address})
+    try:
+        return embed(*arguments)
+    except RuntimeError as error:
+        if retry.is_sticky(error):
+            raise DeviceLostError(worker.address, str(error)) from error
+        raise
+
+
+def _kill_process(client: Client, worker: str) -> None:
+    """Have a worker's nanny kill its process, and start another."""
+    with suppress(OSError, CancelledError):  # the client or the nanny is gone meanwhile
+        client.run(_kill_own_worker, workers=[worker], nanny=True, on_error="ignore")
+
+
+def _kill_own_worker(dask_worker: Nanny) -> None:
+    os.kill(dask_worker.pid, signal.SIGKILL)
+
+
+def _holder(client: Client, key: str) -> str | None:
+    """The worker that has a task and has not begun with it, if there is one."""
+    return next((w for w, keys in client.processing().items() if key in map(str, keys)), None)
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A chunk that was handed to the scheduler at a time, or begun by a worker since then."""
+
+    chunk: int
+    future: Future
+    since: float
+    worker: str = ""
 
 
 class Work:
@@ -51,11 +121,14 @@ class Work:
         self._attempts: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
         self._suspects: set[int] = set()
+        self._pace = retry.Pace(config)
+        # Workers that hang, or whose device is lost, until they are gone.
+        self._useless: set[str] = set()
         self._submitted = 0
         self._todo: deque[int] = deque()
         # Chunks that failed, with the time at which they are tried again. Nobody waits for them.
         self._later: list[tuple[float, int]] = []
-        self._running: dict[str, tuple[int, Future]] = {}
+        self._running: dict[str, _Attempt] = {}
         # Completed futures and the scheduler's events about workers, in the order they come.
         self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
         self._window = 1
@@ -65,7 +138,8 @@ class Work:
         """Have chunks computed until none is left, or a signal and its grace have passed."""
         self._todo.extend(missing)
         self._count_workers(client)
-        client.subscribe_topic("all", self._on_event)
+        for topic in ("all", _TOPIC):
+            client.subscribe_topic(topic, self._on_event)
         began = time.monotonic()
         try:
             deadline: float | None = None
@@ -80,6 +154,7 @@ class Work:
                     self.emit(events.Stopping(self.signal, len(self._running), grace))
                 elif time.monotonic() > deadline:
                     break
+                self._look_for_overdue(client)
                 try:
                     item = self._inbox.get(timeout=0.2)
                 except Empty:
@@ -87,12 +162,13 @@ class Work:
                 if isinstance(item, dict):
                     self._worker_event(client, item)
                 else:
-                    self._completed(item)
+                    self._completed(client, item)
         finally:
             self.seconds = time.monotonic() - began
             if client.status == "running":
-                client.unsubscribe_topic("all")
-                client.cancel([future for _, future in self._running.values()], force=True)
+                for topic in ("all", _TOPIC):
+                    client.unsubscribe_topic(topic)
+                client.cancel([attempt.future for attempt in self._running.values()], force=True)
             self._running.clear()
 
     def _has_more(self) -> bool:
@@ -108,23 +184,38 @@ class Work:
             chunk = self._todo.popleft()
             self._submitted += 1
             key = f"embed-{self._id}-{chunk}-{self._submitted}"
-            embed = embed_chunk_apart if chunk in self._suspects else embed_chunk
-            task = delayed(embed, pure=False)(
+            embed: Callable[..., ChunkReport] = embed_chunk
+            more: tuple[Patience, ...] = ()
+            if chunk in self._suspects:
+                patience = Patience(
+                    self.config.deadline_first, self._pace.allowed(self.costs[chunk])
+                )
+                embed, more = embed_chunk_apart, (patience,)
+            task = delayed(embed_on_worker, pure=False)(
+                __version__,
+                key,
+                embed,
                 str(self.store.path.resolve()),
                 chunk,
                 self.store.identity,
                 self.spec,
                 self.config.device,
+                *more,
                 dask_key_name=key,
             )
-            future = client.compute(task)
-            self._running[key] = (chunk, future)
+            elsewhere: dict[str, Any] = {}
+            if self._useless:
+                good = [worker for worker in client.nthreads() if worker not in self._useless]
+                elsewhere = {"workers": good, "allow_other_workers": True}
+            future = client.compute(task, **elsewhere)
+            self._running[key] = _Attempt(chunk, future, time.monotonic())
             future.add_done_callback(self._inbox.put)
 
-    def _completed(self, future: Future) -> None:
+    def _completed(self, client: Client, future: Future) -> None:
         if str(future.key) not in self._running:
             return  # taken back, and submitted anew
-        chunk, _ = self._running[str(future.key)]
+        attempt = self._running[str(future.key)]
+        chunk = attempt.chunk
         try:
             report = future.result()
         except UsageError:
@@ -136,10 +227,17 @@ class Work:
         except KilledWorker:
             # Dask itself gives up a task after some deaths. We do not: a death condemns no row.
             self._suspect(chunk)
+        except DeviceLostError as error:
+            self._replace(client, error.worker)
+            self._deaths[chunk] += 1
+            if not self._suspect_if_due(chunk):
+                self._failed(chunk, error)
         except Exception as error:
             # Whatever it was, the chunk is not there, which is all that counts.
             self._failed(chunk, error)
         else:
+            if report.computed and attempt.worker and chunk not in self._suspects:
+                self._pace.took(self.costs[chunk], time.monotonic() - attempt.since)
             self._done(report)
         # Only now: what is still in here when an error leaves is cancelled on the way.
         del self._running[str(future.key)]
@@ -186,24 +284,74 @@ class Work:
     def _on_event(self, event: tuple[float, Any]) -> None:
         """Called in the client's own thread."""
         _, message = event
-        if isinstance(message, dict) and message.get("action") in ("add-worker", "remove-worker"):
+        actions = ("add-worker", "remove-worker", "started")
+        if isinstance(message, dict) and message.get("action") in actions:
             self._inbox.put(message)
 
     def _worker_event(self, client: Client, message: dict[str, Any]) -> None:
+        if message["action"] == "started":
+            if attempt := self._running.get(message["key"]):
+                attempt.worker, attempt.since = message["worker"], time.monotonic()
+            return
+        if message["action"] == "remove-worker":
+            self._useless.discard(message["worker"])
         if message["action"] == "remove-worker" and not message.get("expected", False):
             keys = map(str, message.get("processing-tasks", ()))
-            chunks = sorted(self._running[key][0] for key in keys if key in self._running)
+            chunks = sorted(self._running[key].chunk for key in keys if key in self._running)
             self.workers_lost += 1
             self.retries += len(chunks)
             self.emit(events.WorkerLost(str(message["worker"]), tuple(chunks)))
             self._deaths.update(chunks)
-            for key, (chunk, future) in list(self._running.items()):
-                suspect = self._deaths[chunk] >= self.config.suspect_after
-                if suspect and chunk not in self._suspects:
-                    del self._running[key]
-                    client.cancel([future], force=True)
-                    self._suspect(chunk)
+            for key, attempt in list(self._running.items()):
+                if self._suspect_if_due(attempt.chunk):
+                    self._take_back(client, key)
+                elif attempt.worker == message["worker"]:
+                    attempt.worker, attempt.since = "", time.monotonic()
         self._count_workers(client)
+
+    def _look_for_overdue(self, client: Client) -> None:
+        for key, attempt in list(self._running.items()):
+            chunk = attempt.chunk
+            allowed = self._pace.allowed(self.costs[chunk])
+            if not attempt.worker and self.config.in_flight:
+                allowed *= self.config.in_flight  # others may be computed before it
+            seconds = time.monotonic() - attempt.since
+            # The child processes of a suspect have deadlines of their own.
+            if seconds <= allowed or chunk in self._suspects:
+                continue
+            worker = attempt.worker or _holder(client, key)
+            if worker is None:  # there is no worker to begin with it
+                attempt.since = time.monotonic()
+                continue
+            self._take_back(client, key)
+            self._deaths[chunk] += 1
+            self.retries += 1
+            replaced = self._replace(client, worker)
+            self.emit(events.ChunkOverdue(chunk, worker, seconds, replaced))
+            if not self._suspect_if_due(chunk):
+                self._todo.append(chunk)
+
+    def _take_back(self, client: Client, key: str) -> None:
+        client.cancel([self._running.pop(key).future], force=True)
+
+    def _replace(self, client: Client, worker: str) -> bool:
+        """End a worker's process, if there is a nanny to start another; else use it no more."""
+        found = client.scheduler_info(n_workers=-1)["workers"].get(worker)
+        if found is None:
+            return True  # gone by itself
+        if worker not in self._useless:
+            self._useless.add(worker)
+            if found["nanny"]:
+                # In a thread: a nanny that hangs too would not answer.
+                Thread(target=_kill_process, args=(client, worker), daemon=True).start()
+            self._count_workers(client)
+        return found["nanny"] is not None
+
+    def _suspect_if_due(self, chunk: int) -> bool:
+        due = self._deaths[chunk] >= self.config.suspect_after and chunk not in self._suspects
+        if due:
+            self._suspect(chunk)
+        return due
 
     def _suspect(self, chunk: int) -> None:
         if chunk not in self._suspects:
@@ -212,7 +360,7 @@ class Work:
         self._todo.appendleft(chunk)
 
     def _count_workers(self, client: Client) -> None:
-        threads = client.nthreads().values()
+        threads = [n for w, n in client.nthreads().items() if w not in self._useless]
         # One chunk for each thread: what queues on a worker dies with it and gets the blame.
         self._window = self.config.in_flight or max(1, sum(threads))
         self.emit(events.WorkersChanged(len(threads), sum(threads)))
