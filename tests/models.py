@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -132,3 +133,13 @@ def relative_error(found: NDArray[Any], expected: NDArray[Any]) -> float:
     """Largest difference in any row, relative to the row's norm."""
     norms = np.linalg.norm(expected, axis=1)
     return float((np.abs(found - expected).max(axis=1) / norms).max())
+
+
+class Malicious:
+    """A pickle that writes a file when it is read without care."""
+
+    def __init__(self, canary: Path) -> None:
+        self.canary = canary
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.canary),)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import pickle
 import subprocess
 import sys
@@ -12,7 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from models import checkpoint_data, random_network, random_sequences, save_network, upstream_mean
+from models import (
+    Malicious,
+    checkpoint_data,
+    random_network,
+    random_sequences,
+    save_network,
+    upstream_mean,
+)
 
 from virnuc_dask import weights
 from virnuc_dask.encoder import load_encoder
@@ -20,16 +26,6 @@ from virnuc_dask.errors import ModelError
 from virnuc_dask.weights import describe, load_checkpoint, weights_at_hand
 
 DEMO_SHA256 = "129ce4726f6c6e07dad3f6144b3cc14977f7d3741b5620ae94edbb1de8cf17f2"
-
-
-class Malicious:
-    """A pickle that writes a file when it is read without care."""
-
-    def __init__(self, canary: Path) -> None:
-        self.canary = canary
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.canary),)
 
 
 def test_a_malicious_pickle_is_refused_and_does_not_run(tmp_path: Path) -> None:

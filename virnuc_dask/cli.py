@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from virnuc_dask.events import RunSummary
 
 _LISTED = 10
+_SHOWN = 80
 
 
 class _Group(click.Group):
@@ -277,7 +278,7 @@ def status(store: str, rows: bool, as_json: bool) -> None:
         for state, number in document["states"].items():
             click.echo(f"{state:<18} {number:,}")
         for row in document["quarantined"]:
-            click.echo(f"row {row['row']}\t{row['id']}\t{row['reason']}")
+            click.echo(f"row {row['row']}\t{_shown(row['id'])}\t{row['reason']}")
     if done < found.chunks:
         click.echo(f"finish with: virnuc-dask resume {store}")
 
@@ -346,7 +347,7 @@ def verify(
     if drift:
         click.echo(
             f"{drift.rows:,} rows computed again in float32: stored in {drift.precision}, lowest"
-            f" cosine {drift.cosine:.6f} (row {drift.worst_row}, {drift.worst_id[:80]}), largest"
+            f" cosine {drift.cosine:.6f} (row {drift.worst_row}, {_shown(drift.worst_id)}), largest"
             f" difference {drift.largest:.2g}"
         )
         if not drift.good:
@@ -357,6 +358,11 @@ def verify(
 
 
 # --- shared --------------------------------------------------------------------------------------
+
+
+def _shown(name: str) -> str:
+    """An identifier for people: it comes from outside, and may be a megabyte of control codes."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in name[:_SHOWN])
 
 
 def _display_kind(options: dict[str, Any]) -> str:
@@ -391,7 +397,7 @@ def _show_summary(summary: RunSummary) -> None:
     Console(highlight=False).print(summary_table(summary))
     if summary.quarantined:
         for row, name, reason in islice(quarantined(summary.store), _LISTED):
-            click.echo(f"  row {row}  {name}  {reason}")
+            click.echo(f"  row {row}  {_shown(name)}  {reason}")
         if summary.quarantined > _LISTED:
             click.echo(f"  all {summary.quarantined:,}: virnuc-dask status --rows {summary.store}")
     if summary.stopped:
