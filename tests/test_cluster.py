@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from conftest import ROOT, Cli, Maker
+from dask.system import CPU_COUNT
 
 import virnuc_dask
 from virnuc_dask import __version__, integrity
@@ -47,21 +48,34 @@ def dask_cluster(folder: Path, *options: str, **environment: Any) -> Iterator[Pa
             process.wait(timeout=30)
 
 
-def test_what_a_run_starts_listens_on_loopback_only() -> None:
-    with connect("local", workers=2) as client:
-        workers = list(client.run(_listening).values())
-        scheduler = client.run_on_scheduler(_listening)
-        assert scheduler
-        assert all(workers)
-        hosts = {host for found in (scheduler, *workers) for host in found}
-        assert hosts == {"127.0.0.1"}
-        assert client.dashboard_link.startswith("http://127.0.0.1:")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
+    def look() -> tuple[int, str]:
+        import torch
+
+        return torch.get_num_threads(), Path("/proc/self/environ").read_text()
+
+    with connect("local", workers=workers) as client:
+        found = client.run(look)
+    assert len(found) == workers
+    for threads, environment in found.values():
+        assert threads == max(1, CPU_COUNT // workers)
+        # As the process was started with: later is too late for malloc.
+        assert "MALLOC_TRIM_THRESHOLD_=1073741824" in environment
+        assert "MALLOC_MMAP_THRESHOLD_=33554432" in environment
 
 
-def _listening() -> list[str]:
-    """Hosts that this process listens on; its nannies and scheduler are in it too."""
-    found = psutil.Process().net_connections("tcp")
-    return [c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN]
+def test_nothing_listens_beyond_loopback() -> None:
+    with connect("local", workers=1):
+        ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        listening = [
+            connection.laddr.ip
+            for process in ours
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+    assert listening
+    assert set(listening) <= {"127.0.0.1", "::1"}
 
 
 @pytest.fixture(scope="module")

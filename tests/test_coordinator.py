@@ -184,44 +184,6 @@ def test_a_scheduler_file_is_attached_to_and_left_running(
         virnuc_dask.run(awkward, tmp_path / "c.zarr", cluster=address, workers=2)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
-    from dask.system import CPU_COUNT
-
-    from virnuc_dask.cluster import connect
-
-    def look() -> tuple[int, str]:
-        import torch
-
-        return torch.get_num_threads(), Path("/proc/self/environ").read_text()
-
-    with connect("local", workers=workers) as client:
-        found = client.run(look)
-    assert len(found) == workers
-    for threads, environment in found.values():
-        assert threads == max(1, CPU_COUNT // workers)
-        # As the process was started with: later is too late for malloc.
-        assert "MALLOC_TRIM_THRESHOLD_=1073741824" in environment
-        assert "MALLOC_MMAP_THRESHOLD_=33554432" in environment
-
-
-def test_nothing_listens_beyond_loopback() -> None:
-    import psutil
-
-    from virnuc_dask.cluster import connect
-
-    with connect("local", workers=1):
-        ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
-        listening = [
-            connection.laddr.ip
-            for process in ours
-            for connection in process.net_connections("inet")
-            if connection.status == psutil.CONN_LISTEN
-        ]
-    assert listening
-    assert set(listening) <= {"127.0.0.1", "::1"}
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
