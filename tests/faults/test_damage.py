@@ -1,0 +1,255 @@
+"""Damage to a finished store: what each command says of it, and how it is mended, byte for byte."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import VIRAL_PROTEINS, Cli, Maker, tree
+from harness import assert_ledger
+
+import virnuc_dask
+from virnuc_dask import dataset
+from virnuc_dask.drift import sample_drift
+from virnuc_dask.errors import StoreError
+from virnuc_dask.store import Store
+
+ARRAYS = ("status", "residue_embedding", "embedding")
+# Half of the proteins are longer, here and there: no two chunks have the same status.
+SETTINGS = {"per_residue": True, "max_residues": 300}
+
+
+@pytest.fixture
+def whole(make_store: Maker) -> Store:
+    return make_store(VIRAL_PROTEINS, "whole.zarr", **SETTINGS)
+
+
+@pytest.fixture
+def store(whole: Store) -> Store:
+    """A copy, to be damaged."""
+    return Store(shutil.copytree(whole.path, whole.path.with_name("out.zarr")))
+
+
+def file_of(store: Store, array: str, chunk: int) -> Path:
+    """A chunk's file; of several, the first."""
+    return next(file for file in store.files(chunk) if file.parent.name == array)
+
+
+# --- what can be noticed ---
+
+DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    "half of it": lambda content, dice: content[: len(content) // 2],
+    "two bytes fewer": lambda content, dice: content[:-2],
+    "two bytes more": lambda content, dice: content + dice.randbytes(2),
+    "zeros": lambda content, dice: bytes(len(content)),
+    "noise": lambda content, dice: dice.randbytes(len(content)),
+}
+
+
+def flip(content: bytes, bit: int) -> bytes:
+    return bytes(byte ^ (1 << bit % 8) * (n == bit // 8) for n, byte in enumerate(content))
+
+
+def check_damage(
+    store: Store,
+    whole: Store,
+    array: str,
+    chunk: int,
+    content: bytes,
+    client: Any,
+    *,
+    decodes: bool = False,
+) -> None:
+    """Damage a file. What is too small is no chunk; all else is for `verify` to find.
+
+    `status` counts files. So does a plain `resume`, which also decodes the states, to sum them up.
+    """
+    file = file_of(store, array, chunk)
+    assert content != file.read_bytes()
+    healthy = tree(store.path)
+    file.write_bytes(content)
+    damaged = tree(store.path)
+    stunted = len(content) < 13
+    missing = np.flatnonzero(~dataset.status(store.path).present).tolist()
+    assert missing == [chunk] * stunted, "a file's name alone is trusted"
+    report = dataset.verify(store.path)
+    assert (list(report.bad), report.exit_code, report.sequences) == ([chunk], 4, None)
+    if not stunted:
+        if array == "status" and not decodes:
+            with pytest.raises(StoreError, match=rf"status of chunk {chunk} .* `verify --repair`"):
+                virnuc_dask.resume(store.path, client=client)
+        else:
+            assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
+        assert tree(store.path) == damaged
+        assert list(dataset.verify(store.path, repair=True).bad) == [chunk]
+        assert not store.has_files(chunk)
+    assert virnuc_dask.resume(store.path, client=client).computed_chunks == 1
+    assert_ledger(store, whole)
+    mended = tree(store.path)
+    touched = {str(file.relative_to(store.path)) for file in store.files(chunk)}
+    assert {n for n in healthy if healthy[n] != mended[n]} <= touched
+    assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
+    assert tree(store.path) == mended
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("array", ARRAYS)
+def test_a_damaged_file_is_found_by_verify_and_mended(
+    array: str, damage: str, store: Store, whole: Store, client: Any
+) -> None:
+    dice = random.Random(f"{array} {damage}")
+    chunk = dice.choice([0, 4, 9])  # 9 is shorter
+    content = DAMAGE[damage](file_of(store, array, chunk).read_bytes(), dice)
+    check_damage(store, whole, array, chunk, content, client)
+
+
+@pytest.mark.parametrize("size", [0, 1, 12])
+def test_a_stunted_file_of_residues_is_no_chunk(
+    size: int, store: Store, whole: Store, client: Any
+) -> None:
+    content = file_of(store, "residue_embedding", 9).read_bytes()[:size]
+    check_damage(store, whole, "residue_embedding", 9, content, client)
+
+
+def check_flipped_bits(store: Store, array: str, bits: int) -> None:
+    """`verify` finds every one of some random bits of a file; the rest of it is healthy."""
+    file = file_of(store, array, 3)
+    content = file.read_bytes()
+    assert dataset.verify(store.path).exit_code == 0
+    for bit in random.Random(array).sample(range(8 * len(content)), bits):
+        file.write_bytes(flip(content, bit))
+        assert list(dataset.verify(store.path).bad) == [3], f"bit {bit} is not noticed"
+    file.write_bytes(content)
+    assert dataset.verify(store.path).exit_code == 0
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+def test_any_flipped_bit_is_found(array: str, store: Store) -> None:
+    check_flipped_bits(store, array, bits=24)
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+def test_a_chunk_of_a_flipped_bit_is_computed_again(
+    array: str, store: Store, whole: Store, client: Any
+) -> None:
+    content = file_of(store, array, 3).read_bytes()
+    check_damage(store, whole, array, 3, flip(content, 4 * len(content)), client)
+
+
+@pytest.mark.parametrize("array", ["status", "residue_embedding"])
+def test_another_chunks_file_is_found_where_it_does_not_agree_with_the_sequences(
+    array: str, store: Store, whole: Store, client: Any
+) -> None:
+    another = file_of(store, array, 3).read_bytes()
+    check_damage(store, whole, array, 2, another, client, decodes=True)
+
+
+def test_another_chunks_embeddings_are_found_by_a_sample(
+    store: Store, whole: Store, client: Any
+) -> None:
+    file = file_of(store, "embedding", 2)
+    shutil.copyfile(file_of(store, "embedding", 3), file)
+    damaged = tree(store.path)
+    assert dataset.verify(store.path).exit_code == 0  # they are what a chunk may be
+    drift = sample_drift(store.path, 60, seed=1)
+    assert not drift.good
+    assert store.rows(2).start <= drift.worst_row < store.rows(2).stop
+    assert tree(store.path) == damaged
+    file.unlink()
+    assert virnuc_dask.resume(store.path, client=client).computed_chunks == 1
+    assert sample_drift(store.path, 60, seed=1).good
+    assert_ledger(store, whole)
+
+
+# --- files that do not belong there ---
+
+
+@pytest.mark.filterwarnings("ignore:Object at notes.txt is not recognized")
+def test_strays_are_ignored_by_readers_and_removed_where_tasks_write(
+    store: Store, whole: Store, client: Any
+) -> None:
+    host = os.uname().nodename
+    with subprocess.Popen(["sleep", "600"]) as writer:
+        living = [
+            store.path / array / f"c.0.0~{host}~{writer.pid}~{'0' * 32}.partial" for array in ARRAYS
+        ]
+        removable = [
+            store.path / array / name
+            for array in ARRAYS
+            for name in ("c.0.1", "c.00.0", "c.0.0.swp", ".nfs0001", f"c.0~{host}~1~x.partial")
+        ]
+        kept = [store.path / "residues" / "c.0.bak", store.path / "notes.txt"]
+        for file in (*living, *removable, *kept):
+            file.write_bytes(file_of(store, "embedding", 0).read_bytes())
+        (store.path / "embedding" / "c.0.2").symlink_to(whole.path / "zarr.json")
+        removable.append(store.path / "embedding" / "c.0.2")
+        data = virnuc_dask.open_store(store.path)
+        assert data.identical(virnuc_dask.open_store(whole.path))
+        assert dataset.status(store.path).present.all()
+        before = tree(store.path)
+        assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
+        assert tree(store.path) == before
+        report = dataset.verify(store.path, repair=True)
+        assert (report.exit_code, report.bad) == (0, {})
+        assert set(report.leftovers) == set(map(str, (*removable, *kept)))
+        assert all(file.exists() for file in (*living, *kept))
+        assert not any(os.path.lexists(file) for file in removable)
+        writer.kill()
+    assert set(dataset.verify(store.path, repair=True).leftovers) == set(map(str, (*living, *kept)))
+    for file in kept:
+        file.unlink()
+    assert_ledger(store, whole)
+
+
+# --- metadata ---
+
+
+@pytest.mark.parametrize("damage", ["half of it", "zeros", "noise", "deleted"])
+@pytest.mark.parametrize("name", ["zarr.json", "embedding/zarr.json"])
+def test_without_its_metadata_nothing_touches_a_store(
+    name: str, damage: str, store: Store, whole: Store
+) -> None:
+    file = store.path / name
+    if damage == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(DAMAGE[damage](file.read_bytes(), random.Random(1)))
+    damaged = tree(store.path)
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: dataset.status(store.path),
+        lambda: dataset.row_states(store.path),
+        lambda: dataset.verify(store.path, repair=True),
+        lambda: virnuc_dask.resume(store.path),
+        lambda: virnuc_dask.run(VIRAL_PROTEINS, store.path, repr_layer=0),
+        lambda: virnuc_dask.open_store(store.path),
+    )
+    for call in calls:
+        with pytest.raises(StoreError, match=rf"{store.path}.*zarr\.json") as error:
+            call()
+        assert error.value.exit_code == 4
+        assert tree(store.path) == damaged
+    shutil.copyfile(whole.path / name, file)
+    assert_ledger(store, whole)
+
+
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["resume"], ["verify", "--repair"], ["run", str(VIRAL_PROTEINS)]]
+)
+def test_torn_metadata_is_one_line_and_exit_code_4(
+    arguments: list[str], store: Store, cli: Cli
+) -> None:
+    file = store.path / "zarr.json"
+    file.write_bytes(file.read_bytes()[:100])
+    damaged = tree(store.path)
+    found = cli(*arguments, store.path)
+    assert (found.returncode, found.stdout) == (4, "")
+    assert re.fullmatch(rf"error: {store.path}: .*zarr\.json.*\n", found.stderr)
+    assert tree(store.path) == damaged

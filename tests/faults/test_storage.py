@@ -1,0 +1,240 @@
+"""Disks that are full, broken, forbidden or gone: a clear word, nothing lost, and the ledger."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import test_retry
+import test_write_path
+from conftest import VIRAL_PROTEINS, Cli, Maker, command, tree
+from harness import Run, assert_ledger, clear_partial_files_of_the_killed, finished_chunks
+from test_write_path import (
+    Bench,
+    Nursery,
+    assert_nothing_is_half_there,
+    calls_of_a_chunk,
+    embedding,
+    finish,
+)
+
+import virnuc_dask
+from virnuc_dask import dataset, retry
+from virnuc_dask.config import Settings
+from virnuc_dask.prepare import prepare
+from virnuc_dask.store import Store
+
+nursery, bench, soak = test_write_path.nursery, test_write_path.bench, test_write_path.soak
+disk = test_retry.disk
+
+# Small files and few rows, so that a run is under way for long enough to be met by a fault.
+SETTINGS = ("--rows-per-chunk", 4, "--workers", 2, "--per-residue", "--backoff", 0.1)
+
+# --- calls that fail ---
+
+
+def check_errors(nursery: Nursery, bench: Bench, call: str, number: int, most: int) -> None:
+    """Calls of a name fail, each once in a task of its own; the next task meets no error."""
+    every = [aim for aim in calls_of_a_chunk(nursery, bench, 0) if aim.name == call]
+    assert len(every) >= len(bench.whole.files(0))
+    for aim in random.Random(number).sample(every, min(most, len(every))):
+        store = bench.fresh()
+        what = aim.inject(f"error={errno.errorcode[number]}")
+        assert nursery.trace(embedding(store, 0), bench.log, *what) == number
+        assert bench.log.read_text().count("(INJECTED)") == 1
+        assert_nothing_is_half_there(store, bench.whole, 0)
+        assert dataset.verify(store.path).leftovers == []
+        finish(nursery, store, bench.whole)
+
+
+@pytest.mark.parametrize(
+    ("call", "number", "hopeless"),
+    [
+        ("openat", errno.EMFILE, False),
+        ("read", errno.EIO, False),
+        ("write", errno.EIO, False),
+        ("write", errno.ENOSPC, True),
+        ("fsync", errno.EIO, False),
+        ("fsync", errno.EDQUOT, True),
+        ("rename", errno.EIO, False),
+    ],
+)
+def test_a_call_that_fails_fails_the_task_and_the_next_one_finishes(
+    call: str, number: int, hopeless: bool, nursery: Nursery, bench: Bench
+) -> None:
+    error = OSError(number, "")
+    assert (retry.is_hopeless(error), retry.is_transient(error)) == (hopeless, not hopeless)
+    check_errors(nursery, bench, call, number, most=8)
+
+
+@pytest.mark.soak
+@pytest.mark.usefixtures("soak")
+@pytest.mark.parametrize("call", ["openat", "read", "write", "fsync", "rename"])
+def test_every_call_may_fail(call: str, nursery: Nursery, bench: Bench) -> None:
+    check_errors(nursery, bench, call, errno.EIO, most=1_000)
+
+
+# --- full ---
+
+
+@pytest.mark.parametrize("room", [0, 4, 16, 32, 88])
+def test_a_disk_that_fills_earlier_or_later_costs_nothing_either(
+    room: int, disk: Path, make_store: Maker, client: Any
+) -> None:
+    test_retry.test_a_full_disk_stops_the_run_at_once_and_costs_nothing(
+        room, disk, make_store, client
+    )
+
+
+def fill(disk: Path, room: int) -> Path:
+    """Leave so many KiB of a disk free."""
+    filler, left = disk / "filler", os.statvfs(disk)
+    filler.write_bytes(b"\0" * (left.f_bavail * left.f_bsize - room * 1024))
+    return filler
+
+
+@pytest.mark.parametrize("room", [28, 40, 52, 76, 100])
+def test_a_disk_that_fills_while_the_input_is_read_is_left_as_it_was(
+    room: int, disk: Path, make_store: Maker
+) -> None:
+    reference = make_store(VIRAL_PROTEINS, embed=False)
+    filler = fill(disk, room)
+    chosen = Settings(rows_per_chunk=32, repr_layer=0)
+    with pytest.raises(OSError, match="No space left on device") as full:
+        prepare(VIRAL_PROTEINS, disk / "out.zarr", chosen, lambda _event: None)
+    assert full.value.errno == errno.ENOSPC
+    assert os.listdir(disk) == ["filler"]
+    filler.unlink()
+    made, _ = prepare(VIRAL_PROTEINS, disk / "out.zarr", chosen, lambda _event: None)
+    assert os.listdir(disk) == ["out.zarr"]
+    assert made.identity == reference.identity
+    assert dataset.verify(made.path).sequences is None
+
+
+def test_a_full_disk_is_one_line_and_an_exit_code(disk: Path, cli: Cli) -> None:
+    filler = fill(disk, 40)
+    arguments = ("run", VIRAL_PROTEINS, disk / "out.zarr", "--repr-layer", 1, "--workers", 1, "-q")
+    found = cli(*arguments)
+    assert found.returncode == 4
+    assert re.fullmatch(r"error: .*No space left on device.*\n", found.stderr)
+    assert os.listdir(disk) == ["filler"]
+    filler.unlink()
+    assert cli(*arguments).returncode == 0
+
+
+# --- forbidden ---
+
+
+def forbidden(*arguments: object) -> list[str]:
+    """A command that the permissions of files mean something to, even if root gives it."""
+    if os.geteuid():
+        return command(*arguments)
+    if shutil.which("setpriv") is None:
+        pytest.skip("root may write anywhere, and setpriv, which would forbid it, is missing")
+    return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command(*arguments)]
+
+
+def test_a_store_that_may_not_be_written_stops_the_run_at_once(
+    make_store: Maker, client: Any
+) -> None:
+    whole = make_store(VIRAL_PROTEINS, "whole.zarr")
+    store = make_store(VIRAL_PROTEINS)
+    for chunk in (1, 4, 5, 6, 8, 9):
+        store.remove_chunk(chunk)
+    before, done = tree(store.path), finished_chunks(store)
+    folders = [store.path, *filter(Path.is_dir, store.path.iterdir())]
+    for folder in folders:
+        folder.chmod(0o555)
+    try:
+        found = subprocess.run(
+            forbidden("resume", store.path, "--workers", 1, "--no-progress"),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        for folder in folders:
+            folder.chmod(0o755)
+    assert found.returncode == 4
+    assert f"stopped: {store.path}: Permission denied ({store.path}/status/c." in found.stdout
+    assert "Traceback" not in found.stderr
+    assert 1 <= found.stderr.count("attempt 1: PermissionError") <= 2  # one for each thread
+    assert "attempt 2" not in found.stderr
+    assert tree(store.path) == before
+    assert virnuc_dask.resume(store.path, client=client).exit_code == 0
+    assert_ledger(store, whole)
+    assert {name: tree(store.path)[name] for name in done} == done
+
+
+def test_a_directory_that_may_not_be_written_gets_no_store(tmp_path: Path) -> None:
+    folder = tmp_path / "theirs"
+    folder.mkdir(mode=0o555)
+    found = subprocess.run(
+        forbidden("run", VIRAL_PROTEINS, folder / "out.zarr"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode in (2, 4)
+    assert re.fullmatch(rf"error: .*Permission denied: '{folder}.*\n", found.stderr)
+    assert os.listdir(folder) == []
+
+
+# --- gone ---
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The same input and settings, left in peace."""
+    path = tmp_path_factory.mktemp("uninterrupted") / "out.zarr"
+    subprocess.run(command("run", VIRAL_PROTEINS, path, *SETTINGS, "-q"), check=True)
+    return Store(path)
+
+
+@pytest.mark.parametrize("part", [".", "embedding", "residue_embedding"])
+def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back(
+    part: str, uninterrupted: Store, tmp_path: Path
+) -> None:
+    path, away = tmp_path / "out.zarr", tmp_path / "away"
+    run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)
+    for _ in run:
+        if len(run.computed()) == 3:
+            (path / part).rename(away)
+            break
+    assert run.finish() not in (0, 3)
+    assert len(run.computed()) < uninterrupted.chunk_count // 2  # it was in the middle
+    assert run.process.stderr is not None
+    message = run.process.stderr.read()
+    assert re.fullmatch(r"(error: .*\n)?", message)
+    assert str(path) in message + str(run.of("run_summary"))
+    assert not (path / part).exists()  # nobody makes a part of a store anew
+    away.rename(path / part)
+    before = finished_chunks(Store(path))
+    again = Run("resume", path, "--workers", 2)
+    assert again.finish() == 0
+    assert {name: tree(path)[name] for name in before} == before
+    clear_partial_files_of_the_killed(Store(path))
+    assert_ledger(Store(path), uninterrupted)
+
+
+def test_a_store_that_is_deleted_ends_the_run_and_does_not_come_back(tmp_path: Path) -> None:
+    path = tmp_path / "out.zarr"
+    run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)
+    for _ in run:
+        if len(run.computed()) == 3:
+            path.rename(tmp_path / "gone")
+            shutil.rmtree(tmp_path / "gone")
+            break
+    assert run.finish() not in (0, 3)
+    assert run.process.stderr is not None
+    message = run.process.stderr.read()
+    assert re.fullmatch(r"error: .*\n", message)
+    assert str(path) in message
+    assert os.listdir(tmp_path) == []
