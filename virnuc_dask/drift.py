@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from virnuc_dask.config import ModelSpec, Status
 from virnuc_dask.embed import embed_rows, get_encoder
@@ -28,7 +29,8 @@ class Drift:
     largest : float
         Largest difference of a value.
     cosine : float
-        Lowest cosine of a stored row and the recomputed one.
+        Lowest cosine of a stored row and the recomputed one; also of all residues of a row, taken
+        together, where the store keeps them.
     worst_row : int
         The row that has it.
     worst_id : str
@@ -78,7 +80,7 @@ def sample_drift(
     NotAStoreError, StoreError, ModelError
     """
     opened = Store(store)
-    identity = replace(opened.identity, precision="float32", dtype="float32", per_residue=False)
+    identity = replace(opened.identity, precision="float32", dtype="float32")
     encoder = get_encoder(
         ModelSpec(
             model or str(opened.provenance["model"]),
@@ -93,18 +95,30 @@ def sample_drift(
     for chunk in np.unique(chosen // identity.rows_per_chunk):
         start = opened.rows(int(chunk)).start
         lengths, residues = opened.read_rows(int(chunk))
-        stored = opened.read_chunk(int(chunk))[1].astype(np.float32)
-        ends = np.cumsum(lengths)
+        pooled = opened.read_chunk(int(chunk))[1]
+        each = opened.read_residues(int(chunk)) if identity.per_residue else None
+        ends, slots = np.cumsum(lengths), np.cumsum(opened.encoded(lengths))
         for row in chosen[chosen // identity.rows_per_chunk == chunk] - start:
             alone = residues[ends[row] - lengths[row] : ends[row]]
-            found = embed_rows(encoder, lengths[row : row + 1], alone, identity).embedding[0]
-            norms = float(np.linalg.norm(found) * np.linalg.norm(stored[row]))
-            worst = min(worst, (float(found @ stored[row]) / norms, int(start + row)))
-            largest = max(largest, float(np.abs(found - stored[row]).max()))
+            found = embed_rows(encoder, lengths[row : row + 1], alone, identity)
+            pairs: list[tuple[NDArray[Any], NDArray[Any]]] = [(found.embedding, pooled[row])]
+            if each is not None and found.residues is not None:
+                pairs.append((found.residues, each[slots[row] - len(found.residues) : slots[row]]))
+            for one, other in pairs:
+                cosine, difference = _compare(one.ravel(), other.ravel())
+                worst = min(worst, (cosine, int(start + row)))
+                largest = max(largest, difference)
     chunk, place = divmod(worst[1], identity.rows_per_chunk)
     name = opened.read_ids(chunk)[place]
     precision = opened.identity.precision
     return Drift(len(chosen), largest, worst[0], worst[1], name, precision)
+
+
+def _compare(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:
+    """Cosine, and largest difference."""
+    one, other = one.astype(np.float64), other.astype(np.float64)
+    norms = np.linalg.norm(one) * np.linalg.norm(other)
+    return float(one @ other / norms), float(np.abs(one - other).max())
 
 
 def _choose(store: Store, rows: int, seed: int | None) -> Any:

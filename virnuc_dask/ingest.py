@@ -63,6 +63,13 @@ class Ingest:
             if not may_have_a_living_owner(orphan.name):
                 shutil.rmtree(orphan, ignore_errors=True)  # another run may be removing it too
         self._staging = self.path.parent / f".{self.path.name}{owner_mark()}.ingest"
+        try:
+            self._begin()
+        except BaseException:
+            self._discard()
+            raise
+
+    def _begin(self) -> None:
         # Nothing is durable, and nothing need be, before the final rename.
         self._group = zarr.create_group(LocalStore(self._staging), zarr_format=3)
         dims, per_chunk = ("sequence",), (SEQUENCES_PER_CHUNK,)
@@ -94,6 +101,9 @@ class Ingest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
         shutil.rmtree(self._staging, ignore_errors=True)  # already renamed, if all went well
 
     def append(self, block: Block) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
-from virnuc_dask import events
+from virnuc_dask import events, retry
 from virnuc_dask.config import (
     AUTO,
     FORMAT,
@@ -25,7 +25,7 @@ from virnuc_dask.config import (
     precision_on,
     rows_per_chunk,
 )
-from virnuc_dask.errors import IdentityMismatchError
+from virnuc_dask.errors import IdentityMismatchError, StoreError
 from virnuc_dask.events import Listener
 from virnuc_dask.ingest import Ingest
 from virnuc_dask.packing import cut_segments, encoded_lengths
@@ -76,12 +76,17 @@ def prepare(
     files, summary = _listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict)
     if existing is None:
-        with Ingest(store) as ingest:
-            for block in blocks:
-                ingest.append(block)
-                emit(events.Reading(summary.records, summary.residues))
-            wanted = _identity(settings, spec, summary)
-            ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary))
+        try:
+            with Ingest(store) as ingest:
+                for block in blocks:
+                    ingest.append(block)
+                    emit(events.Reading(summary.records, summary.residues))
+                wanted = _identity(settings, spec, summary)
+                ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary))
+        except OSError as error:
+            if not retry.is_hopeless(error):
+                raise
+            raise StoreError(retry.explain(error, Path(store))) from error
         # Ours, or that of a run which was faster.
         existing = Store(store)
     else:

@@ -78,8 +78,9 @@ def explain(error: OSError, store: Path) -> str:
     """Cause, path and free space, for whoever has to make room."""
     cause = os.strerror(error.errno) if error.errno else str(error)
     file = f" ({error.filename})" if error.filename else ""
+    there = store if store.exists() else store.parent
     try:
-        free = f"{shutil.disk_usage(store).free / 1e6:,.1f} MB are free"
+        free = f"{shutil.disk_usage(there).free / 1e6:,.1f} MB are free"
     except OSError as gone:
         free = f"its file system does not answer: {gone.strerror}"
     return f"{store}: {cause}{file}; {free}"

@@ -44,6 +44,8 @@ CHUNK_FILE = {
 TASK_ARRAYS = tuple(CHUNK_FILE)
 PER_RESIDUE = ("residue_slot", "residue_embedding")
 INGESTED = ("sequence_id", "length", "offset", "residues", "residue_slot")
+# What Zarr raises of metadata that is torn, gone, or not ours.
+_DAMAGED = (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError)
 
 
 class Store:
@@ -86,11 +88,15 @@ class Store:
                 )
             self.identity = Identity.from_json(document["identity"])
             self.provenance: dict[str, Any] = document["provenance"]
-            self.dimension = int(self.array("embedding").shape[1])
-        except (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError) as error:
+        except _DAMAGED as error:
             raise StoreError(
-                f"{path}: the metadata (a zarr.json) is missing or damaged: {error!r}"
+                f"{path}: the metadata (zarr.json) is missing or damaged: {error!r}"
             ) from error
+        names = {*INGESTED, *CHUNK_FILE}
+        if not self.identity.per_residue:
+            names.difference_update(PER_RESIDUE)
+        self._arrays = {name: self._open(name) for name in names}
+        self.dimension = int(self.array("embedding").shape[1])
 
     # --- the plan ---
 
@@ -259,10 +265,19 @@ class Store:
 
     def array(self, name: str) -> Any:
         """An array of the store, to read and to write."""
+        return self._arrays[name]
+
+    def _open(self, name: str) -> Any:
+        try:
+            array = zarr.open_array(self._zarr, path=name, mode="r+", zarr_format=3)
+        except _DAMAGED as error:
+            raise StoreError(
+                f"{self.path}: the metadata of `{name}` (its zarr.json) is missing or damaged:"
+                f" {error!r}"
+            ) from error
         # The setting is not stored with an array, and opening one ignores it (zarr 3.1.6): every
         # process that writes must set it afterwards, or a chunk that holds only fill values is
         # never written and never done.
-        array = zarr.open_array(self._zarr, path=name, mode="r+", zarr_format=3)
         return array.with_config({"write_empty_chunks": True})
 
     def _file(self, name: str, chunk: int) -> Path:

@@ -24,7 +24,13 @@ from distributed.scheduler import KilledWorker
 from virnuc_dask import __version__, events, retry
 from virnuc_dask.config import ModelSpec, RunConfig, Status
 from virnuc_dask.embed import ChunkReport, embed_chunk
-from virnuc_dask.errors import DeviceLostError, UsageError, VirnucError
+from virnuc_dask.errors import (
+    DeviceLostError,
+    NotAStoreError,
+    StoreError,
+    UsageError,
+    VirnucError,
+)
 from virnuc_dask.events import Listener
 from virnuc_dask.isolate import Patience, embed_chunk_apart
 from virnuc_dask.store import Store
@@ -218,6 +224,11 @@ class Work:
         chunk = attempt.chunk
         try:
             report = future.result()
+        except NotAStoreError as error:
+            raise StoreError(
+                f"a worker does not find the store: {error}. Finished chunks are as safe as it is;"
+                " once it is there again, the same command resumes"
+            ) from error
         except UsageError:
             raise  # no other worker and no other attempt will do better
         except FutureCancelledError as error:

@@ -20,7 +20,7 @@ import virnuc_dask
 from virnuc_dask import dataset
 from virnuc_dask.drift import sample_drift
 from virnuc_dask.errors import StoreError
-from virnuc_dask.store import Store
+from virnuc_dask.store import INGESTED, MIN_CHUNK_BYTES, Store
 
 ARRAYS = ("status", "residue_embedding", "embedding")
 # Half of the proteins are longer, here and there: no two chunks have the same status.
@@ -77,7 +77,7 @@ def check_damage(
     healthy = tree(store.path)
     file.write_bytes(content)
     damaged = tree(store.path)
-    stunted = len(content) < 13
+    stunted = len(content) < MIN_CHUNK_BYTES
     missing = np.flatnonzero(~dataset.status(store.path).present).tolist()
     assert missing == [chunk] * stunted, "a file's name alone is trusted"
     report = dataset.verify(store.path)
@@ -169,6 +169,20 @@ def test_another_chunks_embeddings_are_found_by_a_sample(
     assert_ledger(store, whole)
 
 
+def test_another_chunks_residues_are_found_by_a_sample(
+    make_store: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A full file of residues has no empty slots to disagree with."""
+    monkeypatch.setattr("virnuc_dask.ingest._RESIDUE_VALUES_PER_CHUNK", 2**16)
+    store = make_store(VIRAL_PROTEINS, **SETTINGS)
+    one, other = store.files(0)[1:3]
+    shutil.copyfile(other, one)
+    assert dataset.verify(store.path).exit_code == 0
+    drift = sample_drift(store.path, 300)
+    assert not drift.good
+    assert store.rows(0).start <= drift.worst_row < store.rows(0).stop
+
+
 # --- files that do not belong there ---
 
 
@@ -212,12 +226,22 @@ def test_strays_are_ignored_by_readers_and_removed_where_tasks_write(
 # --- metadata ---
 
 
-@pytest.mark.parametrize("damage", ["half of it", "zeros", "noise", "deleted"])
-@pytest.mark.parametrize("name", ["zarr.json", "embedding/zarr.json"])
+@pytest.mark.parametrize(
+    ("array", "damage"),
+    [
+        *(("", damage) for damage in ("half of it", "zeros", "noise", "deleted")),
+        *(("embedding", damage) for damage in ("half of it", "zeros", "noise", "deleted")),
+        *(("status", damage) for damage in ("half of it", "deleted")),
+        *(("residue_embedding", damage) for damage in ("half of it", "deleted")),
+        *((array, "deleted") for array in INGESTED),
+        ("sequence_id", "noise"),
+        ("offset", "half of it"),
+    ],
+)
 def test_without_its_metadata_nothing_touches_a_store(
-    name: str, damage: str, store: Store, whole: Store
+    array: str, damage: str, store: Store, whole: Store
 ) -> None:
-    file = store.path / name
+    file = store.path / array / "zarr.json"
     if damage == "deleted":
         file.unlink()
     else:
@@ -232,11 +256,11 @@ def test_without_its_metadata_nothing_touches_a_store(
         lambda: virnuc_dask.open_store(store.path),
     )
     for call in calls:
-        with pytest.raises(StoreError, match=rf"{store.path}.*zarr\.json") as error:
+        with pytest.raises(StoreError, match=rf"{store.path}.*{array}.*zarr\.json") as error:
             call()
         assert error.value.exit_code == 4
         assert tree(store.path) == damaged
-    shutil.copyfile(whole.path / name, file)
+    shutil.copyfile(whole.path / array / "zarr.json", file)
     assert_ledger(store, whole)
 
 
@@ -246,10 +270,10 @@ def test_without_its_metadata_nothing_touches_a_store(
 def test_torn_metadata_is_one_line_and_exit_code_4(
     arguments: list[str], store: Store, cli: Cli
 ) -> None:
-    file = store.path / "zarr.json"
+    file = store.path / "status" / "zarr.json"
     file.write_bytes(file.read_bytes()[:100])
     damaged = tree(store.path)
     found = cli(*arguments, store.path)
     assert (found.returncode, found.stdout) == (4, "")
-    assert re.fullmatch(rf"error: {store.path}: .*zarr\.json.*\n", found.stderr)
+    assert re.fullmatch(rf"error: {store.path}: .*`status` \(its zarr\.json\).*\n", found.stderr)
     assert tree(store.path) == damaged
