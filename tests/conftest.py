@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from hypothesis import settings
+from nursery import Nursery
 
 from virnuc_dask.config import Settings
 from virnuc_dask.store import TASK_ARRAYS, Store
@@ -35,14 +36,18 @@ AWKWARD = (
 )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
 
-    if torch.cuda.is_available():
-        return
+    reasons = {}
+    if not torch.cuda.is_available():
+        reasons["gpu"] = "needs a CUDA device; torch finds none"
+    if "soak" not in str(config.getoption("-m")):
+        reasons["soak"] = "takes minutes to hours: -m soak asks for it"
     for item in items:
-        if "gpu" in item.keywords:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device; torch finds none"))
+        for keyword, reason in reasons.items():
+            if keyword in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -93,6 +98,13 @@ def client() -> Iterator[Any]:
 
     with connect("local", workers=2) as connected:
         yield connected
+
+
+@pytest.fixture(scope="module")
+def nursery() -> Iterator[Nursery]:
+    """Processes to be killed, one at a time."""
+    with Nursery() as started:
+        yield started
 
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

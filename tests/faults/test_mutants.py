@@ -10,6 +10,7 @@ import test_power_cut
 import test_write_path
 import zarr
 from conftest import VIRAL_PROTEINS, Maker
+from nursery import Nursery
 from test_damage import check_damage, check_flipped_bits, file_of
 from test_power_cut import (
     Lab,
@@ -18,7 +19,7 @@ from test_power_cut import (
     cut_anywhere,
     cut_right_after_acknowledgements,
 )
-from test_write_path import Bench, Nursery, check_deaths_in_a_chunk, skip_without_strace
+from test_write_path import Bench, check_deaths_in_a_chunk
 from zarr.codecs import ZstdCodec
 
 from virnuc_dask.store import Store
@@ -61,7 +62,6 @@ NO_EMPTY_CHUNKS = "zarr.Array.with_config = lambda self, config: self"
 def test_a_store_that_writes_otherwise_does_not_survive_the_deaths_of_tasks(
     mutation: str, chunk: int, complaint: str, bench: Bench
 ) -> None:
-    skip_without_strace()
     with Nursery(mutation) as mutant, pytest.raises(AssertionError, match=complaint):
         check_deaths_in_a_chunk(mutant, bench, chunk)
 

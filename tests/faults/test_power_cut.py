@@ -23,7 +23,7 @@ import numpy as np
 import pytest
 from conftest import VIRAL_PROTEINS, Maker, chunk_bytes, tree
 from harness import assert_ledger, clear_partial_files_of_the_killed, finished_chunks
-from test_write_path import Nursery, wait_for, wait_until_stopped
+from nursery import Nursery, wait_for, wait_until_stopped
 
 import virnuc_dask
 from virnuc_dask import dataset
@@ -92,12 +92,6 @@ def lab(tmp_path: Path, make_store: Maker) -> Iterator[Lab]:
     whole = make_store(VIRAL_PROTEINS, "whole.zarr", **SETTINGS)
     with mounted(image, tmp_path / "disk") as disk:
         yield Lab(image, disk, whole)
-
-
-@pytest.fixture(scope="module")
-def nursery() -> Iterator[Nursery]:
-    with Nursery() as started:
-        yield started
 
 
 def making(lab: Lab) -> str:

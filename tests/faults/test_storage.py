@@ -16,9 +16,9 @@ import test_retry
 import test_write_path
 from conftest import VIRAL_PROTEINS, Cli, Maker, command, tree
 from harness import Run, assert_ledger, clear_partial_files_of_the_killed, finished_chunks
+from nursery import Nursery
 from test_write_path import (
     Bench,
-    Nursery,
     assert_nothing_is_half_there,
     calls_of_a_chunk,
     embedding,
@@ -32,7 +32,7 @@ from virnuc_dask.errors import StoreError
 from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
 
-nursery, bench, soak = test_write_path.nursery, test_write_path.bench, test_write_path.soak
+bench = test_write_path.bench
 disk = test_retry.disk
 
 # Small files and few rows, so that a run is under way for long enough to be met by a fault.
@@ -76,7 +76,6 @@ def test_a_call_that_fails_fails_the_task_and_the_next_one_finishes(
 
 
 @pytest.mark.soak
-@pytest.mark.usefixtures("soak")
 @pytest.mark.parametrize("call", ["openat", "read", "write", "fsync", "rename"])
 def test_every_call_may_fail(call: str, nursery: Nursery, bench: Bench) -> None:
     check_errors(nursery, bench, call, errno.EIO, most=1_000)
