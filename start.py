@@ -74,7 +74,8 @@ def demo(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    return show("-m", "pytest", *arguments)
+    # Most of a fault test is waiting for processes to start.
+    return show("-m", "pytest", "-n", "2", "--dist", "loadfile", *arguments)
 
 
 def check(_arguments: list[str]) -> int:

@@ -43,6 +43,7 @@ ORDER = [
     "work",
     "coordinator",
     "progress",
+    "options",
     "cli",
     "__main__",
 ]
@@ -84,7 +85,7 @@ def test_imports_go_one_way(name: str) -> None:
         ("safetensors", {"huggingface"}),
         ("Bio", {"sequences"}),
         ("rich", {"progress", "cli"}),
-        ("click", {"cli"}),
+        ("click", {"cli", "options"}),
         ("distributed", {"cluster", "work", "coordinator"}),
         ("xarray", {"dataset"}),
     ],

@@ -96,7 +96,7 @@ rng = np.random.default_rng(0)
 sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(1500)]
 expected = encoder.encode(sequences[:32])
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (used + 150 * 2**20, used + 150 * 2**20))
+resource.setrlimit(resource.RLIMIT_AS, (used + 250 * 2**20, used + 250 * 2**20))
 found = encoder.encode(sequences)
 print(encoder.token_budget, np.array_equal(found[:32], expected), np.isfinite(found).all())
 """

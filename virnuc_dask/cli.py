@@ -14,16 +14,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from virnuc_dask import __version__
-from virnuc_dask.config import (
-    AUTO,
-    LONG_POLICIES,
-    POOLINGS,
-    PRECISIONS,
-    STORED_DTYPES,
-    RunConfig,
-    Settings,
-)
+from virnuc_dask.config import RunConfig, Settings
 from virnuc_dask.errors import VirnucError
+from virnuc_dask.options import display_options, identity_options, work_options
 
 if TYPE_CHECKING:
     from virnuc_dask.events import RunSummary
@@ -51,136 +44,6 @@ class _Group(click.Group):
             ctx.exit(130)
 
 
-def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    def decorate(command: Any) -> Any:
-        for option in reversed(options):
-            command = option(command)
-        return command
-
-    return decorate
-
-
-_defaults = RunConfig()
-
-_identity_options = _options(
-    click.option(
-        "--model",
-        default="demo",
-        show_default=True,
-        help="demo (random weights, for trying the pipeline), a fair-esm name such as"
-        " esm2_t33_650M_UR50D, a .pt file, or a Hugging Face directory.",
-    ),
-    click.option("--pooling", type=click.Choice(POOLINGS), default="mean", show_default=True),
-    click.option("--repr-layer", type=int, help="Layer to pool, from 1.  [default: the last]"),
-    click.option(
-        "--precision",
-        type=click.Choice([AUTO, *PRECISIONS]),
-        default=AUTO,
-        show_default=True,
-        help="Of the matrix products. auto: the store's; else float32 on a CPU, bfloat16 on a GPU.",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(STORED_DTYPES),
-        default="float32",
-        show_default=True,
-        help="Of the stored embeddings.",
-    ),
-    click.option(
-        "--max-residues",
-        type=click.IntRange(1),
-        default=1022,
-        show_default=True,
-        help="Residues of a sequence that are encoded at once.",
-    ),
-    click.option(
-        "--long",
-        type=click.Choice(LONG_POLICIES),
-        default="truncate",
-        show_default=True,
-        help="Longer sequences: cut off, covered by overlapping windows, or quarantined.",
-    ),
-    click.option(
-        "--rows-per-chunk",
-        type=click.IntRange(1, 10_000),
-        help="Rows that are computed and saved together.  [default: about 131,072 residues]",
-    ),
-    click.option("--per-residue", is_flag=True, help="Store each residue's too, as float16."),
-)
-_work_options = _options(
-    click.option(
-        "--cluster",
-        default="local",
-        show_default=True,
-        help="local, a scheduler's address, or a scheduler.json.",
-    ),
-    click.option(
-        "--workers", type=click.IntRange(1), help="Local worker processes.  [default: one a core]"
-    ),
-    click.option("--device", default=_defaults.device, show_default=True, help="Torch device."),
-    click.option(
-        "--attempts",
-        type=click.IntRange(1),
-        default=_defaults.attempts,
-        show_default=True,
-        help="Tries for a chunk that meets a transient error, of I/O for example.",
-    ),
-    click.option(
-        "--backoff",
-        type=click.FloatRange(0),
-        default=_defaults.backoff,
-        show_default=True,
-        help="Seconds before the second try; doubled before each further one.",
-    ),
-    click.option(
-        "--suspect-after",
-        type=click.IntRange(1),
-        default=_defaults.suspect_after,
-        show_default=True,
-        help="Workers' deaths after which a chunk is computed in a process of its own.",
-    ),
-    click.option(
-        "--deadline-factor",
-        type=click.FloatRange(1),
-        default=_defaults.deadline_factor,
-        show_default=True,
-        help="Times the running median, per residue, that a chunk may take before it counts as"
-        " hanging.",
-    ),
-    click.option(
-        "--deadline-floor",
-        type=click.FloatRange(0),
-        default=_defaults.deadline_floor,
-        show_default=True,
-        help="Seconds that any chunk may take.",
-    ),
-    click.option(
-        "--deadline-first",
-        type=click.FloatRange(0),
-        default=_defaults.deadline_first,
-        show_default=True,
-        help="Seconds that a chunk may take before a median is known.",
-    ),
-    click.option(
-        "--grace",
-        type=click.FloatRange(0),
-        default=_defaults.grace,
-        show_default=True,
-        help="Seconds from SIGINT or SIGTERM to the end.",
-    ),
-    click.option("--in-flight", type=click.IntRange(1), help="Chunks at once.  [default: threads]"),
-    click.option("--verify", is_flag=True, help="Decode present chunks before trusting them."),
-    click.option("--tls-ca-file", help="For tls:// addresses: the authority to trust, PEM."),
-    click.option("--tls-cert", help="This client's certificate, PEM."),
-    click.option("--tls-key", help="Its key, PEM."),
-)
-_display_options = _options(
-    click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout."),
-    click.option("--no-progress", is_flag=True, help="Plain lines instead of a live bar."),
-    click.option("-q", "--quiet", is_flag=True, help="Trouble and the summary only."),
-)
-
-
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
@@ -194,10 +57,10 @@ def main() -> None:
 @main.command()
 @click.argument("inputs", nargs=-1, required=True)
 @click.argument("store")
-@_identity_options
+@identity_options
 @click.option("--strict", is_flag=True, help="Refuse input with letters that are no residues.")
-@_work_options
-@_display_options
+@work_options
+@display_options
 def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
     """Embed INPUTS (FASTA or FASTQ, plain or compressed; - is stdin) into STORE.
 
@@ -215,8 +78,8 @@ def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
 @main.command()
 @click.argument("store")
 @click.option("--model", help="Where the weights are now, if they were moved.")
-@_work_options
-@_display_options
+@work_options
+@display_options
 def resume(store: str, **options: Any) -> None:
     """Compute what STORE lacks. Needs no input: the store holds sequences and settings."""
     from virnuc_dask.coordinator import resume as start
@@ -227,7 +90,7 @@ def resume(store: str, **options: Any) -> None:
 
 @main.command()
 @click.argument("inputs", nargs=-1, required=True)
-@_identity_options
+@identity_options
 @click.option("--workers", type=click.IntRange(1), help="For the estimate.  [default: one a core]")
 @click.option("--strict", is_flag=True, help="Refuse input with letters that are no residues.")
 @click.option("--json", "as_json", is_flag=True)

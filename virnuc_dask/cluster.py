@@ -53,7 +53,7 @@ def connect(
             raise UsageError(f"workers must be at least 1, not {count}")
         threads = str(max(1, CPU_COUNT // count))
         with (
-            dask.config.set(_MALLOC),
+            dask.config.set({**_MALLOC, **_KEEP_PLACES}),
             LocalCluster(
                 n_workers=count,
                 threads_per_worker=THREADS_PER_WORKER,
@@ -128,6 +128,11 @@ _MALLOC = {
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**30),
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(2**25),
 }
+
+
+# Dask closes a worker's place for good if it is empty this long after a death, also if another
+# death has emptied it meanwhile: workers that die often enough would all be gone in the end.
+_KEEP_PLACES = {"distributed.deploy.lost-worker-timeout": "1000 days"}
 
 
 class _IgnoreInterrupt(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
