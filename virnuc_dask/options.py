@@ -28,6 +28,13 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 _defaults = RunConfig()
 
+
+def _setting(name: str, kind: click.ParamType[Any], text: str) -> Callable[[Any], Any]:
+    """An option for a number of `RunConfig`, with its default."""
+    flag, default = f"--{name.replace('_', '-')}", getattr(_defaults, name)
+    return click.option(flag, type=kind, default=default, show_default=True, help=text)
+
+
 identity_options = _options(
     click.option(
         "--model",
@@ -84,55 +91,40 @@ work_options = _options(
         "--workers", type=click.IntRange(1), help="Local worker processes.  [default: one a core]"
     ),
     click.option("--device", default=_defaults.device, show_default=True, help="Torch device."),
-    click.option(
-        "--attempts",
-        type=click.IntRange(1),
-        default=_defaults.attempts,
-        show_default=True,
-        help="Tries for a chunk that meets a transient error, of I/O for example.",
+    _setting(
+        "attempts",
+        click.IntRange(1),
+        "Tries for a chunk that meets a transient error, of I/O for example.",
     ),
-    click.option(
-        "--backoff",
-        type=click.FloatRange(0),
-        default=_defaults.backoff,
-        show_default=True,
-        help="Seconds before the second try; doubled before each further one.",
+    _setting(
+        "backoff",
+        click.FloatRange(0),
+        "Seconds before the second try; doubled before each further one.",
     ),
-    click.option(
-        "--suspect-after",
-        type=click.IntRange(1),
-        default=_defaults.suspect_after,
-        show_default=True,
-        help="Workers' deaths after which a chunk is computed in a process of its own.",
+    _setting(
+        "suspect_after",
+        click.IntRange(1),
+        "Workers' deaths after which a chunk is computed in a process of its own.",
     ),
-    click.option(
-        "--deadline-factor",
-        type=click.FloatRange(1),
-        default=_defaults.deadline_factor,
-        show_default=True,
-        help="Times the running median, per residue, that a chunk may take before it counts as"
-        " hanging.",
+    _setting(
+        "deadline_factor",
+        click.FloatRange(1),
+        "Times the running median, per residue, that a chunk may take before it counts as hanging.",
     ),
-    click.option(
-        "--deadline-floor",
-        type=click.FloatRange(0),
-        default=_defaults.deadline_floor,
-        show_default=True,
-        help="Seconds that any chunk may take.",
+    _setting(
+        "deadline_floor",
+        click.FloatRange(0),
+        "Seconds that any chunk may take.",
     ),
-    click.option(
-        "--deadline-first",
-        type=click.FloatRange(0),
-        default=_defaults.deadline_first,
-        show_default=True,
-        help="Seconds that a chunk may take before a median is known.",
+    _setting(
+        "deadline_first",
+        click.FloatRange(0),
+        "Seconds that a chunk may take before a median is known.",
     ),
-    click.option(
-        "--grace",
-        type=click.FloatRange(0),
-        default=_defaults.grace,
-        show_default=True,
-        help="Seconds from SIGINT or SIGTERM to the end.",
+    _setting(
+        "grace",
+        click.FloatRange(0),
+        "Seconds from SIGINT or SIGTERM to the end.",
     ),
     click.option("--in-flight", type=click.IntRange(1), help="Chunks at once.  [default: threads]"),
     click.option("--verify", is_flag=True, help="Decode present chunks before trusting them."),
