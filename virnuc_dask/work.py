@@ -19,6 +19,7 @@ from uuid import uuid4
 from dask import delayed
 from distributed import Client, Future, Nanny, get_worker
 from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from virnuc_dask import __version__, events, retry
@@ -37,6 +38,7 @@ from virnuc_dask.store import Store
 
 # Of the grace after a signal, this much is kept for closing the cluster.
 _CLOSING_S = 5.0
+_SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
 # Dask's topic under which workers say that they have begun with a chunk.
 _TOPIC = "virnuc-dask"
 
@@ -169,6 +171,8 @@ class Work:
                     self._worker_event(client, item)
                 else:
                     self._completed(client, item)
+        except CommClosedError as error:
+            raise VirnucError(_SCHEDULER_LOST) from error
         finally:
             self.seconds = time.monotonic() - began
             if client.status == "running":
@@ -232,9 +236,7 @@ class Work:
         except UsageError:
             raise  # no other worker and no other attempt will do better
         except FutureCancelledError as error:
-            raise VirnucError(
-                "the scheduler was lost. Finished chunks are safe; the same command resumes"
-            ) from error
+            raise VirnucError(_SCHEDULER_LOST) from error
         except KilledWorker:
             # Dask itself gives up a task after some deaths. We do not: a death condemns no row.
             self._suspect(chunk)

@@ -200,7 +200,7 @@ def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
         assert scheduler.wait() == -signal.SIGKILL
     finally:
         scheduler.kill()
-        worker.terminate()
+        worker.kill()  # told to end while its scheduler is gone, it may wait for ever
         worker.wait()
     assert first.process.stderr is not None
     assert first.process.stderr.read() == (

@@ -87,16 +87,17 @@ def test_a_run_that_was_stopped_while_another_finished_does_no_harm(
     next(event for event in first if len(first.computed()) == reference.chunk_count // 8)
     # Coordinator, scheduler and workers, in the middle of whatever they do.
     os.killpg(first.process.pid, signal.SIGSTOP)
-    already = finished_chunks(Store(path))
-    was_done = set(np.flatnonzero(Store(path).present()))
-    second = Run("run", peptides, path, *IDENTITY, "--workers", 2)
-    assert second.finish() == 0
-    assert first.process.poll() is None
-    reported = len(first.events)
-    whole = finished_chunks(Store(path))
-    assert already.items() <= whole.items()
-
-    os.killpg(first.process.pid, signal.SIGCONT)
+    try:
+        already = finished_chunks(Store(path))
+        was_done = set(np.flatnonzero(Store(path).present()))
+        second = Run("run", peptides, path, *IDENTITY, "--workers", 2)
+        assert second.finish() == 0
+        assert first.process.poll() is None
+        reported = len(first.events)
+        whole = finished_chunks(Store(path))
+        assert already.items() <= whole.items()
+    finally:
+        os.killpg(first.process.pid, signal.SIGCONT)
     assert first.finish() == 0
     assert len(first.events) > reported
     done = {event["chunk"] for event in first.of("chunk_done")}
