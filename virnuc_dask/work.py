@@ -305,6 +305,7 @@ class Work:
         if message["action"] == "started":
             if attempt := self._running.get(message["key"]):
                 attempt.worker, attempt.since = message["worker"], time.monotonic()
+                self._useless.discard(attempt.worker)  # it does something after all
             return
         if message["action"] == "remove-worker":
             self._useless.discard(message["worker"])

@@ -62,7 +62,7 @@ def test_a_worker_that_stands_still_is_worked_around(
             stopped.append(done[-1].pid)
             os.kill(done[-1].pid, signal.SIGSTOP)
 
-    config = RunConfig(deadline_floor=2, deadline_first=10)
+    config = RunConfig(deadline_floor=10, deadline_first=20)
     summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
     overdue = [event for event in seen if isinstance(event, events.ChunkOverdue)]
     assert len(overdue) == 1  # the only chunk that it had; no other was given to it
