@@ -56,7 +56,8 @@ class Ingest:
 
     def __init__(self, path: str | Path) -> None:
         self.path = local_path(path)
-        if not can_create(self.path):
+        # A store may be there by now, of a run that was faster: `commit` leaves it alone.
+        if not (can_create(self.path) or is_store(self.path)):
             raise NotAStoreError(f"{path}: exists and is not empty; nothing was changed")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         for orphan in self.path.parent.glob(f".{_glob_escape(self.path.name)}~*.ingest"):
