@@ -305,7 +305,9 @@ class Work:
         if message["action"] == "started":
             if attempt := self._running.get(message["key"]):
                 attempt.worker, attempt.since = message["worker"], time.monotonic()
-                self._useless.discard(attempt.worker)  # it does something after all
+                if attempt.worker in self._useless:  # it does something after all
+                    self._useless.remove(attempt.worker)
+                    self._count_workers(client)
             return
         if message["action"] == "remove-worker":
             self._useless.discard(message["worker"])

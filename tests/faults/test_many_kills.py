@@ -83,7 +83,7 @@ def followed(run: Run) -> Thread:
 # --- workers ---
 
 
-@pytest.mark.parametrize("suspect_after", [1, 1_000_000])
+@pytest.mark.parametrize("suspect_after", [1, pytest.param(1_000_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kills", times(3, 100))
 def test_workers_killed_at_random_lose_nothing_and_blame_nobody(
     kills: int,
@@ -199,7 +199,7 @@ def assert_computed_elsewhere(seen: list[events.Event], summary: events.RunSumma
 # --- coordinators ---
 
 
-@pytest.mark.parametrize("kills", times(5, 100))
+@pytest.mark.parametrize("kills", times(4, 100))
 def test_coordinators_killed_at_random_leave_no_process_and_lose_nothing(
     kills: int,
     peptides: Path,

@@ -198,7 +198,14 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return Store(path)
 
 
-@pytest.mark.parametrize("part", [".", "embedding", "residue_embedding"])
+@pytest.mark.parametrize(
+    "part",
+    [
+        ".",
+        pytest.param("embedding", marks=pytest.mark.soak),
+        pytest.param("residue_embedding", marks=pytest.mark.soak),
+    ],
+)
 def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back(
     part: str, uninterrupted: Store, tmp_path: Path
 ) -> None:
