@@ -21,6 +21,7 @@ from virnuc_dask.errors import UsageError, VirnucError
 # Two threads, so that one chunk is read or written while the other is computed.
 THREADS_PER_WORKER = 2
 _START_S = 120
+_STARTS = 3
 _DEFAULT = RunConfig()
 
 
@@ -51,22 +52,9 @@ def connect(
         count = workers or CPU_COUNT
         if count < 1:
             raise UsageError(f"workers must be at least 1, not {count}")
-        threads = str(max(1, CPU_COUNT // count))
         with (
             dask.config.set({**_MALLOC, **_KEEP_PLACES}),
-            LocalCluster(
-                n_workers=count,
-                threads_per_worker=THREADS_PER_WORKER,
-                processes=True,
-                # Anything else than an address listens on all interfaces.
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                # Dask would kill a worker at its share of the memory, however much is free.
-                memory_limit=0,
-                # Torch obeys the smaller of the two, and Dask sets both to 1.
-                env=dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
-                silence_logs=logging.CRITICAL,
-            ) as local,
+            _start_workers(count) as local,
             Client(local, set_as_default=False) as client,
         ):
             client.register_plugin(_IgnoreInterrupt())
@@ -92,6 +80,31 @@ def connect(
     with client:
         _await_workers(client, 1)
         yield client
+
+
+def _start_workers(count: int) -> LocalCluster:
+    threads = str(max(1, CPU_COUNT // count))
+    for _ in range(_STARTS):
+        try:
+            return LocalCluster(
+                n_workers=count,
+                threads_per_worker=THREADS_PER_WORKER,
+                processes=True,
+                # Anything else than an address listens on all interfaces.
+                host="127.0.0.1",
+                dashboard_address="127.0.0.1:0",
+                # Dask would kill a worker at its share of the memory, however much is free.
+                memory_limit=0,
+                # Torch obeys the smaller of the two, and Dask sets both to 1.
+                env=dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
+                silence_logs=logging.CRITICAL,
+            )
+        except RuntimeError as error:
+            # A worker that dies before it has ever run takes the cluster with it, unlike later.
+            cause = error
+    raise VirnucError(
+        f"the workers did not start, {_STARTS} times: {cause} Are they killed for want of memory?"
+    ) from cause
 
 
 def _security(address: str, config: RunConfig) -> Security:

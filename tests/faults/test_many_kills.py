@@ -196,6 +196,34 @@ def assert_computed_elsewhere(seen: list[events.Event], summary: events.RunSumma
     assert (summary.exit_code, summary.workers_lost) == (0, 1)
 
 
+@pytest.mark.parametrize("kills", [1, 1_000])
+def test_workers_killed_before_they_ever_ran_are_started_again_or_are_a_clear_error(
+    kills: int, peptides: Path, reference: Uninterrupted, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+    run = Run("run", peptides, path, *IDENTITY, *LOCAL, stderr=subprocess.PIPE)
+    await_event(run, lambda event: event["event"] == "run_started")
+    killed: set[int] = set()
+    while len(killed) < kills and run.process.poll() is None:
+        with suppress(psutil.NoSuchProcess):
+            for child in psutil.Process(run.process.pid).children():
+                if len(killed) < kills and "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+                    killed.add(child.pid)
+        time.sleep(0.01)
+    if kills == 1:
+        assert run.finish() == 0
+    else:
+        assert run.process.stderr is not None
+        assert run.finish() == 4
+        assert "the workers did not start, 3 times" in (said := run.process.stderr.read())
+        assert "Traceback" not in said
+        again = Run("resume", path, *LOCAL)
+        assert again.finish() == 0
+    assert killed
+    assert_nothing_lost(Store(path), reference.store)
+
+
 # --- coordinators ---
 
 

@@ -7,6 +7,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +144,69 @@ def test_poison_in_every_chunk_is_quarantined_and_nothing_else_is_lost(
             assert residues.shape == expected_residues.shape
             assert np.isnan(residues).all()
     assert virnuc_dask.verify(path).exit_code == 0
+    before = tree(path)
+    assert virnuc_dask.resume(path).exit_code == 3
+    assert tree(path) == before
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Path]:
+    """A control group of 2 GiB, beyond which the kernel kills; the folder to write a process to."""
+    for root, limit in (
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
+        ("/sys/fs/cgroup", "memory.max"),
+    ):
+        group = Path(root, f"virnuc_dask-test-{os.getpid()}")
+        with suppress(OSError):
+            group.mkdir()
+            try:
+                (group / limit).write_text(str(2**31))
+            except OSError:
+                group.rmdir()
+            else:
+                yield group
+                group.rmdir()
+                return
+    pytest.skip("needs leave to make a memory control group, as root has outside most containers")
+
+
+def test_a_row_that_takes_all_memory_of_a_control_group_is_quarantined_alone(
+    peptides: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    make_store: Maker,
+    little_memory: Path,
+) -> None:
+    """The kernel's own killing, with no limit that the process could see coming."""
+    inputs = poisoned(peptides, tmp_path / "some.faa", {5: MEMORY}, 16)
+    whole = make_store(inputs, "whole.zarr", rows_per_chunk=4, repr_layer=None)
+    table = tmp_path / "faults.json"
+    table.write_text(json.dumps({MEMORY: "memory"}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    path = tmp_path / "out.zarr"
+
+    def join() -> None:
+        (little_memory / "cgroup.procs").write_text(str(os.getpid()))
+
+    run = subprocess.run(
+        command("run", inputs, path, "--rows-per-chunk", 4, "--workers", 1, "--json"),
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+        preexec_fn=join,
+    )
+    assert run.returncode == 3, run.stderr
+    summary = json.loads(run.stdout.splitlines()[-1])
+    assert summary["counts"] == {"embedded": 15, Status.CRASHED_WORKER.meaning: 1}
+    assert summary["workers_lost"] == 2  # killed, each time; then in a child, by itself
+    assert (tmp_path / f"{MEMORY}.met").stat().st_size >= 3
+    found, expected = virnuc_dask.open_store(path), virnuc_dask.open_store(whole.path)
+    innocent = found.status.values == Status.EMBEDDED
+    assert np.flatnonzero(~innocent).tolist() == [5]
+    assert np.allclose(
+        found.embedding.values[innocent], expected.embedding.values[innocent], atol=1e-6
+    )
     before = tree(path)
     assert virnuc_dask.resume(path).exit_code == 3
     assert tree(path) == before
