@@ -76,6 +76,8 @@ def demo(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     # Most of a fault test is waiting for processes to start. The longest files come first.
     two = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+    # Two of them on few cores: more threads each would only fight.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     return show("-m", "pytest", *two, *arguments)
 
 

@@ -82,7 +82,8 @@ FATE = {
     Status.OUT_OF_MEMORY: [16],
 }
 SETTINGS = ("--rows-per-chunk", 4, "--workers", 2, "--per-residue", "--json")
-DEADLINES = ("--deadline-floor", 3, "--deadline-first", 12, "--backoff", 0.1)
+# Enough for a child to fill its memory on a busy machine; a row that hangs takes all of it.
+DEADLINES = ("--deadline-floor", 8, "--deadline-first", 20, "--backoff", 0.1)
 
 
 def limit_memory() -> None:
