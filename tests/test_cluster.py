@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,37 +18,57 @@ import psutil
 import pytest
 from conftest import ROOT, Cli, Maker
 from dask.system import CPU_COUNT
+from harness import assert_ledger
+from models import random_network, save_network
 
 import virnuc_dask
-from virnuc_dask import __version__, integrity
+from virnuc_dask import RunConfig, __version__, events, faults, integrity, workers
 from virnuc_dask.cluster import connect
-from virnuc_dask.errors import UsageError
+from virnuc_dask.errors import VirnucError
+from virnuc_dask.store import Store
 
 
 @contextmanager
 def dask_cluster(folder: Path, *options: str, **environment: Any) -> Iterator[Path]:
     """A scheduler and a worker, each started by hand; the environment is the worker's."""
     file = folder / "scheduler.json"
-    dask = [sys.executable, "-m", "dask"]
-    scheduler = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    worker = ["worker", "--nthreads", "1", "--no-dashboard"]
-    processes = [
-        subprocess.Popen(
-            [*dask, *command, "--scheduler-file", str(file), *options],
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            **more,
-        )
-        for command, more in ((scheduler, {}), (worker, environment))
-    ]
-    try:
+    arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+    with (
+        started(file, *arguments, *options),
+        worker(file, *options, **environment),
+    ):
         while not file.exists() or not file.read_text():
             time.sleep(0.1)
         yield file
+
+
+@contextmanager
+def worker(
+    file: Path, *options: str, prefix: tuple[str, ...] = (), **environment: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    """One more worker, of one thread."""
+    arguments = ("worker", "--nthreads", "1", "--no-dashboard", *options)
+    with started(file, *arguments, prefix=prefix, **environment) as process:
+        yield process
+
+
+@contextmanager
+def started(
+    file: Path, *arguments: str, prefix: tuple[str, ...] = (), **environment: Any
+) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        [*prefix, sys.executable, "-m", "dask", *arguments, "--scheduler-file", str(file)],
+        stderr=subprocess.DEVNULL,
+        cwd=file.parent,
+        start_new_session=True,
+        **environment,
+    )
+    try:
+        yield process
     finally:
-        for process in reversed(processes):
-            process.terminate()
-            process.wait(timeout=30)
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.mark.parametrize("workers", [1, 2])
@@ -114,21 +137,133 @@ def test_tls_works_and_nothing_goes_without_it(
     assert virnuc_dask.verify(tmp_path / "out.zarr").exit_code == 0
 
 
-def test_a_worker_with_another_version_is_refused(make_store: Maker, awkward: Path) -> None:
-    store = make_store(awkward, embed=False)
-    other = store.path.parent / "other"
-    shutil.copytree(ROOT / "virnuc_dask", other / "virnuc_dask")
-    init = other / "virnuc_dask" / "__init__.py"
+# --- workers that do not fit ---
+
+
+@pytest.fixture
+def other_version(tmp_path: Path) -> dict[str, str]:
+    """The environment of a worker that has another version of the package."""
+    shutil.copytree(ROOT / "virnuc_dask", tmp_path / "other" / "virnuc_dask")
+    init = tmp_path / "other" / "virnuc_dask" / "__init__.py"
     init.write_text(init.read_text().replace(f'"{__version__}"', '"0.0.7"'))
+    return os.environ | {"PYTHONPATH": str(tmp_path / "other")}
+
+
+@pytest.fixture
+def blinded(tmp_path: Path) -> tuple[str, ...]:
+    """The beginning of a command that sees an empty folder where this test's files are."""
+    hide = f'mount -t tmpfs none "{tmp_path}/hidden" && exec "$@"'
+    command = ("unshare", "--mount", "sh", "-c", hide, "sh")
+    (tmp_path / "hidden").mkdir()
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs leave to mount in a namespace of its own, as root has")
+    return command
+
+
+def test_all_that_workers_lack_is_said_at_once_and_before_any_chunk(
+    awkward: Path,
+    tmp_path: Path,
+    cli: Cli,
+    other_version: dict[str, str],
+    blinded: tuple[str, ...],
+) -> None:
+    save_network(random_network(2, 32, 4), tmp_path / "hidden" / "weights.pt")
+    run = ("run", awkward, "hidden/out.zarr", "--model", "hidden/weights.pt")
     with (
-        dask_cluster(store.path.parent, env={"PYTHONPATH": str(other)}) as file,
-        connect(str(file)) as client,
+        dask_cluster(tmp_path, env=other_version) as file,
+        worker(file, prefix=blinded),
+        worker(file),
     ):
-        with pytest.raises(UsageError, match=rf"has virnuc_dask 0\.0\.7, this run {__version__}"):
-            virnuc_dask.resume(store.path, client=client)
-        assert len(client.nthreads()) == 1  # left as it was, and with nothing to do
-        assert not any(client.processing().values())
-    assert not store.present().any()
+        with connect(str(file)) as client:
+            client.wait_for_workers(3)
+        refused = cli(*run, "--cluster", file)
+        assert refused.returncode == 2
+        head, *lacks = refused.stderr.splitlines()[-4:]
+        assert head == "error: 2 of 3 workers cannot do this run; nothing was computed"
+        store, model, version = sorted(line.split("  ")[2] for line in lacks)
+        assert store == f"{tmp_path}/hidden/out.zarr: no store there"
+        assert model.startswith(f"model '{tmp_path}/hidden/weights.pt': neither a file nor")
+        assert version == f"virnuc_dask 0.0.7, this run {__version__}"
+        # The user's cluster is as it was, and has nothing to do.
+        with connect(str(file)) as client:
+            assert len(client.nthreads()) == 3
+            assert not any(client.processing().values())
+    assert not Store(tmp_path / "hidden" / "out.zarr").present().any()
+    assert not list((tmp_path / "hidden").rglob("*.partial"))
+
+
+def test_an_unfit_worker_that_joins_later_is_left_alone(
+    make_store: Maker,
+    peptides: Path,
+    other_version: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    some = tmp_path / "some.faa"
+    some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:40]))
+    whole = make_store(some, "whole.zarr", rows_per_chunk=1)
+    store = make_store(some, embed=False, rows_per_chunk=1)
+    table = tmp_path / "faults.json"
+    table.write_text(json.dumps({"": "slow"}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    seen: list[events.Event] = []
+    with ExitStack() as stack:
+        file = stack.enter_context(dask_cluster(tmp_path))
+
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.WorkersChecked):
+                stack.enter_context(worker(file, env=os.environ | other_version))
+            seen.append(event)
+
+        summary = virnuc_dask.resume(store.path, cluster=str(file), listener=listen)
+        unfit = [event for event in seen if isinstance(event, events.WorkerUnfit)]
+        assert [event.lacks for event in unfit] == [(f"virnuc_dask 0.0.7, this run {__version__}",)]
+        assert len({event.pid for event in seen if isinstance(event, events.ChunkDone)}) == 1
+        assert (summary.exit_code, summary.retries) == (0, 0)
+    assert_ledger(store, whole)
+
+
+def test_a_run_whose_last_fit_worker_is_gone_ends_with_a_clear_error(
+    make_store: Maker, peptides: Path, other_version: dict[str, str], tmp_path: Path
+) -> None:
+    store = make_store(peptides, embed=False)
+    with ExitStack() as stack:
+        file = stack.enter_context(dask_cluster(tmp_path))
+
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.WorkersChecked):
+                stack.enter_context(worker(file, env=os.environ | other_version))
+            elif isinstance(event, events.WorkersChanged) and event.workers == 2:
+                # Without its nanny, which would start another.
+                (fit,) = (
+                    process
+                    for process in psutil.Process().children()
+                    if "worker" in process.cmdline() and "PYTHONPATH" not in process.environ()
+                )
+                os.killpg(fit.pid, signal.SIGKILL)
+
+        with pytest.raises(VirnucError, match=r"no worker is left .*\n.*virnuc_dask 0\.0\.7"):
+            virnuc_dask.resume(store.path, cluster=str(file), listener=listen)
+    assert virnuc_dask.resume(store.path, workers=1).exit_code == 0
+
+
+def test_a_worker_that_hangs_keeps_no_run_from_beginning(
+    make_store: Maker, awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_STRAGGLERS_S", 1.0)
+    store = make_store(awkward, embed=False, rows_per_chunk=1)
+    with dask_cluster(tmp_path) as file, worker(file, "--no-nanny") as hangs:
+        with connect(str(file)) as client:
+            client.wait_for_workers(2)
+        hangs.send_signal(signal.SIGSTOP)
+        seen: list[events.Event] = []
+        config = RunConfig(deadline_floor=2, deadline_first=5)
+        virnuc_dask.resume(store.path, cluster=str(file), config=config, listener=seen.append)
+    (checked,) = (event for event in seen if isinstance(event, events.WorkersChecked))
+    assert checked.workers == 1
+    assert store.present().all()
 
 
 def test_workers_can_verify(make_store: Maker, peptides: Path, client: Any) -> None:

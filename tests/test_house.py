@@ -40,6 +40,7 @@ ORDER = [
     "cluster",
     "events",
     "prepare",
+    "workers",
     "work",
     "coordinator",
     "progress",
@@ -86,7 +87,7 @@ def test_imports_go_one_way(name: str) -> None:
         ("Bio", {"sequences"}),
         ("rich", {"progress", "cli"}),
         ("click", {"cli", "options"}),
-        ("distributed", {"cluster", "work", "coordinator"}),
+        ("distributed", {"cluster", "workers", "work", "coordinator"}),
         ("xarray", {"dataset"}),
     ],
 )

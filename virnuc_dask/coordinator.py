@@ -26,6 +26,7 @@ from virnuc_dask.packing import cut_segments
 from virnuc_dask.prepare import Inputs, prepare
 from virnuc_dask.store import Store
 from virnuc_dask.work import Work
+from virnuc_dask.workers import Needs, preflight
 
 
 def run(
@@ -170,13 +171,25 @@ def _fill(
             spec.dimension,
         )
     )
-    work = Work(store, spec, config, emit, costs)
+    # Workers of our own have this process's packages, disk and weights; of others' who knows.
+    attached = client is not None or cluster != "local"
+    location = str(store.path.resolve())
+    needs = Needs.here(location, store.identity, spec, config.device) if attached else None
+    work = Work(store, spec, config, emit, costs, needs)
     if missing:
         with _signals(work), connection() as connected:
+            if needs:
+                _check_workers(connected, needs, work)
             work.drive(connected, missing)
     summary = _summarise(store, work, time.monotonic() - started)
     emit(summary)
     return summary
+
+
+def _check_workers(client: Client, needs: Needs, work: Work) -> None:
+    began = time.monotonic()
+    fit = preflight(client, needs, work.config.deadline_first, lambda: work.signal is not None)
+    work.emit(events.WorkersChecked(len(fit), time.monotonic() - began))
 
 
 def _summarise(store: Store, work: Work, seconds: float) -> RunSummary:

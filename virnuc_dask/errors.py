@@ -79,6 +79,24 @@ class DeviceLostError(VirnucError):
         return type(self), (self.worker, self.problem)
 
 
+class UnfitWorkerError(VirnucError):
+    """A worker that lacks what a run needs.
+
+    Parameters
+    ----------
+    worker : str
+        Its address.
+    lacks : tuple of str
+    """
+
+    def __init__(self, worker: str, lacks: tuple[str, ...]) -> None:
+        self.worker, self.lacks = worker, lacks
+        super().__init__(f"{worker}: {'; '.join(lacks)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.worker, self.lacks)
+
+
 class NotAStoreError(UsageError):
     """The path holds something else, or nothing."""
 

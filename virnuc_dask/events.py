@@ -67,6 +67,22 @@ class WorkersChanged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class WorkersChecked(Event):
+    """So many workers have the versions, the store, the weights and the device of this run."""
+
+    workers: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUnfit(Event):
+    """A worker that joined later lacks something; it is left alone."""
+
+    worker: str
+    lacks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkDone(Event):
     """A chunk is in the store.
 

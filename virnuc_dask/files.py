@@ -35,6 +35,28 @@ def write_durably(path: Path, content: Any) -> None:
     sync(path.parent)
 
 
+def probe(folder: Path) -> str | None:
+    """Write a file into a folder, read it and remove it.
+
+    Returns
+    -------
+    str, optional
+        What does not work, naming the folder.
+    """
+    file = folder / f"probe{owner_mark()}.partial"
+    content = os.urandom(16)
+    try:
+        try:
+            file.write_bytes(content)
+            if file.read_bytes() != content:
+                return f"{folder}: what is written is not what is read"
+        finally:
+            file.unlink(missing_ok=True)
+    except OSError as error:
+        return f"{folder}: cannot be written and read: {error.strerror}"
+    return None
+
+
 def owner_mark() -> str:
     """Part of a name that says which process is writing, and is never the same twice."""
     return f"~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"

@@ -172,6 +172,13 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
                 f" {_count(event.chunks, 'chunk')}, {event.present_chunks:,} done, {left:,} to"
                 f" compute with {event.model}"
             )
+        case events.WorkersChecked() if not quiet:
+            yield (
+                f"{_count(event.workers, 'worker')} checked in {_duration(event.seconds)}:"
+                " versions, store, weights, device"
+            )
+        case events.WorkerUnfit():
+            yield f"worker {event.worker} is left alone: {'; '.join(event.lacks)}"
         case events.WorkerLost():
             yield (
                 f"worker {event.worker} was lost; {_count(len(event.chunks), 'chunk')} of it"

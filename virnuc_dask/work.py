@@ -2,96 +2,49 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from collections import Counter, deque
 from collections.abc import Callable
-from concurrent.futures import CancelledError
-from contextlib import suppress
 from dataclasses import dataclass
 from heapq import heappop, heappush
 from queue import Empty, SimpleQueue
-from threading import Thread
 from typing import Any
 from uuid import uuid4
 
 from dask import delayed
-from distributed import Client, Future, Nanny, get_worker
+from distributed import Client, Future
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
-from virnuc_dask import __version__, events, retry
+from virnuc_dask import events, retry
 from virnuc_dask.config import ModelSpec, RunConfig, Status
 from virnuc_dask.embed import ChunkReport, embed_chunk
 from virnuc_dask.errors import (
     DeviceLostError,
     NotAStoreError,
     StoreError,
+    UnfitWorkerError,
     UsageError,
     VirnucError,
 )
 from virnuc_dask.events import Listener
 from virnuc_dask.isolate import Patience, embed_chunk_apart
 from virnuc_dask.store import Store
+from virnuc_dask.workers import (
+    TOPIC,
+    Needs,
+    describe_unfit,
+    embed_on_worker,
+    holder,
+    replace_process,
+)
 
 # Of the grace after a signal, this much is kept for closing the cluster.
 _CLOSING_S = 5.0
 _SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
-# Dask's topic under which workers say that they have begun with a chunk.
-_TOPIC = "virnuc-dask"
-
-
-def embed_on_worker(
-    version: str, key: str, embed: Callable[..., ChunkReport], *arguments: Any
-) -> ChunkReport:
-    """The task as a worker gets it.
-
-    Parameters
-    ----------
-    version : str
-        Of the coordinator's package.
-    key : str
-        Of the task.
-    embed : callable
-        `embed_chunk` or `embed_chunk_apart`, which the other arguments are for.
-
-    Raises
-    ------
-    UsageError
-        The worker has another version, which may give other rows.
-    DeviceLostError
-        The worker's process is of no use any more.
-    """
-    worker = get_worker()
-    if version != __version__:
-        raise UsageError(
-            f"worker {worker.address} has virnuc_dask {__version__}, this run {version}; rows of"
-            " one store must come from one version"
-        )
-    worker.log_event(_TOPIC, {"action": "started", "key": key, "worker": worker.address})
-    try:
-        return embed(*arguments)
-    except RuntimeError as error:
-        if retry.is_sticky(error):
-            raise DeviceLostError(worker.address, str(error)) from error
-        raise
-
-
-def _kill_process(client: Client, worker: str) -> None:
-    """Have a worker's nanny kill its process, and start another."""
-    with suppress(OSError, CancelledError):  # the client or the nanny is gone meanwhile
-        client.run(_kill_own_worker, workers=[worker], nanny=True, on_error="ignore")
-
-
-def _kill_own_worker(dask_worker: Nanny) -> None:
-    os.kill(dask_worker.pid, signal.SIGKILL)
-
-
-def _holder(client: Client, key: str) -> str | None:
-    """The worker that has a task and has not begun with it, if there is one."""
-    return next((w for w, keys in client.processing().items() if key in map(str, keys)), None)
+# A worker has threads beyond these for others: of one run, more do not help a device.
+_CHUNKS_PER_WORKER = 3
 
 
 @dataclass(slots=True)
@@ -114,9 +67,10 @@ class Work:
         config: RunConfig,
         emit: Listener,
         costs: dict[int, int],
+        needs: Needs | None = None,
     ) -> None:
         self.store, self.spec, self.config, self.emit = store, spec, config, emit
-        self.costs = costs
+        self.costs, self.needs = costs, needs
         self.reports: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.counted: set[int] = set()
@@ -132,6 +86,8 @@ class Work:
         self._pace = retry.Pace(config)
         # Workers that hang, or whose device is lost, until they are gone.
         self._useless: set[str] = set()
+        # Those that lack something, until they are gone.
+        self._unfit: dict[str, tuple[str, ...]] = {}
         self._submitted = 0
         self._todo: deque[int] = deque()
         # Chunks that failed, with the time at which they are tried again. Nobody waits for them.
@@ -146,7 +102,7 @@ class Work:
         """Have chunks computed until none is left, or a signal and its grace have passed."""
         self._todo.extend(missing)
         self._count_workers(client)
-        for topic in ("all", _TOPIC):
+        for topic in ("all", TOPIC):
             client.subscribe_topic(topic, self._on_event)
         began = time.monotonic()
         try:
@@ -176,7 +132,7 @@ class Work:
         finally:
             self.seconds = time.monotonic() - began
             if client.status == "running":
-                for topic in ("all", _TOPIC):
+                for topic in ("all", TOPIC):
                     client.unsubscribe_topic(topic)
                 client.cancel([attempt.future for attempt in self._running.values()], force=True)
             self._running.clear()
@@ -202,7 +158,7 @@ class Work:
                 )
                 embed, more = embed_chunk_apart, (patience,)
             task = delayed(embed_on_worker, pure=False)(
-                __version__,
+                self.needs,
                 key,
                 embed,
                 str(self.store.path.resolve()),
@@ -214,8 +170,8 @@ class Work:
                 dask_key_name=key,
             )
             elsewhere: dict[str, Any] = {}
-            if self._useless:
-                good = [worker for worker in client.nthreads() if worker not in self._useless]
+            if bad := self._useless | set(self._unfit):
+                good = [worker for worker in client.nthreads() if worker not in bad]
                 elsewhere = {"workers": good, "allow_other_workers": True}
             future = client.compute(task, **elsewhere)
             self._running[key] = _Attempt(chunk, future, time.monotonic())
@@ -240,6 +196,9 @@ class Work:
         except KilledWorker:
             # Dask itself gives up a task after some deaths. We do not: a death condemns no row.
             self._suspect(chunk)
+        except UnfitWorkerError as error:
+            self._set_aside(client, error)
+            heappush(self._later, (time.monotonic() + self.config.backoff, chunk))
         except DeviceLostError as error:
             self._replace(client, error.worker)
             self._deaths[chunk] += 1
@@ -315,6 +274,7 @@ class Work:
             return
         if message["action"] == "remove-worker":
             self._useless.discard(message["worker"])
+            self._unfit.pop(message["worker"], None)
         if message["action"] == "remove-worker" and not message.get("expected", False):
             keys = map(str, message.get("processing-tasks", ()))
             chunks = sorted(self._running[key].chunk for key in keys if key in self._running)
@@ -339,7 +299,7 @@ class Work:
             # The child processes of a suspect have deadlines of their own.
             if seconds <= allowed or chunk in self._suspects:
                 continue
-            worker = attempt.worker or _holder(client, key)
+            worker = attempt.worker or holder(client, key)
             if worker is None:  # there is no worker to begin with it
                 attempt.since = time.monotonic()
                 continue
@@ -362,10 +322,21 @@ class Work:
         if worker not in self._useless:
             self._useless.add(worker)
             if found["nanny"]:
-                # In a thread: a nanny that hangs too would not answer.
-                Thread(target=_kill_process, args=(client, worker), daemon=True).start()
+                replace_process(client, worker)
             self._count_workers(client)
         return found["nanny"] is not None
+
+    def _set_aside(self, client: Client, error: UnfitWorkerError) -> None:
+        """Leave a worker alone that lacks something, as long as there is another."""
+        if error.worker not in self._unfit:
+            self._unfit[error.worker] = error.lacks
+            self.emit(events.WorkerUnfit(error.worker, error.lacks))
+            self._count_workers(client)
+        if set(client.nthreads()) <= set(self._unfit):
+            raise VirnucError(
+                "no worker is left that can do this run; the same command goes on\n"
+                + describe_unfit(self._unfit)
+            )
 
     def _suspect_if_due(self, chunk: int) -> bool:
         due = self._deaths[chunk] >= self.config.suspect_after and chunk not in self._suspects
@@ -380,7 +351,9 @@ class Work:
         self._todo.appendleft(chunk)
 
     def _count_workers(self, client: Client) -> None:
-        threads = [n for w, n in client.nthreads().items() if w not in self._useless]
+        bad = self._useless | set(self._unfit)
+        threads = [n for worker, n in client.nthreads().items() if worker not in bad]
         # One chunk for each thread: what queues on a worker dies with it and gets the blame.
-        self._window = self.config.in_flight or max(1, sum(threads))
+        window = sum(min(n, _CHUNKS_PER_WORKER) for n in threads)
+        self._window = self.config.in_flight or max(1, window)
         self.emit(events.WorkersChanged(len(threads), sum(threads)))

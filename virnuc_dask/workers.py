@@ -1,0 +1,239 @@
+"""What is asked of workers: whether they are fit for a run, a chunk, and their own end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+from collections.abc import Callable
+from concurrent.futures import CancelledError
+from contextlib import suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from queue import Empty, SimpleQueue
+from threading import Thread
+from typing import Any
+
+from distributed import Client, Nanny, get_worker
+
+from virnuc_dask import __version__, retry
+from virnuc_dask.config import Identity, ModelSpec
+from virnuc_dask.embed import ChunkReport, get_encoder
+from virnuc_dask.errors import (
+    DeviceLostError,
+    UnfitWorkerError,
+    UsageError,
+    VirnucError,
+)
+from virnuc_dask.files import probe
+from virnuc_dask.store import Store
+
+# Dask's topic under which workers say that they have begun with a chunk.
+TOPIC = "virnuc-dask"
+# Once one worker has answered, the others get this long, and twice as long as it took.
+_STRAGGLERS_S = 30.0
+# What this process was found to be fit for.
+_met: set[Needs] = set()
+
+
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a worker must have for a run.
+
+    Attributes
+    ----------
+    path : str
+        The store, which the worker must be able to read and write.
+    identity : Identity
+        What must be there.
+    spec : ModelSpec
+        The model; the worker must find weights of the same digest.
+    device : str
+        A torch device that it must have.
+    versions : tuple of (str, str)
+        Packages of which it must have the same, for rows of one store must come from one version.
+    """
+
+    path: str
+    identity: Identity
+    spec: ModelSpec
+    device: str
+    versions: tuple[tuple[str, str], ...]
+
+    @classmethod
+    def here(cls, path: str, identity: Identity, spec: ModelSpec, device: str) -> Needs:
+        """With this process's versions."""
+        return cls(path, identity, spec, device, _versions())
+
+
+def _versions() -> tuple[tuple[str, str], ...]:
+    return ("virnuc_dask", __version__), *(
+        (name, _found(name)) for name in ("zarr", "torch", "fair-esm")
+    )
+
+
+def _found(package: str) -> str:
+    try:
+        # A build for another device, 2.13.0+cu130, is the same version.
+        return version(package).partition("+")[0]
+    except PackageNotFoundError:
+        return "none"
+
+
+def shortcomings(needs: Needs) -> tuple[str, ...]:
+    """What this process lacks. One that lacks nothing has the model in memory by then."""
+    if needs in _met:
+        return ()
+    here = dict(_versions())
+    found = [
+        f"{name} {here[name]}, this run {ours}"
+        for name, ours in needs.versions
+        if here[name] != ours
+    ]
+    try:
+        store = Store(needs.path)
+        if store.identity != needs.identity:
+            found.append(f"{needs.path}: another store")
+        elif problem := probe(store.path):
+            found.append(problem)
+    except VirnucError as error:
+        found.append(str(error))
+    try:
+        get_encoder(needs.spec, needs.device)
+    except VirnucError as error:
+        found.append(str(error))
+    except Exception as error:
+        # A missing driver, no memory, a torch that is broken: whatever it is, there is no encoder.
+        found.append(f"cannot load the model on {needs.device}: {type(error).__name__}: {error}")
+    if not found:
+        _met.add(needs)
+    return tuple(found)
+
+
+async def _shortcomings(needs: Needs) -> tuple[str, ...]:
+    # In a thread: weights take long to read, and the worker's loop has to go on.
+    return await asyncio.to_thread(shortcomings, needs)
+
+
+def preflight(
+    client: Client, needs: Needs, patience: float, is_stopped: Callable[[], bool]
+) -> list[str]:
+    """Ask all workers at once whether they are fit, before any of them gets a chunk.
+
+    One that does not answer is asked again before its first chunk, as one that joins later is.
+
+    Parameters
+    ----------
+    client : distributed.Client
+    needs : Needs
+    patience : float
+        Seconds until one must have answered.
+    is_stopped : callable
+        Looked at often; ends the waiting.
+
+    Returns
+    -------
+    list of str
+        Addresses of those that are fit.
+
+    Raises
+    ------
+    UsageError
+        Some are not: all of them, each with all that it lacks.
+    VirnucError
+        None answers.
+    """
+    answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
+    asked = list(client.nthreads())
+    for worker in asked:
+        # Threads that nobody waits for: a worker that hangs does not answer.
+        Thread(target=_ask, args=(client, worker, needs, answers), daemon=True).start()
+    began = time.monotonic()
+    until = began + patience
+    found: dict[str, tuple[str, ...]] = {}
+    while len(found) < len(asked) and not is_stopped() and time.monotonic() < until:
+        try:
+            worker, answer = answers.get(timeout=0.2)
+        except Empty:
+            continue
+        found[worker] = answer
+        until = min(until, began + 3 * (time.monotonic() - began) + _STRAGGLERS_S)
+    unfit = {worker: lacks for worker, lacks in found.items() if lacks}
+    if unfit:
+        raise UsageError(
+            f"{len(unfit)} of {len(asked)} workers cannot do this run; nothing was computed\n"
+            + describe_unfit(unfit)
+        )
+    if asked and not found and not is_stopped():
+        raise VirnucError(f"no worker has answered within {patience:.0f} s")
+    return list(found)
+
+
+def _ask(client: Client, worker: str, needs: Needs, answers: SimpleQueue[tuple[str, Any]]) -> None:
+    with suppress(OSError, CancelledError):  # gone meanwhile, or the client is
+        answer = client.run(_shortcomings, needs, workers=[worker], on_error="return")[worker]
+        if isinstance(answer, OSError):
+            return
+        if isinstance(answer, Exception):
+            # A package too old to know the question, most likely.
+            answer = (f"{type(answer).__name__}: {answer}",)
+        answers.put((worker, answer))
+
+
+def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:
+    """What each of some workers lacks, a line each."""
+    return "\n".join(f"  {worker}  {lack}" for worker, lacks in unfit.items() for lack in lacks)
+
+
+def embed_on_worker(
+    needs: Needs | None, key: str, embed: Callable[..., ChunkReport], *arguments: Any
+) -> ChunkReport:
+    """The task as a worker gets it.
+
+    Parameters
+    ----------
+    needs : Needs, optional
+        Looked at before the process's first chunk. None where a worker cannot lack anything.
+    key : str
+        Of the task.
+    embed : callable
+        `embed_chunk` or `embed_chunk_apart`, which the other arguments are for.
+
+    Raises
+    ------
+    UnfitWorkerError
+        The worker lacks something that others may have.
+    DeviceLostError
+        The worker's process is of no use any more.
+    """
+    worker = get_worker()
+    worker.log_event(TOPIC, {"action": "started", "key": key, "worker": worker.address})
+    if needs is not None and (lacks := shortcomings(needs)):
+        raise UnfitWorkerError(worker.address, lacks)
+    try:
+        return embed(*arguments)
+    except RuntimeError as error:
+        if retry.is_sticky(error):
+            raise DeviceLostError(worker.address, str(error)) from error
+        raise
+
+
+def holder(client: Client, key: str) -> str | None:
+    """The worker that has a task and has not begun with it, if there is one."""
+    return next((w for w, keys in client.processing().items() if key in map(str, keys)), None)
+
+
+def replace_process(client: Client, worker: str) -> None:
+    """Have a worker's nanny kill its process, and start another; return at once."""
+    # In a thread: a nanny that hangs too would not answer.
+    Thread(target=_replace_process, args=(client, worker), daemon=True).start()
+
+
+def _replace_process(client: Client, worker: str) -> None:
+    with suppress(OSError, CancelledError):  # the client or the nanny is gone meanwhile
+        client.run(_kill_own_worker, workers=[worker], nanny=True, on_error="ignore")
+
+
+def _kill_own_worker(dask_worker: Nanny) -> None:
+    os.kill(dask_worker.pid, signal.SIGKILL)
