@@ -151,7 +151,7 @@ def test_workers_refuse_other_weights_under_the_same_name(
     data["model"]["layers.0.fc1.bias"] += 1
     torch.save(data, weights)
     client.restart()  # the old weights are still in the workers' memory
-    with pytest.raises(ModelError, match="this worker has weights"):
+    with pytest.raises(UsageError, match=r"2 of 2 workers .*\n.*this worker has weights"):
         virnuc_dask.resume(tmp_path / "a.zarr", client=client)
     assert not store.has_files(0)
     # The weights were moved: resume takes them from where they are now, if they are the same.
@@ -247,6 +247,7 @@ def test_events_say_everything_as_json(tmp_path: Path, client: Any) -> None:
         "reading",
         "input_read",
         "run_started",
+        "workers_checked",
         "workers_changed",
         "chunk_done",
         "run_summary",
