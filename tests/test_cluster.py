@@ -11,20 +11,24 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import torch
 from conftest import ROOT, Cli, Maker
 from dask.system import CPU_COUNT
-from harness import assert_ledger
+from harness import Run, assert_ledger, finished_chunks
 from models import random_network, save_network
 
 import virnuc_dask
 from virnuc_dask import RunConfig, __version__, events, faults, integrity, workers
-from virnuc_dask.cluster import connect
-from virnuc_dask.errors import VirnucError
+from virnuc_dask.cluster import connect, resolve
+from virnuc_dask.config import Shard
+from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.store import Store
 
 
@@ -86,6 +90,48 @@ def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
         # As the process was started with: later is too late for malloc.
         assert "MALLOC_TRIM_THRESHOLD_=1073741824" in environment
         assert "MALLOC_MMAP_THRESHOLD_=33554432" in environment
+
+
+def test_gpus_that_are_not_there_are_a_clear_error(awkward: Path, tmp_path: Path, cli: Cli) -> None:
+    refused = cli(
+        *("run", awkward, "out.zarr", "--cluster", "local-cuda"),
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert refused.returncode == 2
+    assert "--cluster local" in refused.stderr
+    what = "torch finds no GPU" if find_spec("dask_cuda") else "pip install 'virnuc_dask[cuda]'"
+    assert what in refused.stderr
+    assert "Traceback" not in refused.stderr
+    # Said before the input is read.
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_auto_is_what_there_is() -> None:
+    assert resolve("auto") == ("local-cuda" if torch.cuda.is_available() else "local")
+    assert resolve("tcp://127.0.0.1:8786") == "tcp://127.0.0.1:8786"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("dask_cuda") is None, reason="needs dask-cuda")
+def test_gpus_embed_and_a_killed_worker_costs_nothing(peptides: Path, tmp_path: Path) -> None:
+    seen: list[events.Event] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.ChunkDone) and not any(
+            isinstance(earlier, events.ChunkDone) for earlier in seen
+        ):
+            os.kill(event.pid, signal.SIGKILL)
+        seen.append(event)
+
+    options = {"cluster": "local-cuda", "precision": "float32", "rows_per_chunk": 64}
+    summary = virnuc_dask.run(peptides, tmp_path / "gpu.zarr", listener=listen, **options)
+    assert (summary.exit_code, summary.workers_lost) == (0, 1)
+    virnuc_dask.run(peptides, tmp_path / "cpu.zarr", precision="float32", rows_per_chunk=64)
+    found, expected = (
+        virnuc_dask.open_store(tmp_path / f"{name}.zarr").embedding.values
+        for name in ("gpu", "cpu")
+    )
+    assert np.abs(found - expected).max() <= 1e-4 * np.linalg.norm(expected, axis=1).max()
 
 
 def test_nothing_listens_beyond_loopback() -> None:
@@ -278,3 +324,69 @@ def test_workers_can_verify(make_store: Maker, peptides: Path, client: Any) -> N
     assert there.checked == store.chunk_count
     # It was they who read: a chunk's check is a task of its module.
     assert client.run(lambda: integrity.__name__ in sys.modules)
+
+
+# --- shards ---
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "shard"),
+    [
+        (None, {}, Shard(1, 1)),
+        ("3/16", {}, Shard(3, 16)),
+        ("slurm", {"TASK_ID": 0, "TASK_MIN": 0, "TASK_STEP": 1, "TASK_COUNT": 4}, Shard(1, 4)),
+        ("slurm", {"TASK_ID": 7, "TASK_MIN": 1, "TASK_STEP": 2, "TASK_COUNT": 4}, Shard(4, 4)),
+    ],
+)
+def test_shards_are_read(text: str | None, environment: dict[str, int], shard: Shard) -> None:
+    names = {f"SLURM_ARRAY_{name}": str(value) for name, value in environment.items()}
+    assert Shard.parse(text, names) == shard
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "message"),
+    [
+        ("0/4", {}, "must be 1 to 4"),
+        ("5/4", {}, "must be 1 to 4"),
+        ("1", {}, "neither such as 3/16 nor slurm"),
+        ("a/b", {}, "neither such as 3/16 nor slurm"),
+        ("slurm", {}, "no task of an array job"),
+        # --array=1,2,9: what is left out would be computed by nobody.
+        ("slurm", {"TASK_ID": 9, "TASK_MIN": 1, "TASK_STEP": 1, "TASK_COUNT": 3}, "must be 1 to 3"),
+    ],
+)
+def test_shards_that_are_none_are_refused(
+    text: str, environment: dict[str, int], message: str
+) -> None:
+    names = {f"SLURM_ARRAY_{name}": str(value) for name, value in environment.items()}
+    with pytest.raises(UsageError, match=message):
+        Shard.parse(text, names)
+
+
+def test_every_chunk_is_in_one_shard_of_so_many() -> None:
+    shards = [Shard(index, 7) for index in range(1, 8)]
+    assert all(sum(shard.holds(chunk) for shard in shards) == 1 for chunk in range(100))
+
+
+def test_runs_with_no_contact_fill_one_store(
+    make_store: Maker, peptides: Path, tmp_path: Path
+) -> None:
+    """Two shards at once, that both find no store; one of them overlaps a third."""
+    whole = make_store(peptides, "whole.zarr")
+    path = tmp_path / "out.zarr"
+    common = ("--rows-per-chunk", 32, "--repr-layer", 0, "--workers", 1)
+    runs = [Run("run", peptides, path, *common, "--shard", f"{n}/3") for n in (1, 3)]
+    assert [run.finish() for run in runs] == [0, 0]
+    store = Store(path)
+    for run, first in zip(runs, (0, 2), strict=True):
+        mine = list(range(first, store.chunk_count, 3))
+        assert sorted(run.computed()) == mine
+        assert run.events[-1]["missing"] == {}
+    assert np.flatnonzero(~store.present()).tolist() == list(range(1, store.chunk_count, 3))
+    before = finished_chunks(store)
+    last = Run("run", peptides, path, *common, "--shard", "2/3")
+    overlapping = Run("resume", path, "--workers", 1, "--shard", "1/2")
+    assert (last.finish(), overlapping.finish()) == (0, 0)
+    assert last.events[-1]["elsewhere"] == 0
+    assert before.items() <= finished_chunks(store).items()
+    assert_ledger(store, whole)

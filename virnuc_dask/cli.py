@@ -269,5 +269,7 @@ def _show_summary(summary: RunSummary) -> None:
         for chunk, error in islice(summary.missing.items(), _LISTED):
             click.echo(f"  chunk {chunk} is missing: {error}")
         click.echo(f"go on with: virnuc-dask resume {summary.store}")
+    elif summary.elsewhere:
+        click.echo(f"this shard is done; {summary.elsewhere:,} chunks of others are not yet")
     else:
         click.echo(f'open with: virnuc_dask.open_store("{summary.store}")')

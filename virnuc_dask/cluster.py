@@ -1,13 +1,17 @@
-"""How a Dask client is made: a cluster of this machine's cores, or one that runs already."""
+"""How a Dask client is made: this machine's cores or GPUs, or a cluster that runs already."""
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
@@ -18,11 +22,14 @@ from distributed.worker import Worker
 from virnuc_dask.config import RunConfig
 from virnuc_dask.errors import UsageError, VirnucError
 
-# Two threads, so that one chunk is read or written while the other is computed.
+# So that one chunk is read or written while another is computed. A GPU is too fast for one helper.
 THREADS_PER_WORKER = 2
+THREADS_PER_GPU = 3
 _START_S = 120
 _STARTS = 3
 _DEFAULT = RunConfig()
+# Clusters that are started and closed here.
+OWN = ("local", "local-cuda")
 
 
 @contextmanager
@@ -34,40 +41,48 @@ def connect(
     Parameters
     ----------
     cluster : str
-        ``local``: one process per worker on this machine, closed afterwards. Otherwise the address
-        or the scheduler file of a running scheduler, which is left as it is.
+        ``local`` or ``local-cuda``: one process for each core or GPU of this machine, closed
+        afterwards; ``auto``: whichever there is. Otherwise the address or the scheduler file of a
+        running scheduler, which is left as it is.
     workers : int, optional
-        Workers of a local cluster; default: one for each core.
+        Workers of a local cluster; default: one for each core, or each visible GPU.
     config : RunConfig, optional
         Its TLS files are for a scheduler that runs already.
 
     Raises
     ------
     UsageError
-        A name that means nothing, or a scheduler that does not answer.
+        A name that means nothing, a scheduler that does not answer, or GPUs that are not there.
     VirnucError
         Workers that do not come.
     """
-    if cluster == "local":
-        count = workers or CPU_COUNT
-        if count < 1:
-            raise UsageError(f"workers must be at least 1, not {count}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers must be at least 1, not {workers}")
+    cluster = resolve(cluster)
+    if cluster in OWN:
+        start = (
+            partial(_start_gpus, workers)
+            if cluster == "local-cuda"
+            else partial(_start_cores, workers or CPU_COUNT)
+        )
         with (
             dask.config.set({**_MALLOC, **_KEEP_PLACES}),
-            _start_workers(count) as local,
+            _started(start) as local,
             Client(local, set_as_default=False) as client,
         ):
             client.register_plugin(_IgnoreInterrupt())
-            _await_workers(client, count)
+            _await_workers(client, len(local.worker_spec))
             yield client
         return
     if workers is not None:
-        raise UsageError("the number of workers can be chosen only with --cluster local")
+        raise UsageError(
+            "the number of workers can be chosen only with --cluster local and local-cuda"
+        )
     is_file = Path(cluster).is_file()
     if not (is_file or "://" in cluster):
         raise UsageError(
-            f"cluster {cluster!r}: neither 'local', nor an address such as tcp://host:8786, nor a"
-            " scheduler file"
+            f"cluster {cluster!r}: neither {', '.join(OWN)} or auto, nor an address such as"
+            " tcp://host:8786, nor a scheduler file"
         )
     try:
         # Not Dask's own `scheduler_file`, which tries for a minute what can never work.
@@ -82,29 +97,95 @@ def connect(
         yield client
 
 
-def _start_workers(count: int) -> LocalCluster:
-    threads = str(max(1, CPU_COUNT // count))
+def resolve(cluster: str) -> str:
+    """What ``auto`` means on this machine; any other cluster is itself.
+
+    Raises
+    ------
+    UsageError
+        ``local-cuda``, but there is no GPU, or no dask-cuda.
+    """
+    if cluster == "local-cuda":
+        _gpu_cluster()
+    if cluster != "auto":
+        return cluster
+    return "local-cuda" if visible_gpus() and find_spec("dask_cuda") else "local"
+
+
+def visible_gpus() -> list[str]:
+    """GPUs of this machine, as CUDA_VISIBLE_DEVICES names them, or would."""
+    import torch
+
+    # Asks the driver and starts nothing on a device.
+    count = torch.cuda.device_count()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+def _started(start: Callable[[], LocalCluster]) -> LocalCluster:
     for _ in range(_STARTS):
         try:
-            return LocalCluster(
-                n_workers=count,
-                threads_per_worker=THREADS_PER_WORKER,
-                processes=True,
-                # Anything else than an address listens on all interfaces.
-                host="127.0.0.1",
-                dashboard_address="127.0.0.1:0",
-                # Dask would kill a worker at its share of the memory, however much is free.
-                memory_limit=0,
-                # Torch obeys the smaller of the two, and Dask sets both to 1.
-                env=dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
-                silence_logs=logging.CRITICAL,
-            )
+            return start()
         except RuntimeError as error:
             # A worker that dies before it has ever run takes the cluster with it, unlike later.
             cause = error
     raise VirnucError(
         f"the workers did not start, {_STARTS} times: {cause} Are they killed for want of memory?"
     ) from cause
+
+
+_ON_THIS_MACHINE: dict[str, Any] = {
+    # Anything else than an address listens on all interfaces.
+    "host": "127.0.0.1",
+    "dashboard_address": "127.0.0.1:0",
+    # Dask would kill a worker at its share of the memory, however much is free.
+    "memory_limit": 0,
+    "silence_logs": logging.CRITICAL,
+}
+
+
+def _start_cores(count: int) -> LocalCluster:
+    threads = str(max(1, CPU_COUNT // count))
+    return LocalCluster(
+        n_workers=count,
+        threads_per_worker=THREADS_PER_WORKER,
+        processes=True,
+        # Torch obeys the smaller of the two, and Dask sets both to 1.
+        env=dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), threads),
+        **_ON_THIS_MACHINE,
+    )
+
+
+def _gpu_cluster() -> Callable[..., LocalCluster]:
+    """dask-cuda's cluster, if there is anything for it."""
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        raise UsageError(
+            f"--cluster local-cuda needs dask-cuda ({error}): pip install 'virnuc_dask[cuda]', or"
+            " [cuda12] for CUDA 12. Without a GPU: --cluster local"
+        ) from error
+    if not visible_gpus():
+        raise UsageError(
+            "--cluster local-cuda: torch finds no GPU here. Is it a build for CUDA, is there a"
+            " driver, what does CUDA_VISIBLE_DEVICES say? Without a GPU: --cluster local"
+        )
+    return LocalCUDACluster  # type: ignore[no-any-return]
+
+
+def _start_gpus(count: int | None) -> LocalCluster:
+    """One worker for each visible GPU, or for the first so many."""
+    gpus = visible_gpus()
+    count = count or len(gpus)
+    if count > len(gpus):
+        raise UsageError(f"--cluster local-cuda: {count} workers, but {len(gpus)} visible GPU(s)")
+    return _gpu_cluster()(
+        CUDA_VISIBLE_DEVICES=gpus[:count],
+        threads_per_worker=THREADS_PER_GPU,
+        # Arrays stay in the worker that made them: there is nothing to spill.
+        device_memory_limit=None,
+        **_ON_THIS_MACHINE,
+    )
 
 
 def _security(address: str, config: RunConfig) -> Security:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
 from math import log2
@@ -211,7 +212,11 @@ class RunConfig:
     verify : bool
         Decode every chunk that is already present before trusting it.
     device : str
-        Torch device that the workers compute on.
+        Torch device that the workers compute on; ``auto``: a GPU with ``local-cuda``, else a CPU.
+    shard : str, optional
+        ``i/n``: of the missing chunks only every n-th, beginning with the i-th, counted from 1, so
+        that n runs share the work of one store with no contact. ``slurm``: i and n are those of
+        the SLURM array job that this process is a task of.
     tls_ca_file, tls_cert, tls_key : str, optional
         For a scheduler at ``tls://``: PEM files of the authority to trust, and of this client's
         certificate and key. Default: what Dask's own configuration says.
@@ -226,7 +231,8 @@ class RunConfig:
     grace: float = 30.0
     in_flight: int | None = None
     verify: bool = False
-    device: str = "cpu"
+    device: str = AUTO
+    shard: str | None = None
     tls_ca_file: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None
@@ -246,6 +252,44 @@ class RunConfig:
             value, bound = getattr(self, name), least.get(name, 0)
             if value is not None and not value >= bound:
                 raise UsageError(f"{name} must be at least {bound}, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A share of a store's chunks: every `count`-th, from the `index`-th on, counted from 1."""
+
+    index: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str | None, environment: Mapping[str, str]) -> Shard:
+        """Read ``3/16``, or ``slurm`` with the environment of an array job's task.
+
+        Raises
+        ------
+        UsageError
+            Neither, or an index outside its range.
+        """
+        if text is None:
+            return cls()
+        try:
+            if text == "slurm":
+                names = ("TASK_ID", "TASK_MIN", "TASK_STEP", "TASK_COUNT")
+                task, first, step, count = (int(environment[f"SLURM_ARRAY_{n}"]) for n in names)
+                index = (task - first) // step + 1
+            else:
+                index, count = map(int, text.split("/"))
+        except KeyError as error:
+            raise UsageError(f"shard slurm: this is no task of an array job: no {error}") from error
+        except ValueError as error:
+            raise UsageError(f"shard {text!r}: neither such as 3/16 nor slurm") from error
+        if not 1 <= index <= count:
+            raise UsageError(f"shard {index}/{count}: the first must be 1 to {count}")
+        return cls(index, count)
+
+    def holds(self, chunk: int) -> bool:
+        """Whether a chunk is of this share."""
+        return chunk % self.count == self.index - 1
 
 
 def precision_on(device: str, precision: Precision | Literal["auto"]) -> Precision:

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,8 +18,8 @@ import numpy as np
 from distributed import Client
 
 from virnuc_dask import events
-from virnuc_dask.cluster import connect
-from virnuc_dask.config import ModelSpec, RunConfig, Settings, Status
+from virnuc_dask.cluster import connect, resolve
+from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.errors import StoreError
 from virnuc_dask.events import Listener, RunSummary
@@ -27,6 +28,9 @@ from virnuc_dask.prepare import Inputs, prepare
 from virnuc_dask.store import Store
 from virnuc_dask.work import Work
 from virnuc_dask.workers import Needs, preflight
+
+# For a cluster that a client brings along.
+_ATTACHED = "a client's"
 
 
 def run(
@@ -57,9 +61,10 @@ def run(
     client : distributed.Client, optional
         Whose workers to use. They must see the store at the same path. Left open.
     cluster : str
-        Without a client: ``local``, a scheduler's address, or a scheduler file.
+        Without a client: ``local``, ``local-cuda``, ``auto``, a scheduler's address, or a scheduler
+        file.
     workers : int, optional
-        Processes of a local cluster; default: one for each core.
+        Processes of a local cluster; default: one for each core, or GPU.
     config : RunConfig, optional
         Operational settings.
     listener : callable, optional
@@ -89,8 +94,8 @@ def run(
     """
     started = time.monotonic()
     emit = listener or _silence
-    config = config or RunConfig()
     chosen = Settings(model=model, **settings)
+    cluster, config = _settle(client, cluster, config)
     opened, spec = prepare(inputs, store, chosen, emit, config.device)
     return _fill(opened, spec, client, cluster, workers, config, emit, started)
 
@@ -130,7 +135,17 @@ def resume(
         identity.pooling,
         identity.precision,
     )
+    cluster, config = _settle(client, cluster, config)
     return _fill(opened, spec, client, cluster, workers, config, listener or _silence, started)
+
+
+def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:
+    """The cluster and the device instead of ``auto``; what is wrong is said before any work."""
+    cluster = resolve(cluster) if client is None else _ATTACHED
+    config = config or RunConfig()
+    Shard.parse(config.shard, os.environ)
+    device = "cuda" if cluster == "local-cuda" else "cpu"
+    return cluster, replace(config, device=device) if config.device == AUTO else config
 
 
 def _fill(
@@ -139,12 +154,12 @@ def _fill(
     client: Client | None,
     cluster: str,
     workers: int | None,
-    config: RunConfig | None,
+    config: RunConfig,
     emit: Listener,
     started: float,
 ) -> RunSummary:
-    """Compute the missing chunks of a store."""
-    config = config or RunConfig()
+    """Compute the missing chunks of a store, or of its shard."""
+    shard = Shard.parse(config.shard, os.environ)
 
     def connection() -> AbstractContextManager[Client]:
         return connect(cluster, workers, config) if client is None else nullcontext(client)
@@ -155,7 +170,7 @@ def _fill(
         if report.sequences is not None:
             raise StoreError(f"{store.path}: {report.sequences}")
     present = store.present()
-    missing = [int(chunk) for chunk in np.flatnonzero(~present)]
+    missing = [chunk for chunk in np.flatnonzero(~present).tolist() if shard.holds(chunk)]
     costs = _residues_to_encode(store) if missing else {}
     # The longest first: one that starts last would leave the other workers idle at the end.
     missing.sort(key=lambda chunk: -costs[chunk])
@@ -172,7 +187,7 @@ def _fill(
         )
     )
     # Workers of our own have this process's packages, disk and weights; of others' who knows.
-    attached = client is not None or cluster != "local"
+    attached = cluster != "local"
     location = str(store.path.resolve())
     needs = Needs.here(location, store.identity, spec, config.device) if attached else None
     work = Work(store, spec, config, emit, costs, needs)
@@ -181,7 +196,7 @@ def _fill(
             if needs:
                 _check_workers(connected, needs, work)
             work.drive(connected, missing)
-    summary = _summarise(store, work, time.monotonic() - started)
+    summary = _summarise(store, work, shard, time.monotonic() - started)
     emit(summary)
     return summary
 
@@ -192,13 +207,14 @@ def _check_workers(client: Client, needs: Needs, work: Work) -> None:
     work.emit(events.WorkersChecked(len(fit), time.monotonic() - began))
 
 
-def _summarise(store: Store, work: Work, seconds: float) -> RunSummary:
+def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSummary:
     """Counts of the whole store: from the reports, and from `status` where there is none."""
     present = store.present()
     counts = Counter(work.counts)
     unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]
     counts.update(count_states(store, unread))
-    missing = {int(c): work.errors.get(int(c), "not computed") for c in np.flatnonzero(~present)}
+    absent = np.flatnonzero(~present).tolist()
+    missing = {c: work.errors.get(c, "not computed") for c in absent if shard.holds(c)}
     if pending := store.records - store.rows_in(np.flatnonzero(present)):
         counts[Status.PENDING.meaning] = pending
     return RunSummary(
@@ -210,6 +226,7 @@ def _summarise(store: Store, work: Work, seconds: float) -> RunSummary:
         work.reports["rows"],
         work.reports["residues"],
         missing,
+        len(absent) - len(missing),
         work.retries,
         work.workers_lost,
         work.seconds,

@@ -167,7 +167,9 @@ class RunSummary(Event):
     computed_chunks, computed_rows, computed_residues : int
         What this run did; residues as encoded, truncated or covered by windows.
     missing : dict of int to str
-        Chunks that are not done, with the last error where there was one.
+        Chunks that are not done, with the last error where there was one; of a shard, its own.
+    elsewhere : int
+        Chunks that are not done and belong to other shards.
     retries, workers_lost : int
     seconds : float
         From the first chunk's submission to the last report, workers' start excluded.
@@ -187,6 +189,7 @@ class RunSummary(Event):
     computed_rows: int
     computed_residues: int
     missing: dict[int, str]
+    elsewhere: int
     retries: int
     workers_lost: int
     seconds: float
@@ -201,7 +204,7 @@ class RunSummary(Event):
 
     @property
     def complete(self) -> bool:
-        """Whether every row has its final state."""
+        """Whether every row has its final state, or every row of the shard."""
         return not self.missing
 
     @property

@@ -85,12 +85,25 @@ work_options = _options(
         "--cluster",
         default="local",
         show_default=True,
-        help="local, a scheduler's address, or a scheduler.json.",
+        help="local (this machine's cores), local-cuda (its GPUs), auto (GPUs if there are any), a"
+        " scheduler's address, or a scheduler.json.",
     ),
     click.option(
-        "--workers", type=click.IntRange(1), help="Local worker processes.  [default: one a core]"
+        "--workers",
+        type=click.IntRange(1),
+        help="Local worker processes.  [default: one a core, or a GPU]",
     ),
-    click.option("--device", default=_defaults.device, show_default=True, help="Torch device."),
+    click.option(
+        "--device",
+        default=_defaults.device,
+        show_default=True,
+        help="Torch device of the workers. auto: cuda with local-cuda, else cpu.",
+    ),
+    click.option(
+        "--shard",
+        help="i/n: compute every n-th chunk, from the i-th on; other runs on the same store do the"
+        " rest. slurm: as the array job says.",
+    ),
     _setting(
         "attempts",
         click.IntRange(1),
