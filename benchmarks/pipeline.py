@@ -1,6 +1,10 @@
-"""What the pipeline costs beside the bare encoder loop, measured together, turn by turn.
+"""What the pipeline costs beside the bare encoder loop, and how it grows; measured turn by turn.
 
-    python -m benchmarks.pipeline
+    python -m benchmarks.pipeline bare       beside the bare encoder loop, same work, same run
+    python -m benchmarks.pipeline workers    one worker against two, of one thread each
+    python -m benchmarks.pipeline chunks     100,000 chunks of nothing: Dask, coordinator, memory
+    python -m benchmarks.pipeline scan       resume and status of 100,000 present chunks
+    python -m benchmarks.pipeline gpu        one GPU with 1, 2 and 3 threads
 
 The work is the examples' real sequences through ESM-2 8M with random weights, which cost the same
 as trained ones. *Bare*: as many processes as there are workers, each with the encoder in memory
@@ -21,81 +25,97 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from statistics import median
 
+import dask
 import numpy as np
 import psutil
 import torch
+from distributed import Client, LocalCluster
 
 from tests.models import random_network, save_network
-from virnuc_dask import run
-from virnuc_dask.config import ModelSpec, Settings
-from virnuc_dask.embed import embed_rows
+from virnuc_dask import cluster, events, resume, run, work
+from virnuc_dask.cluster import MALLOC
+from virnuc_dask.config import Identity, ModelSpec, Settings
+from virnuc_dask.embed import ChunkReport, embed_chunk, embed_rows
+from virnuc_dask.embed import Rows as EmbeddedRows
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
 
+Rows = list[tuple[str, str]]
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--rows-per-chunk", type=int, default=64)
+    parser.add_argument("--chunks", type=int, default=100_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        weights, peptides = work / "esm2_8m_random.pt", work / "orfs.faa"
-        save_network(random_network(6, 320, 20), weights)
-        with peptides.open("w") as file:
-            script = [sys.executable, EXAMPLES / "lambda_orfs.py", EXAMPLES / "lambda_virus.fa.gz"]
-            subprocess.run(script, stdout=file, check=True)
-        inputs = [peptides, EXAMPLES / "viral_proteins.faa.gz"]
-        settings = Settings(model=str(weights), rows_per_chunk=arguments.rows_per_chunk)
-        store, model = prepare(inputs, work / "bare.zarr", settings, lambda _event: None)
+        rows = PARTS[arguments.part](Path(folder), arguments)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}\n")
+    print("| what | measured |\n|---|---|")
+    for name, value in rows:
+        print(f"| {name} | {value} |")
 
-        bare, whole, peaks = [], [], []
-        for number in range(arguments.repeats):
-            bare.append(store.records / bare_loop(store, model, arguments.workers))
-            with PeakMemory() as peak:
-                summary = run(
-                    inputs,
-                    work / f"run{number}.zarr",
-                    model=str(weights),
-                    workers=arguments.workers,
-                    rows_per_chunk=arguments.rows_per_chunk,
-                )
-            assert summary.complete
-            whole.append(summary.computed_rows / summary.seconds)
-            peaks.append(peak)
-        done = work / "run0.zarr"
-        size = sum(f.stat().st_size for f in (done / "embedding").iterdir())
-        everything = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
 
-        print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__},")
-        print(f"{store.records} sequences, {summary.computed_residues} residues, ESM-2 8M float32,")
-        print(
-            f"{arguments.workers} workers, {store.chunk_count} chunks, {arguments.repeats} turns\n"
-        )
-        rows = [
-            ("bare encoder loop, sequences/s", f"{median(bare):.1f}"),
-            ("run, sequences/s", f"{median(whole):.1f}"),
-            ("run / bare", ratio(whole, bare)),
-            ("store, bytes per row", f"{everything / store.records:,.0f}"),
-            ("embedding, bytes per row", f"{size / store.records:,.0f} of {4 * model.dimension:,}"),
-            ("peak RSS of the coordinator", f"{max(p.own for p in peaks) / 2**20:,.0f} MiB"),
-            ("peak RSS of a worker", f"{max(p.child for p in peaks) / 2**20:,.0f} MiB"),
-            (f"resume scan, {store.chunk_count} chunks", f"{scan_ms(Store(done)):.2f} ms"),
-            ("resume scan, 100,000 chunks", f"{scan_ms(large_store(work)):.0f} ms"),
-        ]
-        print("| what | measured |\n|---|---|")
-        for name, value in rows:
-            print(f"| {name} | {value} |")
+def real_work(folder: Path) -> tuple[Path, list[Path]]:
+    """Random weights of ESM-2 8M, and 1,677 real sequences."""
+    weights, peptides = folder / "esm2_8m_random.pt", folder / "orfs.faa"
+    save_network(random_network(6, 320, 20), weights)
+    with peptides.open("w") as file:
+        script = [sys.executable, EXAMPLES / "lambda_orfs.py", EXAMPLES / "lambda_virus.fa.gz"]
+        subprocess.run(script, stdout=file, check=True)
+    return weights, [peptides, EXAMPLES / "viral_proteins.faa.gz"]
+
+
+# --- beside the bare encoder loop ---
+
+
+def beside_bare(folder: Path, arguments: argparse.Namespace) -> Rows:
+    """The run against the loop, in turns."""
+    weights, inputs = real_work(folder)
+    settings = Settings(model=str(weights), rows_per_chunk=arguments.rows_per_chunk)
+    store, model = prepare(inputs, folder / "bare.zarr", settings, lambda _event: None)
+    bare, whole, peaks = [], [], []
+    for number in range(arguments.repeats):
+        bare.append(store.records / bare_loop(store, model, arguments.workers))
+        with PeakMemory() as peak:
+            summary = run(
+                inputs,
+                folder / f"run{number}.zarr",
+                model=str(weights),
+                workers=arguments.workers,
+                rows_per_chunk=arguments.rows_per_chunk,
+            )
+        assert summary.complete
+        whole.append(summary.computed_rows / summary.seconds)
+        peaks.append(peak)
+    done = folder / "run0.zarr"
+    size = sum(f.stat().st_size for f in (done / "embedding").iterdir())
+    everything = sum(f.stat().st_size for f in done.rglob("*") if f.is_file())
+    return [
+        ("sequences, residues", f"{store.records:,}, {summary.computed_residues:,}"),
+        ("workers, chunks, turns", f"{arguments.workers}, {store.chunk_count}, {len(bare)}"),
+        ("bare encoder loop, sequences/s", f"{median(bare):.1f}"),
+        ("run, sequences/s", f"{median(whole):.1f}"),
+        ("run / bare", ratio(whole, bare)),
+        ("share of the workers' time that was computing", f"{summary.busy:.0%}"),
+        ("store, bytes per row", f"{everything / store.records:,.0f}"),
+        ("embedding, bytes per row", f"{size / store.records:,.0f} of {4 * model.dimension:,}"),
+        ("peak RSS of the coordinator", f"{max(p.own for p in peaks) / 2**20:,.0f} MiB"),
+        ("peak RSS of a worker", f"{max(p.child for p in peaks) / 2**20:,.0f} MiB"),
+    ]
 
 
 def ratio(ours: list[float], peers: list[float]) -> str:
@@ -165,28 +185,175 @@ class PeakMemory:
                     continue
 
 
-def large_store(work: Path) -> Store:
-    """A store of 100,000 chunks of one row, all of them there as far as a scan can tell."""
-    path = work / "many.faa"
-    with path.open("w") as file:
-        file.writelines(f">{number}\nMK\n" for number in range(100_000))
-    settings = Settings(rows_per_chunk=1, repr_layer=0)
-    store, _ = prepare(path, work / "many.zarr", settings, lambda _event: None)
+# --- workers ---
+
+
+def more_workers(folder: Path, arguments: argparse.Namespace) -> Rows:
+    """One worker and two, of one thread each, whatever the cores."""
+    weights, inputs = real_work(folder)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for number in range(arguments.repeats):
+        for workers, found in rates.items():
+            with dask_workers(workers) as client:
+                summary = run(
+                    inputs,
+                    folder / f"{number}-{workers}.zarr",
+                    model=str(weights),
+                    client=client,
+                    rows_per_chunk=arguments.rows_per_chunk,
+                )
+            assert summary.complete
+            found.append(summary.computed_rows / summary.seconds)
+    return [
+        ("turns, chunks", f"{arguments.repeats}, {summary.chunks}"),
+        *((f"{n} worker(s), sequences/s", f"{median(found):.1f}") for n, found in rates.items()),
+        ("two / one", ratio(rates[2], rates[1])),
+    ]
+
+
+@contextmanager
+def dask_workers(count: int) -> Iterator[Client]:
+    """Workers that compute with one thread, and have the model in memory before they are timed."""
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    with (
+        dask.config.set(MALLOC),
+        LocalCluster(
+            count,
+            threads_per_worker=2,
+            memory_limit=0,
+            env=threads,
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        client.wait_for_workers(count)
+        yield client
+
+
+# --- chunks ---
+
+
+def many_chunks(folder: Path, arguments: argparse.Namespace) -> Rows:
+    """Chunks of one row that cost nothing: all that is left is Dask and the coordinator."""
+    store = one_row_chunks(folder, arguments.chunks)
+    rows: Rows = [("chunks", f"{store.chunk_count:,}")]
+    for name, task in (("nothing", no_task), ("read and write, no encoder", no_encoder)):
+        work.embed_chunk = task  # type: ignore[assignment]
+        watch = _Watch()
+        summary = resume(store.path, workers=2, listener=watch)
+        assert summary.computed_chunks == store.chunk_count
+        rows += [
+            (f"{name}: ms per chunk", f"{1000 * summary.seconds / store.chunk_count:.2f}"),
+            (f"{name}: first result after", f"{watch.first - watch.ready:.2f} s"),
+            # A local scheduler is a thread of the coordinator's process.
+            (f"{name}: coordinator and scheduler, first to last result", watch.memory()),
+        ]
+    return rows
+
+
+class _Watch:
+    """Listens for when workers are ready and the first result is there, and to memory since."""
+
+    def __init__(self) -> None:
+        self.ready = self.first = 0.0
+        self._rss: list[int] = []
+
+    def __call__(self, event: events.Event) -> None:
+        if isinstance(event, events.WorkersChanged):
+            self.ready = self.ready or time.monotonic()
+        elif isinstance(event, events.ChunkDone):
+            self.first = self.first or time.monotonic()
+            if event.chunk % 1000 == 0 or not self._rss:
+                self._rss.append(psutil.Process().memory_info().rss)
+
+    def memory(self) -> str:
+        """RSS at the first result, and the most since."""
+        return f"{self._rss[0] / 2**20:.0f} to {max(self._rss) / 2**20:.0f} MiB"
+
+
+def no_task(path: str, chunk: int, *_: object) -> ChunkReport:
+    """Says that it did something."""
+    return ChunkReport(chunk, 1, {"embedded": 1}, True)
+
+
+def no_encoder(
+    path: str, chunk: int, identity: Identity, model: ModelSpec, device: str
+) -> ChunkReport:
+    """The task, but for the encoder: rows of ones."""
+
+    def embed(*_: object) -> EmbeddedRows:
+        return EmbeddedRows(np.ones(1, np.uint8), np.ones((1, model.dimension), np.float32), None)
+
+    return embed_chunk(path, chunk, identity, model, device, embed)
+
+
+def scan(folder: Path, _: argparse.Namespace) -> Rows:
+    """What is missing of 100,000 chunks that are all there, as far as a scan can tell."""
+    store = one_row_chunks(folder, 100_000)
     for number in range(store.chunk_count):
         (store.path / "status" / f"c.{number}").write_bytes(bytes(20))
         (store.path / "embedding" / f"c.{number}.0").write_bytes(bytes(20))
     assert store.present().all()
+    command = [sys.executable, "-m", "virnuc_dask", "status", str(store.path)]
+    return [
+        ("resume scan, 100,000 chunks", f"{milliseconds(store.present):.0f} ms"),
+        (
+            "status as a command, 100,000 chunks",
+            f"{milliseconds(lambda: subprocess.check_output(command)):.0f} ms",
+        ),
+    ]
+
+
+def one_row_chunks(folder: Path, chunks: int) -> Store:
+    """A store of chunks of one row."""
+    path = folder / "many.faa"
+    with path.open("w") as file:
+        file.writelines(f">{number}\nMK\n" for number in range(chunks))
+    settings = Settings(rows_per_chunk=1, repr_layer=0)
+    store, _ = prepare(path, folder / "many.zarr", settings, lambda _event: None)
     return store
 
 
-def scan_ms(store: Store) -> float:
-    """Milliseconds to find out what is missing; best of five."""
+def milliseconds(call: Callable[[], object]) -> float:
+    """Best of five."""
     times = []
     for _ in range(5):
         started = time.perf_counter()
-        np.flatnonzero(~store.present())
+        call()
         times.append(time.perf_counter() - started)
     return 1000 * min(times)
+
+
+# --- a GPU ---
+
+
+def gpu_threads(folder: Path, arguments: argparse.Namespace) -> Rows:
+    """How busy one GPU is with 1, 2 and 3 threads of its worker."""
+    weights, inputs = real_work(folder)
+    rows: Rows = []
+    for threads in (1, 2, 3):
+        cluster.THREADS_PER_GPU = threads
+        summary = run(
+            inputs * 20,
+            folder / f"{threads}.zarr",
+            model=str(weights),
+            cluster="local-cuda",
+            workers=1,
+            rows_per_chunk=arguments.rows_per_chunk,
+        )
+        rate = summary.computed_rows / summary.seconds
+        rows.append((f"{threads} thread(s)", f"{summary.busy:.0%} busy, {rate:,.0f} sequences/s"))
+    return rows
+
+
+PARTS = {
+    "bare": beside_bare,
+    "workers": more_workers,
+    "chunks": many_chunks,
+    "scan": scan,
+    "gpu": gpu_threads,
+}
 
 
 if __name__ == "__main__":

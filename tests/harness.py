@@ -22,7 +22,7 @@ class Run:
     def __init__(self, *arguments: object, **options: Any) -> None:
         self.events: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
-            command(*arguments, "--json"),
+            command(*arguments, "--json", "--no-telemetry"),
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,

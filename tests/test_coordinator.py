@@ -247,6 +247,7 @@ def test_events_say_everything_as_json(tmp_path: Path, client: Any) -> None:
         "reading",
         "input_read",
         "run_started",
+        "connected",
         "workers_checked",
         "workers_changed",
         "chunk_done",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import signal
@@ -11,8 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, VIRAL_PROTEINS, tree
+from harness import assert_ledger
 from models import random_network, save_network
+
+import virnuc_dask
+from virnuc_dask.cluster import connect
+from virnuc_dask.store import Store
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
@@ -37,6 +43,30 @@ def test_ci_runs_what_is_not_run_here() -> None:
     assert all(code in ci for code in BY_CI)
 
 
+def check_attached(folder: Path) -> None:
+    """The cluster is alive and empty, and the run has lost nothing with the worker that it lost."""
+    with connect(str(folder / "scheduler.json")) as client:
+        client.wait_for_workers(2, timeout=30)
+        assert not any(client.processing().values())
+        assert not client.run_on_scheduler(
+            lambda dask_scheduler: [key for key in dask_scheduler.tasks if "embed" in str(key)]
+        )
+    telemetry = (folder / "attached.zarr.telemetry.jsonl").read_text().splitlines()
+    seen = [json.loads(line) for line in telemetry]
+    (lost,) = (event for event in seen if event["event"] == "worker_lost")
+    assert lost["chunks"], "the worker was idle when it was killed"
+    done = [event["chunk"] for event in seen if event["event"] == "chunk_done"]
+    assert sorted(done) == list(range(10))
+    whole = folder / "whole.zarr"
+    virnuc_dask.run(VIRAL_PROTEINS, whole, rows_per_chunk=32)
+    # What the killed was writing, if it was.
+    virnuc_dask.verify(folder / "attached.zarr", repair=True)
+    assert_ledger(Store(folder / "attached.zarr"), Store(whole))
+    before = tree(folder / "attached.zarr")
+    assert virnuc_dask.resume(folder / "attached.zarr").computed_chunks == 0
+    assert tree(folder / "attached.zarr") == before
+
+
 @pytest.mark.parametrize(("language", "code"), [block for block in BLOCKS if block[1] not in BY_CI])
 def test_block_runs(language: str, code: str, folder: Path) -> None:
     if language == "python":
@@ -55,6 +85,8 @@ def test_block_runs(language: str, code: str, folder: Path) -> None:
     )
     try:
         assert process.wait(timeout=200) == 0
+        if "--cluster scheduler.json" in code:
+            check_attached(folder)
     finally:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)  # the scheduler and workers it left behind

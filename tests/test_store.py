@@ -284,7 +284,14 @@ def test_two_runs_at_once_on_one_store_end_with_the_bytes_of_one(
     tmp_path: Path, make_store: Maker
 ) -> None:
     settings = ["--rows-per-chunk", 32, "--repr-layer", 1, "--workers", 2]
-    arguments = ["run", VIRAL_PROTEINS, tmp_path / "shared.zarr", *settings, "--json"]
+    arguments = [
+        "run",
+        VIRAL_PROTEINS,
+        tmp_path / "shared.zarr",
+        *settings,
+        "--json",
+        "--no-telemetry",
+    ]
     runs = [
         subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True) for _ in range(2)
     ]
@@ -292,7 +299,9 @@ def test_two_runs_at_once_on_one_store_end_with_the_bytes_of_one(
     assert [process.returncode for process in runs] == [0, 0]
     assert all('"event": "run_summary"' in output for output in outputs)
     alone = tmp_path / "alone.zarr"
-    subprocess.run(command("run", VIRAL_PROTEINS, alone, *settings, "-q"), check=True)
+    subprocess.run(
+        command("run", VIRAL_PROTEINS, alone, *settings, "-q", "--no-telemetry"), check=True
+    )
     assert chunk_bytes(tmp_path / "shared.zarr") == chunk_bytes(alone)
     assert dataset.verify(tmp_path / "shared.zarr").leftovers == []
     # Nothing but the stores is left where they are: the second ingest cleaned up.

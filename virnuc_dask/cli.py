@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
@@ -68,7 +69,7 @@ def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
     """
     from virnuc_dask.coordinator import run as start
 
-    shown, config = _display_kind(options), _run_config(options)
+    shown, config = _display(store, options), _run_config(options)
     _show_run(
         shown,
         lambda listener: start(inputs, store, config=config, listener=listener, **options),
@@ -84,7 +85,7 @@ def resume(store: str, **options: Any) -> None:
     """Compute what STORE lacks. Needs no input: the store holds sequences and settings."""
     from virnuc_dask.coordinator import resume as start
 
-    shown, config = _display_kind(options), _run_config(options)
+    shown, config = _display(store, options), _run_config(options)
     _show_run(shown, lambda listener: start(store, config=config, listener=listener, **options))
 
 
@@ -228,23 +229,29 @@ def _shown(name: str) -> str:
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in name[:_SHOWN])
 
 
-def _display_kind(options: dict[str, Any]) -> str:
+def _display(store: str, options: dict[str, Any]) -> tuple[str, Path | None]:
+    """How a run is shown, and the file that it is recorded in."""
     as_json, plain, quiet = (options.pop(name) for name in ("as_json", "no_progress", "quiet"))
-    return "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
+    kind = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
+    given, none = options.pop("telemetry"), options.pop("no_telemetry")
+    # A store in an object store has nothing beside it.
+    file = given or (None if "://" in store else f"{store.rstrip('/')}.telemetry.jsonl")
+    return kind, None if none or file is None else Path(file)
 
 
 def _run_config(options: dict[str, Any]) -> RunConfig:
     return RunConfig(**{field.name: options.pop(field.name) for field in fields(RunConfig)})
 
 
-def _show_run(kind: str, work: Callable[[Any], RunSummary]) -> NoReturn:
+def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary]) -> NoReturn:
     import logging
 
-    from virnuc_dask.progress import display
+    from virnuc_dask.progress import display, recorded
 
+    kind, telemetry = shown
     # What the user should know of a lost worker or scheduler comes as an event or an error.
     logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
-    with display(kind) as listener:
+    with display(kind) as listener, recorded(listener, telemetry) as listener:
         summary = work(listener)
     if kind != "json":
         _show_summary(summary)

@@ -66,7 +66,7 @@ def connect(
             else partial(_start_cores, workers or CPU_COUNT)
         )
         with (
-            dask.config.set({**_MALLOC, **_KEEP_PLACES}),
+            dask.config.set({**MALLOC, **_KEEP_PLACES}),
             _started(start) as local,
             Client(local, set_as_default=False) as client,
         ):
@@ -218,7 +218,7 @@ def _await_workers(client: Client, count: int) -> None:
 # Dask has workers give every freed page back to the system at once, which costs the encoder a
 # quarter of its speed: each batch faults its memory in again. glibc reads these when a process
 # starts, so they must be there before; 32 MiB is the most that it accepts for the second.
-_MALLOC = {
+MALLOC = {
     "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**30),
     "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(2**25),
 }

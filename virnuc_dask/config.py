@@ -217,6 +217,8 @@ class RunConfig:
         ``i/n``: of the missing chunks only every n-th, beginning with the i-th, counted from 1, so
         that n runs share the work of one store with no contact. ``slurm``: i and n are those of
         the SLURM array job that this process is a task of.
+    performance_report : str, optional
+        HTML file for Dask's own report of the run.
     tls_ca_file, tls_cert, tls_key : str, optional
         For a scheduler at ``tls://``: PEM files of the authority to trust, and of this client's
         certificate and key. Default: what Dask's own configuration says.
@@ -233,6 +235,7 @@ class RunConfig:
     verify: bool = False
     device: str = AUTO
     shard: str | None = None
+    performance_report: str | None = None
     tls_ca_file: str | None = None
     tls_cert: str | None = None
     tls_key: str | None = None

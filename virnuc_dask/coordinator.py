@@ -10,18 +10,19 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
-from distributed import Client
+from distributed import Client, performance_report
 
 from virnuc_dask import events
 from virnuc_dask.cluster import connect, resolve
 from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.dataset import count_states, verify
-from virnuc_dask.errors import StoreError
+from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.events import Listener, RunSummary
 from virnuc_dask.packing import cut_segments
 from virnuc_dask.prepare import Inputs, prepare
@@ -192,13 +193,32 @@ def _fill(
     needs = Needs.here(location, store.identity, spec, config.device) if attached else None
     work = Work(store, spec, config, emit, costs, needs)
     if missing:
-        with _signals(work), connection() as connected:
+        with _signals(work), connection() as connected, _watched(connected, config, emit):
             if needs:
                 _check_workers(connected, needs, work)
             work.drive(connected, missing)
     summary = _summarise(store, work, shard, time.monotonic() - started)
     emit(summary)
     return summary
+
+
+@contextmanager
+def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None]:
+    """Say where Dask's dashboard is, and have it report on the run, if that is asked for."""
+    # A lambda, which travels whole: a scheduler need not have this package.
+    has_bokeh = client.run_on_scheduler(lambda: find_spec("bokeh") is not None)
+    if has_bokeh and (link := client.dashboard_link):
+        emit(events.Connected(link))
+    if config.performance_report is None:
+        yield
+        return
+    if not has_bokeh:
+        raise UsageError(
+            "a performance report needs bokeh where the scheduler is: pip install"
+            " 'virnuc_dask[dashboard]'"
+        )
+    with client.as_current(), performance_report(filename=config.performance_report):
+        yield
 
 
 def _check_workers(client: Client, needs: Needs, work: Work) -> None:
@@ -229,6 +249,7 @@ def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSum
         len(absent) - len(missing),
         work.retries,
         work.workers_lost,
+        work.busy,
         work.seconds,
         seconds,
         work.signal,

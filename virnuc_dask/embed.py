@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
@@ -14,7 +16,7 @@ from numpy.typing import NDArray
 
 from virnuc_dask import retry
 from virnuc_dask.config import Identity, ModelSpec, Status
-from virnuc_dask.encoder import Encoded, Encoder
+from virnuc_dask.encoder import Encoded, Encoder, Usage
 from virnuc_dask.errors import IdentityMismatchError, ModelError
 from virnuc_dask.packing import Segments, cut_segments, encoded_lengths
 from virnuc_dask.residues import invalid_rows
@@ -36,8 +38,14 @@ class ChunkReport:
         Rows per state; empty if the chunk was found done.
     computed : bool
         False if another run had written the chunk meanwhile.
-    read_s, compute_s, write_s : float
-        Seconds of each part.
+    read_s, wait_s, compute_s, write_s : float
+        Seconds of each part; waited is for the device, which another chunk had.
+    fill : float
+        Tokens of the batches, as a share of what they had room for; 0 if nothing was encoded.
+    memory : int
+        Most bytes that the device has held for this process; for a CPU, the process's peak RSS.
+    gpu : int, optional
+        Utilisation of the GPU in the last second or less, per cent.
     pid : int
         Process that did it.
     """
@@ -46,10 +54,14 @@ class ChunkReport:
     rows: int
     counts: dict[str, int]
     computed: bool
-    read_s: float
-    compute_s: float
-    write_s: float
-    pid: int
+    read_s: float = 0.0
+    wait_s: float = 0.0
+    compute_s: float = 0.0
+    write_s: float = 0.0
+    fill: float = 0.0
+    memory: int = 0
+    gpu: int | None = None
+    pid: int = field(default_factory=os.getpid)
 
 
 def embed_here(
@@ -60,7 +72,10 @@ def embed_here(
     identity: Identity,
 ) -> Rows:
     """`embed_rows` by the process's encoder."""
-    return embed_rows(get_encoder(model, device), lengths, residues, identity)
+    encoder = get_encoder(model, device)
+    encoder.take_usage()
+    rows = embed_rows(encoder, lengths, residues, identity)
+    return replace(rows, usage=encoder.take_usage())
 
 
 def embed_chunk(
@@ -106,7 +121,7 @@ def embed_chunk(
         raise IdentityMismatchError(path, store.identity.differences(identity))
     lengths, residues = store.read_rows(chunk)
     if store.is_present(chunk):
-        return ChunkReport(chunk, len(lengths), {}, False, 0.0, 0.0, 0.0, os.getpid())
+        return ChunkReport(chunk, len(lengths), {}, False)
     read = time.perf_counter()
     rows = embed(model, device, lengths, residues, identity)
     computed = time.perf_counter()
@@ -120,10 +135,24 @@ def embed_chunk(
         counts,
         True,
         read - started,
-        computed - read,
+        rows.usage.wait_s,
+        computed - read - rows.usage.wait_s,
         time.perf_counter() - computed,
-        os.getpid(),
+        rows.usage.tokens / max(1, rows.usage.capacity),
+        *_of_device(device),
     )
+
+
+def _of_device(device: str) -> tuple[int, int | None]:
+    """Peak memory and, of a GPU, utilisation."""
+    if not device.startswith("cuda"):
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None
+    import torch
+
+    utilisation = None
+    with suppress(ModuleNotFoundError):  # nvidia-ml-py is optional
+        utilisation = torch.cuda.utilization(device)
+    return torch.cuda.max_memory_allocated(device), utilisation
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,11 +166,14 @@ class Rows:
         NaN where the row is quarantined.
     residues : ndarray, float16, shape (N, D), optional
         Representation of each encoded residue, end to end; NaN where the row is quarantined.
+    usage : Usage
+        What it took, as far as this process knows.
     """
 
     status: NDArray[np.uint8]
     embedding: NDArray[np.float32]
     residues: NDArray[np.float16] | None
+    usage: Usage = field(default_factory=Usage)
 
 
 def embed_rows(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
@@ -90,6 +91,26 @@ class Encoded:
     residues: NDArray[np.float16] | None
 
 
+@dataclass(slots=True)
+class Usage:
+    """What encoding has taken.
+
+    Attributes
+    ----------
+    wait_s : float
+        Seconds spent waiting for the device, which another chunk had.
+    busy_s : float
+        Seconds that the device was had.
+    tokens, capacity : int
+        Tokens encoded, and those that the batches had room for.
+    """
+
+    wait_s: float = 0.0
+    busy_s: float = 0.0
+    tokens: int = 0
+    capacity: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class _Part:
     """One batch's segments, each pooled, (s, D), and on request their residues end to end."""
@@ -122,6 +143,7 @@ class Encoder:
         self.token_budget = _first_budget(self._device, spec.dimension)
         # One chunk at a time computes in a process; other threads read and write meanwhile.
         self._computing = threading.Lock()
+        self._used = threading.local()
 
     def encode(self, sequences: Sequence[str]) -> NDArray[np.float32]:
         """Embed sequences of any length.
@@ -191,16 +213,32 @@ class Encoder:
         embedding[segments.row] = -np.inf if pool == "max" else 0.0
         combine = np.maximum.at if pool == "max" else np.add.at
         each = np.full((len(residues), self.dimension), np.nan, np.float16) if per_residue else None
+        usage = self._usage()
+        asked = time.perf_counter()
         with self._computing, torch.inference_mode():
+            began = time.perf_counter()
             done, unfit = self._encode_batches(residues, segments, per_residue)
             for part in done:
                 combine(embedding, segments.row[part.segments], part.pooled.cpu().numpy())
                 # The copy above came last: those of the residues have arrived.
                 if each is not None and part.residues is not None:
                     _scatter(each, part.residues.numpy(), segments, part.segments)
+            usage.wait_s += began - asked
+            usage.busy_s += time.perf_counter() - began
         fits = np.ones(rows, np.bool_)
         fits[segments.row[unfit]] = False
         return Encoded(embedding, fits, each)
+
+    def take_usage(self) -> Usage:
+        """What this thread's calls have taken since it last asked."""
+        usage, self._used.usage = self._usage(), Usage()
+        return usage
+
+    def _usage(self) -> Usage:
+        if not hasattr(self._used, "usage"):
+            self._used.usage = Usage()
+        usage: Usage = self._used.usage
+        return usage
 
     def _encode_batches(
         self, residues: NDArray[np.uint8], segments: Segments, per_residue: bool
@@ -211,16 +249,20 @@ class Encoder:
         """
         done: list[_Part] = []
         unfit: list[int] = []
+        usage = self._usage()
         left = self._cut(segments, np.arange(len(segments)))
         while left:
             batch = left.popleft()
             part = self._encode_or_run_out(residues, segments, batch, per_residue)
+            tokens = sum(count * (length + 2) for count, length in batch.runs)
             if part is not None:
                 done.append(part)
+                usage.tokens += tokens
+                # A sequence longer than the budget has a batch to itself.
+                usage.capacity += max(tokens, self.token_budget)
             elif len(batch.segments) == 1:
                 unfit.append(int(batch.segments[0]))
             else:
-                tokens = sum(count * (length + 2) for count, length in batch.runs)
                 self.token_budget = max(1, min(self.token_budget, tokens) // 2)
                 rest = [batch.segments, *(other.segments for other in left)]
                 left = self._cut(segments, np.concatenate(rest))

@@ -67,6 +67,13 @@ class WorkersChanged(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class Connected(Event):
+    """There is a scheduler, and Dask's own dashboard of it."""
+
+    dashboard: str
+
+
+@dataclass(frozen=True, slots=True)
 class WorkersChecked(Event):
     """So many workers have the versions, the store, the weights and the device of this run."""
 
@@ -86,7 +93,7 @@ class WorkerUnfit(Event):
 class ChunkDone(Event):
     """A chunk is in the store.
 
-    `residues` are those to encode; seconds are the worker's; `computed` is as in `ChunkReport`.
+    `residues` are those to encode; what is not explained here is as in `ChunkReport`.
     """
 
     chunk: int
@@ -94,9 +101,14 @@ class ChunkDone(Event):
     residues: int
     quarantined: int
     computed: bool
+    worker: str
     read_s: float
+    wait_s: float
     compute_s: float
     write_s: float
+    fill: float
+    memory: int
+    gpu: int | None
     pid: int
 
 
@@ -171,6 +183,8 @@ class RunSummary(Event):
     elsewhere : int
         Chunks that are not done and belong to other shards.
     retries, workers_lost : int
+    busy : float, optional
+        Share of the workers' time in which their devices computed.
     seconds : float
         From the first chunk's submission to the last report, workers' start excluded.
     total_seconds : float
@@ -192,6 +206,7 @@ class RunSummary(Event):
     elsewhere: int
     retries: int
     workers_lost: int
+    busy: float | None
     seconds: float
     total_seconds: float
     interrupted: int | None = None

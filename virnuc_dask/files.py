@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import socket
@@ -41,7 +42,8 @@ def probe(folder: Path) -> str | None:
     Returns
     -------
     str, optional
-        What does not work, naming the folder.
+        What does not work, naming the folder. A full disk works: whether there is room is
+        another question, and another time it may have another answer.
     """
     file = folder / f"probe{owner_mark()}.partial"
     content = os.urandom(16)
@@ -53,6 +55,8 @@ def probe(folder: Path) -> str | None:
         finally:
             file.unlink(missing_ok=True)
     except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return None
         return f"{folder}: cannot be written and read: {error.strerror}"
     return None
 

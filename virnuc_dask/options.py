@@ -141,6 +141,9 @@ work_options = _options(
     ),
     click.option("--in-flight", type=click.IntRange(1), help="Chunks at once.  [default: threads]"),
     click.option("--verify", is_flag=True, help="Decode present chunks before trusting them."),
+    click.option(
+        "--performance-report", help="HTML file for Dask's own report of the run; needs bokeh."
+    ),
     click.option("--tls-ca-file", help="For tls:// addresses: the authority to trust, PEM."),
     click.option("--tls-cert", help="This client's certificate, PEM."),
     click.option("--tls-key", help="Its key, PEM."),
@@ -149,4 +152,9 @@ display_options = _options(
     click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout."),
     click.option("--no-progress", is_flag=True, help="Plain lines instead of a live bar."),
     click.option("-q", "--quiet", is_flag=True, help="Trouble and the summary only."),
+    click.option(
+        "--telemetry",
+        help="File for what each chunk took, as JSON lines.  [default: STORE.telemetry.jsonl]",
+    ),
+    click.option("--no-telemetry", is_flag=True, help="Write no such file."),
 )

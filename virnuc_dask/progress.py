@@ -7,8 +7,11 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from itertools import pairwise
+from pathlib import Path
 from typing import IO
+from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +27,7 @@ from virnuc_dask.events import Event, Listener, RunSummary
 # Plain output gets one line in this many seconds, so that a log of a long run stays readable.
 _PLAIN_EVERY_S = 10.0
 _MAP_CELLS = 64
+_OF_A_CHUNK = (events.ChunkDone, events.ChunkFailed, events.ChunkOverdue, events.WorkerLost)
 
 
 @contextmanager
@@ -45,6 +49,50 @@ def display(kind: str) -> Iterator[Listener]:
             yield bar
     else:
         yield _PlainLines(console, quiet=kind == "quiet")
+
+
+@contextmanager
+def recorded(listener: Listener, path: Path | None) -> Iterator[Listener]:
+    """A listener that also appends every event to a file, as JSON lines.
+
+    Nothing is written before something happens to a chunk. A file that cannot be written is no
+    reason to stop: it is said once.
+    """
+    if path is None:
+        yield listener
+        return
+    recorder = _Recorder(path)
+
+    def listen(event: Event) -> None:
+        recorder(event)
+        listener(event)
+
+    yield listen
+
+
+class _Recorder:
+    def __init__(self, path: Path) -> None:
+        self._path, self._run = path, uuid4().hex
+        self._waiting: list[str] = []
+        self._has_begun = self._has_failed = False
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, events.Reading) or self._has_failed:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"run": self._run, "time": now} | event.to_json()) + "\n"
+        self._waiting.append(line)
+        self._has_begun |= isinstance(event, _OF_A_CHUNK)
+        if not self._has_begun:
+            return
+        try:
+            # Opened each time: other runs on the same store may append too, whole lines at once.
+            with open(self._path, "a") as file:
+                file.write("".join(self._waiting))
+        except OSError as error:
+            self._has_failed = True
+            print(f"no telemetry: {error}", file=sys.stderr)
+        self._waiting.clear()
 
 
 class _Tally:
@@ -172,6 +220,8 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
                 f" {_count(event.chunks, 'chunk')}, {event.present_chunks:,} done, {left:,} to"
                 f" compute with {event.model}"
             )
+        case events.Connected() if not quiet:
+            yield f"dashboard: {event.dashboard}"
         case events.WorkersChecked() if not quiet:
             yield (
                 f"{_count(event.workers, 'worker')} checked in {_duration(event.seconds)}:"
@@ -256,6 +306,8 @@ def summary_table(summary: RunSummary) -> Table:
             f"{summary.computed_rows / seconds:,.0f} sequences/s,"
             f" {summary.computed_residues / seconds:,.0f} residues/s over {_duration(seconds)}",
         )
+    if summary.busy:
+        table.add_row("busy", f"{summary.busy:.0%} of the workers' time was computing")
     if summary.retries or summary.workers_lost:
         table.add_row(
             "trouble",

@@ -43,6 +43,8 @@ from virnuc_dask.workers import (
 # Of the grace after a signal, this much is kept for closing the cluster.
 _CLOSING_S = 5.0
 _SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
+# What a report and an event about it have in common.
+_TOOK = ("read_s", "wait_s", "compute_s", "write_s", "fill", "memory", "gpu", "pid")
 # A worker has threads beyond these for others: of one run, more do not help a device.
 _CHUNKS_PER_WORKER = 3
 
@@ -96,6 +98,9 @@ class Work:
         # Completed futures and the scheduler's events about workers, in the order they come.
         self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
         self._window = 1
+        # Of how many workers, since when; and their seconds so far, all and computing.
+        self._workers, self._since = 0, 0.0
+        self._worker_s = self._busy_s = 0.0
         self._id = uuid4().hex[:8]
 
     def drive(self, client: Client, missing: list[int]) -> None:
@@ -131,6 +136,7 @@ class Work:
             raise VirnucError(_SCHEDULER_LOST) from error
         finally:
             self.seconds = time.monotonic() - began
+            self._count_time(0)
             if client.status == "running":
                 for topic in ("all", TOPIC):
                     client.unsubscribe_topic(topic)
@@ -214,20 +220,22 @@ class Work:
         else:
             if report.computed and attempt.worker and chunk not in self._suspects:
                 self._pace.took(self.costs[chunk], time.monotonic() - attempt.since)
-            self._done(report)
+            self._done(report, attempt.worker)
         # Only now: what is still in here when an error leaves is cancelled on the way.
         del self._running[str(future.key)]
         future.release()
 
-    def _done(self, report: ChunkReport) -> None:
+    def _done(self, report: ChunkReport, worker: str) -> None:
         self.errors.pop(report.chunk, None)
         residues = self.costs[report.chunk]
         quarantined = 0
         if report.computed:
             self.counts.update(report.counts)
             self.counted.add(report.chunk)
+            self._busy_s += report.compute_s
             self.reports.update(chunks=1, rows=report.rows, residues=residues)
             quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
+        took = {name: getattr(report, name) for name in _TOOK}
         self.emit(
             events.ChunkDone(
                 report.chunk,
@@ -235,10 +243,8 @@ class Work:
                 residues,
                 quarantined,
                 report.computed,
-                report.read_s,
-                report.compute_s,
-                report.write_s,
-                report.pid,
+                worker,
+                **took,
             )
         )
 
@@ -356,4 +362,15 @@ class Work:
         # One chunk for each thread: what queues on a worker dies with it and gets the blame.
         window = sum(min(n, _CHUNKS_PER_WORKER) for n in threads)
         self._window = self.config.in_flight or max(1, window)
+        self._count_time(len(threads))
         self.emit(events.WorkersChanged(len(threads), sum(threads)))
+
+    def _count_time(self, workers: int) -> None:
+        now = time.monotonic()
+        self._worker_s += self._workers * (now - self._since)
+        self._workers, self._since = workers, now
+
+    @property
+    def busy(self) -> float | None:
+        """Share of the workers' time in which they computed, of chunks that were done."""
+        return self._busy_s / self._worker_s if self._worker_s else None

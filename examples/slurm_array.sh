@@ -1,0 +1,18 @@
+#!/bin/bash
+# Independent runs, one GPU each, that fill one store and know nothing of each other:
+#
+#     sbatch examples/slurm_array.sh reads.faa /scratch/out.zarr --model esm2_t33_650M_UR50D
+#
+# Preempted or out of time, they are requeued and go on. The run that has read the input first
+# makes the store; the others find it there.
+#SBATCH --job-name=virnuc_dask
+#SBATCH --array=1-16
+#SBATCH --gres=gpu:1
+#SBATCH --cpus-per-task=4
+#SBATCH --mem=32G
+#SBATCH --time=04:00:00
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@60
+set -eu
+# exec, so that the signal comes to the program: running chunks are finished, nothing is lost.
+exec virnuc-dask run "$@" --cluster local-cuda --shard slurm --no-progress

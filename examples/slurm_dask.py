@@ -1,0 +1,55 @@
+"""Embed on a Dask cluster of SLURM jobs that come and go, one GPU each.
+
+    pip install dask-jobqueue cryptography
+    python examples/slurm_dask.py reads.faa /scratch/out.zarr
+
+This process is the coordinator: run it where it may live as long as the work takes. Workers speak
+TLS, for on a cluster they have to listen beyond this machine.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from dask_jobqueue import SLURMCluster
+from distributed import Client
+
+import virnuc_dask
+
+
+def make_cluster() -> SLURMCluster:
+    """Jobs of one worker with three threads: one chunk is computed, others are read and written."""
+    return SLURMCluster(
+        processes=1,
+        cores=3,
+        job_cpu=4,
+        memory="32GB",
+        walltime="04:00:00",
+        job_extra_directives=["--gres=gpu:1", "--requeue"],
+        # As `--cluster local` does: Dask's own default costs the encoder a quarter of its speed.
+        job_script_prologue=[
+            "export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432"
+        ],
+        security=True,
+        # Where every node finds the certificates, for their owner alone to read.
+        shared_temp_directory=".",
+    )
+
+
+def main() -> int:
+    inputs, store = sys.argv[1:]
+    with make_cluster() as cluster, Client(cluster) as client:
+        cluster.adapt(minimum=1, maximum=16)
+        summary = virnuc_dask.run(
+            inputs,
+            store,
+            model="esm2_t33_650M_UR50D",
+            client=client,
+            config=virnuc_dask.RunConfig(device="cuda"),
+        )
+    print(summary.counts)
+    return summary.exit_code
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
