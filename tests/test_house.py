@@ -32,6 +32,7 @@ ORDER = [
     "attention",
     "esm2",
     "faults",
+    "turns",
     "encoder",
     "retry",
     "embed",

@@ -29,6 +29,7 @@ from virnuc_dask.packing import (
     window_shares,
 )
 from virnuc_dask.residues import clean_sequence
+from virnuc_dask.turns import Turn
 from virnuc_dask.weights import DEMO, Checkpoint, describe, load_checkpoint
 
 # Tokens per batch on a CPU: 512 to 4,096 are equally fast, and the smaller stay in cache.
@@ -141,8 +142,7 @@ class Encoder:
         self._network = Network(checkpoint, spec, self._device)
         # Halved whenever memory runs out, and kept for all later chunks.
         self.token_budget = _first_budget(self._device, spec.dimension)
-        # One chunk at a time computes in a process; other threads read and write meanwhile.
-        self._computing = threading.Lock()
+        self._turn = Turn(self._device)
         self._used = threading.local()
 
     def encode(self, sequences: Sequence[str]) -> NDArray[np.float32]:
@@ -215,7 +215,7 @@ class Encoder:
         each = np.full((len(residues), self.dimension), np.nan, np.float16) if per_residue else None
         usage = self._usage()
         asked = time.perf_counter()
-        with self._computing, torch.inference_mode():
+        with self._turn, torch.inference_mode():
             began = time.perf_counter()
             done, unfit = self._encode_batches(residues, segments, per_residue)
             for part in done:

@@ -1,0 +1,98 @@
+"""One chunk at a time on a device, over threads and processes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from virnuc_dask import turns
+from virnuc_dask.turns import Turn
+
+HOLD = """
+import fcntl, sys, time
+from virnuc_dask.turns import _open
+fcntl.flock(_open("card"), fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Turn:
+    """A turn at a card that is not here: the lock's file is as it would be."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    turn = Turn(torch.device("cpu"))
+    turn._file = turns._open("card")
+    return turn
+
+
+def held_elsewhere(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env=os.environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_threads_take_turns() -> None:
+    turn, inside, most = Turn(torch.device("cpu")), 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(50):
+            with turn:
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.0001)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_process_that_is_killed_gives_its_turn_away(card: Turn, tmp_path: Path) -> None:
+    process = held_elsewhere(tmp_path)
+    killer = threading.Timer(0.5, process.kill)
+    began = time.monotonic()
+    killer.start()
+    with card:
+        waited = time.monotonic() - began
+    assert 0.4 < waited < turns._PATIENCE_S / 2
+    process.wait()
+
+
+def test_a_process_that_hangs_keeps_nobody_for_ever(
+    card: Turn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(turns, "_PATIENCE_S", 0.3)
+    process = held_elsewhere(tmp_path)
+    with card:
+        assert process.poll() is None
+    with card:  # and it is given back as if it had been had
+        pass
+    process.kill()
+    process.wait()
+
+
+def test_a_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    target = tmp_path / "target"
+    (tmp_path / f"virnuc_dask-{os.getuid()}-card.lock").symlink_to(target)
+    with pytest.raises(OSError, match="symbolic links"):
+        turns._open("card")
+    assert not target.exists()

@@ -1,0 +1,67 @@
+"""Whose turn a device is: one chunk computes at a time, others read and write meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import threading
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+# Turns are for speed alone: whoever has waited this long goes on, for another may hang.
+_PATIENCE_S = 20.0
+_LOOK_EVERY_S = 0.005
+
+
+class Turn:
+    """A lock on a device: of this process's threads, and, of a GPU, of all this user's processes.
+
+    Workers that share a card would each take half of it, and twice the memory.
+
+    Parameters
+    ----------
+    device : torch.device
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._threads = threading.Lock()
+        self._file = None
+        if device.type == "cuda":
+            self._file = _open(str(torch.cuda.get_device_properties(device).uuid))
+
+    def __enter__(self) -> None:
+        self._threads.acquire()
+        if self._file is not None:
+            _await(self._file)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._file is not None:
+            fcntl.flock(self._file, fcntl.LOCK_UN)
+        self._threads.release()
+
+
+def _open(name: str) -> int:
+    """A file for a lock, which ends with the process that has it."""
+    path = Path(tempfile.gettempdir(), f"virnuc_dask-{os.getuid()}-{name}.lock")
+    # Not through a link that somebody else has put there.
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+
+
+def _await(file: int) -> None:
+    until = time.monotonic() + _PATIENCE_S
+    while time.monotonic() < until:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(_LOOK_EVERY_S)
+        else:
+            return
