@@ -120,6 +120,14 @@ class Filling(RuleBasedStateMachine):
         self.strays = {name for name in self.strays if "/" not in name}
         self.partials_may_be_left = False
 
+    def take_stock(self, chunks: set[int]) -> None:
+        """What was under way when its process was killed may be done, begun or not."""
+        for chunk in chunks:
+            for name in self.world.files[chunk]:
+                file = self.path / name
+                if file.is_file() and file.read_bytes() == self.world.content[name]:
+                    self.files[name] = File.GOOD
+
     # --- what may happen ---
 
     @rule(
@@ -195,6 +203,8 @@ class Filling(RuleBasedStateMachine):
         self.put(set(chunks), File.GOOD)
         if killed:
             await_end(killed)
+            # A chunk that was begun at two deaths is not begun again once a signal has come.
+            self.take_stock(todo - set(chunks))
             self.partials_may_be_left = True
         self.world.faults["workers killed"] += len(killed)
         self.world.faults["interruptions"] += interrupted
@@ -229,12 +239,7 @@ class Filling(RuleBasedStateMachine):
             await_end(workers)
         done = {event["chunk"] for event in run.of("chunk_done")}
         assert done <= todo
-        # What was under way may be done, begun or not.
-        for chunk in todo:
-            for name in self.world.files[chunk]:
-                file = self.path / name
-                if file.is_file() and file.read_bytes() == self.world.content[name]:
-                    self.files[name] = File.GOOD
+        self.take_stock(todo)
         assert done <= self.present() - self.bad()
         self.partials_may_be_left |= code == -signal.SIGKILL
         self.world.faults["coordinators killed"] += code == -signal.SIGKILL
