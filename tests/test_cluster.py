@@ -33,13 +33,15 @@ from virnuc_dask.store import Store
 
 
 @contextmanager
-def dask_cluster(folder: Path, *options: str, **environment: Any) -> Iterator[Path]:
+def dask_cluster(
+    folder: Path, *options: str, worker_options: tuple[str, ...] = (), **environment: Any
+) -> Iterator[Path]:
     """A scheduler and a worker, each started by hand; the environment is the worker's."""
     file = folder / "scheduler.json"
     arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
     with (
         started(file, *arguments, *options),
-        worker(file, *options, **environment),
+        worker(file, *options, *worker_options, **environment),
     ):
         while not file.exists() or not file.read_text():
             time.sleep(0.1)
@@ -181,6 +183,25 @@ def test_tls_works_and_nothing_goes_without_it(
         done = cli(*common, *tls)
         assert done.returncode == 3, done.stderr
     assert virnuc_dask.verify(tmp_path / "out.zarr").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "most"), [(("--nthreads", "32"), 3), (("--resources", "GPU=1"), 1)]
+)
+def test_a_worker_gets_no_more_chunks_than_help_it(
+    options: tuple[str, ...], most: int, make_store: Maker, peptides: Path, tmp_path: Path
+) -> None:
+    """Whatever its threads and resources: chunks that wait in it would die with it."""
+    store = make_store(peptides, embed=False)
+    with dask_cluster(tmp_path, worker_options=options) as file, connect(str(file)) as watcher:
+        found = []
+
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.ChunkDone):
+                found.append(sum(map(len, watcher.processing().values())))
+
+        assert virnuc_dask.resume(store.path, cluster=str(file), listener=listen).exit_code == 0
+    assert (most > 1) <= max(found) <= most
 
 
 # --- workers that do not fit ---
