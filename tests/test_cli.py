@@ -132,10 +132,11 @@ def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Pat
     assert os.listdir(tmp_path) == []
 
 
-def test_nucleotides_are_warned_about(cli: Cli, tmp_path: Path) -> None:
-    path = tmp_path / "reads.fa.gz"
+def test_nucleotides_are_refused(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "dna.fa.gz"
     path.write_bytes(gzip.compress(b">a\nACGTTGCA\n>b\nACGTNACGT\n"))
-    assert "looks like nucleotides" in cli("plan", path).stderr
+    assert "look like nucleotides" in cli("plan", path).stderr
+    assert cli("plan", path, "--molecule", "protein").returncode == 0
 
 
 def test_a_terminal_gets_a_live_bar(awkward: Path, tmp_path: Path) -> None:

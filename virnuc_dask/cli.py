@@ -17,7 +17,7 @@ import click
 from virnuc_dask import __version__
 from virnuc_dask.config import RunConfig, Settings
 from virnuc_dask.errors import VirnucError
-from virnuc_dask.options import display_options, identity_options, work_options
+from virnuc_dask.options import display_options, identity_options, settings_of, work_options
 
 if TYPE_CHECKING:
     from virnuc_dask.events import RunSummary
@@ -72,7 +72,9 @@ def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
     shown, config = _display(store, options), _run_config(options)
     _show_run(
         shown,
-        lambda listener: start(inputs, store, config=config, listener=listener, **options),
+        lambda listener: start(
+            inputs, store, config=config, listener=listener, **settings_of(options)
+        ),
     )
 
 
@@ -99,7 +101,7 @@ def plan(inputs: tuple[str, ...], workers: int | None, as_json: bool, **options:
     """Say what embedding INPUTS would take: records, letters, chunks, bytes, time."""
     from virnuc_dask.prepare import plan as make
 
-    made = make(inputs, Settings(**options), workers=workers)
+    made = make(inputs, Settings(**settings_of(options)), workers=workers)
     if as_json:
         click.echo(json.dumps(made.to_json()))
         return
@@ -109,6 +111,8 @@ def plan(inputs: tuple[str, ...], workers: int | None, as_json: bool, **options:
         click.echo(note, err=True)
     for name, value in made.lines():
         click.echo(f"{name:<16} {value}")
+    for name in made.input.without_row_ids[:_LISTED]:
+        click.echo(f"  without frame: {_shown(name)}")
 
 
 @main.command()

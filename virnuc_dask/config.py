@@ -15,9 +15,15 @@ LongPolicy = Literal["truncate", "window", "skip"]
 Precision = Literal["float32", "bfloat16", "float16", "int8"]
 StoredDtype = Literal["float32", "float16"]
 
+FrameRule = Literal["open", "orf", "virnucpro"]
+Molecule = Literal["auto", "protein", "nucleotide"]
+
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 LONG_POLICIES: tuple[str, ...] = get_args(LongPolicy)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
+FRAME_RULES: tuple[str, ...] = get_args(FrameRule)
+MOLECULES: tuple[str, ...] = get_args(Molecule)
+MIN_WINDOW = 30
 AUTO: Literal["auto"] = "auto"
 STORED_DTYPES: tuple[str, ...] = get_args(StoredDtype)
 
@@ -106,12 +112,14 @@ class Identity:
     long: LongPolicy
     rows_per_chunk: int
     per_residue: bool
+    translation: str | None = None
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Identity:
         """Rebuild an identity from a store's attributes; unknown or missing fields are an error."""
         names = {field.name for field in fields(cls)}
-        if set(document) != names:
+        # Stores from before there was translation are of proteins.
+        if {"translation", *document} != names:
             odd = sorted(set(document) ^ names)
             raise UsageError(f"the store's identity has unknown or missing fields: {odd}")
         return cls(**document)
@@ -124,6 +132,55 @@ class Identity:
         """Fields in which `other` differs, as (field, this value, other's value)."""
         mine, theirs = asdict(self), asdict(other)
         return [(name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """How nucleotides become proteins.
+
+    Attributes
+    ----------
+    rule : {'open', 'orf', 'virnucpro'}
+        ``open``: frames without a stop but at the end. ``orf``: every stretch between stops.
+        ``virnucpro``: as that program does, to the byte.
+    window : int, optional
+        Nucleotides at once; None: whole records.
+    genetic_code : int
+        NCBI's number of the table.
+    min_residues : int
+        Shorter proteins are left out; not with ``virnucpro``.
+    max_unknown : float
+        Proteins with a larger share of X are left out; not with ``virnucpro``.
+    """
+
+    rule: FrameRule = "open"
+    window: int | None = None
+    genetic_code: int = 1
+    min_residues: int = 20
+    max_unknown: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.rule not in FRAME_RULES:
+            raise UsageError(f"frames must be one of {', '.join(FRAME_RULES)}, not {self.rule!r}")
+        if self.window is not None and self.window < MIN_WINDOW:
+            raise UsageError(f"window must be at least {MIN_WINDOW} nucleotides, not {self.window}")
+        if self.rule == "virnucpro" and self.window is None:
+            raise UsageError("frames virnucpro needs a window, of 300 or 500 there")
+        if self.rule == "virnucpro" and self.genetic_code != 1:
+            raise UsageError(f"frames virnucpro has genetic code 1, not {self.genetic_code}")
+        if self.min_residues < 1:
+            raise UsageError(f"min_residues must be at least 1, not {self.min_residues}")
+        if not 0 <= self.max_unknown <= 1:
+            raise UsageError(f"max_unknown must be a share from 0 to 1, not {self.max_unknown}")
+
+    def __str__(self) -> str:
+        """All that decides rows, for a store's identity."""
+        if self.rule == "virnucpro":
+            return f"six-frame; virnucpro; window {self.window}"
+        return (
+            f"six-frame; {self.rule}; window {self.window or 'none'}; code {self.genetic_code};"
+            f" at least {self.min_residues} residues; at most {self.max_unknown:g} unknown"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,6 +208,10 @@ class Settings:
         residues.
     per_residue : bool
         Store the representation of each residue too, as float16.
+    translation : Translation, optional
+        The input is of nucleotides, and this is how they become proteins.
+    molecule : {'auto', 'protein', 'nucleotide'}
+        What the input is; ``auto`` refuses what does not look like what it should be.
     strict : bool
         Refuse an input that has a letter which is no residue.
     """
@@ -164,6 +225,8 @@ class Settings:
     long: LongPolicy = "truncate"
     rows_per_chunk: int | None = None
     per_residue: bool = False
+    translation: Translation | None = None
+    molecule: Molecule = AUTO
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -172,6 +235,7 @@ class Settings:
             ("precision", (AUTO, *PRECISIONS)),
             ("dtype", STORED_DTYPES),
             ("long", LONG_POLICIES),
+            ("molecule", MOLECULES),
         ):
             if getattr(self, name) not in allowed:
                 raise UsageError(

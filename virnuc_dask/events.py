@@ -42,6 +42,10 @@ class InputRead(Event):
     terminal_stops: int
     nucleotide_like: int
     empty_files: tuple[str, ...]
+    reads: int = 0
+    nucleotides: int = 0
+    without_row: int = 0
+    without_row_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

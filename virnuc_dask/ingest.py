@@ -48,13 +48,17 @@ class Ingest:
     path : str or Path
         Where the store will be. An empty directory there is replaced.
 
+    translated : bool
+        Blocks will say where their rows come from.
+
     Raises
     ------
     NotAStoreError
         Something else is there.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, translated: bool = False) -> None:
+        self._translated = translated
         self.path = local_path(path)
         # A store may be there by now, of a run that was faster: `commit` leaves it alone.
         if not (can_create(self.path) or is_store(self.path)):
@@ -92,6 +96,25 @@ class Ingest:
             )
         )
         self._next_offset = 0
+        self._origin: dict[str, _Appender] = {}
+        if self._translated:
+            self._begin_origin()
+
+    def _begin_origin(self) -> None:
+        """Where rows come from: one entry for each row, and one for each nucleotide record."""
+        for name, dtype, fill, what in (
+            ("read", "int64", -1, "number of the input record, into read_id"),
+            ("window", "int32", 0, "window of the record, from 1"),
+            ("frame", "int8", 0, "reading frame, negative on the reverse strand"),
+            ("start", "int64", -1, "first nucleotide of the first codon in the record, from 0"),
+        ):
+            array = self._create(
+                name, dtype, (SEQUENCES_PER_CHUNK,), fill, ("sequence",), {"long_name": what}
+            )
+            self._origin[name] = _Appender(array)
+        # A dimension of its own, for there are reads without a row, and with several.
+        ids = self._create("read_id", "string", (SEQUENCES_PER_CHUNK,), "", ("input_record",))
+        self._origin["read_id"] = _Appender(ids)
 
     def __enter__(self) -> Self:
         return self
@@ -109,6 +132,14 @@ class Ingest:
 
     def append(self, block: Block) -> None:
         """Add records."""
+        if block.origin is not None:
+            origin = block.origin
+            ids = np.array(origin.read_ids, dtype=np.dtypes.StringDType())
+            self._origin["read_id"].append(ids)
+            for name in ("read", "window", "frame", "start"):
+                self._origin[name].append(getattr(origin, name))
+        if not len(block.lengths):
+            return
         ends = self._next_offset + np.cumsum(block.lengths, dtype=np.int64)
         self._ids.append(np.array(block.ids, dtype=np.dtypes.StringDType()))
         self._length.append(block.lengths)
@@ -124,7 +155,8 @@ class Ingest:
         bool
             False if another run put a store there first; this one is then discarded.
         """
-        for appender in (self._ids, self._length, self._offset, self._residues):
+        sequences = (self._ids, self._length, self._offset, self._residues)
+        for appender in (*sequences, *self._origin.values()):
             appender.flush()
         rows = min(identity.rows_per_chunk, identity.records)
         meanings = {s: s.meaning for s in Status}
@@ -153,6 +185,7 @@ class Ingest:
         if identity.per_residue:
             self._create_residue_arrays(identity, dimension)
         more = " residue_slot" if identity.per_residue else ""
+        more += "".join(f" {name}" for name in self._origin)
         self._group.attrs.update(
             {
                 "Conventions": "CF-1.11",

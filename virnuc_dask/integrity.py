@@ -10,13 +10,12 @@ from numpy.typing import NDArray
 
 from virnuc_dask.config import Status
 from virnuc_dask.files import may_have_a_living_owner
-from virnuc_dask.residues import Block, InputDigest
+from virnuc_dask.residues import Block, InputDigest, Origin
 from virnuc_dask.store import (
     CHUNK_FILE,
-    INGESTED,
     MIN_CHUNK_BYTES,
-    PER_RESIDUE,
     SEQUENCES_PER_CHUNK,
+    TRANSLATED,
     Store,
     residue_slots,
 )
@@ -95,11 +94,32 @@ def check_sequences(store: Store) -> str | None:
             residues = np.asarray(store.array("residues")[int(offsets[0]) : end], np.uint8)
             ids = [str(name) for name in store.array("sequence_id")[rows]]
             digest.update(Block(ids, lengths, residues))
+            if store.identity.translation:
+                origin = (np.asarray(store.array(name)[rows]) for name in TRANSLATED[1:])
+                digest.update_origin(Origin([], *origin))
+        if store.identity.translation:
+            _add_reads(store, digest)
     except (ValueError, RuntimeError) as error:
         return f"sequence arrays do not decode: {error}"
     if digest.hexdigest() != store.identity.input_sha256:
         return "sequence arrays do not hold the input that the store was made from"
     return None
+
+
+def _add_reads(store: Store, digest: InputDigest) -> None:
+    """All input records' identifiers, also of those that gave no row."""
+    reads = store.array("read_id")
+    for start in range(0, reads.shape[0], SEQUENCES_PER_CHUNK):
+        ids = [str(name) for name in reads[start : start + SEQUENCES_PER_CHUNK]]
+        digest.update_origin(
+            Origin(
+                ids,
+                np.array([], np.int64),
+                np.array([], np.int32),
+                np.array([], np.int8),
+                np.array([], np.int64),
+            )
+        )
 
 
 def leftovers(store: Store) -> list[Path]:
@@ -108,9 +128,7 @@ def leftovers(store: Store) -> list[Path]:
     Readers ignore them. A `.partial` file is listed once the process that its name gives is
     known to be dead; on another host that cannot be known.
     """
-    names = {*INGESTED, *CHUNK_FILE}
-    if not store.identity.per_residue:
-        names.difference_update(PER_RESIDUE)
+    names = store.names
     found = [p for p in store.path.iterdir() if p.name not in {*names, "zarr.json"}]
     for name in names:
         pattern = CHUNK_FILE.get(name, re.compile(r"c\.(\d+)"))

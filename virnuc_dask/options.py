@@ -9,11 +9,14 @@ import click
 
 from virnuc_dask.config import (
     AUTO,
+    FRAME_RULES,
     LONG_POLICIES,
+    MOLECULES,
     POOLINGS,
     PRECISIONS,
     STORED_DTYPES,
     RunConfig,
+    Translation,
 )
 
 
@@ -27,6 +30,7 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
 
 _defaults = RunConfig()
+_translation = Translation()
 
 
 def _setting(name: str, kind: click.ParamType[Any], text: str) -> Callable[[Any], Any]:
@@ -79,7 +83,68 @@ identity_options = _options(
         help="Rows that are computed and saved together.  [default: about 131,072 residues]",
     ),
     click.option("--per-residue", is_flag=True, help="Store each residue's too, as float16."),
+    click.option(
+        "--translate",
+        type=click.Choice(["six-frame"]),
+        help="The input is nucleotides: embed the proteins of all six reading frames.",
+    ),
+    click.option(
+        "--frames",
+        "frames",
+        type=click.Choice(FRAME_RULES),
+        default=_translation.rule,
+        show_default=True,
+        help="Frames without a stop but at the end; every stretch between stops; or as VirNucPro.",
+    ),
+    click.option(
+        "--window",
+        default="none",
+        show_default=True,
+        help="Nucleotides at once, such as VirNucPro's 300 or 500, or none: whole records.",
+    ),
+    click.option(
+        "--genetic-code",
+        type=int,
+        default=_translation.genetic_code,
+        show_default=True,
+        help="NCBI's number of the table.",
+    ),
+    click.option(
+        "--min-residues",
+        type=click.IntRange(1),
+        default=_translation.min_residues,
+        show_default=True,
+        help="Shorter proteins are left out; not with virnucpro.",
+    ),
+    click.option(
+        "--max-unknown",
+        type=click.FloatRange(0, 1),
+        default=_translation.max_unknown,
+        show_default=True,
+        help="Proteins with a larger share of X are left out; not with virnucpro.",
+    ),
+    click.option(
+        "--molecule",
+        type=click.Choice(MOLECULES),
+        default=AUTO,
+        show_default=True,
+        help="What the input is, if it does not look like it.",
+    ),
 )
+
+
+def settings_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as fields of `Settings`: those of translation in one, or none of them."""
+    names = ("translate", "frames", "window", "genetic_code", "min_residues", "max_unknown")
+    wanted, rule, window, code, residues, unknown = (options.pop(name) for name in names)
+    if wanted is None:
+        return options
+    if window != "none" and not window.isdecimal():
+        raise click.BadParameter(f"{window!r}: neither a number nor none", param_hint="--window")
+    size = None if window == "none" else int(window)
+    return options | {"translation": Translation(rule, size, code, residues, unknown)}
+
+
 work_options = _options(
     click.option(
         "--cluster",

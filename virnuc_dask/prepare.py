@@ -25,7 +25,7 @@ from virnuc_dask.config import (
     precision_on,
     rows_per_chunk,
 )
-from virnuc_dask.errors import IdentityMismatchError, StoreError
+from virnuc_dask.errors import IdentityMismatchError, InputError, StoreError, UsageError
 from virnuc_dask.events import Listener
 from virnuc_dask.ingest import Ingest
 from virnuc_dask.packing import cut_segments, encoded_lengths
@@ -38,6 +38,8 @@ Inputs = str | Path | Sequence[str | Path]
 
 # Residues that are encoded to estimate the speed: a second or two with a small model.
 _TRIAL_RESIDUES = 2**14
+# Share of the records from which on an input is taken for what they look like.
+_MOST = 0.9
 
 
 def prepare(
@@ -74,13 +76,14 @@ def prepare(
         load_checkpoint(settings.model), precision, settings.repr_layer, settings.pooling
     )
     files, summary = _listed(inputs), InputSummary()
-    blocks = read_blocks(files, summary, strict=settings.strict)
+    blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
     if existing is None:
         try:
-            with Ingest(store) as ingest:
+            with Ingest(store, translated=settings.translation is not None) as ingest:
                 for block in blocks:
                     ingest.append(block)
                     emit(events.Reading(summary.records, summary.residues))
+                _check(settings, summary, files)
                 wanted = _identity(settings, spec, summary)
                 ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary))
         except OSError as error:
@@ -92,6 +95,7 @@ def prepare(
     else:
         for _ in blocks:
             emit(events.Reading(summary.records, summary.residues))
+        _check(settings, summary, files)
         wanted = _identity(settings, spec, summary, existing.identity.rows_per_chunk)
     if differences := existing.identity.differences(wanted):
         raise IdentityMismatchError(str(store), differences)
@@ -151,7 +155,10 @@ class Plan:
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What a person wants to know, as (name, value)."""
-        yield "records", f"{self.input.records:,}"
+        if self.input.reads:
+            yield "reads", f"{self.input.reads:,} ({self.input.nucleotides:,} nucleotides)"
+            yield "without frame", f"{self.input.without_row:,} reads"
+        yield "rows" if self.input.reads else "records", f"{self.input.records:,}"
         yield "residues", f"{self.input.residues:,} (median {self.median:,}, most {self.longest:,})"
         if self.input.empty or self.input.invalid:
             yield "quarantined", f"{self.input.invalid:,} invalid, {self.input.empty:,} empty"
@@ -188,8 +195,11 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
     settings = settings or Settings()
     summary = InputSummary()
     sample: Block | None = None
-    for block in read_blocks(_listed(inputs), summary, strict=settings.strict):
+    files = _listed(inputs)
+    blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
+    for block in blocks:
         sample = sample or _first_rows(block, _TRIAL_RESIDUES)
+    _check(settings, summary, files)
     lengths = summary.all_lengths()
     rate: float | None = None
     dimension = PUBLISHED.get(settings.model)
@@ -215,6 +225,38 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
     )
 
 
+def _check(settings: Settings, summary: InputSummary, files: Sequence[str | Path]) -> None:
+    """Refuse what gives no row, proteins that are to be translated, nucleotides that are not."""
+    if settings.molecule == AUTO:
+        _check_molecule(summary)
+    if not summary.records:
+        raise InputError(
+            f"none of {summary.reads:,} records gives a row: no frame is open, or long enough",
+            file=", ".join(map(str, files)),
+        )
+
+
+def _check_molecule(summary: InputSummary) -> None:
+    override = "--molecule {} if they are"
+    first = summary.first_protein_like
+    if first and summary.protein_like >= _MOST * summary.reads:
+        raise InputError(
+            f"{summary.protein_like:,} of {summary.reads:,} records have letters of proteins, which"
+            f" cannot be translated; leave out --translate, or {override.format('nucleotide')}"
+            " nucleotides all the same. The first",
+            file=first.file,
+            line=first.line,
+            record=first.id,
+        )
+    letters = summary.records - summary.empty
+    if not summary.reads and letters and summary.nucleotide_like >= _MOST * letters:
+        raise UsageError(
+            f"{summary.nucleotide_like:,} of {letters:,} records look like nucleotides, and this"
+            " model reads proteins: --translate six-frame, or"
+            f" {override.format('protein')} proteins all the same"
+        )
+
+
 def _input_read(summary: InputSummary) -> events.InputRead:
     return events.InputRead(
         summary.records,
@@ -226,6 +268,10 @@ def _input_read(summary: InputSummary) -> events.InputRead:
         summary.terminal_stops,
         summary.nucleotide_like,
         tuple(summary.empty_files),
+        summary.reads,
+        summary.nucleotides,
+        summary.without_row,
+        tuple(summary.without_row_ids),
     )
 
 
@@ -283,6 +329,7 @@ def _identity(
         long=settings.long,
         rows_per_chunk=settings.rows_per_chunk or rows or rows_per_chunk(summary.records, encoded),
         per_residue=settings.per_residue,
+        translation=str(settings.translation) if settings.translation else None,
     )
 
 

@@ -275,10 +275,10 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
     }
     if any(changed.values()):
         yield "note: " + ", ".join(f"{n:,} {what}" for what, n in changed.items() if n)
-    if event.records > event.empty and event.nucleotide_like >= 0.9 * event.records:
+    if event.without_row:
         yield (
-            "warning: the input looks like nucleotides, and this model reads proteins;"
-            " translate it first"
+            f"note: {event.without_row:,} of {_count(event.reads, 'read')} gave no row: no frame is"
+            " open, or long enough"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,12 +18,15 @@ ALPHABET = "ACDEFGHIKLMNPQRSTVWYXBUZO"
 ALPHABET_POLICY = "esm2; J to X; gaps removed; terminal stop removed"
 
 _GAPS = "-."
+# Letters of proteins that stand for no nucleotide, nor, by IUPAC's code, for several.
+_PROTEIN_ONLY = frozenset("EFILPQZJOefilpqzjo*")
+# Reads without a row that are named; the others are counted.
+_LISTED = 1_000
 _TAIL = "*" + _GAPS  # what may follow the last residue
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One input record, as written in the file.
+class Record(NamedTuple):
+    """One input record, as written in the file. Millions are made: a tuple is made the fastest.
 
     Attributes
     ----------
@@ -43,6 +47,32 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the rows of a block come from, if they were translated.
+
+    Attributes
+    ----------
+    read_ids : list of str
+        Identifiers of all nucleotide records of the block, also those without a row.
+    read : ndarray, int64, shape (n,)
+        Which record of the input, from 0.
+    window : ndarray, int32, shape (n,)
+        Which window of the record, from 1.
+    frame : ndarray, int8, shape (n,)
+        +1, +2, +3; -1, -2, -3 on the reverse strand.
+    start : ndarray, int64, shape (n,)
+        The first nucleotide of the protein's first codon in the record, from 0; of a reverse frame
+        it is the highest.
+    """
+
+    read_ids: list[str]
+    read: NDArray[np.int64]
+    window: NDArray[np.int32]
+    frame: NDArray[np.int8]
+    start: NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
 class Block:
     """Consecutive cleaned records.
 
@@ -54,11 +84,13 @@ class Block:
     residues : ndarray, uint8, shape (sum of lengths,)
         ASCII residues in upper case, records end to end. A record that `invalid_rows` finds keeps
         its offending letters.
+    origin : Origin, optional
     """
 
     ids: list[str]
     lengths: NDArray[np.int32]
     residues: NDArray[np.uint8]
+    origin: Origin | None = None
 
 
 @dataclass(slots=True)
@@ -83,6 +115,15 @@ class InputSummary:
         Where the first invalid record is.
     nucleotide_like : int
         Records that use no letter but A C G T U N.
+    reads, nucleotides : int
+        Nucleotide records that were translated, and their letters; records are rows then.
+    without_row : int
+        Reads that gave no row.
+    without_row_ids : list of str
+        The first of them.
+    protein_like : int
+        Reads with a letter that stands for no nucleotide, nor for several.
+    first_protein_like : Record, optional
     """
 
     records: int = 0
@@ -93,10 +134,33 @@ class InputSummary:
     gaps: int = 0
     terminal_stops: int = 0
     nucleotide_like: int = 0
+    reads: int = 0
+    nucleotides: int = 0
+    without_row: int = 0
+    without_row_ids: list[str] = field(default_factory=list)
+    protein_like: int = 0
+    first_protein_like: Record | None = None
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
     empty_files: list[str] = field(default_factory=list)
     first_invalid: InputError | None = None
     sha256: str = ""
+
+    def take_reads(
+        self, records: Sequence[Record], sequences: Sequence[str], with_row: NDArray[np.int64]
+    ) -> None:
+        """Count translated records; `with_row` says which of them have rows."""
+        self.reads += len(records)
+        self.nucleotides += sum(map(len, sequences))
+        has_row = np.zeros(len(records), np.bool_)
+        has_row[with_row] = True
+        without = np.flatnonzero(~has_row)
+        self.without_row += len(without)
+        for number in without[: _LISTED - len(self.without_row_ids)]:
+            self.without_row_ids.append(records[number].id)
+        for record, sequence in zip(records, sequences, strict=True):
+            if not _PROTEIN_ONLY.isdisjoint(sequence):
+                self.protein_like += 1
+                self.first_protein_like = self.first_protein_like or record
 
     def all_lengths(self) -> NDArray[np.int32]:
         """Lengths of all records, shape (records,)."""
@@ -106,18 +170,31 @@ class InputSummary:
 class InputDigest:
     """SHA-256 of cleaned records: their identifiers, lengths and residues, in order.
 
-    Three streams, so that the digest does not depend on where blocks are cut.
+    Several streams, so that the digest does not depend on where blocks are cut. Of translated
+    records also those that gave no row, by their identifiers.
     """
 
     def __init__(self) -> None:
-        self._streams = (sha256(), sha256(), sha256())
+        self._streams = [sha256(), sha256(), sha256()]
 
     def update(self, block: Block) -> None:
         """Add records."""
-        ids, lengths, residues = self._streams
+        ids, lengths, residues = self._streams[:3]
         ids.update("".join(f"{name}\n" for name in block.ids).encode())
         lengths.update(block.lengths.astype("<i4").tobytes())
         residues.update(block.residues.tobytes())
+        if block.origin is not None:
+            self.update_origin(block.origin)
+
+    def update_origin(self, origin: Origin) -> None:
+        """Add where rows come from."""
+        if len(self._streams) == 3:
+            self._streams += [sha256() for _ in range(5)]
+        reads, *others = self._streams[3:]
+        reads.update("".join(f"{name}\n" for name in origin.read_ids).encode())
+        values: list[NDArray[Any]] = [origin.read, origin.window, origin.frame, origin.start]
+        for stream, array in zip(others, values, strict=True):
+            stream.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
 
     def hexdigest(self) -> str:
         """Digest of all records so far."""

@@ -43,7 +43,8 @@ CHUNK_FILE = {
 }
 TASK_ARRAYS = tuple(CHUNK_FILE)
 PER_RESIDUE = ("residue_slot", "residue_embedding")
-INGESTED = ("sequence_id", "length", "offset", "residues", "residue_slot")
+TRANSLATED = ("read_id", "read", "window", "frame", "start")
+INGESTED = ("sequence_id", "length", "offset", "residues", "residue_slot", *TRANSLATED)
 # What Zarr raises of metadata that is torn, gone, or not ours.
 _DAMAGED = (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError)
 
@@ -92,10 +93,12 @@ class Store:
             raise StoreError(
                 f"{path}: the metadata (zarr.json) is missing or damaged: {error!r}"
             ) from error
-        names = {*INGESTED, *CHUNK_FILE}
+        self.names = {*INGESTED, *CHUNK_FILE}
         if not self.identity.per_residue:
-            names.difference_update(PER_RESIDUE)
-        self._arrays = {name: self._open(name) for name in names}
+            self.names.difference_update(PER_RESIDUE)
+        if not self.identity.translation:
+            self.names.difference_update(TRANSLATED)
+        self._arrays = {name: self._open(name) for name in self.names}
         self.dimension = int(self.array("embedding").shape[1])
 
     # --- the plan ---
