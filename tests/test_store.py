@@ -357,6 +357,7 @@ OTHER_VALUES = {
     "long": "window",
     "rows_per_chunk": 64,
     "per_residue": True,
+    "translation": "six-frame; virnucpro; window 300",
 }
 
 

@@ -89,7 +89,7 @@ def test_dask_reports_on_a_run(awkward: Path, client: Any, tmp_path: Path) -> No
     virnuc_dask.run(
         awkward, tmp_path / "out.zarr", client=client, config=config, listener=seen.append
     )
-    assert "embed_on_worker" in file.read_text()
+    assert "Dask Performance Report" in file.read_text()
     (connected,) = (event for event in seen if isinstance(event, events.Connected))
     assert connected.dashboard.startswith("http://127.0.0.1:")
 
