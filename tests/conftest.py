@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import settings
 from nursery import Nursery
+from s3 import Server, objects
 
 from virnuc_dask.config import Settings
 from virnuc_dask.store import TASK_ARRAYS, Store
@@ -107,6 +107,13 @@ def nursery() -> Iterator[Nursery]:
         yield started
 
 
+@pytest.fixture(scope="session")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """An S3 server of this session's own."""
+    with Server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
@@ -133,8 +140,13 @@ def command(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "virnuc_dask", *map(str, arguments)]
 
 
-def tree(path: Path) -> dict[str, tuple[int, int, bytes]]:
-    """Every file of a store: inode, modification time and content. Equal: nothing was written."""
+def tree(path: Path | str) -> dict[str, tuple[Any, Any, bytes]]:
+    """Every file of a store: inode, modification time and content. Equal: nothing was written.
+
+    Behind a URL: every object, with its ETag and time.
+    """
+    if isinstance(path, str):
+        return objects(path)
     return {
         str(file.relative_to(path)): (
             file.stat().st_ino,
@@ -146,11 +158,10 @@ def tree(path: Path) -> dict[str, tuple[int, int, bytes]]:
     }
 
 
-def chunk_bytes(path: Path) -> dict[str, bytes]:
+def chunk_bytes(path: Path | str) -> dict[str, bytes]:
     """The content of every file that tasks write."""
     return {
-        f"{array}/{name}": (path / array / name).read_bytes()
-        for array in TASK_ARRAYS
-        if (path / array).is_dir()
-        for name in sorted(os.listdir(path / array))
+        name: content
+        for name, (_, _, content) in tree(path).items()
+        if name.partition("/")[0] in TASK_ARRAYS
     }

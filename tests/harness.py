@@ -64,10 +64,10 @@ def assert_ledger(store: Store, reference: Store) -> None:
     assert report.leftovers == []
 
 
-def finished_chunks(store: Store) -> dict[str, tuple[int, int, bytes]]:
-    """Files of the chunks that are done: inode, time, content."""
+def finished_chunks(store: Store) -> dict[str, tuple[Any, Any, bytes]]:
+    """Files of the chunks that are done: inode or ETag, time, content."""
     chunks = np.flatnonzero(store.present())
-    done = {str(f.relative_to(store.path)) for chunk in chunks for f in store.files(int(chunk))}
+    done = {key for chunk in chunks for key in store.keys(int(chunk))}
     return {name: found for name, found in tree(store.path).items() if name in done}
 
 

@@ -160,7 +160,7 @@ def test_a_store_that_was_replaced_meanwhile_is_refused(make_store: Maker) -> No
     other = replace(store.identity, input_sha256="0" * 64)
     with pytest.raises(IdentityMismatchError, match="input_sha256"):
         embed_chunk(str(store.path), 0, other, model)
-    assert not store.has_files(0)
+    assert not store.touched()[0]
 
 
 def test_other_weights_than_the_stores_are_refused() -> None:

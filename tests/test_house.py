@@ -21,8 +21,10 @@ ORDER = [
     "residues",
     "translate",
     "sequences",
-    "files",
     "packing",
+    "files",
+    "objects",
+    "places",
     "store",
     "ingest",
     "integrity",
@@ -83,7 +85,8 @@ def test_imports_go_one_way(name: str) -> None:
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("zarr", {"store", "ingest"}),
+        ("zarr", {"files", "objects", "store", "ingest"}),
+        ("obstore", {"objects"}),
         ("esm", {"esm2", "huggingface"}),
         ("safetensors", {"huggingface"}),
         ("Bio", {"sequences", "translate"}),
@@ -108,7 +111,18 @@ def loaded_by(statement: str) -> set[str]:
     return set(subprocess.check_output([sys.executable, "-c", code], text=True).split())
 
 
-HEAVY = {"torch", "distributed", "dask", "zarr", "xarray", "numpy", "esm", "Bio", "pandas"}
+HEAVY = {
+    "torch",
+    "distributed",
+    "dask",
+    "zarr",
+    "xarray",
+    "numpy",
+    "esm",
+    "Bio",
+    "pandas",
+    "obstore",
+}
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:
@@ -123,7 +137,7 @@ def test_help_is_answered_without_loading_anything_heavy() -> None:
 
 
 def test_reading_a_store_loads_no_torch() -> None:
-    assert "torch" not in loaded_by("from virnuc_dask import open_store, verify")
+    assert not loaded_by("from virnuc_dask import open_store, verify") & {"torch", "obstore"}
 
 
 def test_public_names_resolve_and_stay_functions() -> None:

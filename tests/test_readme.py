@@ -68,7 +68,8 @@ def check_attached(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("language", "code"), [block for block in BLOCKS if block[1] not in BY_CI])
-def test_block_runs(language: str, code: str, folder: Path) -> None:
+def test_block_runs(language: str, code: str, folder: Path, request: pytest.FixtureRequest) -> None:
+    environment = request.getfixturevalue("s3").env if "s3://" in code else os.environ
     if language == "python":
         (folder / "script.py").write_text(code)
         command = [sys.executable, "script.py"]
@@ -78,7 +79,7 @@ def test_block_runs(language: str, code: str, folder: Path) -> None:
     process = subprocess.Popen(
         command,
         cwd=folder,
-        env={**os.environ, "PATH": programs, "TORCH_HOME": str(folder / "torch")},
+        env={**environment, "PATH": programs, "TORCH_HOME": str(folder / "torch")},
         stdout=subprocess.PIPE,
         text=True,
         start_new_session=True,

@@ -128,7 +128,7 @@ def test_a_failed_write_leaves_neither_chunk_nor_partial_file(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
         store.write_chunk(0, np.ones(32, np.uint8), np.zeros((32, 64), np.float32))
-    assert not store.has_files(0)
+    assert not store.touched()[0]
     assert os.listdir(store.path / "status") == ["zarr.json"]
 
 

@@ -22,7 +22,7 @@ from virnuc_dask import events
 from virnuc_dask.cluster import connect, resolve
 from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.dataset import count_states, verify
-from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.errors import PlaceError, StoreError, UsageError
 from virnuc_dask.events import Listener, RunSummary
 from virnuc_dask.packing import cut_segments
 from virnuc_dask.prepare import Inputs, prepare
@@ -189,7 +189,7 @@ def _fill(
     )
     # Workers of our own have this process's packages, disk and weights; of others' who knows.
     attached = cluster != "local"
-    location = str(store.path.resolve())
+    location = store.place.location
     needs = Needs.here(location, store.identity, spec, config.device) if attached else None
     work = Work(store, spec, config, emit, costs, needs)
     if missing:
@@ -197,7 +197,10 @@ def _fill(
             if needs:
                 _check_workers(connected, needs, work)
             work.drive(connected, missing)
-    summary = _summarise(store, work, shard, time.monotonic() - started)
+    try:
+        summary = _summarise(store, work, shard, time.monotonic() - started)
+    except PlaceError as error:
+        raise StoreError(f"{error}. Finished chunks are safe; the same command resumes") from error
     emit(summary)
     return summary
 

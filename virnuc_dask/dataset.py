@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -46,8 +45,8 @@ def open_store(store: str | Path) -> Any:
     import xarray
 
     # xarray would say of anything at all that it holds no group.
-    path = Store(store).path
-    return xarray.open_zarr(path, consolidated=False)
+    place = Store(store).place
+    return xarray.open_zarr(place.for_xarray, consolidated=False)
 
 
 def open_residues(store: str | Path, row: int) -> Any:
@@ -240,10 +239,8 @@ def verify(
     from dask import compute, delayed
 
     opened = Store(store)
-    present = opened.present()
     # A file that is too small counts as missing, and is damage all the same.
-    files = np.array([present[c] or opened.has_files(c) for c in range(opened.chunk_count)], bool)
-    chunks = [int(chunk) for chunk in np.flatnonzero(files)]
+    chunks = [int(chunk) for chunk in np.flatnonzero(opened.touched())]
     sequences = check_sequences(opened)
     bad: dict[int, str] = {}
     run = partial(compute, scheduler="threads") if client is None else partial(_gather, client)
@@ -252,7 +249,7 @@ def verify(
     for start in range(0, len(chunks), step):
         parts = [
             delayed(_check)(
-                str(opened.path.resolve()),
+                opened.place.location,
                 chunks[first : first + _CHUNKS_PER_CHECK],
                 sequences is None,
             )
@@ -266,20 +263,15 @@ def verify(
     if repair:
         for chunk in bad:
             opened.remove_chunk(chunk)
-        computed = {opened.path / name for name in TASK_ARRAYS}
-        for file in strays:
-            if file.parent not in computed:
-                continue
-            if file.is_dir() and not file.is_symlink():
-                shutil.rmtree(file)
-            else:
-                file.unlink(missing_ok=True)
+        for key in strays:
+            if key.rpartition("/")[0] in TASK_ARRAYS:
+                opened.place.remove(key)
     return VerifyReport(
         len(chunks),
         opened.chunk_count - len(chunks),
         bad,
         sequences,
-        [str(file) for file in strays],
+        [f"{opened.path}/{key}" for key in strays],
         repair,
     )
 

@@ -61,6 +61,29 @@ class StoreError(VirnucError):
     """A store that is damaged, or cannot be read or written."""
 
 
+class PlaceError(StoreError, OSError):
+    """An object store that does not answer, or answers with an error.
+
+    An `OSError` too, so that its errno says what is to be done about it, as for a disk. Most often
+    met before anything is computed; what meets it later says so.
+
+    Parameters
+    ----------
+    number : int
+        Errno of a disk's error that means as much.
+    cause : str
+    url : str
+    """
+
+    exit_code = 2
+
+    def __init__(self, number: int, cause: str, url: str) -> None:
+        super().__init__(number, cause, url)
+
+    def __str__(self) -> str:
+        return f"{self.filename}: {self.strerror}"
+
+
 class DeviceLostError(VirnucError):
     """A device whose process is of no use any more, such as after a sticky CUDA error.
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
-import re
 import shutil
 from math import log2
 from pathlib import Path
@@ -19,8 +16,8 @@ from zarr.storage import LocalStore
 
 from virnuc_dask.config import Identity, Status
 from virnuc_dask.errors import NotAStoreError, StoreError
-from virnuc_dask.files import may_have_a_living_owner, owner_mark, sync, sync_tree
 from virnuc_dask.packing import encoded_lengths
+from virnuc_dask.places import place_of
 from virnuc_dask.residues import Block
 from virnuc_dask.store import (
     ATTRIBUTE,
@@ -28,7 +25,6 @@ from virnuc_dask.store import (
     SEQUENCES_PER_CHUNK,
     can_create,
     is_store,
-    local_path,
     residue_slots,
 )
 
@@ -37,16 +33,16 @@ _RESIDUE_VALUES_PER_CHUNK = 2**22
 
 
 class Ingest:
-    """Writes a new store, beside its final path, and moves it there whole.
+    """Puts a new store together in a directory of its own, and gives it its place whole.
 
-    A context manager: left without `commit`, it removes what it wrote. Killed, it leaves a hidden
-    directory beside the path, which the next ingest to that path removes; the path itself holds
-    either nothing or a whole store.
+    A context manager: left without `commit`, it removes what it wrote. Killed, it leaves a
+    directory that the next ingest removes, hidden beside the store's path or, for an object store,
+    among the temporary files; the place itself holds either nothing or a whole store.
 
     Parameters
     ----------
     path : str or Path
-        Where the store will be. An empty directory there is replaced.
+        Where the store will be, a path or a URL. An empty directory there is replaced.
 
     translated : bool
         Blocks will say where their rows come from.
@@ -59,15 +55,11 @@ class Ingest:
 
     def __init__(self, path: str | Path, *, translated: bool = False) -> None:
         self._translated = translated
-        self.path = local_path(path)
+        self.place = place_of(path)
         # A store may be there by now, of a run that was faster: `commit` leaves it alone.
-        if not (can_create(self.path) or is_store(self.path)):
+        if not (can_create(path) or is_store(path)):
             raise NotAStoreError(f"{path}: exists and is not empty; nothing was changed")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        for orphan in self.path.parent.glob(f".{_glob_escape(self.path.name)}~*.ingest"):
-            if not may_have_a_living_owner(orphan.name):
-                shutil.rmtree(orphan, ignore_errors=True)  # another run may be removing it too
-        self._staging = self.path.parent / f".{self.path.name}{owner_mark()}.ingest"
+        self._staging = self.place.staging()
         try:
             self._begin()
         except BaseException:
@@ -148,7 +140,7 @@ class Ingest:
         self._next_offset = int(ends[-1])
 
     def commit(self, identity: Identity, dimension: int, provenance: dict[str, Any]) -> bool:
-        """Give the store its path, durably.
+        """Give the store its place, durably.
 
         Returns
         -------
@@ -193,15 +185,12 @@ class Ingest:
                 ATTRIBUTE: {"identity": identity.to_json(), "provenance": provenance},
             }
         )
-        sync_tree(self._staging)
-        try:
-            os.rename(self._staging, self.path)
-        except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST) and is_store(self.path):
-                return False
-            raise StoreError(f"{self.path}: cannot put the store there: {error}") from error
-        sync(self.path.parent)
-        return True
+        path = self.place.path
+        if self.place.publish(self._staging):
+            return True
+        if not is_store(path):
+            raise StoreError(f"{path}: cannot put the store there: something else is there by now")
+        return False
 
     def _create_residue_arrays(self, identity: Identity, dimension: int) -> None:
         lengths = self._length.read()
@@ -285,7 +274,3 @@ class _Appender:
         self._array.resize((done + count,))
         self._array[done:] = values[:count]
         self._pending, self._waiting = [values[count:]], len(values) - count
-
-
-def _glob_escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)

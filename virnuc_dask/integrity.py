@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -29,11 +28,12 @@ def check_chunk(store: Store, chunk: int, *, sequences: bool = True) -> str | No
     where the status says so. Without `sequences` the status is not compared with them, which
     is for a store whose sequence arrays are damaged.
     """
-    for file in store.files(chunk):
-        if not file.is_file():
-            return f"{file.parent.name} chunk is missing"
-        if file.stat().st_size < MIN_CHUNK_BYTES:
-            return f"{file.parent.name} chunk has {file.stat().st_size} bytes"
+    for key in store.keys(chunk):
+        array, size = key.partition("/")[0], store.place.size(key)
+        if size is None:
+            return f"{array} chunk is missing"
+        if size < MIN_CHUNK_BYTES:
+            return f"{array} chunk has {size} bytes"
     try:
         status, embedding = store.read_chunk(chunk)
         residues = store.read_residues(chunk) if store.identity.per_residue else None
@@ -122,20 +122,20 @@ def _add_reads(store: Store, digest: InputDigest) -> None:
         )
 
 
-def leftovers(store: Store) -> list[Path]:
-    """Files that are no part of the store and belong to no living writer.
+def leftovers(store: Store) -> list[str]:
+    """Files that are no part of the store and belong to no living writer, by their keys.
 
     Readers ignore them. A `.partial` file is listed once the process that its name gives is
     known to be dead; on another host that cannot be known.
     """
     names = store.names
-    found = [p for p in store.path.iterdir() if p.name not in {*names, "zarr.json"}]
+    found = [entry for entry in store.place.listing() if entry not in {*names, "zarr.json"}]
     for name in names:
         pattern = CHUNK_FILE.get(name, re.compile(r"c\.(\d+)"))
         limit = store.array(name).cdata_shape[0]
-        for file in (store.path / name).iterdir():
-            match = pattern.fullmatch(file.name)
-            is_chunk = match is not None and int(match[1]) < limit and file.is_file()
-            if file.name != "zarr.json" and not is_chunk:
-                found.append(file)
-    return sorted(file for file in found if not may_have_a_living_owner(file.name))
+        for entry, size in store.place.listing(name).items():
+            match = pattern.fullmatch(entry)
+            is_chunk = match is not None and int(match[1]) < limit and size is not None
+            if entry != "zarr.json" and not is_chunk:
+                found.append(f"{name}/{entry}")
+    return sorted(key for key in found if not may_have_a_living_owner(key.rpartition("/")[2]))

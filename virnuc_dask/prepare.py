@@ -25,10 +25,17 @@ from virnuc_dask.config import (
     precision_on,
     rows_per_chunk,
 )
-from virnuc_dask.errors import IdentityMismatchError, InputError, StoreError, UsageError
+from virnuc_dask.errors import (
+    IdentityMismatchError,
+    InputError,
+    PlaceError,
+    StoreError,
+    UsageError,
+)
 from virnuc_dask.events import Listener
 from virnuc_dask.ingest import Ingest
 from virnuc_dask.packing import cut_segments, encoded_lengths
+from virnuc_dask.places import place_of
 from virnuc_dask.residues import ALPHABET_POLICY, Block, InputSummary
 from virnuc_dask.sequences import read_blocks
 from virnuc_dask.store import Store, can_create
@@ -87,9 +94,9 @@ def prepare(
                 wanted = _identity(settings, spec, summary)
                 ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary))
         except OSError as error:
-            if not retry.is_hopeless(error):
+            if isinstance(error, PlaceError) or not retry.is_hopeless(error):
                 raise
-            raise StoreError(retry.explain(error, Path(store))) from error
+            raise StoreError(place_of(store).explain(error)) from error
         # Ours, or that of a run which was faster.
         existing = Store(store)
     else:

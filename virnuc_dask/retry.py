@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import errno
-import os
 import random
-import shutil
 from collections import deque
-from pathlib import Path
 from statistics import median
 from typing import TypeGuard
 
 from virnuc_dask.config import RunConfig
 
 # What every other chunk would meet too.
-_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENXIO}
 # Chunks after which it is known how long one takes, and those that count.
 _ENOUGH, _RECENT = 3, 99
 
 
 def is_hopeless(error: BaseException) -> TypeGuard[OSError]:
-    """Whether no chunk can be written any more: a full, read-only or forbidden disk."""
+    """Whether no chunk can be written any more: a full, read-only or forbidden disk, no bucket."""
     return isinstance(error, OSError) and error.errno in _HOPELESS
 
 
@@ -72,15 +69,3 @@ class Pace:
             return max(self._config.deadline_floor, self._config.deadline_first)
         usual = median(self._recent) * max(1, residues)
         return max(self._config.deadline_floor, self._config.deadline_factor * usual)
-
-
-def explain(error: OSError, store: Path) -> str:
-    """Cause, path and free space, for whoever has to make room."""
-    cause = os.strerror(error.errno) if error.errno else str(error)
-    file = f" ({error.filename})" if error.filename else ""
-    there = store if store.exists() else store.parent
-    try:
-        free = f"{shutil.disk_usage(there).free / 1e6:,.1f} MB are free"
-    except OSError as gone:
-        free = f"its file system does not answer: {gone.strerror}"
-    return f"{store}: {cause}{file}; {free}"

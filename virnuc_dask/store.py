@@ -1,6 +1,6 @@
 """The Zarr store, and nothing else that knows Zarr: what is written when, and what presence means.
 
-A store appears at its path by one rename, whole, with every sequence in it. From then on only
+A store appears at its place in one step, whole, with every sequence in it. From then on only
 tasks write, each one its own chunk of ``status`` and then of ``embedding``. A chunk of both is
 the checkpoint: there is no other record of what is done. On request the representations of single
 residues stand between the two, ragged: each chunk of rows has several chunks of slots to itself.
@@ -8,24 +8,19 @@ residues stand between the two, ragged: each chunk of rows has several chunks of
 
 from __future__ import annotations
 
-import asyncio
-import os
 import re
 from collections.abc import Iterable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.core.buffer import Buffer
-from zarr.storage import LocalStore
 
 from virnuc_dask.config import FORMAT, Identity
 from virnuc_dask.errors import NotAStoreError, StoreError
-from virnuc_dask.files import sync, write_durably
 from virnuc_dask.packing import encoded_lengths
+from virnuc_dask.places import place_of
 
 SEQUENCES_PER_CHUNK = 65_536
 RESIDUES_PER_STORED_CHUNK = 2**22
@@ -50,15 +45,18 @@ _DAMAGED = (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError)
 
 
 class Store:
-    """One store on a local or shared file system, opened. Nothing is read until it is asked for.
+    """One store, opened. Nothing is read until it is asked for.
 
     Parameters
     ----------
     path : str or Path
+        On a local or shared file system, or the URL of a place in an object store.
 
     Attributes
     ----------
-    path : Path
+    path : Path or str
+        As the user named it; a URL is a str.
+    place : Directory or Bucket
     identity : Identity
         Everything that the row values depend on.
     provenance : dict
@@ -73,13 +71,14 @@ class Store:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = local_path(path)
-        if not self.path.exists():
-            raise NotAStoreError(f"{path}: no store there")
+        self.place = place_of(path)
+        self.path = self.place.path
         if not is_store(self.path):
-            raise NotAStoreError(f"{path}: not a store of this program; nothing was changed")
+            if not self.place.exists():
+                raise NotAStoreError(f"{self.path}: no store there")
+            raise NotAStoreError(f"{self.path}: not a store of this program; nothing was changed")
         try:
-            self._zarr = DurableStore(self.path)
+            self._zarr = self.place.arrays()
             attributes: Any = zarr.open_group(self._zarr, mode="r", zarr_format=3).attrs.asdict()
             document = attributes[ATTRIBUTE]
             if document["identity"]["format"] != FORMAT:
@@ -126,24 +125,25 @@ class Store:
     def present(self) -> NDArray[np.bool_]:
         """Which chunks are done, shape (chunk_count,): `status` and `embedding` both have a file.
 
-        One directory listing each; no chunk of them is opened or decoded.
+        One listing each, with sizes; no chunk of them is opened or decoded.
         """
-        found = self._listed("status") & self._listed("embedding")
+        found = self._listed("status", MIN_CHUNK_BYTES)
+        found &= self._listed("embedding", MIN_CHUNK_BYTES)
         if self.identity.per_residue:
-            slots = self.array("residue_embedding")
-            firsts = self._read_slots(slice(None, None, self.identity.rows_per_chunk))
-            bounds = np.append(firsts, slots.shape[0]) // slots.chunks[0]
-            before = np.append(0, np.cumsum(self._listed("residue_embedding")))
-            found &= np.diff(before[bounds]) == np.diff(bounds)
+            there, wanted = self._residue_files(MIN_CHUNK_BYTES)
+            found &= there == wanted
+        return found
+
+    def touched(self) -> NDArray[np.bool_]:
+        """Which chunks have any file, be it damaged or without its companions."""
+        found = self._listed("status", 0) | self._listed("embedding", 0)
+        if self.identity.per_residue:
+            found |= self._residue_files(0)[0] > 0
         return found
 
     def is_present(self, chunk: int) -> bool:
         """Whether one chunk is done."""
-        return all(self._is_chunk(file) for file in self.files(chunk))
-
-    def has_files(self, chunk: int) -> bool:
-        """Whether a chunk has any file, be it damaged or without its companion."""
-        return any(file.is_file() for file in self.files(chunk))
+        return all((self.place.size(key) or 0) >= MIN_CHUNK_BYTES for key in self.keys(chunk))
 
     def slots(self, chunk: int) -> slice:
         """Slots of `residue_embedding` that belong to a chunk of rows: whole chunks of slots."""
@@ -227,7 +227,7 @@ class Store:
         except (ValueError, RuntimeError):
             # Zarr reads a short last chunk before it overwrites it, so that damage there would
             # stop the very write that repairs it.
-            self._file(name, rows.start // self.identity.rows_per_chunk).unlink(missing_ok=True)
+            self.place.remove(_key(name, rows.start // self.identity.rows_per_chunk))
             self.array(name)[rows] = values
 
     def _write_residues(self, slots: slice, residues: NDArray[np.float16]) -> None:
@@ -260,9 +260,8 @@ class Store:
 
     def remove_chunk(self, chunk: int) -> None:
         """Remove a chunk, so that it is computed again. The commit goes first."""
-        for file in reversed(self.files(chunk)):
-            file.unlink(missing_ok=True)
-            sync(file.parent)
+        for key in reversed(self.keys(chunk)):
+            self.place.remove(key)
 
     # --- files ---
 
@@ -283,17 +282,14 @@ class Store:
         # never written and never done.
         return array.with_config({"write_empty_chunks": True})
 
-    def _file(self, name: str, chunk: int) -> Path:
-        return self.path / name / (f"c.{chunk}" if name == "status" else f"c.{chunk}.0")
-
-    def files(self, chunk: int) -> list[Path]:
+    def keys(self, chunk: int) -> list[str]:
         """Files of a chunk of rows, in the order in which a task writes them."""
-        between: list[Path] = []
+        between: list[str] = []
         if self.identity.per_residue:
             slots, step = self.slots(chunk), self.array("residue_embedding").chunks[0]
             numbers = range(slots.start // step, slots.stop // step)
-            between = [self._file("residue_embedding", number) for number in numbers]
-        return [self._file("status", chunk), *between, self._file("embedding", chunk)]
+            between = [_key("residue_embedding", number) for number in numbers]
+        return [_key("status", chunk), *between, _key("embedding", chunk)]
 
     def encoded(self, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
         """Residues of each row that are encoded, shape (n,)."""
@@ -308,25 +304,29 @@ class Store:
             raise StoreError(f"{self.path}: a chunk of `residue_slot` is missing")
         return slots
 
-    @staticmethod
-    def _is_chunk(file: Path) -> bool:
-        try:
-            return file.is_file() and file.stat().st_size >= MIN_CHUNK_BYTES
-        except FileNotFoundError:
-            return False
+    def _listed(self, name: str, least: int) -> NDArray[np.bool_]:
+        """Chunks of an array that have a file of so many bytes.
 
-    def _listed(self, name: str) -> NDArray[np.bool_]:
-        """Chunks of an array by a listing: Zarr's own count takes minutes for 100,000 chunks."""
+        By one listing: Zarr's own count takes minutes for 100,000 chunks.
+        """
         found = np.zeros(self.array(name).cdata_shape[0], np.bool_)
-        with os.scandir(self.path / name) as entries:
-            for entry in entries:
-                match = CHUNK_FILE[name].fullmatch(entry.name)
-                if match is None or int(match[1]) >= len(found):
-                    continue
-                with suppress(FileNotFoundError):  # removed since it was listed: not present
-                    is_file = entry.is_file()
-                    found[int(match[1])] = is_file and entry.stat().st_size >= MIN_CHUNK_BYTES
+        for entry, size in self.place.listing(name).items():
+            match = CHUNK_FILE[name].fullmatch(entry)
+            if match and size is not None and int(match[1]) < len(found):
+                found[int(match[1])] = size >= least
         return found
+
+    def _residue_files(self, least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Files of residues that each chunk of rows has, and those that it is to have."""
+        slots = self.array("residue_embedding")
+        firsts = self._read_slots(slice(None, None, self.identity.rows_per_chunk))
+        bounds = np.append(firsts, slots.shape[0]) // slots.chunks[0]
+        before = np.append(0, np.cumsum(self._listed("residue_embedding", least)))
+        return np.diff(before[bounds]), np.diff(bounds)
+
+
+def _key(name: str, chunk: int) -> str:
+    return f"{name}/c.{chunk}" if name == "status" else f"{name}/c.{chunk}.0"
 
 
 def residue_slots(
@@ -356,42 +356,11 @@ def residue_slots(
     return before + np.repeat(shift, rows_per_chunk)[: len(encoded)], int(sizes.sum())
 
 
-class DurableStore(LocalStore):
-    """Zarr's local store, made durable: what has its final name survives a power cut.
-
-    The upstream class renames without fsync, after which a crash leaves names with empty files.
-    """
-
-    async def set(self, key: str, value: Buffer) -> None:
-        """Write a key: temporary file, fsync, rename, fsync of the directory."""
-        self._check_writable()
-        await asyncio.to_thread(write_durably, self.root / key, value.as_buffer_like())
-
-    def set_sync(self, key: str, value: Buffer) -> None:
-        """As `set`, for Zarr's synchronous path."""
-        self._check_writable()
-        write_durably(self.root / key, value.as_buffer_like())
-
-    async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write a key unless it is there."""
-        if not await self.exists(key):
-            await self.set(key, value)
-
-
-def local_path(path: str | Path) -> Path:
-    """The path of a store on a file system."""
-    if "://" in str(path):
-        raise NotAStoreError(f"{path}: only stores on a file system are supported so far")
-    return Path(path)
-
-
 def can_create(path: str | Path) -> bool:
-    """Whether nothing, or an empty directory, is at a path."""
-    path = local_path(path)
-    return not (path.exists() or path.is_symlink()) or (path.is_dir() and not any(path.iterdir()))
+    """Whether a new store may be put at a path or URL."""
+    return place_of(path).is_free()
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether a path looks like one of our stores, healthy or damaged."""
-    path = local_path(path)
-    return path.is_dir() and all((path / name).is_dir() for name in ("embedding", "status"))
+    """Whether what is at a path or URL looks like one of our stores, healthy or damaged."""
+    return all(place_of(path).has_array(name) for name in ("embedding", "status"))

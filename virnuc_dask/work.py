@@ -167,7 +167,7 @@ class Work:
                 self.needs,
                 key,
                 embed,
-                str(self.store.path.resolve()),
+                self.store.place.location,
                 chunk,
                 self.store.identity,
                 self.spec,
@@ -258,7 +258,7 @@ class Work:
             self.retries += 1
         self.emit(events.ChunkFailed(chunk, attempt, self.errors[chunk], final))
         if retry.is_hopeless(error) and self.stopped is None:
-            self.stopped = retry.explain(error, self.store.path)
+            self.stopped = self.store.place.explain(error)
             self.emit(events.CannotGoOn(self.stopped, len(self._running) - 1))
 
     # --- workers ---

@@ -26,7 +26,7 @@ from virnuc_dask.errors import (
     UsageError,
     VirnucError,
 )
-from virnuc_dask.files import probe
+from virnuc_dask.places import probe
 from virnuc_dask.store import Store
 
 # Dask's topic under which workers say that they have begun with a chunk.
@@ -95,7 +95,7 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
         store = Store(needs.path)
         if store.identity != needs.identity:
             found.append(f"{needs.path}: another store")
-        elif problem := probe(store.path):
+        elif problem := probe(needs.path):
             found.append(problem)
     except VirnucError as error:
         found.append(str(error))

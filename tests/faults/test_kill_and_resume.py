@@ -169,7 +169,7 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Pa
     assert first.finish() == 128 + signal.SIGTERM
     assert first.of("stopping")[0]["running"] == 1
     assert first.of("run_summary")[0]["counts"] == {"pending": 2_400}
-    assert not Store(path).has_files(0)
+    assert not Store(path).touched()[0]
     second = Run("resume", path)
     assert second.finish() == 0
     assert virnuc_dask.verify(path).checked == 1

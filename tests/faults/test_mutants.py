@@ -37,7 +37,7 @@ def write_in_place(path, content):
         os.fsync(file.fileno())
     files.sync(path.parent)
 
-store.write_durably = write_in_place
+files.write_durably = write_in_place
 """
 COMMIT_FIRST = """
 def write_backwards(self, chunk, status, embedding, residues):
@@ -72,6 +72,16 @@ real_fsync = os.fsync
 os.fsync = lambda file: os.path.isdir(f"/proc/self/fd/{file}") and real_fsync(file)
 """
 NO_SYNC_OF_NAMES = "files.sync = lambda path: None"
+NO_SYNC_OF_THE_STORES_NAME = """
+real_sync, real_sync_tree = files.sync, files.sync_tree
+
+def sync_tree_alone(root):
+    files.sync = real_sync
+    real_sync_tree(root)
+    files.sync = lambda path: None
+
+files.sync_tree = sync_tree_alone
+"""
 
 
 @pytest.mark.parametrize(
@@ -95,8 +105,8 @@ def test_a_store_that_does_not_sync_loses_acknowledged_chunks_to_a_power_cut(
 @pytest.mark.parametrize(
     ("mutation", "complaint"),
     [
-        ("ingest.sync_tree = lambda root: None", "is damaged"),
-        ("ingest.sync = lambda path: None", "is lost"),
+        ("files.sync_tree = lambda root: None", "is damaged"),
+        (NO_SYNC_OF_THE_STORES_NAME, "is lost"),
     ],
     ids=["no sync of the tree", "no sync of its name"],
 )

@@ -67,12 +67,7 @@ class World:
         self.exit_code = summary.exit_code
         assert (summary.chunks, summary.complete) == (CHUNKS, True)
         self.reference = Store(folder / "whole.zarr")
-        self.files = {
-            chunk: [
-                str(file.relative_to(self.reference.path)) for file in self.reference.files(chunk)
-            ]
-            for chunk in range(CHUNKS)
-        }
+        self.files = {chunk: self.reference.keys(chunk) for chunk in range(CHUNKS)}
         self.content = {
             name: (self.reference.path / name).read_bytes()
             for names in self.files.values()

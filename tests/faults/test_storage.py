@@ -44,7 +44,7 @@ SETTINGS = ("--rows-per-chunk", 4, "--workers", 2, "--per-residue", "--backoff",
 def check_errors(nursery: Nursery, bench: Bench, call: str, number: int, most: int) -> None:
     """Calls of a name fail, each once in a task of its own; the next task meets no error."""
     every = [aim for aim in calls_of_a_chunk(nursery, bench, 0) if aim.name == call]
-    assert len(every) >= len(bench.whole.files(0))
+    assert len(every) >= len(bench.whole.keys(0))
     for aim in random.Random(number).sample(every, min(most, len(every))):
         store = bench.fresh()
         what = aim.inject(f"error={errno.errorcode[number]}")

@@ -1,0 +1,72 @@
+"""Where a store may be: a directory, or a prefix in an object store; no other module asks which."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.files import Directory
+from virnuc_dask.objects import Bucket
+
+_SCHEMES = ("s3", "s3a", "gs", "az")
+
+
+def place_of(location: str | Path) -> Directory | Bucket:
+    """The place that a user means. Looks at nothing that is there.
+
+    Parameters
+    ----------
+    location : str or Path
+        A path, ``file:///path``, or the URL of an object store: ``s3://bucket/prefix``.
+
+    Raises
+    ------
+    UsageError
+        A URL of another kind, or one that holds credentials.
+    """
+    text = str(location)
+    if isinstance(location, Path) or "://" not in text:
+        if isinstance(location, Path) and location.parts[:1] and location.parts[0][-1] == ":":
+            raise UsageError(f"{text}: a Path takes a slash out of a URL; give it as a str")
+        return Directory(Path(location))
+    if text.startswith("file://"):
+        parts = urlsplit(text)
+        if parts.netloc not in ("", "localhost"):
+            raise UsageError(f"{text}: another host's file; write file:///path")
+        return Directory(Path(unquote(parts.path)))
+    return Bucket(_checked(text))
+
+
+def _checked(url: str) -> str:
+    """The URL of a place in an object store, without what means nothing in it."""
+    parts = urlsplit(url)
+    bucket, prefix = parts.netloc, parts.path.strip("/")
+    if "@" in bucket or ":" in bucket or parts.query or parts.fragment:
+        # Not repeated here: it may hold a secret.
+        raise UsageError(
+            f"{parts.scheme}://…: a store's URL is a bucket and a prefix; credentials and all else"
+            " belong in the environment, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"
+        )
+    if parts.scheme not in _SCHEMES:
+        raise UsageError(
+            f"{url}: a store may be in a directory, or at {'://, '.join(_SCHEMES)}:// in an object"
+            " store"
+        )
+    if not bucket or {"", ".", ".."} & set(prefix.split("/")[: len(prefix)]):
+        raise UsageError(f"{url}: write {parts.scheme}://bucket/prefix")
+    return f"{parts.scheme}://{bucket}/{prefix}".rstrip("/")
+
+
+def probe(location: str | Path) -> str | None:
+    """Write something where a store is, read it and remove it.
+
+    Returns
+    -------
+    str, optional
+        What does not work, naming the place.
+    """
+    try:
+        return place_of(location).probe()
+    except VirnucError as error:
+        return str(error)
