@@ -8,7 +8,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from virnuc_dask.config import LongPolicy
-from virnuc_dask.packing import WINDOW_OVERLAP, cut_batches, cut_segments, residue_weights
+from virnuc_dask.packing import (
+    WINDOW_OVERLAP,
+    cut_batches,
+    cut_segments,
+    residue_weights,
+    residues_to_encode,
+)
 
 lengths_of_rows = st.lists(st.integers(0, 400), max_size=30).map(lambda n: np.array(n, np.int32))
 
@@ -177,3 +183,11 @@ def test_segments_longer_than_the_budget_go_alone() -> None:
         [(1, 500)],
         [(1, 900)],
     ]
+
+
+@pytest.mark.parametrize("policy", ["truncate", "window", "skip"])
+def test_what_goes_through_the_encoder_is_what_the_segments_have(policy: LongPolicy) -> None:
+    lengths = np.random.default_rng(3).integers(0, 400, 500).astype(np.int32)
+    segments = cut_segments(lengths, 70, policy)
+    expected = np.bincount(segments.row, segments.length, minlength=len(lengths))
+    assert np.array_equal(residues_to_encode(lengths, 70, policy), expected)

@@ -24,7 +24,7 @@ from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Stat
 from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.errors import PlaceError, StoreError, UsageError
 from virnuc_dask.events import Listener, RunSummary
-from virnuc_dask.packing import cut_segments
+from virnuc_dask.packing import residues_to_encode
 from virnuc_dask.prepare import Inputs, prepare
 from virnuc_dask.store import Store
 from virnuc_dask.work import Work
@@ -263,10 +263,9 @@ def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSum
 def _residues_to_encode(store: Store) -> dict[int, int]:
     """What each chunk costs, in residues that go through the encoder."""
     identity = store.identity
-    segments = cut_segments(store.lengths(), identity.max_residues, identity.long)
-    chunk = segments.row // identity.rows_per_chunk
-    residues = np.bincount(chunk, segments.length, minlength=store.chunk_count)
-    return dict(enumerate(residues.astype(int).tolist()))
+    residues = residues_to_encode(store.lengths(), identity.max_residues, identity.long)
+    chunks = np.add.reduceat(residues, np.arange(0, store.records, identity.rows_per_chunk))
+    return dict(enumerate(chunks.tolist()))
 
 
 @contextmanager

@@ -77,15 +77,7 @@ def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPo
     """
     lengths = lengths.astype(np.int64)
     offsets = np.cumsum(lengths) - lengths
-    is_long = lengths > max_residues
-    take = (lengths > 0) & ~(is_long & (policy == "skip"))
-    windows = np.ones(len(lengths), np.int64)
-    if policy == "window":
-        overlap = int(max_residues * WINDOW_OVERLAP)
-        step = max(1, max_residues - overlap)
-        windows[is_long] = -(-(lengths[is_long] - overlap) // step)
-    windows[~take] = 0
-
+    windows = _windows(lengths, max_residues, policy)
     row = np.repeat(np.arange(len(lengths), dtype=np.int64), windows)
     count = windows[row]
     # k-th window of its row
@@ -94,6 +86,30 @@ def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPo
     shift = np.where(count > 1, k * spare // np.maximum(count - 1, 1), 0)
     length = np.minimum(lengths[row], max_residues)
     return Segments(row, offsets[row] + shift, length, count)
+
+
+def _windows(
+    lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy
+) -> NDArray[np.int64]:
+    """Segments of each row."""
+    is_long = lengths > max_residues
+    windows = (lengths > 0).astype(np.int64)
+    if policy == "skip":
+        windows[is_long] = 0
+    elif policy == "window":
+        overlap = int(max_residues * WINDOW_OVERLAP)
+        step = max(1, max_residues - overlap)
+        windows[is_long] = -(-(lengths[is_long].astype(np.int64) - overlap) // step)
+    return windows
+
+
+def residues_to_encode(
+    lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy
+) -> NDArray[np.int64]:
+    """Residues of each row that are encoded, shape (n,), as often as windows see them."""
+    windows = _windows(lengths, max_residues, policy)
+    windows *= np.minimum(lengths, max_residues)
+    return windows
 
 
 def encoded_lengths(

@@ -34,7 +34,7 @@ from virnuc_dask.errors import (
 )
 from virnuc_dask.events import Listener
 from virnuc_dask.ingest import Ingest
-from virnuc_dask.packing import cut_segments, encoded_lengths
+from virnuc_dask.packing import encoded_lengths, residues_to_encode
 from virnuc_dask.places import place_of
 from virnuc_dask.residues import ALPHABET_POLICY, Block, InputSummary
 from virnuc_dask.sequences import read_blocks
@@ -314,7 +314,7 @@ def _first_rows(block: Block, residues: int) -> Block:
 
 def _encoded(settings: Settings, lengths: NDArray[np.int32]) -> int:
     """Residues that go through the encoder."""
-    return int(cut_segments(lengths, settings.max_residues, settings.long).length.sum())
+    return int(residues_to_encode(lengths, settings.max_residues, settings.long).sum())
 
 
 def _identity(
