@@ -16,7 +16,7 @@ from conftest import AWKWARD, VIRAL_PROTEINS, Maker, tree
 import virnuc_dask
 from virnuc_dask import dataset, events
 from virnuc_dask.config import RunConfig, Settings
-from virnuc_dask.errors import InputError, ModelError, NotAStoreError, UsageError
+from virnuc_dask.errors import InputError, ModelError, UsageError
 from virnuc_dask.prepare import plan
 from virnuc_dask.weights import load_checkpoint
 
@@ -210,8 +210,8 @@ def test_bad_input_bad_model_and_bad_target_fail_before_anything_is_written(
         virnuc_dask.run(awkward, tmp_path / "a.zarr", strict=True)
     with pytest.raises(ModelError):
         virnuc_dask.run(awkward, tmp_path / "a.zarr", model="esm9")
-    with pytest.raises(NotAStoreError, match="file system"):
-        virnuc_dask.run(awkward, "s3://bucket/a.zarr")
+    with pytest.raises(UsageError, match="may be in a directory, or at s3://"):
+        virnuc_dask.run(awkward, "https://bucket/a.zarr")
     assert os.listdir(tmp_path) == ["awkward.faa"]
 
 

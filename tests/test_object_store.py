@@ -78,7 +78,7 @@ def put(url: str, key: str, content: bytes) -> None:
 # --- the main job ---
 
 
-def test_killed_while_reading_writing_and_computing_and_nothing_is_lost(
+def test_coordinator_then_worker_killed_and_nothing_is_lost(
     url: str, reference: Store, s3: Server, tmp_path: Path
 ) -> None:
     arguments = ("run", VIRAL_PROTEINS, url, *SETTINGS)
@@ -119,6 +119,7 @@ def test_killed_while_reading_writing_and_computing_and_nothing_is_lost(
     after = tree(url)
     assert {name: after[name] for name in before} == before  # not even written again
     assert_ledger(store, reference)
+    assert dataset.row_states(url) == dataset.row_states(reference.path)
     assert virnuc_dask.open_residues(url, 7).equals(virnuc_dask.open_residues(reference.path, 7))
 
     # Whatever was written or said, the secret is not in it.
@@ -427,6 +428,7 @@ def test_a_url_with_a_secret_is_refused_and_not_repeated(bad: str) -> None:
         "s3://bucket/../b",
         "file://host/tmp/out.zarr",
         Path("s3://bucket/out.zarr"),
+        "s3:/bucket/out.zarr",
     ],
 )
 def test_a_url_that_means_nothing_is_refused(bad: str | Path) -> None:
@@ -455,6 +457,7 @@ def test_without_obstore_the_error_says_how_to_get_it() -> None:
         ("Error performing PUT http://169.254.169.254/latest/api/token in 1s", "no credentials"),
         ("Error performing GET https://a.net/c/x?sig=sesame - odd", "https://a.net does not answ"),
         ("Generic Azure error: ?sig=sesame is odd\nand more", "Generic Azure error:  is odd"),
+        ("GET http://me:sesame@a.net/c - odd", "http://a.net does not answer"),
         ("kind: Timeout, uri: http://a.net/x", "http://a.net does not answer: timed out"),
     ],
 )

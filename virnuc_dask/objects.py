@@ -342,6 +342,7 @@ def _errors_of(path: str, key: str = "") -> Iterator[None]:
 
 def _explained(text: str) -> tuple[int, str]:
     """Errno and cause, in a line, of what obstore says in thirty."""
+    text = re.sub(r"(https?://)[^/\s@]*@", r"\1", text)  # an endpoint's own credentials
     status, code, host = _STATUS.search(text), _CODE.search(text), _HOST.search(text)
     means = [_ERRNO.get(found[1]) for found in (status, code) if found]
     number = next(filter(None, means), errno.EIO)

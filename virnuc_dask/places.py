@@ -26,9 +26,9 @@ def place_of(location: str | Path) -> Directory | Bucket:
         A URL of another kind, or one that holds credentials.
     """
     text = str(location)
-    if isinstance(location, Path) or "://" not in text:
-        if isinstance(location, Path) and location.parts[:1] and location.parts[0][-1] == ":":
-            raise UsageError(f"{text}: a Path takes a slash out of a URL; give it as a str")
+    if "://" not in text:
+        if text.startswith(tuple(f"{scheme}:/" for scheme in _SCHEMES)):
+            raise UsageError(f"{text}: a URL has two slashes there; as a Path it loses one")
         return Directory(Path(location))
     if text.startswith("file://"):
         parts = urlsplit(text)
