@@ -3,7 +3,7 @@
 #
 #     sbatch examples/slurm_array.sh reads.faa /scratch/out.zarr --model esm2_t33_650M_UR50D
 #
-# Preempted or out of time, they are requeued and go on. The run that has read the input first
+# Preempted or out of time, they are queued again and go on. The run that has read the input first
 # makes the store; the others find it there.
 #SBATCH --job-name=virnuc_dask
 #SBATCH --array=1-16
@@ -13,6 +13,18 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@60
-set -eu
-# exec, so that the signal comes to the program: running chunks are finished, nothing is lost.
-exec virnuc-dask run "$@" --cluster local-cuda --shard slurm --no-progress
+virnuc-dask run "$@" --cluster local-cuda --shard slurm --no-progress &
+run=$!
+# Running chunks are finished, nothing is lost.
+trap 'kill -TERM $run' TERM
+wait $run
+code=$?
+trap - TERM
+if kill -0 $run 2>/dev/null; then  # the wait ended at the signal, not at the run's end
+    wait $run
+    code=$?
+fi
+if [ $code = 143 ]; then
+    scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
+fi
+exit $code

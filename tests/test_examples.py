@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -29,27 +31,64 @@ def test_kubernetes_runs_commands_that_exist() -> None:
             [sys.executable, "-m", "dask", kind, "--help"], text=True
         )
         assert all(a in help_text for a in arguments if a.startswith("--"))
-    program, command, *arguments = commands[2]
-    assert program == "virnuc-dask"
-    context = main.commands[command].make_context(command, [*arguments])
-    assert context.params["cluster"] == arguments[-3].removeprefix("--cluster=")
+    words = shlex.split(commands[2][2].replace("\\\n", " "))
+    context = main.commands["run"].make_context("run", words[2 : words.index("&")])
+    assert context.params["cluster"] == "tcp://virnuc-scheduler:8786"
     assert context.params["inputs"] == ("/data/reads.faa",)
 
 
+STAND_IN = """#!/bin/bash
+echo "$(basename "$0") $@" >> "$CALLS"
+[ "$(basename "$0")" = virnuc-dask ] || exit 0
+trap 'sleep 0.5; exit 143' TERM
+touch "$CALLS.begun"
+for i in $(seq ${SECONDS_TO_RUN:-0}); do sleep 1 & wait $!; done
+exit ${CODE:-0}
+"""
+
+
+def start(script: list[str], folder: Path, **more: str) -> subprocess.Popen[bytes]:
+    """With stand-ins for the program and SLURM's, which cannot be had here."""
+    for name in ("virnuc-dask", "scontrol"):
+        (folder / name).write_text(STAND_IN)
+        (folder / name).chmod(0o755)
+    path = f"{folder}{os.pathsep}{os.environ['PATH']}"
+    return subprocess.Popen(script, env={"PATH": path, "CALLS": str(folder / "calls"), **more})
+
+
+def terminate_once_begun(process: subprocess.Popen[bytes], folder: Path) -> int:
+    while not (folder / "calls.begun").exists():
+        time.sleep(0.05)
+    process.terminate()
+    return process.wait(timeout=30)
+
+
+ARRAY = ["bash", str(EXAMPLES / "slurm_array.sh"), "in put.faa", "out.zarr"]
+
+
 def test_the_slurm_array_gives_each_task_its_shard(tmp_path: Path) -> None:
-    """With a stand-in for the program that says how it was called: SLURM cannot be had here."""
-    stand_in = tmp_path / "virnuc-dask"
-    stand_in.write_text('#!/bin/sh\necho "$@"\n')
-    stand_in.chmod(0o755)
-    said = subprocess.check_output(
-        ["bash", str(EXAMPLES / "slurm_array.sh"), "in put.faa", "out.zarr"],
-        env={"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
-        text=True,
-    )
-    program, *arguments = said.split()
-    assert program == "run"
-    context = main.commands["run"].make_context("run", ["a.faa", *arguments[2:]])
+    assert start(ARRAY, tmp_path, CODE="3").wait() == 3
+    (said,) = (tmp_path / "calls").read_text().splitlines()
+    words = said.removeprefix("virnuc-dask run in put.faa out.zarr ").split()
+    context = main.commands["run"].make_context("run", ["a.faa", "out.zarr", *words])
     assert (context.params["cluster"], context.params["shard"]) == ("local-cuda", "slurm")
+
+
+def test_the_slurm_array_is_queued_again_when_its_time_is_over(tmp_path: Path) -> None:
+    ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
+    process = start(ARRAY, tmp_path, SECONDS_TO_RUN="60", **ids)
+    assert terminate_once_begun(process, tmp_path) == 143
+    assert (tmp_path / "calls").read_text().splitlines()[-1] == "scontrol requeue 7_3"
+
+
+@pytest.mark.parametrize(("code", "job"), [(0, 0), (3, 0), (4, 4)])
+def test_the_kubernetes_job_is_done_when_the_store_is(code: int, job: int, tmp_path: Path) -> None:
+    *_, document = yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text())
+    script = document["spec"]["template"]["spec"]["containers"][0]["command"]
+    assert start(script, tmp_path, CODE=str(code)).wait() == job
+    (tmp_path / "calls.begun").unlink()
+    process = start(script, tmp_path, SECONDS_TO_RUN="60")
+    assert terminate_once_begun(process, tmp_path) == 143
 
 
 def test_dask_jobqueue_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

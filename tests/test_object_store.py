@@ -370,7 +370,7 @@ def test_a_bucket_that_is_not_there_is_one_line(s3: Server) -> None:
 
 def test_who_may_only_read_stops_the_run_at_once(url: str, s3: Server) -> None:
     store = make(url)
-    assert probe(url) is None
+    probe(url)
     for chunk in range(9):
         store.remove_chunk(chunk)
     before = tree(url)
@@ -386,14 +386,21 @@ def test_who_may_only_read_stops_the_run_at_once(url: str, s3: Server) -> None:
 
 
 def test_a_probe_says_what_does_not_work(url: str, s3: Server, tmp_path: Path) -> None:
-    assert probe(url) is None
-    assert probe(tmp_path) is None
-    assert probe(str(tmp_path / "nothing")) == (
-        f"{tmp_path}/nothing: cannot be written and read: No such file or directory"
-    )
-    assert "directory" in str(probe("ftp://somewhere/out.zarr"))
+    probe(url)
+    probe(tmp_path)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        probe(str(tmp_path / "nothing"))
+    with pytest.raises(UsageError, match="directory"):
+        probe("ftp://somewhere/out.zarr")
     assert tree(url) == {}
-    code = f"from virnuc_dask.places import probe; print(probe({url!r}))"
+    code = f"""
+from virnuc_dask.errors import PlaceError
+from virnuc_dask.places import probe
+try:
+    probe({url!r})
+except PlaceError as error:
+    print(error)
+"""
     found = subprocess.check_output([sys.executable, "-c", code], env=s3.reader, text=True)
     assert "403 Forbidden (AccessDenied" in found
 

@@ -19,7 +19,7 @@ from harness import Run, assert_ledger
 import virnuc_dask
 from virnuc_dask import dataset
 from virnuc_dask.config import Settings, Translation
-from virnuc_dask.errors import IdentityMismatchError, InputError, UsageError
+from virnuc_dask.errors import IdentityMismatchError, InputError, StoreError, UsageError
 from virnuc_dask.prepare import plan
 from virnuc_dask.store import Store
 from virnuc_dask.translate import cut_windows, translate
@@ -80,6 +80,18 @@ def test_virnucpro_to_the_byte_for_every_length(size: int) -> None:
     expected = as_virnucpro(sequences, size)
     assert len(expected) > 1_000
     assert rows(sequences, Translation("virnucpro", size)) == expected
+
+
+@pytest.mark.parametrize("last", range(8))
+@pytest.mark.parametrize("before", range(60, 63))
+def test_a_batch_may_end_and_begin_with_next_to_nothing(before: int, last: int) -> None:
+    sequences = dirty(before, [last, before, last])
+    expected = as_virnucpro(sequences, 60)
+    assert rows(sequences, Translation("virnucpro", 60)) == expected
+    for rule in ("open", "orf"):
+        how = Translation(rule, min_residues=1, max_unknown=1.0)
+        alone = [row[1:] for sequence in sequences for row in rows([sequence], how)]
+        assert [row[1:] for row in rows(sequences, how)] == alone
 
 
 def test_virnucpro_names_rows_as_it_does(tmp_path: Path, make_store: Maker) -> None:
@@ -191,7 +203,7 @@ def test_orfs_are_all_stretches_between_stops_and_say_where_they_are() -> None:
 
 def test_a_letter_is_translated_alone_as_in_a_batch() -> None:
     sequences = dirty(9, list(range(200, 260)))
-    how = Translation("orf", 90)
+    how = Translation("open", 90, min_residues=7)
     alone = [row[1:] for sequence in sequences for row in rows([sequence], how)]
     assert [row[1:] for row in rows(sequences, how)] == alone
 
@@ -202,6 +214,7 @@ def test_a_letter_is_translated_alone_as_in_a_batch() -> None:
         (("closed",), "one of open, orf, virnucpro"),
         (("open", 29), "at least 30 nucleotides"),
         (("virnucpro",), "needs a window"),
+        (("orf", 300), "whole records"),
         (("virnucpro", 300, 11), "genetic code 1"),
         (("open", None, 1, 0), "min_residues"),
         (("open", None, 1, 20, 1.5), "max_unknown"),
@@ -288,6 +301,12 @@ def test_no_read_is_lost(reads: Path, make_store: Maker) -> None:
 def test_where_rows_come_from_is_verified(reads: Path, make_store: Maker) -> None:
     store = make_store(reads, translation=Translation())
     assert dataset.verify(store.path).sequences is None
+    moved = store.path / "read_id" / "zarr.json"
+    content = moved.read_bytes()
+    moved.unlink()
+    with pytest.raises(StoreError, match=r"read_id.*zarr\.json"):
+        Store(store.path)
+    moved.write_bytes(content)
     store.array("read_id")[3] = "another"
     assert "do not hold the input" in str(dataset.verify(store.path).sequences)
 
@@ -330,6 +349,10 @@ def test_a_run_of_reads_with_virnucpros_rule(cli: Cli, tmp_path: Path) -> None:
     store = Store(tmp_path / "out.zarr")
     assert store.identity.translation == "six-frame; virnucpro; window 300"
     assert store.read_ids(0)[0].startswith("gi|9626243|ref|NC_001416.1|_chunk_")
+    assert "without_row_ids" not in store.provenance["input"]  # `read_id` has them
+    alone = cli("run", VIRAL_PROTEINS, "b.zarr", "--frames", "orf")
+    assert alone.returncode == 2
+    assert "--frames is for --translate six-frame" in alone.stderr
     wrong = cli("run", genome, "b.zarr", "--translate", "six-frame", "--window", "many")
     assert wrong.returncode == 2
     assert "neither a number nor none" in wrong.stderr

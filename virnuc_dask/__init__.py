@@ -12,7 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from virnuc_dask.config import RunConfig
+    from virnuc_dask.config import RunConfig, Translation
     from virnuc_dask.coordinator import resume, run
     from virnuc_dask.dataset import open_residues, open_store, verify
     from virnuc_dask.encoder import load_encoder
@@ -22,6 +22,7 @@ __version__ = "0.1.0"
 __all__ = [
     "RunConfig",
     "RunSummary",
+    "Translation",
     "load_encoder",
     "open_residues",
     "open_store",
@@ -33,6 +34,7 @@ __all__ = [
 _HOME = {
     "RunConfig": "config",
     "RunSummary": "events",
+    "Translation": "config",
     "load_encoder": "encoder",
     "open_residues": "dataset",
     "open_store": "dataset",

@@ -90,7 +90,8 @@ def connect(
         client = Client(address, security=_security(address, config), set_as_default=False)
     except KeyError as error:
         raise UsageError(f"cluster {cluster}: not a scheduler file: no {error}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        # Dask has no error of its own for an address that is none, or TLS that does not fit.
         raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
     with client:
         _await_workers(client, 1)

@@ -166,6 +166,9 @@ class Translation:
             raise UsageError(f"window must be at least {MIN_WINDOW} nucleotides, not {self.window}")
         if self.rule == "virnucpro" and self.window is None:
             raise UsageError("frames virnucpro needs a window, of 300 or 500 there")
+        if self.rule == "orf" and self.window is not None:
+            # The same stretch would be found in two windows, and cut by a third.
+            raise UsageError("frames orf takes whole records; leave out the window")
         if self.rule == "virnucpro" and self.genetic_code != 1:
             raise UsageError(f"frames virnucpro has genetic code 1, not {self.genetic_code}")
         if self.min_residues < 1:
@@ -241,6 +244,8 @@ class Settings:
                 raise UsageError(
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
                 )
+        if self.strict and self.translation:
+            raise UsageError("strict is for proteins; letters of nucleotides are never refused")
         if self.max_residues < 1:
             raise UsageError(f"max_residues must be at least 1, not {self.max_residues}")
         if self.rows_per_chunk is not None and not 1 <= self.rows_per_chunk <= 10_000:
@@ -278,7 +283,7 @@ class RunConfig:
     device : str
         Torch device that the workers compute on; ``auto``: a GPU with ``local-cuda``, else a CPU.
     shard : str, optional
-        ``i/n``: of the missing chunks only every n-th, beginning with the i-th, counted from 1, so
+        ``i/n``: of the store's chunks only every n-th, beginning with the i-th, counted from 1, so
         that n runs share the work of one store with no contact. ``slurm``: i and n are those of
         the SLURM array job that this process is a task of.
     performance_report : str, optional

@@ -72,7 +72,8 @@ def run(
         Called with every event, in this thread.
     **settings
         Fields of `Settings` other than `model`: ``pooling``, ``repr_layer``, ``precision``,
-        ``dtype``, ``max_residues``, ``long``, ``rows_per_chunk``, ``strict``.
+        ``dtype``, ``max_residues``, ``long``, ``rows_per_chunk``, ``per_residue``,
+        ``translation``, ``molecule``, ``strict``.
 
     Returns
     -------
@@ -182,6 +183,8 @@ def _fill(
             store.chunk_count,
             int(present.sum()),
             store.rows_in(np.flatnonzero(present)),
+            len(missing),
+            store.rows_in(missing),
             sum(costs[chunk] for chunk in missing),
             spec.reference,
             spec.dimension,
@@ -208,11 +211,15 @@ def _fill(
 @contextmanager
 def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None]:
     """Say where Dask's dashboard is, and have it report on the run, if that is asked for."""
-    # A lambda, which travels whole: a scheduler need not have this package.
+    # Lambdas, which travel whole: a scheduler need not have this package.
     has_bokeh = client.run_on_scheduler(lambda: find_spec("bokeh") is not None)
-    if has_bokeh and (link := client.dashboard_link):
-        emit(events.Connected(link))
-    if config.performance_report is None:
+    has_dashboard = client.run_on_scheduler(
+        lambda dask_scheduler: bool(dask_scheduler.http_application.applications)
+    )
+    if has_bokeh and has_dashboard:
+        emit(events.Connected(client.dashboard_link))
+    file = config.performance_report
+    if file is None:
         yield
         return
     if not has_bokeh:
@@ -220,13 +227,21 @@ def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None
             "a performance report needs bokeh where the scheduler is: pip install"
             " 'virnuc_dask[dashboard]'"
         )
-    with client.as_current(), performance_report(filename=config.performance_report):
-        yield
+    with open(file, "a"):
+        pass  # one that cannot be written is better known now
+    report = performance_report(filename=file)
+    with client.as_current():
+        report.__enter__()
+    yield
+    # Not if the run has ended in an error, which the report's own would hide.
+    with client.as_current():
+        report.__exit__(None, None, None)
 
 
 def _check_workers(client: Client, needs: Needs, work: Work) -> None:
     began = time.monotonic()
-    fit = preflight(client, needs, work.config.deadline_first, lambda: work.signal is not None)
+    patience = max(work.config.deadline_first, work.config.deadline_floor)
+    fit = preflight(client, needs, patience, lambda: work.signal is not None)
     work.emit(events.WorkersChecked(len(fit), time.monotonic() - began))
 
 

@@ -7,7 +7,6 @@ import resource
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -136,7 +135,8 @@ def embed_chunk(
         True,
         read - started,
         rows.usage.wait_s,
-        computed - read - rows.usage.wait_s,
+        # Without loading the model; of child processes only the whole is known.
+        rows.usage.busy_s or computed - read,
         time.perf_counter() - computed,
         rows.usage.tokens / max(1, rows.usage.capacity),
         *_of_device(device),
@@ -149,9 +149,11 @@ def _of_device(device: str) -> tuple[int, int | None]:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None
     import torch
 
-    utilisation = None
-    with suppress(ModuleNotFoundError):  # nvidia-ml-py is optional
-        utilisation = torch.cuda.utilization(device)
+    try:
+        utilisation: int | None = torch.cuda.utilization(device)
+    except Exception:
+        # No nvidia-ml-py, or a driver that does not say: no reason to do a chunk again.
+        utilisation = None
     return torch.cuda.max_memory_allocated(device), utilisation
 
 

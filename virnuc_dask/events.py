@@ -50,13 +50,15 @@ class InputRead(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """The plan: what there is, and what is there already."""
+    """The plan: what there is, what is there already, and what this run, or its shard, is to do."""
 
     store: str
     records: int
     chunks: int
     present_chunks: int
     present_rows: int
+    chunks_to_compute: int
+    rows_to_compute: int
     residues_to_encode: int
     model: str
     dimension: int

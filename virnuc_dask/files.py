@@ -118,11 +118,16 @@ class Directory:
         sync(self.path.parent)
         return True
 
-    def probe(self) -> str | None:
-        """Write a file, read it and remove it; say what does not work.
+    def probe(self) -> None:
+        """Write a file, read it and remove it.
 
-        A full disk works: whether there is room is another question, and another time it may have
-        another answer.
+        A full disk will do: whether there is room is another question, and another time it may
+        have another answer.
+
+        Raises
+        ------
+        OSError
+            What does not work.
         """
         file = self.path / f"probe{owner_mark()}.partial"
         content = os.urandom(16)
@@ -130,14 +135,12 @@ class Directory:
             try:
                 file.write_bytes(content)
                 if file.read_bytes() != content:
-                    return f"{self.path}: what is written is not what is read"
+                    raise OSError(errno.EIO, "what is written is not what is read", str(self.path))
             finally:
                 file.unlink(missing_ok=True)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                return None
-            return f"{self.path}: cannot be written and read: {error.strerror}"
-        return None
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
 
     def explain(self, error: OSError) -> str:
         """Cause, path and free space, for whoever has to make room."""

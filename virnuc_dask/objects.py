@@ -203,16 +203,19 @@ class Bucket:
             except FileNotFoundError:
                 return None
 
-    def probe(self) -> str | None:
-        """Write an object, read it and remove it; say what does not work, bar the want of room."""
+    def probe(self) -> None:
+        """Write an object, read it and remove it, as `files.Directory` does."""
         key, content = f"probe{owner_mark()}.partial", os.urandom(16)
         try:
             self._create_new(key, content)
             found = self._read(key)
             self.remove(key)
         except PlaceError as error:
-            return None if error.errno == errno.ENOSPC else str(error)
-        return None if found == content else f"{self.path}: what is written is not what is read"
+            if error.errno != errno.ENOSPC:
+                raise
+        else:
+            if found != content:
+                raise PlaceError(errno.EIO, "what is written is not what is read", self.path)
 
     def explain(self, error: OSError) -> str:
         """Cause and place, for whoever has to see to it."""
@@ -291,6 +294,10 @@ def _obstore() -> Any:
 def _client(path: str) -> Any:
     """The process's client: its connections, and what it was given to identify itself with."""
     obstore = _obstore()
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT"):
+        if not re.match(r"https?://[^/\s]+|$", os.environ.get(name, "")):
+            # Not repeated: there may be a secret in it. obstore would panic.
+            raise UsageError(f"{name} is not a URL such as https://host:9000")
     with _errors_of(path):
         return obstore.store.from_url(path, retry_config=_RETRIES)
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from virnuc_dask.config import (
     AUTO,
@@ -136,8 +137,13 @@ identity_options = _options(
 def settings_of(options: dict[str, Any]) -> dict[str, Any]:
     """Options as fields of `Settings`: those of translation in one, or none of them."""
     names = ("translate", "frames", "window", "genetic_code", "min_residues", "max_unknown")
-    wanted, rule, window, code, residues, unknown = (options.pop(name) for name in names)
+    given = {name: options.pop(name) for name in names}
+    wanted, rule, window, code, residues, unknown = given.values()
     if wanted is None:
+        context = click.get_current_context()
+        for name in names:
+            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+                raise click.UsageError(f"--{name.replace('_', '-')} is for --translate six-frame")
         return options
     if window != "none" and not window.isdecimal():
         raise click.BadParameter(f"{window!r}: neither a number nor none", param_hint="--window")
@@ -197,7 +203,7 @@ work_options = _options(
     _setting(
         "deadline_first",
         click.FloatRange(0),
-        "Seconds that a chunk may take before a median is known.",
+        "Seconds that a chunk may take before a median is known, and workers until one answers.",
     ),
     _setting(
         "grace",

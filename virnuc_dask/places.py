@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.errors import UsageError
 from virnuc_dask.files import Directory
 from virnuc_dask.objects import Bucket
 
@@ -40,7 +40,11 @@ def place_of(location: str | Path) -> Directory | Bucket:
 
 def _checked(url: str) -> str:
     """The URL of a place in an object store, without what means nothing in it."""
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:
+        # Not repeated here, nor its own words: they may hold a secret.
+        raise UsageError("a store's URL is a bucket and a prefix: s3://bucket/prefix") from None
     bucket, prefix = parts.netloc, parts.path.strip("/")
     if "@" in bucket or ":" in bucket or parts.query or parts.fragment:
         # Not repeated here: it may hold a secret.
@@ -58,15 +62,14 @@ def _checked(url: str) -> str:
     return f"{parts.scheme}://{bucket}/{prefix}".rstrip("/")
 
 
-def probe(location: str | Path) -> str | None:
+def probe(location: str | Path) -> None:
     """Write something where a store is, read it and remove it.
 
-    Returns
-    -------
-    str, optional
-        What does not work, naming the place.
+    Raises
+    ------
+    OSError
+        What does not work.
+    UsageError
+        The location is no place.
     """
-    try:
-        return place_of(location).probe()
-    except VirnucError as error:
-        return str(error)
+    place_of(location).probe()

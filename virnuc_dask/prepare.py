@@ -45,6 +45,8 @@ Inputs = str | Path | Sequence[str | Path]
 
 # Residues that are encoded to estimate the speed: a second or two with a small model.
 _TRIAL_RESIDUES = 2**14
+# Every task reads what is kept of an input, and `read_id` has the identifiers.
+_NOT_KEPT = ("event", "without_row_ids")
 # Share of the records from which on an input is taken for what they look like.
 _MOST = 0.9
 
@@ -205,7 +207,8 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
     files = _listed(inputs)
     blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
     for block in blocks:
-        sample = sample or _first_rows(block, _TRIAL_RESIDUES)
+        if sample is None and len(block.lengths):
+            sample = _first_rows(block, _TRIAL_RESIDUES)
     _check(settings, summary, files)
     lengths = summary.all_lengths()
     rate: float | None = None
@@ -290,7 +293,7 @@ def _provenance(
     return {
         "model": spec.reference,
         "inputs": [str(file) for file in files],
-        "input": {k: v for k, v in _input_read(summary).to_json().items() if k != "event"},
+        "input": {k: v for k, v in _input_read(summary).to_json().items() if k not in _NOT_KEPT},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -107,7 +107,8 @@ class _Tally:
     def take(self, event: Event) -> None:
         match event:
             case events.RunStarted():
-                self.total, self.rows = event.records, event.present_rows
+                self.total = event.present_rows + event.rows_to_compute
+                self.rows = event.present_rows
                 self.residues_left = event.residues_to_encode
             case events.WorkersChanged():
                 self.workers = event.workers
@@ -214,10 +215,10 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
             if not quiet:
                 yield from input_notes(event)
         case events.RunStarted() if not quiet:
-            left = event.chunks - event.present_chunks
             yield (
                 f"{event.store}: {_count(event.records, 'record')} in"
-                f" {_count(event.chunks, 'chunk')}, {event.present_chunks:,} done, {left:,} to"
+                f" {_count(event.chunks, 'chunk')}, {event.present_chunks:,} done,"
+                f" {event.chunks_to_compute:,} to"
                 f" compute with {event.model}"
             )
         case events.Connected() if not quiet:
@@ -295,7 +296,7 @@ def summary_table(summary: RunSummary) -> Table:
             name = f"quarantined: {state.meaning}" if state.quarantined else state.meaning
             table.add_row(name, f"{number:,}")
     table.add_row("records", f"{summary.records:,}")
-    done = summary.chunks - len(summary.missing)
+    done = summary.chunks - len(summary.missing) - summary.elsewhere
     table.add_row(
         "chunks", f"{done:,} of {summary.chunks:,}, {summary.computed_chunks:,} computed now"
     )

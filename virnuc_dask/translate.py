@@ -110,7 +110,7 @@ class _Stretches:
 
     @property
     def last(self) -> NDArray[np.int64]:
-        """Place of the last codon; of a run without any, before the first."""
+        """Place of the last codon, of runs that have one."""
         return self.place + self.step * (self.count - 1)
 
     def select(self, kept: NDArray[np.bool_]) -> _Stretches:
@@ -146,7 +146,7 @@ class _Codons:
         sums = np.pad(marks, (3, padding)).reshape(-1, 3).cumsum(0, np.int32).ravel()
         strand = self._first(runs) - runs.place + 3
         low, high = np.minimum(runs.place, runs.last), np.maximum(runs.place, runs.last)
-        return np.where(runs.count > 0, sums[high + strand] - sums[low + strand - 3], 0)
+        return np.asarray(sums[high + strand] - sums[low + strand - 3], np.int64)
 
     def _first(self, runs: _Stretches) -> NDArray[np.int64]:
         return runs.place + np.where(runs.frame > 0, 0, self._letters)
@@ -218,24 +218,24 @@ def _firsts(read: NDArray[np.int64], reads: int) -> tuple[NDArray[np.int64], NDA
 
 
 def _six_frames(first: NDArray[np.int64], size: NDArray[np.int64]) -> _Stretches:
-    """F1, F2, F3, R1, R2, R3 of each window."""
+    """F1, F2, F3, R1, R2, R3 of each window, as far as they have a codon."""
     shift = np.arange(3)
     count = np.maximum(0, (size[:, None] - shift) // 3)
     forward = first[:, None] + shift
     backward = (first + size - 3)[:, None] - shift
-    return _Stretches(
+    frames = _Stretches(
         np.repeat(np.arange(len(first)), 6),
         np.tile(np.array([1, 2, 3, -1, -2, -3], np.int8), len(first)),
         np.hstack((forward, backward)).ravel(),
         np.hstack((count, count)).ravel(),
     )
+    return frames.select(frames.count > 0)
 
 
 def _open(frames: _Stretches, codons: _Codons) -> _Stretches:
     """Frames without a stop, or with one at the end, which is left out."""
     stops = codons.number_of(_STOP, frames)
-    frames = frames.select((frames.count > 0) & (stops <= 1))
-    stops = codons.number_of(_STOP, frames)
+    frames, stops = frames.select(stops <= 1), stops[stops <= 1]
     ends = codons.last(frames) == _STOP
     shorter = _Stretches(frames.window, frames.frame, frames.place, frames.count - ends)
     return shorter.select(stops == ends)
@@ -292,7 +292,7 @@ def _names(reads: list[str], found: Proteins, how: Translation) -> list[str]:
         found.lengths.tolist(),
         strict=True,
     )
-    if how.window is not None and how.rule != "orf":
+    if how.window is not None:
         return [f"{reads[r]}_chunk_{w}{frames[f + 3]}" for r, w, f, _, _ in parts]
     if how.rule != "orf":
         return [f"{reads[r]}_{frames[f + 3]}" for r, _, f, _, _ in parts]

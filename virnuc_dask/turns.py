@@ -7,6 +7,7 @@ import os
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -29,7 +30,7 @@ class Turn:
 
     def __init__(self, device: torch.device) -> None:
         self._threads = threading.Lock()
-        self._file = None
+        self._file: int | None = None
         if device.type == "cuda":
             self._file = _open(str(torch.cuda.get_device_properties(device).uuid))
 
@@ -44,16 +45,22 @@ class Turn:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._file is not None:
-            fcntl.flock(self._file, fcntl.LOCK_UN)
-        self._threads.release()
+        try:
+            if self._file is not None:
+                with suppress(OSError):  # where it could not be had either
+                    fcntl.flock(self._file, fcntl.LOCK_UN)
+        finally:
+            self._threads.release()
 
 
-def _open(name: str) -> int:
-    """A file for a lock, which ends with the process that has it."""
+def _open(name: str) -> int | None:
+    """A file for a lock, which ends with the process that has it; None where there can be none."""
     path = Path(tempfile.gettempdir(), f"virnuc_dask-{os.getuid()}-{name}.lock")
-    # Not through a link that somebody else has put there.
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    try:
+        # Not through a link that somebody else has put there.
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return None  # a full or foreign file system: turns are for speed alone
 
 
 def _await(file: int) -> None:
@@ -63,5 +70,7 @@ def _await(file: int) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(_LOOK_EVERY_S)
+        except OSError:
+            return  # a file system without locks
         else:
             return

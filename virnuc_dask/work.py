@@ -32,6 +32,7 @@ from virnuc_dask.events import Listener
 from virnuc_dask.isolate import Patience, embed_chunk_apart
 from virnuc_dask.store import Store
 from virnuc_dask.workers import (
+    SCHEDULER_LOST,
     TOPIC,
     Needs,
     describe_unfit,
@@ -42,7 +43,6 @@ from virnuc_dask.workers import (
 
 # Of the grace after a signal, this much is kept for closing the cluster.
 _CLOSING_S = 5.0
-_SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
 # What a report and an event about it have in common.
 _TOOK = ("read_s", "wait_s", "compute_s", "write_s", "fill", "memory", "gpu", "pid")
 # A worker has threads beyond these for others: of one run, more do not help a device.
@@ -133,7 +133,7 @@ class Work:
                 else:
                     self._completed(client, item)
         except CommClosedError as error:
-            raise VirnucError(_SCHEDULER_LOST) from error
+            raise VirnucError(SCHEDULER_LOST) from error
         finally:
             self.seconds = time.monotonic() - began
             self._count_time(0)
@@ -198,13 +198,13 @@ class Work:
         except UsageError:
             raise  # no other worker and no other attempt will do better
         except FutureCancelledError as error:
-            raise VirnucError(_SCHEDULER_LOST) from error
+            raise VirnucError(SCHEDULER_LOST) from error
         except KilledWorker:
             # Dask itself gives up a task after some deaths. We do not: a death condemns no row.
             self._suspect(chunk)
         except UnfitWorkerError as error:
             self._set_aside(client, error)
-            heappush(self._later, (time.monotonic() + self.config.backoff, chunk))
+            heappush(self._later, (time.monotonic() + max(1.0, self.config.backoff), chunk))
         except DeviceLostError as error:
             self._replace(client, error.worker)
             self._deaths[chunk] += 1
@@ -214,7 +214,7 @@ class Work:
             if (
                 client.status != "running"
             ):  # the result cannot be had any more; no chunk is to blame
-                raise VirnucError(_SCHEDULER_LOST) from error
+                raise VirnucError(SCHEDULER_LOST) from error
             # Whatever it was, the chunk is not there, which is all that counts.
             self._failed(chunk, error)
         else:
@@ -272,7 +272,7 @@ class Work:
 
     def _worker_event(self, client: Client, message: dict[str, Any]) -> None:
         if message["action"] == "started":
-            if attempt := self._running.get(message["key"]):
+            if attempt := self._running.get(message.get("key", "")):
                 attempt.worker, attempt.since = message["worker"], time.monotonic()
                 if attempt.worker in self._useless:  # it does something after all
                     self._useless.remove(attempt.worker)
@@ -334,11 +334,12 @@ class Work:
 
     def _set_aside(self, client: Client, error: UnfitWorkerError) -> None:
         """Leave a worker alone that lacks something, as long as there is another."""
-        if error.worker not in self._unfit:
+        workers = set(client.nthreads())
+        if error.worker in workers - set(self._unfit):
             self._unfit[error.worker] = error.lacks
             self.emit(events.WorkerUnfit(error.worker, error.lacks))
             self._count_workers(client)
-        if set(client.nthreads()) <= set(self._unfit):
+        if workers and workers <= set(self._unfit):
             raise VirnucError(
                 "no worker is left that can do this run; the same command goes on\n"
                 + describe_unfit(self._unfit)

@@ -31,6 +31,7 @@ from virnuc_dask.store import Store
 
 # Dask's topic under which workers say that they have begun with a chunk.
 TOPIC = "virnuc-dask"
+SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
 # Once one worker has answered, the others get this long, and twice as long as it took.
 _STRAGGLERS_S = 30.0
 # What this process was found to be fit for.
@@ -82,7 +83,13 @@ def _found(package: str) -> str:
 
 
 def shortcomings(needs: Needs) -> tuple[str, ...]:
-    """What this process lacks. One that lacks nothing has the model in memory by then."""
+    """What this process lacks. One that lacks nothing has the model in memory by then.
+
+    Raises
+    ------
+    OSError
+        What waiting may mend.
+    """
     if needs in _met:
         return ()
     here = dict(_versions())
@@ -92,13 +99,14 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
         if here[name] != ours
     ]
     try:
-        store = Store(needs.path)
-        if store.identity != needs.identity:
+        if Store(needs.path).identity != needs.identity:
             found.append(f"{needs.path}: another store")
-        elif problem := probe(needs.path):
-            found.append(problem)
-    except VirnucError as error:
-        found.append(str(error))
+        probe(needs.path)
+    except (VirnucError, OSError) as error:
+        if retry.is_transient(error):
+            raise
+        plain = isinstance(error, VirnucError)
+        found.append(str(error) if plain else f"{needs.path}: cannot be used: {error}")
     try:
         get_encoder(needs.spec, needs.device)
     except VirnucError as error:
@@ -121,7 +129,8 @@ def preflight(
 ) -> list[str]:
     """Ask all workers at once whether they are fit, before any of them gets a chunk.
 
-    One that does not answer is asked again before its first chunk, as one that joins later is.
+    One that does not answer, or meets an error that may pass, is asked again before its first
+    chunk, as one that joins later is.
 
     Parameters
     ----------
@@ -142,7 +151,7 @@ def preflight(
     UsageError
         Some are not: all of them, each with all that it lacks.
     VirnucError
-        None answers.
+        None answers, or the scheduler is lost.
     """
     answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
     asked = list(client.nthreads())
@@ -152,33 +161,43 @@ def preflight(
     began = time.monotonic()
     until = began + patience
     found: dict[str, tuple[str, ...]] = {}
-    while len(found) < len(asked) and not is_stopped() and time.monotonic() < until:
+    waiting = set(asked)
+    while waiting and not is_stopped() and time.monotonic() < until:
         try:
-            worker, answer = answers.get(timeout=0.2)
+            worker, answer = answers.get(timeout=0.5)
         except Empty:
+            if client.status != "running":
+                raise VirnucError(SCHEDULER_LOST) from None
+            waiting &= set(client.nthreads())  # whoever is gone does not answer
             continue
-        found[worker] = answer
-        until = min(until, began + 3 * (time.monotonic() - began) + _STRAGGLERS_S)
+        waiting.discard(worker)
+        if answer is not None:
+            found[worker] = answer
+            until = min(until, began + 3 * (time.monotonic() - began) + _STRAGGLERS_S)
     unfit = {worker: lacks for worker, lacks in found.items() if lacks}
     if unfit:
         raise UsageError(
             f"{len(unfit)} of {len(asked)} workers cannot do this run; nothing was computed\n"
             + describe_unfit(unfit)
         )
-    if asked and not found and not is_stopped():
+    if waiting and not found and not is_stopped():
         raise VirnucError(f"no worker has answered within {patience:.0f} s")
     return list(found)
 
 
 def _ask(client: Client, worker: str, needs: Needs, answers: SimpleQueue[tuple[str, Any]]) -> None:
-    with suppress(OSError, CancelledError):  # gone meanwhile, or the client is
+    """Put what a worker lacks; None if that cannot be known now."""
+    answer: Any = None
+    try:
         answer = client.run(_shortcomings, needs, workers=[worker], on_error="return")[worker]
-        if isinstance(answer, OSError):
-            return
-        if isinstance(answer, Exception):
-            # A package too old to know the question, most likely.
-            answer = (f"{type(answer).__name__}: {answer}",)
-        answers.put((worker, answer))
+    except (OSError, CancelledError) as error:  # the worker is gone meanwhile, or the client
+        answer = error
+    if isinstance(answer, OSError | CancelledError):
+        answer = None
+    elif isinstance(answer, Exception):
+        # A package too old to know the question, most likely.
+        answer = (f"{type(answer).__name__}: {answer}",)
+    answers.put((worker, answer))
 
 
 def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:
