@@ -282,7 +282,7 @@ def test_an_unfit_worker_that_joins_later_is_left_alone(
     tmp_path: Path,
 ) -> None:
     some = tmp_path / "some.faa"
-    some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:40]))
+    some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:28]))
     whole = make_store(some, "whole.zarr", rows_per_chunk=1)
     store = make_store(some, embed=False, rows_per_chunk=1)
     table = tmp_path / "faults.json"
