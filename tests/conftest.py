@@ -114,6 +114,19 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
+@pytest.fixture
+def blinded(tmp_path: Path) -> tuple[str, ...]:
+    """The beginning of a command that sees an empty folder where others see `hidden`."""
+    hide = f'mount -t tmpfs none "{tmp_path}/hidden" && exec "$@"'
+    command = ("unshare", "--mount", "sh", "-c", hide, "sh")
+    (tmp_path / "hidden").mkdir()
+    try:
+        subprocess.run([*command, "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("needs leave to mount in a namespace of its own, as root has")
+    return command
+
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

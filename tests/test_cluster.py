@@ -229,19 +229,6 @@ def other_version(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(tmp_path / "other")}
 
 
-@pytest.fixture
-def blinded(tmp_path: Path) -> tuple[str, ...]:
-    """The beginning of a command that sees an empty folder where this test's files are."""
-    hide = f'mount -t tmpfs none "{tmp_path}/hidden" && exec "$@"'
-    command = ("unshare", "--mount", "sh", "-c", hide, "sh")
-    (tmp_path / "hidden").mkdir()
-    try:
-        subprocess.run([*command, "true"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        pytest.skip("needs leave to mount in a namespace of its own, as root has")
-    return command
-
-
 def test_all_that_workers_lack_is_said_at_once_and_before_any_chunk(
     awkward: Path,
     tmp_path: Path,

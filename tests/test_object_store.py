@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,9 +23,11 @@ import pytest
 from conftest import VIRAL_PROTEINS, chunk_bytes, command, tree
 from harness import Run, assert_ledger, await_end, finished_chunks
 from s3 import BUCKET, Fault, Proxy, Server, client
+from test_cluster import dask_cluster, worker
 
 import virnuc_dask
 from virnuc_dask import dataset, events, objects
+from virnuc_dask.cluster import connect
 from virnuc_dask.config import Settings
 from virnuc_dask.embed import embed_chunk
 from virnuc_dask.errors import NotAStoreError, PlaceError, StoreError, UsageError
@@ -205,6 +208,24 @@ def test_ingests_that_start_together_end_with_one_store(
     report = dataset.verify(url)
     assert (report.sequences, report.leftovers) == (None, [])
     objects._client.cache_clear()
+
+
+def test_workers_that_see_nothing_of_the_coordinators_disk_fill_the_store(
+    url: str, reference: Store, blinded: tuple[str, ...], tmp_path: Path
+) -> None:
+    """They have the URL and credentials; input and temporary files they cannot see."""
+    hidden = tmp_path / "hidden"
+    shutil.copy(VIRAL_PROTEINS, hidden / "input.faa.gz")
+    with dask_cluster(tmp_path, prefix=blinded) as file, worker(file, prefix=blinded):
+        with connect(str(file)) as client:
+            client.wait_for_workers(2)
+            seen = client.run(os.listdir, str(hidden))
+            assert list(seen.values()) == [[], []]
+        arguments = ("run", "input.faa.gz", url, *SETTINGS[:-2], "--cluster", file)
+        run = Run(*arguments, cwd=hidden, env=os.environ | {"TMPDIR": str(hidden)})
+        assert run.finish() == 0
+    assert len({event["pid"] for event in run.of("chunk_done")}) == 2
+    assert_ledger(Store(url), reference)
 
 
 @pytest.fixture(scope="module")
