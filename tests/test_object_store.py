@@ -33,7 +33,7 @@ from virnuc_dask.embed import embed_chunk
 from virnuc_dask.errors import NotAStoreError, PlaceError, StoreError, UsageError
 from virnuc_dask.ingest import Ingest
 from virnuc_dask.integrity import check_sequences
-from virnuc_dask.places import place_of, probe
+from virnuc_dask.places import place_of
 from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
 
@@ -393,7 +393,7 @@ def test_a_bucket_that_is_not_there_is_one_line(s3: Server) -> None:
 
 def test_who_may_only_read_stops_the_run_at_once(url: str, s3: Server) -> None:
     store = make(url)
-    probe(url)
+    place_of(url).probe()
     for chunk in range(9):
         store.remove_chunk(chunk)
     before = tree(url)
@@ -409,18 +409,18 @@ def test_who_may_only_read_stops_the_run_at_once(url: str, s3: Server) -> None:
 
 
 def test_a_probe_says_what_does_not_work(url: str, s3: Server, tmp_path: Path) -> None:
-    probe(url)
-    probe(tmp_path)
+    place_of(url).probe()
+    place_of(tmp_path).probe()
     with pytest.raises(FileNotFoundError, match="nothing"):
-        probe(str(tmp_path / "nothing"))
+        place_of(str(tmp_path / "nothing")).probe()
     with pytest.raises(UsageError, match="directory"):
-        probe("ftp://somewhere/out.zarr")
+        place_of("ftp://somewhere/out.zarr").probe()
     assert tree(url) == {}
     code = f"""
 from virnuc_dask.errors import PlaceError
-from virnuc_dask.places import probe
+from virnuc_dask.places import place_of
 try:
-    probe({url!r})
+    place_of({url!r}).probe()
 except PlaceError as error:
     print(error)
 """

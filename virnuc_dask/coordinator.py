@@ -212,17 +212,15 @@ def _fill(
 def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None]:
     """Say where Dask's dashboard is, and have it report on the run, if that is asked for."""
     # Lambdas, which travel whole: a scheduler need not have this package.
-    has_bokeh = client.run_on_scheduler(lambda: find_spec("bokeh") is not None)
-    has_dashboard = client.run_on_scheduler(
+    if client.run_on_scheduler(
         lambda dask_scheduler: bool(dask_scheduler.http_application.applications)
-    )
-    if has_bokeh and has_dashboard:
+    ):
         emit(events.Connected(client.dashboard_link))
     file = config.performance_report
     if file is None:
         yield
         return
-    if not has_bokeh:
+    if not client.run_on_scheduler(lambda: find_spec("bokeh") is not None):
         raise UsageError(
             "a performance report needs bokeh where the scheduler is: pip install"
             " 'virnuc_dask[dashboard]'"

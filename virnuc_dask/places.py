@@ -60,16 +60,3 @@ def _checked(url: str) -> str:
     if not bucket or {"", ".", ".."} & set(prefix.split("/")[: len(prefix)]):
         raise UsageError(f"{url}: write {parts.scheme}://bucket/prefix")
     return f"{parts.scheme}://{bucket}/{prefix}".rstrip("/")
-
-
-def probe(location: str | Path) -> None:
-    """Write something where a store is, read it and remove it.
-
-    Raises
-    ------
-    OSError
-        What does not work.
-    UsageError
-        The location is no place.
-    """
-    place_of(location).probe()

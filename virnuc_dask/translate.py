@@ -62,7 +62,7 @@ class Proteins:
 
 def cut_windows(
     lengths: NDArray[np.int64], window: int | None
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
     """Windows of records, as VirNucPro cuts them: as few as cover all, overlapping evenly.
 
     With n = ceil(L / c) windows and n c - L = spare nucleotides to overlap by, q, r = divmod(spare,
@@ -77,8 +77,8 @@ def cut_windows(
 
     Returns
     -------
-    read, start, stop : ndarray, int64, shape (windows,)
-        Within the record.
+    read, number, start, stop : ndarray, int64, shape (windows,)
+        Record; window of the record, from 0; and its letters within the record.
     """
     size = np.maximum(lengths, 1) if window is None else np.full(len(lengths), window)
     count = -(-lengths // size)
@@ -88,7 +88,7 @@ def cut_windows(
     q, r = np.divmod(spare, np.maximum(count, 1))
     more = np.minimum(q + r, count - 1)
     start = number * size[read] - number * q[read] - np.minimum(number, more[read])
-    return read, start, np.minimum(start + size[read], lengths[read])
+    return read, number, start, np.minimum(start + size[read], lengths[read])
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +181,7 @@ def translate(sequences: Sequence[str], how: Translation) -> Proteins:
     letters = np.frombuffer("".join(sequences).encode("ascii", "replace"), np.uint8)
     codes = (_CODE_DNA if how.rule == "virnucpro" else _CODE)[letters]
     codons = _Codons(codes, how.genetic_code)
-    read, begin, end = cut_windows(lengths, how.window)
+    read, number, begin, end = cut_windows(lengths, how.window)
     before = np.cumsum(lengths) - lengths
     frames = _six_frames(before[read] + begin, end - begin)
     if how.rule == "virnucpro":
@@ -200,21 +200,14 @@ def translate(sequences: Sequence[str], how: Translation) -> Proteins:
         known = residues != _UNKNOWN
         sizes = sizes - codons.number_of(_UNKNOWN, kept)
         residues, kept, sizes = residues[known], kept.select(sizes > 0), sizes[sizes > 0]
-    numbers = np.arange(len(read)) - np.repeat(*_firsts(read, len(lengths))) + 1
     return Proteins(
         read[kept.window],
-        numbers[kept.window].astype(np.int32),
+        number[kept.window].astype(np.int32) + 1,
         kept.frame,
         kept.place - before[read[kept.window]] + np.where(kept.frame > 0, 0, 2),
         sizes.astype(np.int32),
         residues,
     )
-
-
-def _firsts(read: NDArray[np.int64], reads: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The first window of each record, and how many it has."""
-    count = np.bincount(read, minlength=reads)
-    return np.cumsum(count) - count, count
 
 
 def _six_frames(first: NDArray[np.int64], size: NDArray[np.int64]) -> _Stretches:

@@ -211,9 +211,8 @@ class Work:
             if not self._suspect_if_due(chunk):
                 self._failed(chunk, error)
         except Exception as error:
-            if (
-                client.status != "running"
-            ):  # the result cannot be had any more; no chunk is to blame
+            if client.status != "running":
+                # The result cannot be had any more; no chunk is to blame.
                 raise VirnucError(SCHEDULER_LOST) from error
             # Whatever it was, the chunk is not there, which is all that counts.
             self._failed(chunk, error)

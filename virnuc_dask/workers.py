@@ -26,7 +26,6 @@ from virnuc_dask.errors import (
     UsageError,
     VirnucError,
 )
-from virnuc_dask.places import probe
 from virnuc_dask.store import Store
 
 # Dask's topic under which workers say that they have begun with a chunk.
@@ -99,9 +98,10 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
         if here[name] != ours
     ]
     try:
-        if Store(needs.path).identity != needs.identity:
+        store = Store(needs.path)
+        if store.identity != needs.identity:
             found.append(f"{needs.path}: another store")
-        probe(needs.path)
+        store.place.probe()
     except (VirnucError, OSError) as error:
         if retry.is_transient(error):
             raise
