@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import signal
 import subprocess
 import sys
 from itertools import groupby, pairwise
@@ -260,14 +261,16 @@ def test_reads_are_embedded_killed_and_resumed(
     early = Run("run", reads, path, *options)
     next(event for event in early if event["event"] == "reading")
     early.process.kill()
-    early.finish()
+    assert early.finish() == -signal.SIGKILL
+    assert not early.of("run_started")
+    assert not path.exists()
     run = Run("run", reads, path, *options)
     for event in run:
         if event["event"] == "chunk_done" and len(run.computed()) == 10:
             run.process.kill()
             break
     run.finish()
-    assert run.process.returncode == -9
+    assert run.process.returncode == -signal.SIGKILL
     done = set(np.flatnonzero(Store(path).present()).tolist())
     assert 10 <= len(done) < whole.chunk_count
     again = Run("run", reads, path, *options)
