@@ -253,8 +253,10 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
     from virnuc_dask.progress import display, recorded
 
     kind, telemetry = shown
-    # What the user should know of a lost worker or scheduler comes as an event or an error.
-    logging.getLogger("distributed.client").setLevel(logging.CRITICAL)
+    # What the user should know of a lost worker or scheduler comes as an event or an error; these
+    # would add a traceback of whatever message was on its way. The second has a level of its own.
+    for name in ("distributed", "distributed.client"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with display(kind) as listener, recorded(listener, telemetry) as listener:
         summary = work(listener)
     if kind != "json":
