@@ -218,7 +218,7 @@ def dask_workers(count: int) -> Iterator[Client]:
     with (
         dask.config.set(MALLOC),
         LocalCluster(
-            count,
+            n_workers=count,
             threads_per_worker=2,
             memory_limit=0,
             env=threads,
@@ -227,7 +227,7 @@ def dask_workers(count: int) -> Iterator[Client]:
         ) as cluster,
         Client(cluster, set_as_default=False) as client,
     ):
-        client.wait_for_workers(count)
+        client.wait_for_workers(count, timeout=60)
         yield client
 
 
