@@ -111,8 +111,10 @@ def plan(inputs: tuple[str, ...], workers: int | None, as_json: bool, **options:
         click.echo(note, err=True)
     for name, value in made.lines():
         click.echo(f"{name:<16} {value}")
-    for name in made.input.without_row_ids[:_LISTED]:
+    for name in made.without_row[:_LISTED]:
         click.echo(f"  without frame: {_shown(name)}")
+    if len(made.without_row) > _LISTED:
+        click.echo(f"  all {len(made.without_row):,}: --json")
 
 
 @main.command()

@@ -45,7 +45,6 @@ class InputRead(Event):
     reads: int = 0
     nucleotides: int = 0
     without_row: int = 0
-    without_row_ids: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -45,8 +45,6 @@ Inputs = str | Path | Sequence[str | Path]
 
 # Residues that are encoded to estimate the speed: a second or two with a small model.
 _TRIAL_RESIDUES = 2**14
-# Every task reads what is kept of an input, and `read_id` has the identifiers.
-_NOT_KEPT = ("event", "without_row_ids")
 # Share of the records from which on an input is taken for what they look like.
 _MOST = 0.9
 
@@ -136,6 +134,8 @@ class Plan:
         Of one worker, measured here on a sample; None if the weights are not on this machine.
     workers : int
         That the estimate counts on.
+    without_row : list of str
+        Identifiers of the nucleotide records that give no row.
     """
 
     input: events.InputRead
@@ -150,6 +150,7 @@ class Plan:
     residue_embedding_bytes: int
     residues_per_s: float | None
     workers: int
+    without_row: list[str]
 
     @property
     def seconds(self) -> float | None:
@@ -232,6 +233,7 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
         int(kept.sum()) * dimension * 2 if settings.per_residue else 0,
         rate,
         workers or CPU_COUNT,
+        summary.without_row,
     )
 
 
@@ -280,8 +282,7 @@ def _input_read(summary: InputSummary) -> events.InputRead:
         tuple(summary.empty_files),
         summary.reads,
         summary.nucleotides,
-        summary.without_row,
-        tuple(summary.without_row_ids),
+        len(summary.without_row),
     )
 
 
@@ -293,7 +294,7 @@ def _provenance(
     return {
         "model": spec.reference,
         "inputs": [str(file) for file in files],
-        "input": {k: v for k, v in _input_read(summary).to_json().items() if k not in _NOT_KEPT},
+        "input": {k: v for k, v in _input_read(summary).to_json().items() if k != "event"},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": platform.machine(),

@@ -20,8 +20,6 @@ ALPHABET_POLICY = "esm2; J to X; gaps removed; terminal stop removed"
 _GAPS = "-."
 # Letters of proteins that stand for no nucleotide, nor, by IUPAC's code, for several.
 _PROTEIN_ONLY = frozenset("EFILPQZJOefilpqzjo*")
-# Reads without a row that are named; the others are counted.
-_LISTED = 1_000
 _TAIL = "*" + _GAPS  # what may follow the last residue
 
 
@@ -117,10 +115,8 @@ class InputSummary:
         Records that use no letter but A C G T U N.
     reads, nucleotides : int
         Nucleotide records that were translated, and their letters; records are rows then.
-    without_row : int
-        Reads that gave no row.
-    without_row_ids : list of str
-        The first of them.
+    without_row : list of str
+        Identifiers of the reads that gave no row.
     protein_like : int
         Reads with a letter that stands for no nucleotide, nor for several.
     first_protein_like : Record, optional
@@ -136,8 +132,7 @@ class InputSummary:
     nucleotide_like: int = 0
     reads: int = 0
     nucleotides: int = 0
-    without_row: int = 0
-    without_row_ids: list[str] = field(default_factory=list)
+    without_row: list[str] = field(default_factory=list)
     protein_like: int = 0
     first_protein_like: Record | None = None
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
@@ -153,10 +148,7 @@ class InputSummary:
         self.nucleotides += sum(map(len, sequences))
         has_row = np.zeros(len(records), np.bool_)
         has_row[with_row] = True
-        without = np.flatnonzero(~has_row)
-        self.without_row += len(without)
-        for number in without[: _LISTED - len(self.without_row_ids)]:
-            self.without_row_ids.append(records[number].id)
+        self.without_row += [records[number].id for number in np.flatnonzero(~has_row).tolist()]
         for record, sequence in zip(records, sequences, strict=True):
             if not _PROTEIN_ONLY.isdisjoint(sequence):
                 self.protein_like += 1
