@@ -16,6 +16,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE / ".venv"
 PYTHON = ENVIRONMENT / "bin" / "python"
+INSTALLED_FROM = (
+    "pyproject.toml",
+    "constraints.txt",
+    "hatch_build.py",
+    "virnuc_dask/kernels.cpp",
+)
 # Written last, so that an interrupted installation is taken up again.
 INSTALLED = ENVIRONMENT / "installed"
 
@@ -34,7 +40,7 @@ def main() -> int:
 
 
 def install() -> None:
-    wanted = "\n".join((HERE / name).read_text() for name in ("pyproject.toml", "constraints.txt"))
+    wanted = "\n".join((HERE / name).read_text() for name in INSTALLED_FROM)
     if INSTALLED.exists() and INSTALLED.read_text() == wanted:
         return
     print(f"installing into {ENVIRONMENT}: once, and it takes a few minutes", flush=True)

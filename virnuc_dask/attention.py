@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from typing import Any
 
@@ -10,38 +12,77 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from virnuc_dask import kernels
+from virnuc_dask.kernels import Product
+
 Runs = list[tuple[int, int]]
-Attention = Callable[[Tensor, Runs, Tensor], Tensor]
 
 
-def attend(qkv: Tensor, runs: Runs, bounds: Tensor) -> Tensor:
-    """Attention by dense views, on any device.
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of sequences lie, which are sorted by length.
+
+    Attributes
+    ----------
+    runs : list of (count, length)
+        Residues of the sequences, in order; each has two tokens more.
+    bounds : Tensor, int32, shape (sequences + 1,)
+        First token of each sequence, and the end.
+    positions : Tensor, int64, shape (tokens,)
+        Place of each token in its sequence.
+    angles : Tensor, float32, shape (longest, d / 2)
+        By which rotary embedding turns the pairs of features of a head, for each place.
+    """
+
+    runs: Runs
+    bounds: Tensor
+    positions: Tensor
+    angles: Tensor
+
+    @cached_property
+    def turns(self) -> Tensor:
+        """Cosines, then sines, for each place, shape (longest, d)."""
+        return torch.cat([self.angles.cos(), self.angles.sin()], 1)
+
+    @cached_property
+    def rotation(self) -> Tensor:
+        """Complex numbers of size 1, for each token, shape (tokens, 1, 1, d / 2)."""
+        turned = torch.polar(torch.ones_like(self.angles), self.angles)
+        return turned[self.positions][:, None, None]
+
+
+# From queries, keys and values of so many heads, shape (tokens, 3 * D), to (tokens, D).
+Attention = Callable[[Product, int, Layout], Tensor]
+
+
+def attend_natively(qkv: Product, heads: int, layout: Layout) -> Tensor:
+    """Attention by the compiled kernel; feature i of a head turns with i + d / 2."""
+    return kernels.attend(qkv, layout.turns, layout.bounds, heads)
+
+
+def attend(qkv: Product, heads: int, layout: Layout) -> Tensor:
+    """Attention by dense views, on any device; feature 2 i of a head turns with 2 i + 1.
 
     Sequences of equal length lie next to each other, so each run is a dense view, and no result
     depends on a neighbour.
-
-    Parameters
-    ----------
-    qkv : Tensor, shape (tokens, 3, H, d)
-        Queries, keys and values of H heads.
-    runs : list of (count, length)
-        Sequences in order; each has two tokens more than residues.
-    bounds : Tensor, int32, shape (sequences + 1,)
-        First token of each sequence, and the end. Not used here; see `best_attention`.
-
-    Returns
-    -------
-    Tensor, shape (tokens, H * d)
     """
+    turned = _rotate(qkv, heads, layout)
     outputs, first = [], 0
-    for count, length in runs:
+    for count, length in layout.runs:
         tokens = count * (length + 2)
-        run = qkv[first : first + tokens].view(count, length + 2, *qkv.shape[1:])
+        run = turned[first : first + tokens].view(count, length + 2, *turned.shape[1:])
         query, key, value = run.permute(2, 0, 3, 1, 4)
         output = F.scaled_dot_product_attention(query, key, value)
         outputs.append(output.transpose(1, 2).reshape(tokens, -1))
         first += tokens
     return torch.cat(outputs)
+
+
+def _rotate(qkv: Product, heads: int, layout: Layout) -> Tensor:
+    """Queries and keys turned, values as they are, float32, shape (tokens, 3, heads, d)."""
+    pairs = qkv.finished().to(torch.float32).view(len(qkv.values), 3, heads, -1, 2)
+    torch.view_as_complex(pairs[:, :2]).mul_(layout.rotation)
+    return pairs.flatten(-2)
 
 
 def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> Attention:
@@ -61,12 +102,14 @@ def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> A
         return attend
     try:
         kernel = PackedKernel(dtype)
-        runs = [(2, 1), (1, 5)]
         bounds = torch.tensor([0, 3, 6, 13], dtype=torch.int32, device=device)
-        qkv = torch.linspace(-2, 2, 13 * 3 * 2 * features, device=device).sin()
-        qkv = qkv.view(13, 3, 2, features)
+        positions = torch.tensor([0, 1, 2, 0, 1, 2, *range(7)], device=device)
+        angles = torch.linspace(0, 3, 7 * features // 2, device=device).view(7, -1)
+        layout = Layout([(2, 1), (1, 5)], bounds, positions, angles)
+        qkv = torch.linspace(-2, 2, 13 * 3 * 2 * features, device=device).sin().view(13, -1)
         with torch.inference_mode():
-            found, expected = kernel(qkv, runs, bounds), attend(qkv, runs, bounds)
+            found = kernel(Product(qkv.clone()), 2, layout)
+            expected = attend(Product(qkv), 2, layout)
         return kernel if torch.allclose(found.float(), expected, atol=0.02) else attend
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError):
         return attend
@@ -80,10 +123,12 @@ class PackedKernel:
         module = import_module("torch.nn.attention.varlen")
         self._varlen_attn: Callable[..., Any] = module.varlen_attn
 
-    def __call__(self, qkv: Tensor, runs: Runs, bounds: Tensor) -> Tensor:
+    def __call__(self, qkv: Product, heads: int, layout: Layout) -> Tensor:
         """As `attend`, in the kernel's dtype."""
-        longest = max(length for _, length in runs) + 2
-        query, key, value = qkv.to(self._dtype).unbind(1)
+        longest = max(length for _, length in layout.runs) + 2
+        query, key, value = _rotate(qkv, heads, layout).to(self._dtype).unbind(1)
         # The arguments that torch 2.10 to 2.13 have in common, by position.
-        attended: Tensor = self._varlen_attn(query, key, value, bounds, bounds, longest, longest)
+        attended: Tensor = self._varlen_attn(
+            query, key, value, layout.bounds, layout.bounds, longest, longest
+        )
         return attended.flatten(-2)

@@ -19,9 +19,11 @@ from esm.pretrained import load_model_and_alphabet_core
 from numpy.typing import NDArray
 from torch import Tensor
 
-from virnuc_dask.attention import Runs, best_attention
+from virnuc_dask import kernels
+from virnuc_dask.attention import Layout, Runs, attend_natively, best_attention
 from virnuc_dask.config import ModelSpec, Precision
 from virnuc_dask.errors import ModelError
+from virnuc_dask.kernels import Integers, Product
 from virnuc_dask.linear import DTYPES, Linear, make_linear
 from virnuc_dask.weights import Checkpoint
 
@@ -57,20 +59,27 @@ class Network:
         # Without a masked token upstream's token dropout is this constant.
         scale = 1 - 0.15 * 0.8 if network.token_dropout else 1.0
         self._embedding: Tensor = network.embed_tokens.weight * scale
+        has_kernels = kernels.serve(device, spec.precision, spec.dimension)
         self._layers = [
-            _Layer.of(layer, self._heads, spec.precision)
+            _Layer.of(layer, self._heads, spec.precision, has_kernels)
             for layer in network.layers[: spec.repr_layer]
         ]
         # What enters the first attention depends on the token alone.
         with torch.inference_mode():
-            self._first_qkv = [la.qkv(la.norm1(self._embedding)) for la in self._layers[:1]]
+            self._first_qkv = [
+                la.qkv(la.norm1(self._embedding)).finished() for la in self._layers[:1]
+            ]
         is_last = spec.repr_layer == network.num_layers
         self._final_norm = _Norm.of(network.emb_layer_norm_after) if is_last else None
         self._inverse_frequencies: Tensor = network.layers[0].self_attn.rot_emb.inv_freq
         self._bos, self._eos = int(alphabet.cls_idx), int(alphabet.eos_idx)
         self._token_of = _token_table(alphabet)
         dtype = DTYPES.get(spec.precision, torch.float32)
-        self._attend = best_attention(device, dtype, spec.dimension // self._heads)
+        self._attend = (
+            attend_natively
+            if has_kernels
+            else best_attention(device, dtype, spec.dimension // self._heads)
+        )
 
     def represent(
         self, residues: NDArray[np.uint8], starts: NDArray[np.int64], runs: Runs
@@ -99,9 +108,15 @@ class Network:
         tokens = self._token_of[residues[sources.clip(0, len(residues) - 1)]]
         tokens[ends - lengths], tokens[ends - 1] = self._bos, self._eos
         bounds = np.concatenate(([0], ends)).astype(np.int32)
-        return self._forward(
-            self._to_device(tokens), self._to_device(positions), runs, self._to_device(bounds)
+        # In float32 whatever the precision: rounded frequencies ruin long sequences.
+        places = torch.arange(int(lengths.max()), dtype=torch.float32, device=self._device)
+        layout = Layout(
+            runs,
+            self._to_device(bounds),
+            self._to_device(positions),
+            places[:, None] * self._inverse_frequencies,
         )
+        return self._forward(self._to_device(tokens), layout)
 
     def _to_device(self, values: NDArray[Any]) -> Tensor:
         tensor = torch.from_numpy(values)
@@ -109,32 +124,47 @@ class Network:
             return tensor.pin_memory().to(self._device, non_blocking=True)
         return tensor
 
-    def _forward(self, tokens: Tensor, positions: Tensor, runs: Runs, bounds: Tensor) -> Tensor:
+    def _forward(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Representation of packed tokens, shape (tokens, D)."""
-        # In float32 whatever the precision: rounded frequencies ruin long sequences.
-        angles = positions[:, None].to(torch.float32) * self._inverse_frequencies
-        rotation = torch.polar(torch.ones_like(angles), angles)[:, None, None, :]
         x = F.embedding(tokens, self._embedding)
+        # What the last layer gave is added to x together with the next one's norm.
+        product: Product | None = None
         for number, layer in enumerate(self._layers):
-            qkv = layer.qkv(layer.norm1(x)) if number else F.embedding(tokens, self._first_qkv[0])
-            qkv = qkv.to(torch.float32).view(len(x), 3, self._heads, -1, 2)
-            torch.view_as_complex(qkv[:, :2]).mul_(rotation)
-            x = layer.out.add(self._attend(qkv.flatten(-2), runs, bounds), x)
-            x = layer.down.add(layer.up.gelu(layer.norm2(x)), x)
-        return self._final_norm(x) if self._final_norm else x
+            qkv = (
+                layer.qkv(layer.norm1(x, product))
+                if number
+                else Product(F.embedding(tokens, self._first_qkv[0]))
+            )
+            product = layer.out(self._attend(qkv, self._heads, layout))
+            product = layer.down(layer.up.gelu(layer.norm2(x, product)))
+        if product:
+            x += product.finished()
+        return self._final_norm.plain(x) if self._final_norm else x
 
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
+    """Layer norm; its result has the form that what follows takes, if there are kernels."""
+
     weight: Tensor
     bias: Tensor
     eps: float
+    form: torch.dtype | None
 
     @classmethod
-    def of(cls, norm: Any) -> _Norm:
-        return cls(norm.weight, norm.bias, norm.eps)
+    def of(cls, norm: Any, form: torch.dtype | None = None) -> _Norm:
+        return cls(norm.weight, norm.bias, norm.eps, form)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, product: Product | None = None) -> Tensor | Integers:
+        """Of x, to which the product is added in place."""
+        if self.form:
+            return kernels.add_norm(x, product, self.weight, self.bias, self.eps, self.form)
+        if product:
+            x += product.finished()
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Of x, in float32."""
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
@@ -148,22 +178,25 @@ class _Layer:
     down: Linear
 
     @classmethod
-    def of(cls, layer: Any, heads: int, precision: Precision) -> _Layer:
+    def of(cls, layer: Any, heads: int, precision: Precision, has_kernels: bool) -> _Layer:
         attention = layer.self_attn
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
         def fused(name: str) -> Tensor:
-            rotated = [_pair(getattr(part, name), heads) for part in (query, key)]
-            return torch.cat([*rotated, getattr(value, name)])
+            parts = [getattr(part, name) for part in (query, key)]
+            turned = parts if has_kernels else [_pair(part, heads) for part in parts]
+            return torch.cat([*turned, getattr(value, name)])
 
         def linear(module: Any) -> Linear:
             return make_linear(module.weight, module.bias, precision)
 
+        qkv = make_linear(fused("weight"), fused("bias"), precision)
+        form = qkv.takes if has_kernels else None
         return cls(
-            _Norm.of(layer.self_attn_layer_norm),
-            make_linear(fused("weight"), fused("bias"), precision),
+            _Norm.of(layer.self_attn_layer_norm, form),
+            qkv,
             linear(attention.out_proj),
-            _Norm.of(layer.final_layer_norm),
+            _Norm.of(layer.final_layer_norm, form),
             linear(layer.fc1),
             linear(layer.fc2),
         )

@@ -1,7 +1,7 @@
 """Linear layers at several precisions: oneDNN's fused kernels on a CPU, torch's own elsewhere.
 
-Weights are packed once for oneDNN, which then adds the bias, the exact (erf) GELU or the residual
-while a product is still in cache. These operators are private to torch, so they are tried when a
+Weights are packed once for oneDNN, which then adds the bias and takes the exact (erf) GELU while a
+product is still in cache. These operators are private to torch, so they are tried when a
 layer is built, and `torch.nn.functional.linear` stands in where they are missing.
 """
 
@@ -14,7 +14,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from virnuc_dask import kernels
 from virnuc_dask.config import Precision
+from virnuc_dask.kernels import Integers, Product
 
 DTYPES: dict[Precision, torch.dtype] = {
     "float32": torch.float32,
@@ -35,52 +37,49 @@ class Linear:
     ----------
     weight : Tensor, shape (out, in)
     bias : Tensor, shape (out,)
+
+    Attributes
+    ----------
+    takes : torch.dtype
+        Of an input that needs no conversion; uint8 stands for `Integers`.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
-        self._weight, self._bias, self._dtype = weight, bias, weight.dtype
+        self._weight, self._bias, self.takes = weight, bias, weight.dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Integers) -> Product:
         """The product, shape (tokens, out), from x of shape (tokens, in)."""
-        return F.linear(x.to(self._dtype), self._weight, self._bias)
+        return Product(F.linear(self._converted(x), self._weight, self._bias))
 
-    def gelu(self, x: Tensor) -> Tensor:
+    def gelu(self, x: Tensor | Integers) -> Tensor | Integers:
         """GELU of the product."""
-        return F.gelu(self(x))
+        return F.gelu(self(x).values)
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The product added to a residual stream of float32."""
-        return residual + self(x)
+    def _converted(self, x: Tensor | Integers) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError("8-bit integers are for layers of them")
+        return x.to(self.takes)
 
 
 class OneDnnLinear(Linear):
-    """The same by oneDNN, float32 or bfloat16, with what follows fused into it."""
+    """The same by oneDNN, float32 or bfloat16, with GELU fused into it."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_TOKENS)
         super().__init__(packed, bias)
-        self._dtype = weight.dtype
+        self.takes = weight.dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Integers) -> Product:
         """The product, shape (tokens, out), from x of shape (tokens, in)."""
-        return self._apply(x, "none")
+        return Product(self._apply(x, "none"))
 
-    def gelu(self, x: Tensor) -> Tensor:
+    def gelu(self, x: Tensor | Integers) -> Tensor:
         """GELU of the product."""
         return self._apply(x, "gelu")
 
-    def add(self, x: Tensor, residual: Tensor) -> Tensor:
-        """The product added to a residual stream of float32."""
-        if self._dtype != torch.float32:
-            return residual + self(x)
-        added: Tensor = torch.ops.mkldnn._linear_pointwise.binary(
-            x, residual, self._weight, self._bias, "add"
-        )
-        return added
-
-    def _apply(self, x: Tensor, function: str) -> Tensor:
+    def _apply(self, x: Tensor | Integers, function: str) -> Tensor:
         product: Tensor = torch.ops.mkldnn._linear_pointwise(
-            x.to(self._dtype), self._weight, self._bias, function, [], "none"
+            self._converted(x), self._weight, self._bias, function, [], "none"
         )
         return product
 
@@ -97,22 +96,38 @@ class Int8Linear(Linear):
         self._scale, self._zero = scale, torch.zeros(len(scale), dtype=torch.int64)
         self._offset = torch.full((weight.shape[1],), 128.5)
         self._fused = _has_onednn_int8()
+        # Both this layer's input and its output are rows that the kernels must fit.
+        self._kernels = all(kernels.serve(weight.device, "int8", n) for n in weight.shape)
         super().__init__(_pack_int8(integers) if self._fused else integers, bias)
+        self.takes = torch.uint8
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Integers) -> Product:
         """The product, shape (tokens, out), from x of shape (tokens, in)."""
-        largest = torch.maximum(x.amax(1, keepdim=True), -x.amin(1, keepdim=True))
+        x8, scale = self._quantise(x) if isinstance(x, Tensor) else x
+        if self._fused:
+            product = _int8_product(x8, self._weight, self._scale, self._zero)
+        else:
+            signed = x8.to(torch.float32) - 128
+            product = F.linear(signed, self._weight).mul_(self._scale)
+        return Product(product, scale, self._bias)
+
+    def gelu(self, x: Tensor | Integers) -> Tensor | Integers:
+        """GELU of the product."""
+        product = self(x)
+        if self._kernels:
+            return kernels.quantise(product, gelu=True)
+        return F.gelu(product.finished())
+
+    def _quantise(self, x: Tensor) -> Integers:
+        if self._kernels:
+            return kernels.quantise(Product(x), gelu=False)
+        largest = torch.maximum(x.amax(1), -x.amin(1))
         scale = largest.clamp_min_(_TINY).div_(127)
         # Truncated x / scale + 128.5: rounded, and 128 is zero. oneDNN multiplies unsigned
         # integers by signed ones quickly, and signed by signed a thousand times slower; from
         # float32 torch converts fast to 16 bits, and slowly to unsigned 8.
-        integers = torch.addcmul(self._offset, x, scale.reciprocal()).to(torch.int16)
-        if self._fused:
-            x8 = integers.to(torch.uint8)
-            product = _int8_product(x8, self._weight, self._scale, self._zero)
-        else:
-            product = F.linear((integers - 128).to(torch.float32), self._weight).mul_(self._scale)
-        return torch.addcmul(self._bias, product, scale, out=product)
+        shifted = torch.addcmul(self._offset, x, scale.reciprocal()[:, None])
+        return Integers(shifted.to(torch.int16).to(torch.uint8), scale)
 
 
 def make_linear(weight: Tensor, bias: Tensor, precision: Precision) -> Linear:
@@ -138,7 +153,7 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     ones = torch.ones(16, 16, dtype=dtype)
     try:
         layer = OneDnnLinear(ones, ones[0])
-        return bool((layer(ones) == 17).all()) and bool((layer.add(ones, ones) == 18).all())
+        return bool((layer(ones).values == 17).all() and (layer.gelu(ones) == 17).all())
     except (AttributeError, RuntimeError, TypeError):  # other names or signatures: not ours
         return False
 

@@ -1,0 +1,365 @@
+// What torch is slow at on a CPU: attention within short sequences that lie end to end, and what
+// stands between two matrix products, each in one pass over memory. Called from kernels.py.
+//
+// Built for one kind of processor at a time (see hatch_build.py), with vectors of W floats. Every
+// token is computed in the same order whatever its neighbours: a sequence gives the same bits alone
+// and in a batch. NaN and infinity spread over their row, for rows that are not finite must be
+// found.
+
+#include <math.h>
+#include <stdint.h>
+#include <stdlib.h>
+
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+
+namespace {
+
+typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
+typedef uint16_t hvec __attribute__((vector_size(2 * W), aligned(2), may_alias));
+typedef uint8_t bvec __attribute__((vector_size(W), aligned(1), may_alias));
+
+struct bfloat16 {
+    uint16_t bits;
+};
+
+INLINE vec splat(float x) { return x - vec{}; }
+INLINE vec load(const float *p) { return *(const vec *)p; }
+INLINE vec load(const bfloat16 *p) {
+    return (vec)(__builtin_convertvector(*(const hvec *)p, ivec) << 16);
+}
+INLINE void store(float *p, vec x) { *(vec *)p = x; }
+INLINE void store(bfloat16 *p, vec x) {
+    ivec bits = (ivec)x;
+    ivec nearest = bits + 0x7fff + ((bits >> 16) & 1);  // of two equally near, the even one
+    ivec rounded = x == x ? nearest : (bits | 0x400000);  // a NaN stays one
+    *(hvec *)p = __builtin_convertvector((rounded >> 16) & 0xffff, hvec);
+}
+
+// If one of them is NaN, b.
+INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
+
+// Folded upon itself, until the result is in every lane.
+INLINE vec moved(vec x, int n) {
+#if W == 16
+    const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+#elif W == 8
+    const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7};
+#else
+    const ivec lanes = {0, 1, 2, 3};
+#endif
+    return __builtin_shuffle(x, (lanes + n) & (W - 1));
+}
+INLINE float sum(vec x) {
+    UNROLL for (int n = W / 2; n; n /= 2) x += moved(x, n);
+    return x[0];
+}
+INLINE float largest(vec x) {
+    UNROLL for (int n = W / 2; n; n /= 2) x = larger(x, moved(x, n));
+    return x[0];
+}
+
+// exp of x <= 0 to 1e-7 of its value, as in Cephes' expf; below -87 it is 1.6e-38.
+INLINE vec exponential(vec x) {
+    x = larger(splat(-87.0f), x);
+    vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer is in the last bits
+    vec n = shifted - 12582912.0f;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * (r * r) + r + 1.0f;
+    return p * (vec)(((ivec)shifted + 127) << 23);
+}
+
+// GELU by erf to 2e-7: enough for what is rounded to 8 bits next.
+// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
+INLINE vec gelu(vec x) {
+    vec z = x * 0.70710678f;
+    vec size = z > vec{} ? z : -z;
+    vec t = 1.0f / (1.0f + 0.3275911f * size);
+    vec p = splat(1.061405429f);
+    p = p * t - 1.453152027f;
+    p = p * t + 1.421413741f;
+    p = p * t - 0.284496736f;
+    p = p * t + 0.254829592f;
+    vec tail = 0.5f * p * t * exponential(-z * z);  // of the normal distribution, beyond |x|
+    return x * (z > vec{} ? 1.0f - tail : tail);
+}
+
+// --- attention ---
+
+// R rows of a times C vectors of columns of b, kept in registers all the while.
+template <int R, int C>
+INLINE void tile(const float *a, int a_row, const float *b, int b_row, int n, float *c) {
+    vec sums[R][C];
+    UNROLL for (int i = 0; i < R; i++) UNROLL for (int j = 0; j < C; j++) sums[i][j] = vec{};
+    for (int k = 0; k < n; k++) {
+        vec columns[C];
+        UNROLL for (int j = 0; j < C; j++) columns[j] = load(b + (size_t)k * b_row + j * W);
+        UNROLL for (int i = 0; i < R; i++) {
+            vec factor = splat(a[(size_t)i * a_row + k]);
+            UNROLL for (int j = 0; j < C; j++) sums[i][j] += factor * columns[j];
+        }
+    }
+    UNROLL for (int i = 0; i < R; i++)
+        UNROLL for (int j = 0; j < C; j++) store(c + (size_t)i * b_row + j * W, sums[i][j]);
+}
+
+// c = a b for R rows; b and c have so many columns, a multiple of W.
+template <int R>
+INLINE void product(const float *a, int a_row, const float *b, int columns, int n, float *c) {
+    int j = 0;
+    for (; j + 2 * W <= columns; j += 2 * W) tile<R, 2>(a, a_row, b + j, columns, n, c + j);
+    if (j < columns) tile<R, 1>(a, a_row, b + j, columns, n, c + j);
+}
+
+INLINE float number(float x) { return x; }
+INLINE float number(bfloat16 x) {
+    union {
+        uint32_t bits;
+        float value;
+    } same = {(uint32_t)x.bits << 16};
+    return same.value;
+}
+
+INLINE void put(float x, float *to) { *to = x; }
+INLINE void put(float x, bfloat16 *to) {
+    union {
+        float value;
+        uint32_t bits;
+    } same = {x};
+    uint32_t nearest = same.bits + 0x7fff + ((same.bits >> 16) & 1);  // or the even one of two
+    to->bits = (x == x ? nearest : (same.bits | 0x400000)) >> 16;     // a NaN stays one
+}
+
+// One head's features of one token, finished.
+template <typename T, bool Scaled>
+INLINE void finish(const T *__restrict values, const float *scale, const float *__restrict bias,
+                   int d, float *__restrict to) {
+    for (int f = 0; f < d; f++) to[f] = Scaled ? number(values[f]) * *scale + bias[f] : number(values[f]);
+}
+
+// Rotary embedding: feature f turns with f + d / 2, by an angle of which there is the cosine, then,
+// d / 2 further, the sine.
+INLINE void rotate(const float *__restrict plain, const float *__restrict turn, int d, float size,
+                   float *__restrict to) {
+    const int half = d / 2;
+    for (int f = 0; f < half; f++) {
+        to[f] = size * (plain[f] * turn[f] - plain[f + half] * turn[f + half]);
+        to[f + half] = size * (plain[f] * turn[f + half] + plain[f + half] * turn[f]);
+    }
+}
+
+// exp of the scores less their maximum, and 1 / their sum; what is beyond `length` is padding.
+INLINE float softmax(float *scores, int length, int padded) {
+    for (int j = length; j < padded; j++) scores[j] = -INFINITY;
+    vec top = load(scores), total = vec{};
+    for (int j = W; j < padded; j += W) top = larger(top, load(scores + j));
+    vec most = splat(largest(top));
+    for (int j = 0; j < padded; j += W) {
+        vec part = exponential(load(scores + j) - most);
+        store(scores + j, part);
+        total += part;
+    }
+    return 1 / sum(total);
+}
+
+template <typename T, bool Scaled, int D>
+int attend(const T *qkv, const float *scales, const float *bias, const float *turns,
+           const int32_t *bounds, int begin, int end, int heads, int d_, T *out) {
+    const int d = D ? D : d_;  // known to the compiler, or not
+    const int wide = (d + W - 1) / W * W, width = heads * d;
+    int longest = 0;
+    for (int s = begin; s < end; s++) {
+        int length = bounds[s + 1] - bounds[s];
+        if (length > longest) longest = length;
+    }
+    const size_t most = (longest + W - 1) / W * W;
+    const size_t floats = most * (d + wide + ROWS) + ROWS * (d + wide) + 2 * d;
+    float *scratch = (float *)calloc(floats, sizeof(float));
+    if (!scratch) return 1;
+    float *keys = scratch;               // features x tokens
+    float *values = keys + most * d;     // tokens x features, padded with zeros
+    float *scores = values + most * wide;
+    float *queries = scores + most * ROWS;
+    float *sums = queries + ROWS * d;
+    float *plain = sums + ROWS * wide, *turned = plain + d;
+    const float size = 1 / sqrtf(d);
+    for (int s = begin; s < end; s++) {
+        const int length = bounds[s + 1] - bounds[s], padded = (length + W - 1) / W * W;
+        for (int h = 0; h < heads; h++) {
+            const T *first = qkv + (size_t)bounds[s] * 3 * width + h * d;
+            const float *scale = Scaled ? scales + bounds[s] : 0, *own = Scaled ? bias + h * d : 0;
+            for (int j = 0; j < length; j++) {
+                const T *token = first + (size_t)j * 3 * width;
+                finish<T, Scaled>(token + width, scale + j, own + width, d, plain);
+                rotate(plain, turns + (size_t)j * d, d, 1, turned);
+                for (int f = 0; f < d; f++) keys[(size_t)f * padded + j] = turned[f];
+                float *to = values + (size_t)j * wide;
+                finish<T, Scaled>(token + 2 * width, scale + j, own + 2 * width, d, to);
+            }
+            for (int f = 0; f < d; f++)
+                for (int j = length; j < padded; j++) keys[(size_t)f * padded + j] = 0;
+            for (int block = 0; block < length; block += ROWS) {
+                const int rows = length - block < ROWS ? length - block : ROWS;
+                for (int i = 0; i < rows; i++) {
+                    const int j = block + i;
+                    finish<T, Scaled>(first + (size_t)j * 3 * width, scale + j, own, d, plain);
+                    rotate(plain, turns + (size_t)j * d, d, size, queries + i * d);
+                }
+                product<ROWS>(queries, d, keys, padded, d, scores);
+                float shares[ROWS];
+                for (int i = 0; i < rows; i++)
+                    shares[i] = softmax(scores + (size_t)i * padded, length, padded);
+                product<ROWS>(scores, padded, values, wide, length, sums);
+                for (int i = 0; i < rows; i++) {
+                    T *to = out + (size_t)(bounds[s] + block + i) * width + h * d;
+                    for (int f = 0; f < d; f++) put(sums[i * wide + f] * shares[i], to + f);
+                }
+            }
+        }
+    }
+    free(scratch);
+    return 0;
+}
+
+template <typename T, bool Scaled>
+int attend_heads(const void *qkv, const float *scales, const float *bias, const float *turns,
+                 const int32_t *bounds, int begin, int end, int heads, int d, void *out) {
+#define ATTEND(D)                                                                                \
+    attend<T, Scaled, D>((const T *)qkv, scales, bias, turns, bounds, begin, end, heads, d, (T *)out)
+    switch (d) {  // those of the published models
+        case 16: return ATTEND(16);
+        case 24: return ATTEND(24);
+        case 32: return ATTEND(32);
+        case 64: return ATTEND(64);
+    }
+    return ATTEND(0);
+}
+
+// --- between two products ---
+
+template <typename T>
+INLINE vec finished(const T *values, const float *scale, const float *bias, int j) {
+    vec x = load(values + j);
+    return scale ? x * *scale + load(bias + j) : x;
+}
+
+// A row as integers about 128, and their scale, by which an infinity or a NaN is not forgotten.
+INLINE void quantise_row(const float *row, int n, uint8_t *out, float *scale) {
+    vec top = vec{}, spoilt = vec{};
+    for (int j = 0; j < n; j += W) {
+        vec x = load(row + j);
+        top = larger(larger(x, -x), top);
+        spoilt += x * 0.0f;
+    }
+    *scale = fmaxf(largest(top), 1e-30f) / 127 + sum(spoilt);
+    vec inverse = splat(1 / *scale);
+    for (int j = 0; j < n; j += W) {
+        vec shifted = load(row + j) * inverse + 128.5f;
+        *(bvec *)(out + j) = __builtin_convertvector(__builtin_convertvector(shifted, ivec), bvec);
+    }
+}
+
+template <typename T>
+INLINE void put_row(const float *row, int n, T *out, float *) {
+    for (int j = 0; j < n; j += W) store(out + j, load(row + j));
+}
+INLINE void put_row(const float *row, int n, uint8_t *out, float *scale) {
+    quantise_row(row, n, out, scale);
+}
+
+template <typename T, typename U>
+int add_norm(float *x, const T *product, const float *scales, const float *bias,
+             const float *weight, const float *shift, float eps, int begin, int end, int n,
+             U *out, float *out_scales) {
+    float *row = (float *)malloc(n * sizeof(float));
+    if (!row) return 1;
+    for (int t = begin; t < end; t++) {
+        float *own = x + (size_t)t * n;
+        vec total = vec{}, squares = vec{};
+        for (int j = 0; j < n; j += W) {
+            vec value = load(own + j);
+            if (product) {
+                value += finished(product + (size_t)t * n, scales ? scales + t : 0, bias, j);
+                store(own + j, value);
+            }
+            total += value;
+        }
+        const vec mean = splat(sum(total) / n);
+        for (int j = 0; j < n; j += W) {
+            vec away = load(own + j) - mean;
+            squares += away * away;
+        }
+        const vec size = splat(1 / sqrtf(sum(squares) / n + eps));
+        for (int j = 0; j < n; j += W)
+            store(row + j, (load(own + j) - mean) * size * load(weight + j) + load(shift + j));
+        put_row(row, n, out + (size_t)t * n, out_scales + t);
+    }
+    free(row);
+    return 0;
+}
+
+int quantise(const float *values, const float *scales, const float *bias, int with_gelu,
+             int begin, int end, int n, uint8_t *out, float *out_scales) {
+    float *row = (float *)malloc(n * sizeof(float));
+    if (!row) return 1;
+    for (int t = begin; t < end; t++) {
+        const float *own = values + (size_t)t * n;
+        for (int j = 0; j < n; j += W) {
+            vec x = finished(own, scales ? scales + t : 0, bias, j);
+            store(row + j, with_gelu ? gelu(x) : x);
+        }
+        quantise_row(row, n, out + (size_t)t * n, out_scales + t);
+    }
+    free(row);
+    return 0;
+}
+
+}  // namespace
+
+// For rows from begin to end: tokens, but of attend sequences. All return 0, or 1 without memory.
+// Kinds of numbers: 0 float32, 1 bfloat16, 2 integers of 8 bits with a scale per token. Products are
+// finished on the way, values * scale + bias, unless scales is null. Features are a multiple of W.
+extern "C" {
+
+// Softmax attention of sequences from bounds[s] to bounds[s + 1], with rotary embedding, from
+// (tokens, 3, heads, d) to (tokens, heads * d), both of a kind. turns: (longest, 2, d / 2).
+int virnuc_attend(int begin, int end, int kind, const void *qkv, const float *scales,
+                  const float *bias, const float *turns, const int32_t *bounds, int heads, int d,
+                  void *out) {
+    auto attend_all = kind     ? attend_heads<bfloat16, false>
+                      : scales ? attend_heads<float, true>
+                               : attend_heads<float, false>;
+    return attend_all(qkv, scales, bias, turns, bounds, begin, end, heads, d, out);
+}
+
+// x += product, unless that is null, and the layer norm of x.
+int virnuc_add_norm(int begin, int end, float *x, int kind, const void *product,
+                    const float *scales, const float *bias, const float *weight,
+                    const float *shift, float eps, int n, int out_kind, void *out,
+                    float *out_scales) {
+#define NORM(T, U)                                                                             \
+    add_norm(x, (const T *)product, scales, bias, weight, shift, eps, begin, end, n, (U *)out, \
+             out_scales)
+    switch (2 * out_kind + kind) {
+        case 0: return NORM(float, float);
+        case 1: return NORM(bfloat16, float);
+        case 2: return NORM(float, bfloat16);
+        case 3: return NORM(bfloat16, bfloat16);
+        default: return NORM(float, uint8_t);
+    }
+}
+
+// The product, or its GELU, as integers.
+int virnuc_quantise(int begin, int end, const float *product, const float *scales,
+                    const float *bias, int with_gelu, int n, uint8_t *out, float *out_scales) {
+    return quantise(product, scales, bias, with_gelu, begin, end, n, out, out_scales);
+}
+
+}  // extern "C"
