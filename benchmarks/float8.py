@@ -23,6 +23,7 @@ from torch import Tensor
 from tests.models import random_network, random_sequences, save_network
 from virnuc_dask import esm2
 from virnuc_dask.encoder import load_encoder
+from virnuc_dask.kernels import Integers, Product
 from virnuc_dask.linear import Linear
 
 SHAPES = {"8M": (6, 320, 20), "35M": (12, 480, 20), "150M": (30, 640, 20)}
@@ -42,9 +43,9 @@ class Float8Linear(Linear):
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         super().__init__(rounded(weight), bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor | Integers) -> Product:
         """The product, shape (tokens, out), from x of shape (tokens, in)."""
-        return F.linear(rounded(x), self._weight, self._bias)
+        return Product(F.linear(rounded(self._converted(x)), self._weight, self._bias))
 
 
 @contextmanager

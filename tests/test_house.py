@@ -31,6 +31,7 @@ ORDER = [
     "dataset",
     "huggingface",
     "weights",
+    "kernels",
     "linear",
     "attention",
     "esm2",

@@ -12,10 +12,11 @@ from conftest import VIRAL_PROTEINS, Maker
 from models import random_network, random_sequences, relative_error, save_network, upstream_mean
 from numpy.typing import NDArray
 
-from virnuc_dask import linear
+from virnuc_dask import kernels, linear
 from virnuc_dask.config import PRECISIONS, Precision, Settings, precision_on
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import IdentityMismatchError, UsageError
+from virnuc_dask.kernels import Integers
 from virnuc_dask.linear import make_linear
 from virnuc_dask.prepare import prepare
 
@@ -30,16 +31,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.nn.Modul
     return save_network(network, tmp_path_factory.mktemp("model") / "model.pt"), network
 
 
-@pytest.fixture(params=[True, False], ids=["onednn", "torch"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """With oneDNN's operators, and without, as on a torch that has renamed them."""
-    if request.param:
-        if not (linear._has_onednn(torch.float32) and linear._has_onednn_int8()):
-            pytest.skip("this processor or this torch has no fused oneDNN layers")
-    else:
+@pytest.fixture(params=["compiled", "onednn", "torch"])
+def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With all that there is; without a compiler; and without oneDNN, as on another torch."""
+    if request.param == "compiled":
+        if not kernels.serve(torch.device("cpu"), "float32", 160):
+            pytest.skip("the kernels were not built, or not for this processor")
+        return "compiled"
+    monkeypatch.setattr(kernels, "_library", lambda: None)
+    if request.param == "torch":
         monkeypatch.setattr(linear, "_has_onednn", lambda _dtype: False)
         monkeypatch.setattr(linear, "_has_onednn_int8", lambda: False)
-    return bool(request.param)
+    elif not (linear._has_onednn(torch.float32) and linear._has_onednn_int8()):
+        pytest.skip("this processor or this torch has no fused oneDNN layers")
+    return str(request.param)
 
 
 def lowest_cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
@@ -49,7 +54,7 @@ def lowest_cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> 
 
 @pytest.mark.parametrize("precision", ON_CPU)
 def test_every_row_is_close_to_upstreams_float32(
-    precision: Precision, model: tuple[str, torch.nn.Module], kernels: bool
+    precision: Precision, model: tuple[str, torch.nn.Module], operators: str
 ) -> None:
     path, network = model
     sequences = random_sequences(LENGTHS)
@@ -82,27 +87,29 @@ def test_alone_and_in_a_batch_are_bitwise_the_same(
 
 
 @pytest.mark.parametrize("precision", ON_CPU)
-def test_a_layers_kernels_agree(precision: Precision, kernels: bool) -> None:
+def test_layers_agree(precision: Precision, operators: str) -> None:
     generator = torch.Generator().manual_seed(0)
     weight, bias = (torch.randn(shape, generator=generator) for shape in ((48, 32), (48,)))
-    x, residual = (torch.randn(shape, generator=generator) for shape in ((70, 32), (70, 48)))
+    x = torch.randn((70, 32), generator=generator)
     x[3] = 0  # a token without a scale
     x[5] *= 1e6  # must not cost its neighbours their precision
     layer = make_linear(weight, bias, precision)
     exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
     tolerance = {"float32": 1e-5, "bfloat16": 0.02, "int8": 0.03}[precision]
     size = exact.abs().amax(1, keepdim=True)
-    assert ((layer(x) - exact).abs() / size).max() < tolerance
-    gelu = torch.nn.functional.gelu(exact)
-    assert ((layer.gelu(x) - gelu).abs() / size).max() < tolerance
-    assert ((layer.add(x, residual) - (exact + residual)).abs() / size).max() < tolerance
-    assert layer.add(x, residual).dtype == torch.float32
+    assert ((layer(x).finished() - exact).abs() / size).max() < tolerance
+    found = layer.gelu(x)
+    if isinstance(found, Integers):
+        assert (precision, operators) == ("int8", "compiled")
+        found = (found.values.float() - 128) * found.scale[:, None]
+    assert ((found - torch.nn.functional.gelu(exact)).abs() / size).max() < tolerance
 
 
-def test_int8_uses_the_whole_range_and_no_more() -> None:
+@pytest.mark.parametrize("features", [1000, 1008])  # without and with kernels
+def test_int8_uses_the_whole_range_and_no_more(features: int) -> None:
     # 255 steps from the largest to its negative: an error of half a step at the most.
-    x = torch.linspace(-1, 1, 1000).reshape(1, -1).repeat(3, 1) * torch.tensor([[1.0], [1e-3], [7]])
-    found = make_linear(torch.eye(1000), torch.zeros(1000), "int8")(x)
+    x = torch.linspace(-1, 1, features).repeat(3, 1) * torch.tensor([[1.0], [1e-3], [7]])
+    found = make_linear(torch.eye(features), torch.zeros(features), "int8")(x).finished()
     step = x.abs().amax(1, keepdim=True) / 127
     assert ((found - x).abs() <= 0.501 * step).all()
 

@@ -190,14 +190,18 @@ def _fill(
             spec.dimension,
         )
     )
-    # Workers of our own have this process's packages, disk and weights; of others' who knows.
-    attached = cluster != "local"
-    location = store.place.location
-    needs = Needs.here(location, store.identity, spec, config.device) if attached else None
-    work = Work(store, spec, config, emit, costs, needs)
+    needs = Needs.here(
+        store.place.location,
+        store.identity,
+        spec,
+        config.device,
+        # Workers of our own have this process's packages, disk and weights; of others' who knows.
+        is_met=cluster == "local",
+    )
+    work = Work(store, needs, config, emit, costs)
     if missing:
         with _signals(work), connection() as connected, _watched(connected, config, emit):
-            if needs:
+            if not needs.is_met:
                 _check_workers(connected, needs, work)
             work.drive(connected, missing)
     try:

@@ -18,7 +18,7 @@ from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
 
 from virnuc_dask import events, retry
-from virnuc_dask.config import ModelSpec, RunConfig, Status
+from virnuc_dask.config import RunConfig, Status
 from virnuc_dask.embed import ChunkReport, embed_chunk
 from virnuc_dask.errors import (
     DeviceLostError,
@@ -65,14 +65,13 @@ class Work:
     def __init__(
         self,
         store: Store,
-        spec: ModelSpec,
+        needs: Needs,
         config: RunConfig,
         emit: Listener,
         costs: dict[int, int],
-        needs: Needs | None = None,
     ) -> None:
-        self.store, self.spec, self.config, self.emit = store, spec, config, emit
-        self.costs, self.needs = costs, needs
+        self.store, self.needs, self.config, self.emit = store, needs, config, emit
+        self.costs = costs
         self.reports: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.counted: set[int] = set()
@@ -164,16 +163,7 @@ class Work:
                 )
                 embed, more = embed_chunk_apart, (patience,)
             task = delayed(embed_on_worker, pure=False)(
-                self.needs,
-                key,
-                embed,
-                self.store.place.location,
-                chunk,
-                self.store.identity,
-                self.spec,
-                self.config.device,
-                *more,
-                dask_key_name=key,
+                self.needs, key, embed, chunk, *more, dask_key_name=key
             )
             elsewhere: dict[str, Any] = {}
             if bad := self._useless | set(self._unfit):

@@ -53,6 +53,8 @@ class Needs:
         A torch device that it must have.
     versions : tuple of (str, str)
         Packages of which it must have the same, for rows of one store must come from one version.
+    is_met : bool
+        By workers that were started from here.
     """
 
     path: str
@@ -60,11 +62,14 @@ class Needs:
     spec: ModelSpec
     device: str
     versions: tuple[tuple[str, str], ...]
+    is_met: bool
 
     @classmethod
-    def here(cls, path: str, identity: Identity, spec: ModelSpec, device: str) -> Needs:
+    def here(
+        cls, path: str, identity: Identity, spec: ModelSpec, device: str, *, is_met: bool
+    ) -> Needs:
         """With this process's versions."""
-        return cls(path, identity, spec, device, _versions())
+        return cls(path, identity, spec, device, _versions(), is_met)
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
@@ -89,7 +94,7 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
     OSError
         What waiting may mend.
     """
-    if needs in _met:
+    if needs.is_met or needs in _met:
         return ()
     here = dict(_versions())
     found = [
@@ -206,18 +211,19 @@ def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:
 
 
 def embed_on_worker(
-    needs: Needs | None, key: str, embed: Callable[..., ChunkReport], *arguments: Any
+    needs: Needs, key: str, embed: Callable[..., ChunkReport], chunk: int, *more: Any
 ) -> ChunkReport:
     """The task as a worker gets it.
 
     Parameters
     ----------
-    needs : Needs, optional
-        Looked at before the process's first chunk. None where a worker cannot lack anything.
+    needs : Needs
+        Looked at before the process's first chunk.
     key : str
         Of the task.
     embed : callable
-        `embed_chunk` or `embed_chunk_apart`, which the other arguments are for.
+        `embed_chunk` or `embed_chunk_apart`, which takes `more`.
+    chunk : int
 
     Raises
     ------
@@ -228,10 +234,10 @@ def embed_on_worker(
     """
     worker = get_worker()
     worker.log_event(TOPIC, {"action": "started", "key": key, "worker": worker.address})
-    if needs is not None and (lacks := shortcomings(needs)):
+    if lacks := shortcomings(needs):
         raise UnfitWorkerError(worker.address, lacks)
     try:
-        return embed(*arguments)
+        return embed(needs.path, chunk, needs.identity, needs.spec, needs.device, *more)
     except RuntimeError as error:
         if retry.is_sticky(error):
             raise DeviceLostError(worker.address, str(error)) from error
