@@ -4,7 +4,7 @@
     python -m benchmarks.pipeline workers    one worker against two, of one thread each
     python -m benchmarks.pipeline chunks     100,000 chunks of nothing: Dask, coordinator, memory
     python -m benchmarks.pipeline scan       resume and status of 100,000 present chunks
-    python -m benchmarks.pipeline gpu        one GPU with 1, 2 and 3 threads
+    python -m benchmarks.pipeline gpu --passes 20      one GPU with 1, 2 and 3 threads
 
 The work is the examples' real sequences through ESM-2 8M with random weights, which cost the same
 as trained ones. *Bare*: as many processes as there are workers, each with the encoder in memory
@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("part", choices=list(PARTS))
     parser.add_argument("--workers", type=int, default=os.cpu_count())
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--rows-per-chunk", type=int, default=64)
+    parser.add_argument("--rows-per-chunk", type=int, default=256)
+    parser.add_argument("--passes", type=int, default=8, help="how often the sequences are read")
     parser.add_argument("--chunks", type=int, default=100_000)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -69,14 +70,14 @@ def main() -> None:
         print(f"| {name} | {value} |")
 
 
-def real_work(folder: Path) -> tuple[Path, list[Path]]:
-    """Random weights of ESM-2 8M, and 1,677 real sequences."""
+def real_work(folder: Path, passes: int) -> tuple[Path, list[Path]]:
+    """Random weights of ESM-2 8M, and 1,677 real sequences, read so many times."""
     weights, peptides = folder / "esm2_8m_random.pt", folder / "orfs.faa"
     save_network(random_network(6, 320, 20), weights)
     with peptides.open("w") as file:
         script = [sys.executable, EXAMPLES / "lambda_orfs.py", EXAMPLES / "lambda_virus.fa.gz"]
         subprocess.run(script, stdout=file, check=True)
-    return weights, [peptides, EXAMPLES / "viral_proteins.faa.gz"]
+    return weights, [peptides, EXAMPLES / "viral_proteins.faa.gz"] * passes
 
 
 # --- beside the bare encoder loop ---
@@ -84,7 +85,7 @@ def real_work(folder: Path) -> tuple[Path, list[Path]]:
 
 def beside_bare(folder: Path, arguments: argparse.Namespace) -> Rows:
     """The run against the loop, in turns."""
-    weights, inputs = real_work(folder)
+    weights, inputs = real_work(folder, arguments.passes)
     settings = Settings(model=str(weights), rows_per_chunk=arguments.rows_per_chunk)
     store, model = prepare(inputs, folder / "bare.zarr", settings, lambda _event: None)
     bare, whole, peaks = [], [], []
@@ -107,6 +108,7 @@ def beside_bare(folder: Path, arguments: argparse.Namespace) -> Rows:
     return [
         ("sequences, residues", f"{store.records:,}, {summary.computed_residues:,}"),
         ("workers, chunks, turns", f"{arguments.workers}, {store.chunk_count}, {len(bare)}"),
+        ("seconds a run", f"{summary.seconds:.0f}"),
         ("bare encoder loop, sequences/s", f"{median(bare):.1f}"),
         ("run, sequences/s", f"{median(whole):.1f}"),
         ("run / bare", ratio(whole, bare)),
@@ -190,7 +192,7 @@ class PeakMemory:
 
 def more_workers(folder: Path, arguments: argparse.Namespace) -> Rows:
     """One worker and two, of one thread each, whatever the cores."""
-    weights, inputs = real_work(folder)
+    weights, inputs = real_work(folder, arguments.passes)
     rates: dict[int, list[float]] = {1: [], 2: []}
     for number in range(arguments.repeats):
         for workers, found in rates.items():
@@ -335,12 +337,12 @@ def milliseconds(call: Callable[[], object]) -> float:
 
 def gpu_threads(folder: Path, arguments: argparse.Namespace) -> Rows:
     """How busy one GPU is with 1, 2 and 3 threads of its worker."""
-    weights, inputs = real_work(folder)
+    weights, inputs = real_work(folder, arguments.passes)
     rows: Rows = []
     for threads in (1, 2, 3):
         cluster.THREADS_PER_GPU = threads
         summary = run(
-            inputs * 20,
+            inputs,
             folder / f"{threads}.zarr",
             model=str(weights),
             cluster="local-cuda",

@@ -29,6 +29,7 @@ ORDER = [
     "ingest",
     "integrity",
     "dataset",
+    "formats",
     "huggingface",
     "weights",
     "kernels",

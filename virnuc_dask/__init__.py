@@ -17,12 +17,14 @@ if TYPE_CHECKING:
     from virnuc_dask.dataset import open_residues, open_store, verify
     from virnuc_dask.encoder import load_encoder
     from virnuc_dask.events import RunSummary
+    from virnuc_dask.formats import export
 
 __version__ = "0.1.0"
 __all__ = [
     "RunConfig",
     "RunSummary",
     "Translation",
+    "export",
     "load_encoder",
     "open_residues",
     "open_store",
@@ -35,6 +37,7 @@ _HOME = {
     "RunConfig": "config",
     "RunSummary": "events",
     "Translation": "config",
+    "export": "formats",
     "load_encoder": "encoder",
     "open_residues": "dataset",
     "open_store": "dataset",

@@ -227,6 +227,24 @@ def verify(
     sys.exit(code)
 
 
+@main.command()
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--partial", is_flag=True, help="Also of a store that is not complete.")
+@click.option(
+    "--guard/--no-guard",
+    default=True,
+    help="In CSV, an apostrophe before identifiers that a spreadsheet would compute.",
+    show_default=True,
+)
+def export(store: str, out: Path, partial: bool, guard: bool) -> None:
+    """Write STORE's rows into one file: OUT.csv, .tsv, .parquet, .npz or .h5."""
+    from virnuc_dask.formats import export as write
+
+    rows = write(store, out, partial=partial, guard=guard)
+    click.echo(f"{rows:,} rows in {out}")
+
+
 # --- shared --------------------------------------------------------------------------------------
 
 

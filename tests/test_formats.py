@@ -1,0 +1,191 @@
+"""Export: read back by each format's own library, and what spreadsheets make of identifiers."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import sys
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+import pytest
+from conftest import Cli, Maker
+from numpy.typing import NDArray
+from pyarrow import parquet
+from test_security import NAMES
+
+import virnuc_dask
+from virnuc_dask.config import Status
+from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.store import Store
+
+PEPTIDE = "MKTAYIAKQRQISFVKSHFSRQ"
+
+
+@pytest.fixture
+def store(tmp_path: Path, client: Any) -> Store:
+    """Three chunks: names of all kinds, among them twins, and a row that is quarantined."""
+    names = [*NAMES[:-1], "x" * 100_000, "+1", "-1", "@SUM(A1)", "twin", "twin", "a,b", 'a"b']
+    rows = [f">{name}\n{PEPTIDE[number % 9 :]}\n" for number, name in enumerate(names)]
+    rows.insert(3, ">bad\nMKT1\n")
+    file = tmp_path / "names.faa"
+    file.write_text("".join(rows))
+    path = tmp_path / "names.zarr"
+    virnuc_dask.run(file, path, rows_per_chunk=8, client=client)
+    return Store(path)
+
+
+def contents(store: Store) -> tuple[list[str], list[int], list[str], NDArray[Any]]:
+    data = virnuc_dask.open_store(store.path).load()
+    states = [Status(code).meaning for code in data.status.values]
+    return list(data.sequence_id.values), list(data.length.values), states, data.embedding.values
+
+
+def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], list[list[str]]]:
+    csv.field_size_limit(sys.maxsize)
+    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(newline="")
+    with opened as file:
+        head, *rows = csv.reader(file, delimiter=delimiter)
+    return head, rows
+
+
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.csv.gz", "My.Data.CSV"])
+def test_csv_holds_every_row_exactly(name: str, store: Store, tmp_path: Path) -> None:
+    ids, lengths, states, embedding = contents(store)
+    assert virnuc_dask.export(store.path, tmp_path / name, guard=False) == len(ids) == 16
+    head, rows = read_csv(tmp_path / name, "\t" if "tsv" in name else ",")
+    assert head[:5] == ["sequence_id", "length", "status", "feature_0", "feature_1"]
+    assert [row[0] for row in rows] == ids
+    assert [int(row[1]) for row in rows] == lengths
+    assert [row[2] for row in rows] == states
+    assert rows[3][:3] == ["bad", "4", "invalid_residues"]
+    assert not any(rows[3][3:])
+    found = np.array([[float(cell or "nan") for cell in row[3:]] for row in rows], np.float32)
+    assert np.array_equal(found, embedding, equal_nan=True)
+
+
+def test_a_spreadsheet_computes_no_identifier(store: Store, tmp_path: Path) -> None:
+    virnuc_dask.export(store.path, tmp_path / "out.csv")
+    _, rows = read_csv(tmp_path / "out.csv")
+    ids = [row[0] for row in rows]
+    assert not any(name.startswith(("=", "+", "-", "@", "\t", "\r")) for name in ids)
+    guarded = [name for name in ids if name.startswith("'")]
+    assert guarded == ["'=cmd|'/c'!A1", "'+1", "'-1", "'@SUM(A1)"]
+    # All others are as they were.
+    assert [name.removeprefix("'") for name in ids] == contents(store)[0]
+
+
+def test_parquet(store: Store, tmp_path: Path) -> None:
+    ids, lengths, states, embedding = contents(store)
+    virnuc_dask.export(store.path, tmp_path / "out.parquet")
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table["sequence_id"].to_pylist() == ids
+    assert table["length"].to_pylist() == lengths
+    assert table["status"].to_pylist() == states
+    lists = table["embedding"].to_pylist()
+    assert lists.pop(3) is None
+    assert np.array_equal(np.array(lists, np.float32), np.delete(embedding, 3, axis=0))
+
+
+def test_npz(store: Store, tmp_path: Path) -> None:
+    ids, lengths, states, embedding = contents(store)
+    virnuc_dask.export(store.path, tmp_path / "out.npz")
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
+        assert sorted(file) == ["embedding", "length", "sequence_id", "status"]
+        assert file["sequence_id"].tolist() == ids
+        assert file["length"].tolist() == lengths
+        assert file["status"].tolist() == states
+        assert np.array_equal(file["embedding"], embedding, equal_nan=True)
+        assert file["embedding"].dtype == np.float32
+
+
+def test_hdf5_has_one_dataset_for_each_embedded_row(store: Store, tmp_path: Path) -> None:
+    ids, _, states, embedding = contents(store)
+    assert virnuc_dask.export(store.path, tmp_path / "out.h5") == 15
+    with h5py.File(tmp_path / "out.h5") as file:
+        assert all(isinstance(item, h5py.Dataset) for item in file.values())  # no groups
+        assert "bad" not in file
+        by_row = {int(item.attrs["row"]): item for item in file.values()}
+        assert sorted(by_row) == [row for row in range(16) if row != 3]
+        for row, item in by_row.items():
+            assert item.attrs["sequence_id"] == ids[row]
+            assert item.attrs["status"] == states[row]
+            assert np.array_equal(item[:], embedding[row])
+        first, second = (row for row, name in enumerate(ids) if name == "twin")
+        assert {"twin", f"twin#{second}"} <= set(file)
+        assert file["twin"].attrs["row"] == first
+
+
+def test_a_store_in_float16(make_store: Maker, awkward: Path, client: Any, tmp_path: Path) -> None:
+    store = make_store(awkward, dtype="float16")
+    virnuc_dask.resume(store.path, client=client)
+    _, _, _, embedding = contents(store)
+    assert embedding.dtype == np.float16
+    virnuc_dask.export(store.path, tmp_path / "out.npz")
+    virnuc_dask.export(store.path, tmp_path / "out.parquet")
+    virnuc_dask.export(store.path, tmp_path / "out.csv")
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
+        assert np.array_equal(file["embedding"], embedding, equal_nan=True)
+    lists = parquet.read_table(tmp_path / "out.parquet")["embedding"].to_pylist()
+    good = ~np.isnan(embedding).all(1)
+    assert [item is not None for item in lists] == good.tolist()
+    assert np.array_equal(np.array([item for item in lists if item], np.float16), embedding[good])
+    _, rows = read_csv(tmp_path / "out.csv")
+    found = np.array([[float(cell or "nan") for cell in row[3:]] for row in rows], np.float16)
+    assert np.array_equal(found, embedding, equal_nan=True)
+
+
+def test_what_is_missing_is_not_left_out_in_silence(store: Store, tmp_path: Path) -> None:
+    store.remove_chunk(1)
+    with pytest.raises(StoreError, match="lacks 1 of 2 chunks"):
+        virnuc_dask.export(store.path, tmp_path / "out.csv")
+    assert not (tmp_path / "out.csv").exists()
+    assert virnuc_dask.export(store.path, tmp_path / "out.csv", partial=True) == 16
+    _, rows = read_csv(tmp_path / "out.csv")
+    assert [row[2] for row in rows[8:]] == ["pending"] * 8
+    virnuc_dask.export(store.path, tmp_path / "out.parquet", partial=True)
+    lists = parquet.read_table(tmp_path / "out.parquet")["embedding"].to_pylist()
+    assert lists[8:] == [None] * 8
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "npz", "h5"])
+def test_an_export_is_whole_or_not_there(suffix: str, store: Store, tmp_path: Path) -> None:
+    file = store.path / "embedding" / "c.1.0"
+    damaged = bytearray(file.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    file.write_bytes(damaged)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(StoreError, match="chunk 1 is damaged"):
+        virnuc_dask.export(store.path, tmp_path / f"out.{suffix}")
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_what_cannot_be_asked_for(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("out", "out.xlsx", "out.npz.gz", "out.gz"):
+        with pytest.raises(UsageError, match="cannot tell the format"):
+            virnuc_dask.export(store.path, tmp_path / name)
+    (tmp_path / "there.csv").write_text("mine")
+    with pytest.raises(UsageError, match="exists"):
+        virnuc_dask.export(store.path, tmp_path / "there.csv")
+    assert (tmp_path / "there.csv").read_text() == "mine"
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UsageError, match=r"needs h5py .*virnuc_dask\[export\]"):
+        virnuc_dask.export(store.path, tmp_path / "out.h5")
+
+
+def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
+    done = cli("export", store.path, "out.csv")
+    assert (done.returncode, done.stdout) == (0, "16 rows in out.csv\n"), done.stderr
+    assert read_csv(tmp_path / "out.csv")[1][2][0].startswith("'=cmd")
+    assert cli("export", store.path, "raw.csv", "--no-guard").returncode == 0
+    assert read_csv(tmp_path / "raw.csv")[1][2][0].startswith("=cmd")
+    assert cli("export", store.path, "out.csv").returncode == 2
+    store.remove_chunk(0)
+    done = cli("export", store.path, "more.csv")
+    assert done.returncode == 4
+    assert "--partial" in done.stderr
+    assert cli("export", store.path, "more.csv", "--partial").returncode == 0

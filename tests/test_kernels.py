@@ -1,0 +1,201 @@
+"""The compiled kernels, each library that this processor can run, beside torch's own operators."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from virnuc_dask import kernels
+from virnuc_dask.attention import Layout, attend, attend_natively
+from virnuc_dask.esm2 import _pair
+from virnuc_dask.kernels import Integers, Product
+
+CPU = torch.device("cpu")
+# Around the vectors of 4, 8 and 16 lanes and the blocks of 6 and 8 rows.
+LENGTHS = [1, 2, 3, 4, 5, 6, 7, 9, 13, 14, 15, 16, 30, 31, 46, 60, 98, 127, 128, 200]
+CAPABLE = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(
+    torch.backends.cpu.get_cpu_capability(), ["generic"]
+)
+
+
+@pytest.fixture(params=CAPABLE)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    path = Path(kernels.__file__).with_name(f"_kernels_{request.param}.so")
+    if not path.exists():
+        pytest.skip(f"{path.name} was not built: no C++ compiler when this was installed")
+    found = ctypes.CDLL(str(path))
+    monkeypatch.setattr(kernels, "_library", lambda: found)
+    return found
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    usual = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(usual)
+
+
+def test_they_are_built_where_there_is_a_compiler() -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("there is no C++ compiler here")
+    if platform.machine() == "x86_64" and CAPABLE == ["generic"]:
+        pytest.skip("this processor is older than AVX2, for which none are built")
+    assert kernels.serve(CPU, "float32", 320)
+    assert not kernels.serve(CPU, "float16", 320)
+    assert not kernels.serve(CPU, "float32", 330)
+    assert not kernels.serve(torch.device("cuda"), "float32", 320)
+
+
+def a_layout(lengths: list[int], features: int) -> Layout:
+    places = [torch.arange(length + 2) for length in lengths]
+    bounds = torch.tensor([0, *(len(place) for place in places)]).cumsum(0).to(torch.int32)
+    runs = [(1, length) for length in lengths]
+    angles = torch.arange(max(lengths) + 2)[:, None] * torch.rand(features // 2)
+    return Layout(runs, bounds, torch.cat(places), angles)
+
+
+def heads_first(qkv: Tensor, heads: int) -> Tensor:
+    """The same features in the order that `attend` wants: those that turn together in pairs."""
+    parts = qkv.T.chunk(3)
+    return torch.cat([*(_pair(part, heads) for part in parts[:2]), parts[2]]).T.contiguous()
+
+
+def noise(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+# Heads of the published models, and one of another size; all features are a multiple of 16.
+@pytest.mark.parametrize(("heads", "d"), [(5, 16), (2, 24), (3, 32), (2, 64), (1, 128), (4, 12)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention(
+    library: ctypes.CDLL, threads: int, heads: int, d: int, dtype: torch.dtype
+) -> None:
+    layout = a_layout(LENGTHS, d)
+    qkv = noise(len(layout.positions), 3 * heads * d).to(dtype)
+    expected = attend(Product(heads_first(qkv, heads)), heads, layout)
+    found = attend_natively(Product(qkv), heads, layout)
+    assert found.dtype == dtype
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
+
+
+def test_attention_finishes_the_product(library: ctypes.CDLL, threads: int) -> None:
+    layout = a_layout(LENGTHS, 16)
+    tokens, features = len(layout.positions), 3 * 5 * 16
+    product = Product(noise(tokens, features), noise(tokens, seed=1), noise(features, seed=2))
+    plain = attend_natively(Product(product.finished()), 5, layout)
+    torch.testing.assert_close(attend_natively(product, 5, layout), plain, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
+def test_attention_to_the_nearest_only_or_to_all_alike(library: ctypes.CDLL, scale: float) -> None:
+    layout = a_layout([30], 16)
+    qkv = noise(32, 3 * 80)
+    qkv[:, :160] *= scale
+    expected = attend(Product(heads_first(qkv, 5)), 5, layout)
+    torch.testing.assert_close(
+        attend_natively(Product(qkv), 5, layout), expected, atol=1e-5, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sequence_gives_the_same_bits_alone(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+    layout = a_layout(LENGTHS, 16)
+    qkv = noise(len(layout.positions), 3 * 80).to(dtype)
+    together = attend_natively(Product(qkv), 5, layout)
+    for first, last in zip(layout.bounds[:-1].tolist(), layout.bounds[1:].tolist(), strict=True):
+        alone = Layout([], torch.tensor([0, last - first], dtype=torch.int32), None, layout.angles)  # type: ignore[arg-type]
+        found = attend_natively(Product(qkv[first:last].clone()), 5, alone)
+        assert torch.equal(found, together[first:last])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_so_and_with_its_sequence(
+    library: ctypes.CDLL, bad: float
+) -> None:
+    layout = a_layout([5, 20, 40], 16)
+    qkv = noise(len(layout.positions), 3 * 80)
+    clean = attend_natively(Product(qkv), 5, layout)
+    for feature in (3, 80 + 3, 160 + 3):  # of the first head's query, key and value
+        spoilt = qkv.clone()
+        spoilt[10, feature] = bad  # in the second sequence, 7 to 28
+        found = attend_natively(Product(spoilt), 5, layout)
+        assert torch.equal(found[:7], clean[:7])
+        assert torch.equal(found[29:], clean[29:])
+        assert not found[7:29].isfinite().all()
+    x = noise(9, 32)
+    x[4, 30] = bad
+    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
+        normed = kernels.add_norm(x.clone(), None, torch.ones(32), torch.zeros(32), 1e-5, dtype)
+        rows = plain(normed)
+        assert rows.isfinite().all(1).tolist() == [row != 4 for row in range(9)]
+    for gelu in (False, True):
+        rows = plain(kernels.quantise(Product(x), gelu=gelu))
+        assert not rows[4].isfinite().any()
+        assert rows[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
+
+
+def plain(rows: Tensor | Integers) -> Tensor:
+    if isinstance(rows, Tensor):
+        return rows.float()
+    return (rows.values.float() - 128) * rows.scale[:, None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+def test_sum_and_norm(library: ctypes.CDLL, threads: int, dtype: torch.dtype) -> None:
+    x, weight, bias = 5 * noise(61, 48) + 2, noise(48, seed=1), noise(48, seed=2)
+    products: list[Product | None] = [None, Product(noise(61, 48, seed=3))]
+    if dtype == torch.bfloat16:
+        products.append(Product(noise(61, 48, seed=3).bfloat16()))
+    if dtype == torch.uint8:
+        products.append(Product(noise(61, 48, seed=3), noise(61, seed=4), noise(48, seed=5)))
+    for product in products:
+        summed = x + product.finished() if product else x
+        expected = F.layer_norm(summed, (48,), weight, bias, 1e-5)
+        given = x.clone()
+        found = kernels.add_norm(given, product, weight, bias, 1e-5, dtype)
+        torch.testing.assert_close(given, summed, atol=1e-6, rtol=1e-6)
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.uint8: 0.05}[dtype]
+        torch.testing.assert_close(plain(found), expected, atol=tolerance, rtol=tolerance / 5)
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+def test_rounding_to_integers(library: ctypes.CDLL, threads: int, gelu: bool) -> None:
+    values = 4 * noise(61, 64)
+    values[7] = 0
+    for product in (
+        Product(values),
+        Product(values, noise(61, seed=1), noise(64, seed=2)),
+    ):
+        exact = F.gelu(product.finished()) if gelu else product.finished()
+        found = kernels.quantise(product, gelu=gelu)
+        # Half a step, and what the fast GELU is off.
+        allowed = 0.501 * exact.abs().amax(1, keepdim=True) / 127 + 1e-6
+        assert ((plain(found) - exact).abs() <= allowed).all()
+
+
+def test_bfloat16_is_rounded_to_the_nearest_and_from_ties_to_even(library: ctypes.CDLL) -> None:
+    # A norm that changes nothing: mean 0, variance 1.
+    bits = torch.arange(0x3F000000, 0x3F800000, 997, dtype=torch.int32)
+    values = torch.cat([bits, torch.tensor([0x3F008000, 0x3F018000], dtype=torch.int32)])
+    shift = values.view(torch.float32)[: len(values) // 16 * 16]
+    found = kernels.add_norm(
+        torch.zeros(1, len(shift)), None, torch.zeros(len(shift)), shift, 1e-5, torch.bfloat16
+    )
+    assert torch.equal(plain(found)[0], shift.bfloat16().float())
+
+
+def test_memory_that_cannot_be_had_is_an_error(library: ctypes.CDLL) -> None:
+    # A sequence that would need more than there are addresses for; nothing is read.
+    bounds = torch.tensor([0, 2**31 - 64], dtype=torch.int32)
+    with pytest.raises(MemoryError, match="attend"):
+        kernels._run("attend", 1, 0, None, None, None, None, bounds, 1, 2**14, None)
