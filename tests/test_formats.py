@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import gzip
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from conftest import Cli, Maker
 from numpy.typing import NDArray
 from pyarrow import parquet
 from test_security import NAMES
+from xopen import xopen
 
 import virnuc_dask
 from virnuc_dask.config import Status
@@ -45,8 +45,7 @@ def contents(store: Store) -> tuple[list[str], list[int], list[str], NDArray[Any
 
 def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], list[list[str]]]:
     csv.field_size_limit(sys.maxsize)
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(newline="")
-    with opened as file:
+    with xopen(path, newline="") as file:
         head, *rows = csv.reader(file, delimiter=delimiter)
     return head, rows
 
