@@ -5,8 +5,10 @@ Without a compiler there are none, and torch does their work, slower.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -36,17 +38,23 @@ class KernelsHook(BuildHookInterface[Any]):
         if self.target_name != "wheel":
             return
         package = Path(self.root, "virnuc_dask")
-        compiler = os.environ.get("CXX") or shutil.which("c++")
-        if compiler is None:
+        source = package / "kernels.cpp"
+        for old in package.glob("_kernels_*.so"):
+            old.unlink()
+        compiler = shlex.split(os.environ.get("CXX") or shutil.which("c++") or "")
+        if not compiler:
             self.app.display_warning("no C++ compiler: built without kernels for the CPU")
             return
         variants = X86 if platform.machine().lower() in ("x86_64", "amd64") else OTHERS
+        digest = f'-DSOURCE="{hashlib.sha256(source.read_bytes()).hexdigest()}"'
         for name, flags in variants.items():
             library = package / f"_kernels_{name}.so"
-            command = [compiler, *FLAGS, *flags, "-o", library, package / "kernels.cpp"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode:
-                self.app.display_warning(f"built without {library.name}:\n{done.stderr}")
+            command = [*compiler, *FLAGS, *flags, digest, "-o", str(library), str(source)]
+            try:
+                subprocess.run(command, capture_output=True, text=True, check=True)
+            except (OSError, subprocess.CalledProcessError) as error:
+                said = getattr(error, "stderr", "")
+                self.app.display_warning(f"built without {library.name}: {error}\n{said}")
                 library.unlink(missing_ok=True)
         build_data["artifacts"].append("virnuc_dask/_kernels_*.so")
         build_data["pure_python"] = False

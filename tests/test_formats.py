@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,14 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
-from conftest import Cli, Maker
+from conftest import ROOT, Cli, Maker
 from numpy.typing import NDArray
 from pyarrow import parquet
 from test_security import NAMES
 from xopen import xopen
 
 import virnuc_dask
-from virnuc_dask.config import Status
+from virnuc_dask.config import Status, Translation
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.store import Store
 
@@ -26,8 +27,9 @@ PEPTIDE = "MKTAYIAKQRQISFVKSHFSRQ"
 
 @pytest.fixture
 def store(tmp_path: Path, client: Any) -> Store:
-    """Three chunks: names of all kinds, among them twins, and a row that is quarantined."""
-    names = [*NAMES[:-1], "x" * 100_000, "+1", "-1", "@SUM(A1)", "twin", "twin", "a,b", 'a"b']
+    """Three chunks: names of all kinds, and a row that is quarantined."""
+    names = [*NAMES[:-1], "x" * 999, "+1", "-1", "@SUM(A1)", "twin#14", "twin", "twin"]
+    names += ["a,b", 'a"b', "a;=1+1", "", ".", "YP_009724390.1"]
     rows = [f">{name}\n{PEPTIDE[number % 9 :]}\n" for number, name in enumerate(names)]
     rows.insert(3, ">bad\nMKT1\n")
     file = tmp_path / "names.faa"
@@ -45,15 +47,15 @@ def contents(store: Store) -> tuple[list[str], list[int], list[str], NDArray[Any
 
 def read_csv(path: Path, delimiter: str = ",") -> tuple[list[str], list[list[str]]]:
     csv.field_size_limit(sys.maxsize)
-    with xopen(path, newline="") as file:
+    with xopen(path, newline="", format="gz" if path.suffix.lower() == ".gz" else None) as file:
         head, *rows = csv.reader(file, delimiter=delimiter)
     return head, rows
 
 
-@pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.csv.gz", "My.Data.CSV"])
+@pytest.mark.parametrize("name", ["out.csv", "out.tsv", "out.csv.gz", "My.CSV.GZ"])
 def test_csv_holds_every_row_exactly(name: str, store: Store, tmp_path: Path) -> None:
     ids, lengths, states, embedding = contents(store)
-    assert virnuc_dask.export(store.path, tmp_path / name, guard=False) == len(ids) == 16
+    assert virnuc_dask.export(store.path, tmp_path / name, guard=False) == len(ids) == 21
     head, rows = read_csv(tmp_path / name, "\t" if "tsv" in name else ",")
     assert head[:5] == ["sequence_id", "length", "status", "feature_0", "feature_1"]
     assert [row[0] for row in rows] == ids
@@ -72,6 +74,9 @@ def test_a_spreadsheet_computes_no_identifier(store: Store, tmp_path: Path) -> N
     assert not any(name.startswith(("=", "+", "-", "@", "\t", "\r")) for name in ids)
     guarded = [name for name in ids if name.startswith("'")]
     assert guarded == ["'=cmd|'/c'!A1", "'+1", "'-1", "'@SUM(A1)"]
+    # Nor does one that takes semicolons for separators.
+    for cells in read_csv(tmp_path / "out.csv", ";")[1]:
+        assert not any(cell.startswith(("=", "+", "-", "@")) for cell in cells)
     # All others are as they were.
     assert [name.removeprefix("'") for name in ids] == contents(store)[0]
 
@@ -102,23 +107,29 @@ def test_npz(store: Store, tmp_path: Path) -> None:
 
 def test_hdf5_has_one_dataset_for_each_embedded_row(store: Store, tmp_path: Path) -> None:
     ids, _, states, embedding = contents(store)
-    assert virnuc_dask.export(store.path, tmp_path / "out.h5") == 15
+    assert virnuc_dask.export(store.path, tmp_path / "out.h5") == 20
     with h5py.File(tmp_path / "out.h5") as file:
         assert all(isinstance(item, h5py.Dataset) for item in file.values())  # no groups
         assert "bad" not in file
         by_row = {int(item.attrs["row"]): item for item in file.values()}
-        assert sorted(by_row) == [row for row in range(16) if row != 3]
+        assert sorted(by_row) == [row for row in range(21) if row != 3]
         for row, item in by_row.items():
             assert item.attrs["sequence_id"] == ids[row]
             assert item.attrs["status"] == states[row]
             assert np.array_equal(item[:], embedding[row])
-        first, second = (row for row, name in enumerate(ids) if name == "twin")
-        assert {"twin", f"twin#{second}"} <= set(file)
-        assert file["twin"].attrs["row"] == first
+        assert file["YP_009724390.1"].attrs["row"] == 20
+        # The second twin's second name was taken, too.
+        assert {file[f"twin{more}"].attrs["row"] for more in ("", "#14", "#14#14")} == {12, 13, 14}
 
 
 def test_a_store_in_float16(make_store: Maker, awkward: Path, client: Any, tmp_path: Path) -> None:
     store = make_store(awkward, dtype="float16")
+    virnuc_dask.resume(store.path, client=client)
+    store.remove_chunk(0)
+    virnuc_dask.export(store.path, tmp_path / "nothing.npz", partial=True)
+    with np.load(tmp_path / "nothing.npz", allow_pickle=False) as file:
+        assert np.isnan(file["embedding"]).all()
+        assert (file["status"] == "pending").all()
     virnuc_dask.resume(store.path, client=client)
     _, _, _, embedding = contents(store)
     assert embedding.dtype == np.float16
@@ -136,17 +147,44 @@ def test_a_store_in_float16(make_store: Maker, awkward: Path, client: Any, tmp_p
     assert np.array_equal(found, embedding, equal_nan=True)
 
 
+def test_translated_rows_say_where_they_are_from(tmp_path: Path, client: Any) -> None:
+    script = [sys.executable, "examples/lambda_reads.py", "examples/lambda_virus.fa.gz"]
+    reads = subprocess.run(script, cwd=ROOT, capture_output=True, check=True).stdout
+    file, path = tmp_path / "reads.fq", tmp_path / "reads.zarr"
+    file.write_bytes(b"".join(reads.splitlines(keepends=True)[:80]))
+    virnuc_dask.run(file, path, translation=Translation(), client=client)
+    data = virnuc_dask.open_store(path).load()
+    head = ["sequence_id", "length", "status", "read", "window", "frame", "start"]
+    for name in ("out.csv", "out.parquet", "out.npz", "out.h5"):
+        assert virnuc_dask.export(path, tmp_path / name) == len(data.read) > 20
+    found, rows = read_csv(tmp_path / "out.csv")
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert found[:8] == [*head, "feature_0"]
+    assert table.column_names == [*head, "embedding"]
+    with (
+        np.load(tmp_path / "out.npz", allow_pickle=False) as arrays,
+        h5py.File(tmp_path / "out.h5") as sets,
+    ):
+        assert sorted(arrays) == sorted([*head, "embedding"])
+        for number, name in enumerate(head[3:], 3):
+            expected = data[name].values.tolist()
+            assert [int(row[number]) for row in rows] == expected
+            assert table[name].to_pylist() == arrays[name].tolist() == expected
+            for row, identifier in enumerate(data.sequence_id.values):
+                assert sets[identifier].attrs[name] == expected[row]
+
+
 def test_what_is_missing_is_not_left_out_in_silence(store: Store, tmp_path: Path) -> None:
     store.remove_chunk(1)
-    with pytest.raises(StoreError, match="lacks 1 of 2 chunks"):
+    with pytest.raises(StoreError, match="lacks 1 of 3 chunks"):
         virnuc_dask.export(store.path, tmp_path / "out.csv")
     assert not (tmp_path / "out.csv").exists()
-    assert virnuc_dask.export(store.path, tmp_path / "out.csv", partial=True) == 16
+    assert virnuc_dask.export(store.path, tmp_path / "out.csv", partial=True) == 21
     _, rows = read_csv(tmp_path / "out.csv")
-    assert [row[2] for row in rows[8:]] == ["pending"] * 8
+    assert [row[2] for row in rows[8:16]] == ["pending"] * 8
     virnuc_dask.export(store.path, tmp_path / "out.parquet", partial=True)
     lists = parquet.read_table(tmp_path / "out.parquet")["embedding"].to_pylist()
-    assert lists[8:] == [None] * 8
+    assert lists[8:16] == [None] * 8
 
 
 @pytest.mark.parametrize("suffix", ["csv", "parquet", "npz", "h5"])
@@ -161,12 +199,30 @@ def test_an_export_is_whole_or_not_there(suffix: str, store: Store, tmp_path: Pa
     assert set(tmp_path.iterdir()) == before
 
 
+def test_lost_identifiers_are_not_exported_as_none(store: Store, tmp_path: Path) -> None:
+    (store.path / "sequence_id" / "c.0").unlink()
+    with pytest.raises(StoreError, match="do not hold the input"):
+        virnuc_dask.export(store.path, tmp_path / "out.csv")
+
+
+def test_an_identifier_too_long_for_numpy(tmp_path: Path, client: Any) -> None:
+    (tmp_path / "long.faa").write_text(f">{'x' * 100_000}\nMKT\n>y\nMKV\n")
+    virnuc_dask.run(tmp_path / "long.faa", tmp_path / "long.zarr", client=client)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(UsageError, match="100,000 letters"):
+        virnuc_dask.export(tmp_path / "long.zarr", tmp_path / "out.npz")
+    assert set(tmp_path.iterdir()) == before
+    assert virnuc_dask.export(tmp_path / "long.zarr", tmp_path / "out.h5") == 2
+
+
 def test_what_cannot_be_asked_for(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("out", "out.xlsx", "out.npz.gz", "out.gz"):
+    for name in ("out", "out.xlsx", "out.npz.gz", "out.gz", ".csv"):
         with pytest.raises(UsageError, match="cannot tell the format"):
             virnuc_dask.export(store.path, tmp_path / name)
+    with pytest.raises(UsageError, match="on this machine"):
+        virnuc_dask.export(store.path, "s3://bucket/out.csv")
     (tmp_path / "there.csv").write_text("mine")
     with pytest.raises(UsageError, match="exists"):
         virnuc_dask.export(store.path, tmp_path / "there.csv")
@@ -178,7 +234,7 @@ def test_what_cannot_be_asked_for(
 
 def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     done = cli("export", store.path, "out.csv")
-    assert (done.returncode, done.stdout) == (0, "16 rows in out.csv\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "21 rows in out.csv\n"), done.stderr
     assert read_csv(tmp_path / "out.csv")[1][2][0].startswith("'=cmd")
     assert cli("export", store.path, "raw.csv", "--no-guard").returncode == 0
     assert read_csv(tmp_path / "raw.csv")[1][2][0].startswith("=cmd")

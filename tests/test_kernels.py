@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 import shutil
+import signal
+import time
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event, Thread
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -59,7 +66,7 @@ def a_layout(lengths: list[int], features: int) -> Layout:
     places = [torch.arange(length + 2) for length in lengths]
     bounds = torch.tensor([0, *(len(place) for place in places)]).cumsum(0).to(torch.int32)
     runs = [(1, length) for length in lengths]
-    angles = torch.arange(max(lengths) + 2)[:, None] * torch.rand(features // 2)
+    angles = torch.arange(max(lengths) + 2)[:, None] * noise(features // 2, seed=9).abs()
     return Layout(runs, bounds, torch.cat(places), angles)
 
 
@@ -107,14 +114,23 @@ def test_attention_to_the_nearest_only_or_to_all_alike(library: ctypes.CDLL, sca
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_sequence_gives_the_same_bits_alone(library: ctypes.CDLL, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "integers"])
+def test_a_sequence_gives_the_same_bits_alone(
+    library: ctypes.CDLL, threads: int, kind: str
+) -> None:
     layout = a_layout(LENGTHS, 16)
-    qkv = noise(len(layout.positions), 3 * 80).to(dtype)
-    together = attend_natively(Product(qkv), 5, layout)
+    qkv = noise(len(layout.positions), 3 * 80)
+    given = {
+        "float32": Product(qkv),
+        "bfloat16": Product(qkv.bfloat16()),
+        "integers": Product(qkv, noise(len(qkv), seed=1), noise(3 * 80, seed=2)),
+    }[kind]
+    together = attend_natively(given, 5, layout)
     for first, last in zip(layout.bounds[:-1].tolist(), layout.bounds[1:].tolist(), strict=True):
         alone = Layout([], torch.tensor([0, last - first], dtype=torch.int32), None, layout.angles)  # type: ignore[arg-type]
-        found = attend_natively(Product(qkv[first:last].clone()), 5, alone)
+        scale = given.scale if given.scale is None else given.scale[first:last]
+        product = Product(given.values[first:last], scale, given.bias)
+        found = attend_natively(product, 5, alone)
         assert torch.equal(found, together[first:last])
 
 
@@ -199,3 +215,115 @@ def test_memory_that_cannot_be_had_is_an_error(library: ctypes.CDLL) -> None:
     bounds = torch.tensor([0, 2**31 - 64], dtype=torch.int32)
     with pytest.raises(MemoryError, match="attend"):
         kernels._run("attend", 1, 0, None, None, None, None, bounds, 1, 2**14, None)
+
+
+def test_tokens_beyond_the_last_sequence_are_nothing(library: ctypes.CDLL, threads: int) -> None:
+    layout = a_layout(LENGTHS, 16)
+    qkv = noise(len(layout.positions), 3 * 80)
+    more = torch.cat([qkv, torch.full((5, 3 * 80), torch.nan)])
+    expected = F.pad(attend_natively(Product(qkv), 5, layout), (0, 0, 0, 5))
+    assert torch.equal(attend_natively(Product(more), 5, layout), expected)
+
+
+def test_several_threads_at_once(library: ctypes.CDLL) -> None:
+    layout = a_layout(LENGTHS, 16)
+    inputs = [noise(len(layout.positions), 3 * 80, seed=seed) for seed in range(8)]
+    expected = [attend_natively(Product(qkv), 5, layout) for qkv in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(10):
+            found = pool.map(lambda qkv: attend_natively(Product(qkv), 5, layout), inputs)
+            assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("threads", [3], indirect=True)
+def test_what_a_thread_writes_to_outlives_who_waits_for_it(
+    monkeypatch: pytest.MonkeyPatch, threads: int
+) -> None:
+    # A stand-in for a kernel that is still at work when Ctrl-C comes.
+    begun, go_on, alive = Event(), Event(), []
+
+    def slow(*_: object) -> int:
+        begun.set()
+        go_on.wait(30)
+        alive.append(of_x() is not None)
+        return 0
+
+    monkeypatch.setattr(kernels, "_library", lambda: SimpleNamespace(virnuc_quantise=slow))
+    x = noise(48, 32)
+    of_x = weakref.ref(x)
+
+    def interrupt() -> None:
+        begun.wait(30)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    Thread(target=interrupt).start()
+    product = [Product(x)]
+    del x
+    try:
+        kernels.quantise(product.pop(), gelu=False)
+    except KeyboardInterrupt as error:
+        error.__traceback__ = None
+    else:
+        pytest.fail("nothing was interrupted")
+    go_on.set()
+    kernels._pool().submit(int).result()
+    until = time.monotonic() + 30
+    while len(alive) < 3 and time.monotonic() < until:
+        time.sleep(0.01)
+    assert alive == [True] * 3
+
+
+def test_defaults_of_torch_that_others_have_set(library: ctypes.CDLL) -> None:
+    values = noise(61, 64)
+    expected = plain(kernels.quantise(Product(values), gelu=True))
+    normed = plain(kernels.add_norm(values.clone(), None, values[0], values[1], 1e-5, torch.uint8))
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        found = kernels.quantise(Product(values), gelu=True)
+        again = kernels.add_norm(values.clone(), None, values[0], values[1], 1e-5, torch.uint8)
+    finally:
+        torch.set_default_device("cpu")
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(plain(found), expected)
+    assert torch.equal(plain(again), normed)
+
+
+def test_what_lies_otherwise_in_memory_is_refused(library: ctypes.CDLL) -> None:
+    with pytest.raises(ValueError, match="dense"):
+        kernels.quantise(Product(noise(64, 64).T), gelu=False)
+
+
+def test_a_library_of_another_source_is_not_loaded(
+    library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = Path(kernels.__file__).with_suffix(".cpp")
+    built = tmp_path / "kernels.so"
+    built.write_bytes(Path(library._name).read_bytes())
+    assert kernels.load(built) is not None
+    assert kernels.load(tmp_path / "none.so") is None
+    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
+    assert kernels.load(built) is None  # there is no source
+    (tmp_path / "kernels.cpp").write_text(source.read_text() + "\n// a change\n")
+    assert kernels.load(built) is None
+    (tmp_path / "kernels.cpp").write_text(source.read_text())
+    assert kernels.load(built) is not None
+
+
+@pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "env false -x", ""])
+def test_an_installation_without_a_working_compiler_goes_on(
+    compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hook = pytest.importorskip("hatch_build", reason="hatchling is not installed").KernelsHook
+    package = tmp_path / "virnuc_dask"
+    package.mkdir()
+    (package / "kernels.cpp").write_bytes(Path(kernels.__file__).with_suffix(".cpp").read_bytes())
+    (package / "_kernels_avx2.so").write_text("of an earlier version")
+    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("PATH", "/usr/bin" if compiler else "")
+    said: list[str] = []
+    app = SimpleNamespace(display_warning=said.append)
+    building = hook(str(tmp_path), {}, None, None, str(tmp_path), "wheel", app)
+    building.initialize("standard", {"artifacts": []})
+    assert said
+    assert not list(package.glob("*.so"))

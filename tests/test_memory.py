@@ -14,6 +14,7 @@ from conftest import VIRAL_PROTEINS, Maker
 from models import random_network, random_sequences, save_network
 
 from virnuc_dask import embed
+from virnuc_dask.attention import Layout
 from virnuc_dask.config import Status
 from virnuc_dask.encoder import CPU_TOKENS, load_encoder
 from virnuc_dask.esm2 import Network
@@ -28,11 +29,11 @@ def small_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     forward = Network._forward
     refused: list[int] = []
 
-    def limited(self: Network, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
-        if len(tokens) > 500:
-            refused.append(len(tokens))
+    def limited(self: Network, filled: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if (tokens := len(layout.positions)) > 500:
+            refused.append(tokens)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return forward(self, tokens, *rest)
+        return forward(self, filled, layout)
 
     monkeypatch.setattr(Network, "_forward", limited)
     return refused

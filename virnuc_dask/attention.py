@@ -29,7 +29,7 @@ class Layout:
     bounds : Tensor, int32, shape (sequences + 1,)
         First token of each sequence, and the end.
     positions : Tensor, int64, shape (tokens,)
-        Place of each token in its sequence.
+        Place of each token in its sequence. Tokens beyond the last sequence have none.
     angles : Tensor, float32, shape (longest, d / 2)
         By which rotary embedding turns the pairs of features of a head, for each place.
     """
@@ -75,14 +75,20 @@ def attend(qkv: Product, heads: int, layout: Layout) -> Tensor:
         output = F.scaled_dot_product_attention(query, key, value)
         outputs.append(output.transpose(1, 2).reshape(tokens, -1))
         first += tokens
-    return torch.cat(outputs)
+    return _filled_up(torch.cat(outputs), qkv)
 
 
 def _rotate(qkv: Product, heads: int, layout: Layout) -> Tensor:
     """Queries and keys turned, values as they are, float32, shape (tokens, 3, heads, d)."""
-    pairs = qkv.finished().to(torch.float32).view(len(qkv.values), 3, heads, -1, 2)
+    tokens = len(layout.positions)
+    pairs = qkv.finished()[:tokens].to(torch.float32).view(tokens, 3, heads, -1, 2)
     torch.view_as_complex(pairs[:, :2]).mul_(layout.rotation)
     return pairs.flatten(-2)
+
+
+def _filled_up(attended: Tensor, qkv: Product) -> Tensor:
+    """With nothing for the tokens beyond the last sequence."""
+    return F.pad(attended, (0, 0, 0, len(qkv.values) - len(attended)))
 
 
 def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> Attention:
@@ -131,4 +137,4 @@ class PackedKernel:
         attended: Tensor = self._varlen_attn(
             query, key, value, layout.bounds, layout.bounds, longest, longest
         )
-        return attended.flatten(-2)
+        return _filled_up(attended.flatten(-2), qkv)

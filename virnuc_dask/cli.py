@@ -234,7 +234,7 @@ def verify(
 @click.option(
     "--guard/--no-guard",
     default=True,
-    help="In CSV, an apostrophe before identifiers that a spreadsheet would compute.",
+    help="In CSV and TSV, an apostrophe before identifiers that a spreadsheet would compute.",
     show_default=True,
 )
 def export(store: str, out: Path, partial: bool, guard: bool) -> None:

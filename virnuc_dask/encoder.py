@@ -7,7 +7,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -217,8 +217,11 @@ class Encoder:
         asked = time.perf_counter()
         with self._turn, torch.inference_mode():
             began = time.perf_counter()
-            done, unfit = self._encode_batches(residues, segments, per_residue)
-            for part in done:
+            unfit: list[int] = []
+            parts: Iterable[_Part] = self._encode_batches(residues, segments, per_residue, unfit)
+            if self._device.type == "cuda":
+                parts = list(parts)  # all of its work is begun before any of it is waited for
+            for part in parts:
                 combine(embedding, segments.row[part.segments], part.pooled.cpu().numpy())
                 # The copy above came last: those of the residues have arrived.
                 if each is not None and part.residues is not None:
@@ -241,14 +244,16 @@ class Encoder:
         return usage
 
     def _encode_batches(
-        self, residues: NDArray[np.uint8], segments: Segments, per_residue: bool
-    ) -> tuple[list[_Part], list[int]]:
-        """What became of all batches, and the segments that do not fit.
+        self,
+        residues: NDArray[np.uint8],
+        segments: Segments,
+        per_residue: bool,
+        unfit: list[int],
+    ) -> Iterator[_Part]:
+        """What became of each batch; segments that do not fit are added to `unfit`.
 
         A GPU is left to work on while the next batch is prepared: nothing is waited for in here.
         """
-        done: list[_Part] = []
-        unfit: list[int] = []
         usage = self._usage()
         left = self._cut(segments, np.arange(len(segments)))
         while left:
@@ -256,17 +261,16 @@ class Encoder:
             part = self._encode_or_run_out(residues, segments, batch, per_residue)
             tokens = sum(count * (length + 2) for count, length in batch.runs)
             if part is not None:
-                done.append(part)
                 usage.tokens += tokens
                 # A sequence longer than the budget has a batch to itself.
                 usage.capacity += max(tokens, self.token_budget)
+                yield part
             elif len(batch.segments) == 1:
                 unfit.append(int(batch.segments[0]))
             else:
                 self.token_budget = max(1, min(self.token_budget, tokens) // 2)
                 rest = [batch.segments, *(other.segments for other in left)]
                 left = self._cut(segments, np.concatenate(rest))
-        return done, unfit
 
     def _cut(self, segments: Segments, chosen: NDArray[np.int64]) -> deque[Batch]:
         batches = cut_batches(segments.length[chosen], self.token_budget)

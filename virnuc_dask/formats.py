@@ -1,12 +1,13 @@
-"""A store's rows for other programs: CSV, Parquet, HDF5 or NumPy, one chunk in memory at a time."""
+"""A store's rows for other programs: CSV, Parquet, NumPy or HDF5, one chunk in memory at a time."""
 
 from __future__ import annotations
 
-import csv
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial as bind
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,12 +17,16 @@ from numpy.typing import NDArray
 
 from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.store import Store
+from virnuc_dask.files import sync
+from virnuc_dask.integrity import check_sequences
+from virnuc_dask.store import TRANSLATED, Store
 
 # A cell that begins with one of these is a formula to a spreadsheet. See OWASP, "CSV injection".
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-
-_LONGEST_KEY = 200
+_COMPRESSED = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
+_DELIMITERS = {".csv": ",", ".tsv": "\t"}
+# Arrays of text in NumPy give each row the room of the longest.
+_LONGEST_IN_NPZ = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,31 +37,34 @@ class _Part:
     ----------
     first : int
         Row number of the first.
-    ids, states : list of str
-    lengths : ndarray, int32, shape (n,)
+    columns : dict of str to list
+        All but the embedding.
+    has_embedding : ndarray, bool, shape (n,)
     embedding : ndarray, shape (n, D)
-        NaN where a row is quarantined or not done.
     """
 
     first: int
-    ids: list[str]
-    lengths: NDArray[np.int32]
-    states: list[str]
+    columns: dict[str, list[Any]]
+    has_embedding: NDArray[np.bool_]
     embedding: NDArray[np.floating[Any]]
 
 
 def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: bool = True) -> int:
     """Write a store's rows, in their order, into one file.
 
+    Columns are `sequence_id`, `length`, `status`, of translated rows `read`, `window`, `frame` and
+    `start`, and the embedding.
+
     Parameters
     ----------
     store : path
     out : path
-        Its suffix says how. ``.csv`` and ``.tsv``, also with ``.gz`` and the like: a line for each
-        row, with its state and a column for each feature, empty without an embedding. ``.parquet``:
-        the same, the embedding one column of lists, null without. ``.npz``: arrays `sequence_id`,
-        `length`, `status` and `embedding`, NaN without. ``.h5``: one dataset for each embedded
-        row, named by its identifier.
+        Its suffix says how. ``.csv`` and ``.tsv``, also with ``.gz``, ``.bz2``, ``.xz`` or
+        ``.zst``: a line for each row and a column for each feature, empty without an embedding.
+        ``.parquet``: the embedding is one column of lists, null without. ``.npz``: an array for
+        each column, NaN without an embedding. ``.h5``: a dataset for each row with an embedding,
+        its other columns as attributes; it is named by the identifier, with ``_`` for a slash,
+        and ``#`` and the row's number behind it where that name is taken.
     partial : bool
         Also of a store that is not complete.
     guard : bool
@@ -70,12 +78,13 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     Raises
     ------
     UsageError
-        The suffix is not known, the package for it is not there, or `out` exists.
+        The suffix is not known, the package for it is not there, `out` exists or is a URL, or an
+        identifier is too long for NumPy.
     StoreError
         The store is not complete, or damaged.
     """
     opened, path = Store(store), Path(out)
-    write = _writer(path, guard)
+    write = _writer(str(out), guard)
     if path.exists():
         raise UsageError(f"{path} exists; give another name, or remove it")
     missing = int((~opened.present()).sum())
@@ -84,11 +93,15 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
             f"{store} lacks {missing:,} of {opened.chunk_count:,} chunks: `virnuc-dask resume`"
             " computes them, --partial exports what is there"
         )
-    # Under its name once it is whole; the suffix stays, as writers look at it.
+    if problem := check_sequences(opened):
+        raise StoreError(f"{store}: {problem}; run again from the input, into another store")
     unfinished = path.with_name(f".{uuid4().hex[:8]}-{path.name}")
     try:
         rows = write(unfinished, opened, _parts(opened))
+        # Its name is for what survives a power cut.
+        sync(unfinished)
         unfinished.rename(path)
+        sync(path.parent)
     finally:
         unfinished.unlink(missing_ok=True)
     return rows
@@ -97,31 +110,29 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
 _Writer = Callable[[Path, Store, Iterable[_Part]], int]
 
 
-def _writer(path: Path, guard: bool) -> _Writer:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in (".gz", ".bz2", ".xz", ".zst"):
-        suffixes.pop()
-        compressed = True
-    else:
-        compressed = False
-    suffix = suffixes[-1] if suffixes else ""
-    if suffix in (".csv", ".tsv"):
-        delimiter = "," if suffix == ".csv" else "\t"
-        return lambda *given: _write_csv(*given, delimiter=delimiter, guard=guard)
+def _writer(out: str, guard: bool) -> _Writer:
+    if "://" in out:
+        raise UsageError(f"{out}: exports go into a file on this machine")
+    suffixes = [suffix.lower() for suffix in Path(out).suffixes]
+    compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
+    suffix = "".join(suffixes[-2:-1] if compression else suffixes[-1:])
+    if suffix in _DELIMITERS:
+        delimiter = _DELIMITERS[suffix]
+        return bind(_write_csv, delimiter=delimiter, compression=compression, guard=guard)
     writers: dict[str, tuple[_Writer, str]] = {
         ".npz": (_write_npz, "numpy"),
         ".parquet": (_write_parquet, "pyarrow"),
         ".h5": (_write_hdf5, "h5py"),
         ".hdf5": (_write_hdf5, "h5py"),
     }
-    if suffix not in writers or compressed:
+    if suffix not in writers or compression:
         raise UsageError(
-            f"{path.name}: cannot tell the format; known are .csv, .tsv (also .gz, .bz2, .xz,"
-            " .zst), .parquet, .npz, .h5"
+            f"{out}: cannot tell the format; known are .csv and .tsv (also .gz, .bz2, .xz, .zst),"
+            " .parquet, .npz, .h5"
         )
     writer, package = writers[suffix]
     try:
-        __import__(package)
+        import_module(package)
     except ImportError as error:
         raise UsageError(
             f"{suffix} needs {package} ({error}): pip install 'virnuc_dask[export]'"
@@ -131,6 +142,7 @@ def _writer(path: Path, guard: bool) -> _Writer:
 
 def _parts(store: Store) -> Iterator[_Part]:
     present, lengths = store.present(), store.lengths()
+    origins = TRANSLATED[1:] if store.identity.translation else ()
     for chunk in range(store.chunk_count):
         rows = store.rows(chunk)
         count = rows.stop - rows.start
@@ -144,32 +156,45 @@ def _parts(store: Store) -> Iterator[_Part]:
                 ) from error
         else:
             codes = np.full(count, Status.PENDING, np.uint8)
-            embedding = np.full((count, store.dimension), np.nan, np.float32)
-        states = [Status(code).meaning for code in codes.tolist()]
-        yield _Part(rows.start, store.read_ids(chunk), lengths[rows], states, embedding)
+            embedding = np.full((count, store.dimension), np.nan, store.array("embedding").dtype)
+        states = [Status(code) for code in codes.tolist()]
+        columns = {
+            "sequence_id": store.read_ids(chunk),
+            "length": lengths[rows].tolist(),
+            "status": [state.meaning for state in states],
+            **{name: np.asarray(store.array(name)[rows]).tolist() for name in origins},
+        }
+        done = [state != Status.PENDING and not state.quarantined for state in states]
+        yield _Part(rows.start, columns, np.array(done), embedding)
 
 
 def _write_csv(
-    path: Path, store: Store, parts: Iterable[_Part], *, delimiter: str, guard: bool
+    path: Path,
+    store: Store,
+    parts: Iterable[_Part],
+    *,
+    delimiter: str,
+    compression: str | None,
+    guard: bool,
 ) -> int:
     from xopen import xopen
 
     written = 0
-    with xopen(path, "wt", newline="") as file:
-        table = csv.writer(file, delimiter=delimiter, lineterminator="\n")
-        features = [f"feature_{number}" for number in range(store.dimension)]
-        table.writerow(["sequence_id", "length", "status", *features])
-        empty = [""] * store.dimension
+    with xopen(path, "wt", newline="", format=compression) as file:
         for part in parts:
-            for name, length, state, values in zip(
-                part.ids, part.lengths.tolist(), part.states, part.embedding, strict=True
-            ):
+            if not written:
+                features = (f"feature_{number}" for number in range(store.dimension))
+                file.write(delimiter.join([*part.columns, *features]) + "\n")
+            ids, *others = part.columns.values()
+            for row, name in enumerate(ids):
                 if guard and name.startswith(_FORMULA):
                     name = "'" + name
+                # In quotes always: a spreadsheet may take another separator for its own.
+                cells = ['"' + name.replace('"', '""') + '"', *(str(o[row]) for o in others)]
                 # As short as gives the same number back, in the store's own precision.
-                cells = empty if np.isnan(values).all() else map(str, values)
-                table.writerow([name, length, state, *cells])
-            written += len(part.ids)
+                values = part.embedding[row] if part.has_embedding[row] else [""] * store.dimension
+                file.write(delimiter.join([*cells, *map(str, values)]) + "\n")
+            written += len(ids)
     return written
 
 
@@ -177,48 +202,46 @@ def _write_parquet(path: Path, store: Store, parts: Iterable[_Part]) -> int:
     import pyarrow
     from pyarrow import parquet
 
-    dtype = pyarrow.from_numpy_dtype(store.array("embedding").dtype)
-    schema = pyarrow.schema(
-        [
-            ("sequence_id", pyarrow.string()),
-            ("length", pyarrow.int32()),
-            ("status", pyarrow.string()),
-            ("embedding", pyarrow.list_(dtype, store.dimension)),
-        ]
-    )
     written = 0
-    with parquet.ParquetWriter(path, schema) as table:
+    table = None
+    try:
         for part in parts:
             lists = pyarrow.FixedSizeListArray.from_arrays(
                 pyarrow.array(part.embedding.ravel()),
                 store.dimension,
-                mask=pyarrow.array(np.isnan(part.embedding).all(1)),
+                mask=pyarrow.array(~part.has_embedding),
             )
-            columns = [part.ids, part.lengths, part.states, lists]
-            table.write_table(pyarrow.table(columns, schema=schema))
-            written += len(part.ids)
+            rows = pyarrow.table({**part.columns, "embedding": lists})
+            table = table or parquet.ParquetWriter(path, rows.schema)
+            table.write_table(rows)
+            written += rows.num_rows
+    finally:
+        if table:
+            table.close()
     return written
 
 
 def _write_npz(path: Path, store: Store, parts: Iterable[_Part]) -> int:
-    shape = (store.records, store.dimension)
-    ids: list[str] = []
-    states: list[str] = []
+    longest = max(len(name) for chunk in range(store.chunk_count) for name in store.read_ids(chunk))
+    if longest > _LONGEST_IN_NPZ:
+        raise UsageError(
+            f"an identifier of {longest:,} letters: NumPy would give each row as much room; export"
+            " to .parquet"
+        )
+    others: dict[str, list[NDArray[Any]]] = {}
     with zipfile.ZipFile(path, "w") as archive:
+        shape = (store.records, store.dimension)
         with _array_in(archive, "embedding", shape, store.array("embedding").dtype) as file:
             for part in parts:
-                file.write(np.ascontiguousarray(part.embedding))
-                ids += part.ids
-                states += part.states
-        # Of fixed width, which takes no pickle to read.
-        for name, values in (
-            ("sequence_id", np.array(ids, np.str_)),
-            ("length", store.lengths()),
-            ("status", np.array(states, np.str_)),
-        ):
-            with _array_in(archive, name, values.shape, values.dtype) as file:
-                file.write(values)
-    return len(ids)
+                file.write(np.where(part.has_embedding[:, None], part.embedding, np.nan))
+                for name, values in part.columns.items():
+                    others.setdefault(name, []).append(np.array(values))
+        for name, pieces in others.items():
+            # Text of fixed width, which takes no pickle to read.
+            whole = np.concatenate(pieces)
+            with _array_in(archive, name, whole.shape, whole.dtype) as file:
+                file.write(whole)
+    return store.records
 
 
 @contextmanager
@@ -234,24 +257,21 @@ def _array_in(
         yield file
 
 
-def _write_hdf5(path: Path, store: Store, parts: Iterable[_Part]) -> int:
+def _write_hdf5(path: Path, _store: Store, parts: Iterable[_Part]) -> int:
     import h5py
 
     written = 0
     with h5py.File(path, "w") as file:
         for part in parts:
-            for number, name in enumerate(part.ids):
-                values = part.embedding[number]
-                if np.isnan(values).all():
-                    continue
-                # A slash would make groups of it, a lone dot is the group itself, and what is
-                # longer than a page is refused.
-                key = name.replace("/", "_").replace(".", "_")[:_LONGEST_KEY]
-                if key in file:
-                    key = f"{key}#{part.first + number}"
-                dataset = file.create_dataset(key, data=values)
-                dataset.attrs["sequence_id"] = name
-                dataset.attrs["row"] = part.first + number
-                dataset.attrs["status"] = part.states[number]
+            for number in np.flatnonzero(part.has_embedding).tolist():
+                row = part.first + number
+                # A slash would make groups of it, and a lone dot is the group itself.
+                key = part.columns["sequence_id"][number].replace("/", "_")
+                while key in ("", ".") or key in file:
+                    key += f"#{row}"
+                dataset = file.create_dataset(key, data=part.embedding[number])
+                dataset.attrs["row"] = row
+                for name, values in part.columns.items():
+                    dataset.attrs[name] = values[number]
                 written += 1
     return written

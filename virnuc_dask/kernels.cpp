@@ -49,7 +49,13 @@ INLINE vec moved(vec x, int n) {
 #else
     const ivec lanes = {0, 1, 2, 3};
 #endif
+#ifdef __clang__
+    vec y;
+    UNROLL for (int i = 0; i < W; i++) y[i] = x[(lanes[i] + n) & (W - 1)];
+    return y;
+#else
     return __builtin_shuffle(x, (lanes + n) & (W - 1));
+#endif
 }
 INLINE float sum(vec x) {
     UNROLL for (int n = W / 2; n; n /= 2) x += moved(x, n);
@@ -233,11 +239,12 @@ int attend_heads(const void *qkv, const float *scales, const float *bias, const 
                  const int32_t *bounds, int begin, int end, int heads, int d, void *out) {
 #define ATTEND(D)                                                                                \
     attend<T, Scaled, D>((const T *)qkv, scales, bias, turns, bounds, begin, end, heads, d, (T *)out)
-    switch (d) {  // those of the published models
+    switch (d) {  // those of the published models, 8M to 15B
         case 16: return ATTEND(16);
         case 24: return ATTEND(24);
         case 32: return ATTEND(32);
         case 64: return ATTEND(64);
+        case 128: return ATTEND(128);
     }
     return ATTEND(0);
 }
@@ -327,6 +334,9 @@ int quantise(const float *values, const float *scales, const float *bias, int wi
 // Kinds of numbers: 0 float32, 1 bfloat16, 2 integers of 8 bits with a scale per token. Products are
 // finished on the way, values * scale + bias, unless scales is null. Features are a multiple of W.
 extern "C" {
+
+// What this was built from, as hatch_build.py has it: kernels.py refuses an older one.
+extern const char virnuc_source[] = SOURCE;
 
 // Softmax attention of sequences from bounds[s] to bounds[s + 1], with rotary embedding, from
 // (tokens, 3, heads, d) to (tokens, heads * d), both of a kind. turns: (longest, 2, d / 2).

@@ -8,9 +8,9 @@ Without any, torch does the same, slower.
 from __future__ import annotations
 
 import ctypes
+import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from virnuc_dask.config import Precision
 # Features are a multiple of this, the widest vector that kernels are built for.
 _LANES = 16
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
-# Tokens or sequences that are worth another thread.
+# Tokens that are worth another thread.
 _ROWS_PER_THREAD = 8
 
 
@@ -76,12 +76,14 @@ def attend(qkv: Product, turns: Tensor, bounds: Tensor, heads: int) -> Tensor:
     Returns
     -------
     Tensor, shape (tokens, D)
-        Of the product's dtype.
+        Of the product's dtype. Zero for tokens beyond the last sequence.
     """
     tokens, features = qkv.values.shape[0], qkv.values.shape[1] // 3
-    out = torch.empty(tokens, features, dtype=qkv.values.dtype)
+    out = qkv.values.new_empty(tokens, features)
+    out[int(bounds[-1]) :] = 0
     kind = _KINDS[qkv.values.dtype]
-    _run("attend", len(bounds) - 1, kind, *qkv, turns, bounds, heads, features // heads, out)
+    work = bounds.diff().to(torch.float64).square()  # of each sequence
+    _run("attend", work, kind, *qkv, turns, bounds, heads, features // heads, out)
     return out
 
 
@@ -100,7 +102,7 @@ def add_norm(
         Of the result: float32 or bfloat16, or uint8 for `Integers`.
     """
     tokens, features = x.shape
-    out, scale = torch.empty(tokens, features, dtype=dtype), torch.empty(tokens)
+    out, scale = x.new_empty(tokens, features, dtype=dtype), x.new_empty(tokens)
     kind = _KINDS[product.values.dtype] if product else 0
     given = product or (None, None, None)
     norm = (weight, bias, ctypes.c_float(eps))
@@ -111,27 +113,48 @@ def add_norm(
 def quantise(product: Product, *, gelu: bool) -> Integers:
     """A product of float32, or its GELU, as integers."""
     tokens, features = product.values.shape
-    out = Integers(torch.empty(tokens, features, dtype=torch.uint8), torch.empty(tokens))
+    values = product.values
+    out = Integers(values.new_empty(tokens, features, dtype=torch.uint8), values.new_empty(tokens))
     _run("quantise", tokens, *product, int(gelu), features, *out)
     return out
 
 
-def _run(name: str, rows: int, *arguments: Tensor | ctypes.c_float | int | None) -> None:
-    """Call a kernel for all rows, in as many threads as torch has."""
+def _run(name: str, work: int | Tensor, *arguments: Tensor | ctypes.c_float | int | None) -> None:
+    """Call a kernel for all rows, in as many threads as torch has.
+
+    Parameters
+    ----------
+    name : str
+    work : int or Tensor, shape (rows,)
+        Rows, or where they differ what each of them costs.
+    arguments
+        After the first row and the end, which come first.
+    """
     kernel = getattr(_library(), f"virnuc_{name}")
-    # ctypes lets go of the interpreter's lock meanwhile.
-    given = [
-        ctypes.c_void_p(argument.data_ptr()) if isinstance(argument, Tensor) else argument
-        for argument in arguments
-    ]
-    threads = min(torch.get_num_threads(), rows // _ROWS_PER_THREAD)
-    if threads > 1:
-        ends = pairwise(rows * number // threads for number in range(threads + 1))
-        failed = list(_pool().map(lambda part: kernel(*part, *given), ends))
+
+    def call(first: int, last: int) -> int:
+        # In each thread: its arguments must outlive it, whatever interrupts who waits for it.
+        given = (_address(item) if isinstance(item, Tensor) else item for item in arguments)
+        return int(kernel(first, last, *given))
+
+    threads = torch.get_num_threads()
+    if isinstance(work, int):
+        rows, threads = work, min(threads, work // _ROWS_PER_THREAD)
+        ends = [rows * number // threads for number in range(1, threads)] if threads else []
     else:
-        failed = [kernel(0, rows, *given)]
-    if any(failed):
+        rows, sums = len(work), work.cumsum(0)
+        shares = sums[-1:] * torch.arange(1, threads, device=work.device) / threads
+        ends = torch.searchsorted(sums, shares).tolist()
+    # ctypes lets go of the interpreter's lock meanwhile.
+    failed = _pool().map(call, [0, *ends], [*ends, rows]) if ends else [call(0, rows)]
+    if any(list(failed)):
         raise MemoryError(f"no memory for {name}")
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError("kernels are for dense tensors in the CPU's memory")
+    return ctypes.c_void_p(tensor.data_ptr())
 
 
 @cache
@@ -145,11 +168,20 @@ def _library() -> ctypes.CDLL | None:
     capability = torch.backends.cpu.get_cpu_capability()
     names = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("generic",))
     for name in names:
-        try:
-            return ctypes.CDLL(str(Path(__file__).with_name(f"_kernels_{name}.so")))
-        except OSError:  # it is not there, or of another architecture
-            continue
+        if library := load(Path(__file__).with_name(f"_kernels_{name}.so")):
+            return library
     return None
+
+
+def load(path: Path) -> ctypes.CDLL | None:
+    """A library; None if it is not there, or was built from another ``kernels.cpp``."""
+    try:
+        library = ctypes.CDLL(str(path))
+        built_from = (ctypes.c_char * 65).in_dll(library, "virnuc_source").value.decode()
+        source = Path(__file__).with_suffix(".cpp").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return library if built_from == hashlib.sha256(source).hexdigest() else None
 
 
 def serve(device: torch.device, precision: Precision, features: int) -> bool:
