@@ -219,6 +219,7 @@ class Encoder:
             began = time.perf_counter()
             unfit: list[int] = []
             parts: Iterable[_Part] = self._encode_batches(residues, segments, per_residue, unfit)
+            # On a CPU one by one: kept between larger tensors, they would scatter these.
             if self._device.type == "cuda":
                 parts = list(parts)  # all of its work is begun before any of it is waited for
             for part in parts:

@@ -30,17 +30,11 @@ INLINE vec load(const bfloat16 *p) {
     return (vec)(__builtin_convertvector(*(const hvec *)p, ivec) << 16);
 }
 INLINE void store(float *p, vec x) { *(vec *)p = x; }
-INLINE void store(bfloat16 *p, vec x) {
-    ivec bits = (ivec)x;
-    ivec nearest = bits + 0x7fff + ((bits >> 16) & 1);  // of two equally near, the even one
-    ivec rounded = x == x ? nearest : (bits | 0x400000);  // a NaN stays one
-    *(hvec *)p = __builtin_convertvector((rounded >> 16) & 0xffff, hvec);
-}
 
 // If one of them is NaN, b.
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 
-// Folded upon itself, until the result is in every lane.
+// Lanes moved on by n: what follows folds a vector upon itself with it, to a result in every lane.
 INLINE vec moved(vec x, int n) {
 #if W == 16
     const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -147,7 +141,8 @@ INLINE void put(float x, bfloat16 *to) {
 template <typename T, bool Scaled>
 INLINE void finish(const T *__restrict values, const float *scale, const float *__restrict bias,
                    int d, float *__restrict to) {
-    for (int f = 0; f < d; f++) to[f] = Scaled ? number(values[f]) * *scale + bias[f] : number(values[f]);
+    for (int f = 0; f < d; f++)
+        to[f] = Scaled ? number(values[f]) * *scale + bias[f] : number(values[f]);
 }
 
 // Rotary embedding: feature f turns with f + d / 2, by an angle of which there is the cosine, then,
@@ -274,8 +269,8 @@ INLINE void quantise_row(const float *row, int n, uint8_t *out, float *scale) {
 }
 
 template <typename T>
-INLINE void put_row(const float *row, int n, T *out, float *) {
-    for (int j = 0; j < n; j += W) store(out + j, load(row + j));
+INLINE void put_row(const float *__restrict row, int n, T *__restrict out, float *) {
+    for (int j = 0; j < n; j++) put(row[j], out + j);
 }
 INLINE void put_row(const float *row, int n, uint8_t *out, float *scale) {
     quantise_row(row, n, out, scale);
