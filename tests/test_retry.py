@@ -65,14 +65,15 @@ def test_a_deadline_follows_the_running_median() -> None:
     pace = retry.Pace(config)
     for seconds in (1.0, 3.0):
         pace.took(1_000, seconds)
-        assert pace.allowed(1_000) == 500
+        assert pace.patience().allowed(1_000) == 500
     pace.took(1_000, 1_000.0)  # one that hung does not count for much
-    assert pace.allowed(1_000) == pytest.approx(30)
-    assert pace.allowed(10_000) == pytest.approx(300)
-    assert pace.allowed(0) == 2
+    assert pace.patience().start == 500
+    assert pace.patience().allowed(1_000) == pytest.approx(30)
+    assert pace.patience().allowed(10_000) == pytest.approx(300)
+    assert pace.patience().allowed(0) == 2
     for _ in range(200):
         pace.took(1_000, 0.5)
-    assert pace.allowed(1_000) == pytest.approx(5)
+    assert pace.patience().allowed(1_000) == pytest.approx(5)
 
 
 @pytest.mark.parametrize(

@@ -272,7 +272,8 @@ class RunConfig:
     deadline_floor : float
         Seconds that any attempt may take.
     deadline_first : float
-        Seconds that an attempt may take while too few chunks are done to know what is usual.
+        Seconds that an attempt may take while too few chunks are done to know what is usual, and
+        that a worker may take to load the model.
     grace : float
         Seconds that running chunks get to finish after SIGINT or SIGTERM.
     in_flight : int, optional

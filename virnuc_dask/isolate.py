@@ -15,9 +15,8 @@ import sys
 import threading
 import time
 from collections import deque
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
-from math import inf
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -35,7 +34,8 @@ from virnuc_dask.embed import (
     get_encoder,
 )
 from virnuc_dask.errors import VirnucError
-from virnuc_dask.packing import encoded_lengths
+from virnuc_dask.packing import encoded_lengths, residues_to_encode
+from virnuc_dask.retry import FOREVER, Patience
 
 # The child met an error in the ordinary way: no row has killed it.
 _RAISED = 70
@@ -44,29 +44,13 @@ _DEVICE_LOST = 71
 _LOOK_EVERY_S = 0.2
 
 
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Seconds that a child has before it counts as hanging.
-
-    Attributes
-    ----------
-    start : float
-        To load the model and encode a sequence beyond doubt.
-    part : float
-        For each part of the rows.
-    """
-
-    start: float = inf
-    part: float = inf
-
-
 def embed_chunk_apart(
     path: str,
     chunk: int,
     identity: Identity,
     model: ModelSpec,
     device: str = "cpu",
-    patience: Patience = Patience(),
+    patience: Patience = FOREVER,
 ) -> ChunkReport:
     """As `embed_chunk`, in child processes; rows that kill or hang them are quarantined."""
     return embed_chunk(
@@ -80,7 +64,7 @@ def embed_apart(
     lengths: NDArray[np.int32],
     residues: NDArray[np.uint8],
     identity: Identity,
-    patience: Patience = Patience(),
+    patience: Patience = FOREVER,
 ) -> Rows:
     """Embed rows in child processes.
 
@@ -92,6 +76,7 @@ def embed_apart(
     count = len(lengths)
     encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
     ends = np.concatenate(([0], np.cumsum(encoded)))
+    costs = residues_to_encode(lengths, identity.max_residues, identity.long)
     whole = Rows(
         np.full(count, Status.CRASHED_WORKER, np.uint8),
         np.full((count, model.dimension), np.nan, np.float32),
@@ -106,7 +91,12 @@ def embed_apart(
         while left:
             job = {"model": asdict(model), "identity": asdict(identity), "device": device}
             (folder / "job.json").write_text(json.dumps({**job, "parts": list(left)}))
-            hung = _run_child(folder, patience)
+            (folder / "ready").unlink(missing_ok=True)
+            parts = {
+                _result(folder, *part): patience.allowed(int(costs[slice(*part)].sum()))
+                for part in left
+            }
+            hung = _run_child(folder, {folder / "ready": patience.start, **parts})
             while left and (found := _result(folder, *left[0])).exists():
                 first, last = left.popleft()
                 with np.load(found, allow_pickle=False) as arrays:
@@ -129,16 +119,22 @@ def _result(folder: Path, first: int, last: int) -> Path:
     return folder / f"{first}-{last}.npz"
 
 
-def _run_child(folder: Path, patience: Patience) -> bool:
+def _run_child(folder: Path, allowed: dict[Path, float]) -> bool:
     """Have a child do the parts of the job, in order, until it is done or dead.
+
+    Parameters
+    ----------
+    folder : Path
+        With the job.
+    allowed : dict of Path to float
+        Seconds for each file that it makes, in order; the first says that it is ready.
 
     Returns
     -------
     bool
         Whether it hung and was killed.
     """
-    ready = folder / "ready"
-    ready.unlink(missing_ok=True)
+    ready = next(iter(allowed))
     with open(folder / "stderr", "w+b") as stderr:
         child = subprocess.Popen(
             [sys.executable, "-m", "virnuc_dask.isolate", str(folder)],
@@ -147,29 +143,29 @@ def _run_child(folder: Path, patience: Patience) -> bool:
             stderr=stderr,
         )
         with child:
-            hung = _watch(child, folder, patience)
+            hung = _watch(child, allowed)
         code = child.returncode
         if code and (code == _RAISED or not ready.exists()):
             stderr.seek(0)
             last_words = stderr.read().decode(errors="replace")[-500:].strip()
-            how = f"hung for {patience.start:.0f} s" if hung else f"ended with {code}"
+            how = f"hung for {allowed[ready]:.0f} s" if hung else f"ended with {code}"
             raise VirnucError(f"a child process {how}: {last_words}")
     return hung
 
 
-def _watch(child: subprocess.Popen[bytes], folder: Path, patience: Patience) -> bool:
+def _watch(child: subprocess.Popen[bytes], allowed: dict[Path, float]) -> bool:
     """Wait for a child's end; kill it if it hangs, and say whether that was so."""
-    ready = folder / "ready"
-    progress, since = -1, time.monotonic()
+    files, seconds = list(allowed), list(allowed.values())
+    made, since = 0, time.monotonic()
     while True:
         try:
             child.wait(_LOOK_EVERY_S)
             return False
         except subprocess.TimeoutExpired:
-            found, now = len(os.listdir(folder)), time.monotonic()
-            if found != progress:
-                progress, since = found, now
-            elif now - since > (patience.part if ready.exists() else patience.start):
+            now = time.monotonic()
+            while made < len(files) and files[made].exists():
+                made, since = made + 1, now
+            if now - since > seconds[min(made, len(seconds) - 1)]:
                 child.kill()
                 return True
 

@@ -203,7 +203,7 @@ work_options = _options(
     _setting(
         "deadline_first",
         click.FloatRange(0),
-        "Seconds that a chunk may take before a median is known, and workers until one answers.",
+        "Seconds that a chunk may take before a median is known, and a worker to load the model.",
     ),
     _setting(
         "grace",

@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import random
 from collections import deque
+from dataclasses import dataclass
+from math import inf
 from statistics import median
 from typing import TypeGuard
 
@@ -52,6 +54,32 @@ def delay(attempt: int, config: RunConfig) -> float:
     return config.backoff * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
 
 
+@dataclass(frozen=True, slots=True)
+class Patience:
+    """How long one waits before somebody counts as hanging.
+
+    Attributes
+    ----------
+    start : float
+        Seconds to load the model.
+    least : float
+        Seconds to encode anything.
+    per_residue : float
+        Seconds to encode a residue, where that is more.
+    """
+
+    start: float = inf
+    least: float = inf
+    per_residue: float = 0.0
+
+    def allowed(self, residues: int) -> float:
+        """Seconds to encode so many residues."""
+        return max(self.least, self.per_residue * residues)
+
+
+FOREVER = Patience()
+
+
 class Pace:
     """How long an attempt may take, from how long others took: a running median per residue."""
 
@@ -63,9 +91,10 @@ class Pace:
         """Take note of an attempt that succeeded."""
         self._recent.append(seconds / max(1, residues))
 
-    def allowed(self, residues: int) -> float:
-        """Seconds that an attempt at a chunk of so many residues may take."""
+    def patience(self) -> Patience:
+        """What is to be waited for from now on."""
+        least = self._config.deadline_floor
+        start = max(least, self._config.deadline_first)
         if len(self._recent) < _ENOUGH:
-            return max(self._config.deadline_floor, self._config.deadline_first)
-        usual = median(self._recent) * max(1, residues)
-        return max(self._config.deadline_floor, self._config.deadline_factor * usual)
+            return Patience(start, start)
+        return Patience(start, least, self._config.deadline_factor * median(self._recent))

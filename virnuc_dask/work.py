@@ -29,7 +29,8 @@ from virnuc_dask.errors import (
     VirnucError,
 )
 from virnuc_dask.events import Listener
-from virnuc_dask.isolate import Patience, embed_chunk_apart
+from virnuc_dask.isolate import embed_chunk_apart
+from virnuc_dask.retry import Patience
 from virnuc_dask.store import Store
 from virnuc_dask.workers import (
     SCHEDULER_LOST,
@@ -37,7 +38,7 @@ from virnuc_dask.workers import (
     Needs,
     describe_unfit,
     embed_on_worker,
-    holder,
+    holders,
     replace_process,
 )
 
@@ -45,18 +46,24 @@ from virnuc_dask.workers import (
 _CLOSING_S = 5.0
 # What a report and an event about it have in common.
 _TOOK = ("read_s", "wait_s", "compute_s", "write_s", "fill", "memory", "gpu", "pid")
+# How often one looks for chunks that take too long.
+_LOOK_EVERY_S = 0.2
 # A worker has threads beyond these for others: of one run, more do not help a device.
 _CHUNKS_PER_WORKER = 3
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """A chunk that was handed to the scheduler at a time, or begun by a worker since then."""
+    """A chunk that was handed to the scheduler at a time, or begun by a worker since then.
+
+    While some workers are bad, it is for the others.
+    """
 
     chunk: int
     future: Future
     since: float
     worker: str = ""
+    others: frozenset[str] = frozenset()
 
 
 class Work:
@@ -85,6 +92,9 @@ class Work:
         self._deaths: Counter[int] = Counter()
         self._suspects: set[int] = set()
         self._pace = retry.Pace(config)
+        self._looked = 0.0
+        # Workers that have the model.
+        self._ready: set[str] = set()
         # Workers that hang, or whose device is lost, until they are gone.
         self._useless: set[str] = set()
         # Those that lack something, until they are gone.
@@ -124,7 +134,7 @@ class Work:
                     break
                 self._look_for_overdue(client)
                 try:
-                    item = self._inbox.get(timeout=0.2)
+                    item = self._inbox.get(timeout=_LOOK_EVERY_S)
                 except Empty:
                     continue
                 if isinstance(item, dict):
@@ -158,19 +168,16 @@ class Work:
             embed: Callable[..., ChunkReport] = embed_chunk
             more: tuple[Patience, ...] = ()
             if chunk in self._suspects:
-                patience = Patience(
-                    self.config.deadline_first, self._pace.allowed(self.costs[chunk])
-                )
-                embed, more = embed_chunk_apart, (patience,)
+                embed, more = embed_chunk_apart, (self._pace.patience(),)
             task = delayed(embed_on_worker, pure=False)(
                 self.needs, key, embed, chunk, *more, dask_key_name=key
             )
-            elsewhere: dict[str, Any] = {}
-            if bad := self._useless | set(self._unfit):
-                good = [worker for worker in client.nthreads() if worker not in bad]
-                elsewhere = {"workers": good, "allow_other_workers": True}
-            future = client.compute(task, **elsewhere)
-            self._running[key] = _Attempt(chunk, future, time.monotonic())
+            bad = self._useless | set(self._unfit)
+            others = frozenset(client.nthreads()) - bad if bad else frozenset()
+            future = client.compute(
+                task, workers=list(others) or None, allow_other_workers=bool(others)
+            )
+            self._running[key] = _Attempt(chunk, future, time.monotonic(), others=others)
             future.add_done_callback(self._inbox.put)
 
     def _completed(self, client: Client, future: Future) -> None:
@@ -207,8 +214,10 @@ class Work:
             # Whatever it was, the chunk is not there, which is all that counts.
             self._failed(chunk, error)
         else:
-            if report.computed and attempt.worker and chunk not in self._suspects:
-                self._pace.took(self.costs[chunk], time.monotonic() - attempt.since)
+            if report.computed and chunk not in self._suspects:
+                # Not what it waited for other chunks, of which one may have been about to fail.
+                seconds = report.read_s + report.compute_s + report.write_s
+                self._pace.took(self.costs[chunk], seconds)
             self._done(report, attempt.worker)
         # Only now: what is still in here when an error leaves is cancelled on the way.
         del self._running[str(future.key)]
@@ -261,6 +270,7 @@ class Work:
 
     def _worker_event(self, client: Client, message: dict[str, Any]) -> None:
         if message["action"] == "started":
+            self._ready.add(message["worker"])
             if attempt := self._running.get(message.get("key", "")):
                 attempt.worker, attempt.since = message["worker"], time.monotonic()
                 if attempt.worker in self._useless:  # it does something after all
@@ -268,11 +278,12 @@ class Work:
                     self._count_workers(client)
             return
         if message["action"] == "remove-worker":
+            self._ready.discard(message["worker"])
             self._useless.discard(message["worker"])
             self._unfit.pop(message["worker"], None)
         if message["action"] == "remove-worker" and not message.get("expected", False):
-            keys = map(str, message.get("processing-tasks", ()))
-            chunks = sorted(self._running[key].chunk for key in keys if key in self._running)
+            keys = self._running.keys() & map(str, message.get("processing-tasks", ()))
+            chunks = sorted(self._running[key].chunk for key in keys)
             self.workers_lost += 1
             self.retries += len(chunks)
             self.emit(events.WorkerLost(str(message["worker"]), tuple(chunks)))
@@ -280,23 +291,46 @@ class Work:
             for key, attempt in list(self._running.items()):
                 if self._suspect_if_due(attempt.chunk):
                     self._take_back(client, key)
-                elif attempt.worker == message["worker"]:
+                elif key in keys or attempt.worker == message["worker"]:
                     attempt.worker, attempt.since = "", time.monotonic()
+        if message["action"] == "add-worker":
+            self._wake(client)
         self._count_workers(client)
 
-    def _look_for_overdue(self, client: Client) -> None:
+    def _wake(self, client: Client) -> None:
+        """Submit anew what was for workers that are all gone.
+
+        If there was no worker at all when the last of them went, Dask never looks at the task
+        again, although others may have it.
+        """
+        there = client.nthreads()
         for key, attempt in list(self._running.items()):
-            chunk = attempt.chunk
-            allowed = self._pace.allowed(self.costs[chunk])
+            if attempt.others and not attempt.worker and attempt.others.isdisjoint(there):
+                self._take_back(client, key)
+                self._todo.appendleft(attempt.chunk)
+
+    def _look_for_overdue(self, client: Client) -> None:
+        if time.monotonic() - self._looked < _LOOK_EVERY_S:
+            return
+        self._looked, patience = time.monotonic(), self._pace.patience()
+        late: list[str] = []
+        for key, attempt in self._running.items():
+            allowed = patience.allowed(self.costs[attempt.chunk])
             if not attempt.worker and self.config.in_flight:
                 allowed *= self.config.in_flight  # others may be computed before it
-            seconds = time.monotonic() - attempt.since
-            # The child processes of a suspect have deadlines of their own.
-            if seconds <= allowed or chunk in self._suspects:
-                continue
-            worker = attempt.worker or holder(client, key)
+            # The child processes of a suspect have deadlines of their own; that a worker does not
+            # answer at all, the scheduler notices.
+            if self._looked - attempt.since > allowed and attempt.chunk not in self._suspects:
+                late.append(key)
+        has = holders(client) if any(not self._running[key].worker for key in late) else {}
+        for key in late:
+            attempt = self._running[key]
+            chunk, worker = attempt.chunk, attempt.worker or has.get(key)
             if worker is None:  # there is no worker to begin with it
-                attempt.since = time.monotonic()
+                attempt.since = self._looked
+                continue
+            seconds = self._looked - attempt.since
+            if worker not in self._ready and seconds <= patience.start:
                 continue
             self._take_back(client, key)
             self._deaths[chunk] += 1

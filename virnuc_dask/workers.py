@@ -28,7 +28,7 @@ from virnuc_dask.errors import (
 )
 from virnuc_dask.store import Store
 
-# Dask's topic under which workers say that they have begun with a chunk.
+# Dask's topic under which workers say that they have the model, and have begun with a chunk.
 TOPIC = "virnuc-dask"
 SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
 # Once one worker has answered, the others get this long, and twice as long as it took.
@@ -233,10 +233,11 @@ def embed_on_worker(
         The worker's process is of no use any more.
     """
     worker = get_worker()
-    worker.log_event(TOPIC, {"action": "started", "key": key, "worker": worker.address})
     if lacks := shortcomings(needs):
         raise UnfitWorkerError(worker.address, lacks)
     try:
+        get_encoder(needs.spec, needs.device)
+        worker.log_event(TOPIC, {"action": "started", "key": key, "worker": worker.address})
         return embed(needs.path, chunk, needs.identity, needs.spec, needs.device, *more)
     except RuntimeError as error:
         if retry.is_sticky(error):
@@ -244,9 +245,9 @@ def embed_on_worker(
         raise
 
 
-def holder(client: Client, key: str) -> str | None:
-    """The worker that has a task and has not begun with it, if there is one."""
-    return next((w for w, keys in client.processing().items() if key in map(str, keys)), None)
+def holders(client: Client) -> dict[str, str]:
+    """The worker that each task was given to, whether it has begun with it or not."""
+    return {str(key): worker for worker, keys in client.processing().items() for key in keys}
 
 
 def replace_process(client: Client, worker: str) -> None:

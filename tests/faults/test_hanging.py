@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,7 +16,21 @@ import pytest
 from conftest import Maker, chunk_bytes, tree
 
 import virnuc_dask
-from virnuc_dask import RunConfig, events
+from virnuc_dask import RunConfig, events, faults
+
+OPTIONS = {
+    "scheduler": ["--host", "127.0.0.1", "--port", "0"],
+    "worker": ["--no-nanny", "--nthreads", "1"],
+}
+
+
+def start(what: str, folder: Path, *options: str) -> subprocess.Popen[bytes]:
+    file = ["--scheduler-file", str(folder / "scheduler.json")]
+    return subprocess.Popen(
+        [sys.executable, "-m", "dask", what, "--no-dashboard", *OPTIONS[what], *options, *file],
+        stderr=subprocess.DEVNULL,
+        cwd=folder,
+    )
 
 
 @pytest.fixture
@@ -23,17 +38,8 @@ def attached(tmp_path: Path) -> Iterator[Any]:
     """A client of a scheduler and two workers that were started by hand and have no nannies."""
     from virnuc_dask.cluster import connect
 
-    file, dask = tmp_path / "scheduler.json", [sys.executable, "-m", "dask"]
-    scheduler = ["scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard"]
-    worker = ["worker", "--no-nanny", "--nthreads", "1", "--no-dashboard"]
-    processes = [
-        subprocess.Popen(
-            [*dask, *command, "--scheduler-file", str(file)],
-            stderr=subprocess.DEVNULL,
-            cwd=tmp_path,
-        )
-        for command in (scheduler, worker, worker)
-    ]
+    file = tmp_path / "scheduler.json"
+    processes = [start(what, tmp_path) for what in ("scheduler", "worker", "worker")]
     try:
         while not file.exists() or not file.read_text():
             time.sleep(0.1)
@@ -80,3 +86,124 @@ def test_a_worker_that_stands_still_is_worked_around(
     assert chunk_bytes(store.path) == chunk_bytes(whole.path)
     assert len(attached.nthreads()) == 2
     assert not any(attached.processing().values())
+
+
+# Stands for weights of many gigabytes.
+LOADS_SLOWLY = """
+import time
+from pathlib import Path
+from virnuc_dask import embed
+from virnuc_dask.weights import load_checkpoint
+
+def slowly(reference):
+    time.sleep(8)
+    Path("loaded").touch()
+    return load_checkpoint(reference)
+
+embed.load_checkpoint = slowly
+"""
+
+
+def test_a_worker_that_loads_a_large_model_does_not_count_as_hanging(
+    make_store: Maker, peptides: Path, attached: Any, tmp_path: Path
+) -> None:
+    """It joins when chunks take no time, as others' do: the model is loaded by then."""
+    whole = make_store(peptides, "whole.zarr")
+    store = make_store(peptides, embed=False)
+    (tmp_path / "slow.py").write_text(LOADS_SLOWLY)
+    first = set(attached.run(os.getpid).values())
+    seen: list[events.Event] = []
+    late: list[subprocess.Popen[bytes]] = []
+
+    def listen(event: events.Event) -> None:
+        seen.append(event)
+        if sum(isinstance(event, events.ChunkDone) for event in seen) == 10 and not late:
+            late.append(start("worker", tmp_path, "--preload", "slow.py"))
+            for pid in first:
+                os.kill(pid, signal.SIGKILL)
+
+    try:
+        config = RunConfig(deadline_floor=2, deadline_first=60)
+        summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
+    finally:
+        late[0].kill()
+        late[0].wait()
+    assert (tmp_path / "loaded").exists()
+    assert summary.workers_lost == 2
+    assert not [event for event in seen if isinstance(event, events.ChunkOverdue)]
+    done = [event for event in seen if isinstance(event, events.ChunkDone)]
+    assert {event.pid for event in done} - first == {late[0].pid}
+    assert sorted(event.chunk for event in done) == list(range(store.chunk_count))
+    assert summary.exit_code == 0
+    assert chunk_bytes(store.path) == chunk_bytes(whole.path)
+    before = tree(store.path)
+    assert virnuc_dask.resume(store.path).exit_code == 0
+    assert tree(store.path) == before
+
+
+def test_chunks_that_waited_for_workers_which_are_all_gone_are_computed_by_the_next(
+    make_store: Maker,
+    peptides: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """One worker hangs, so chunks are for the other; then both die, and for a while there is none.
+
+    Dask would leave those chunks for ever, whatever worker comes.
+    """
+    # Every chunk takes a second.
+    slow, inputs, table = "WHWHW", tmp_path / "slow.faa", tmp_path / "faults.json"
+    lines = peptides.read_text().splitlines()[:40]
+    inputs.write_text(
+        "".join(f"{name}\n{s}{slow}\n" for name, s in zip(lines[::2], lines[1::2], strict=True))
+    )
+    whole = make_store(inputs, "whole.zarr", rows_per_chunk=1)
+    store = make_store(inputs, embed=False, rows_per_chunk=1)
+    table.write_text(json.dumps({slow: "slow"}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    attached = request.getfixturevalue("attached")
+    first = sorted(attached.run(os.getpid).values())
+    seen: list[events.Event] = []
+    late: list[subprocess.Popen[bytes]] = []
+    stuck: list[int] = []
+
+    # A function within one travels whole: the scheduler does not have this module.
+    def count_restricted(dask_scheduler: Any, state: str | None = None) -> int:
+        tasks = dask_scheduler.tasks.values()
+        return sum(bool(t.worker_restrictions) and state in (None, t.state) for t in tasks)
+
+    def listen(event: events.Event) -> None:
+        seen.append(event)
+        kinds = [type(event) for event in seen]
+        if kinds.count(events.ChunkDone) == 2 and events.ChunkOverdue not in kinds:
+            os.kill(first[0], signal.SIGSTOP)
+        if events.ChunkOverdue not in kinds or late:
+            return
+        # From then on chunks are for the other one; of these, one may have just been done.
+        if attached.run_on_scheduler(count_restricted) > 2:
+            for pid in first:
+                os.kill(pid, signal.SIGKILL)
+            while attached.nthreads():
+                time.sleep(0.1)
+            stuck.append(attached.run_on_scheduler(count_restricted, state="no-worker"))
+            late.append(start("worker", tmp_path))
+
+    config = RunConfig(
+        deadline_factor=2, deadline_floor=4, deadline_first=20, in_flight=8, suspect_after=9
+    )
+    try:
+        summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
+    finally:
+        late[0].kill()
+        late[0].wait()
+    assert stuck[0] > 2
+    assert summary.workers_lost == 2
+    done = [event for event in seen if isinstance(event, events.ChunkDone)]
+    assert late[0].pid in {event.pid for event in done}
+    assert sorted(event.chunk for event in done) == list(range(store.chunk_count))
+    assert summary.exit_code == 0
+    assert chunk_bytes(store.path) == chunk_bytes(whole.path)
+    before = tree(store.path)
+    assert virnuc_dask.resume(store.path).exit_code == 0
+    assert tree(store.path) == before
