@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from conftest import VIRAL_PROTEINS, command, tree
@@ -78,22 +80,29 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
     assert 0 < len(present) < store.chunk_count // 2
     before = finished_chunks(store)
 
-    # The same command goes on, and loses a worker in the middle of a chunk.
+    # The same command goes on, and loses a worker that has chunks to do: it is stopped first, so
+    # that it cannot be through with them.
     second = Run("run", proteins, path, *SETTINGS)
-    victim = None
+    victim, others = None, 0
     for event in second:
-        if event["event"] == "chunk_done" and victim is None:
-            victim = event["pid"]
-            os.kill(victim, signal.SIGKILL)
+        if event["event"] == "chunk_done":
+            if victim is None:
+                victim = event["pid"]
+                os.kill(victim, signal.SIGSTOP)
+            others += event["pid"] != victim
+            if others == 5:
+                os.kill(victim, signal.SIGKILL)
     assert second.process.wait(timeout=120) == 0
     lost = second.of("worker_lost")
     assert len(lost) == 1
-    assert lost[0]["chunks"], "the worker was idle when it was killed"
-    assert set(lost[0]["chunks"]) <= set(second.computed())
+    assert lost[0]["chunks"]
+    # Not always computed: it may have written one whose report nobody has fetched.
+    done = [event["chunk"] for event in second.of("chunk_done")]
+    assert set(lost[0]["chunks"]) <= set(done)
 
     # Nothing that was done was done again, by count and by file.
     assert second.of("run_started")[0]["present_chunks"] == len(present)
-    assert sorted([*present, *second.computed()]) == list(range(store.chunk_count))
+    assert sorted([*present, *done]) == list(range(store.chunk_count))
     assert {name: tree(path)[name] for name in before} == before
     summary = second.of("run_summary")[0]
     assert summary["counts"] == row_states(uninterrupted.path)
@@ -200,8 +209,13 @@ def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
         assert scheduler.wait() == -signal.SIGKILL
     finally:
         scheduler.kill()
-        worker.kill()  # told to end while its scheduler is gone, it may wait for ever
+        # Told to end while their scheduler is gone, they may wait for ever.
+        family = [psutil.Process(worker.pid), *psutil.Process(worker.pid).children(recursive=True)]
+        for process in family:
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
         worker.wait()
+        await_end({process.pid for process in family})
     assert first.process.stderr is not None
     assert first.process.stderr.read() == (
         "error: the scheduler was lost. Finished chunks are safe; the same command resumes\n"
@@ -221,7 +235,10 @@ def test_status_draws_the_map_while_a_run_is_going(proteins: Path, tmp_path: Pat
     seen = ""
     for event in run:
         if len(run.computed()) == 3 and event["event"] == "chunk_done":
+            # On a busy machine it could be over before the other command has started.
+            os.killpg(run.process.pid, signal.SIGSTOP)
             seen = subprocess.check_output(command("status", path), text=True)
+            os.killpg(run.process.pid, signal.SIGCONT)
             break
     first_line, second_line = seen.splitlines()[:2]
     assert "░" in first_line
