@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 from conftest import Maker, chunk_bytes, tree
+from harness import clear_partial_files_of_the_killed
 
 import virnuc_dask
 from virnuc_dask import RunConfig, events, faults
@@ -126,8 +127,9 @@ def test_a_worker_that_loads_a_large_model_does_not_count_as_hanging(
         config = RunConfig(deadline_floor=2, deadline_first=60)
         summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
     finally:
-        late[0].kill()
-        late[0].wait()
+        for process in late:
+            process.kill()
+            process.wait()
     assert (tmp_path / "loaded").exists()
     assert summary.workers_lost == 2
     assert not [event for event in seen if isinstance(event, events.ChunkOverdue)]
@@ -135,6 +137,9 @@ def test_a_worker_that_loads_a_large_model_does_not_count_as_hanging(
     assert {event.pid for event in done} - first == {late[0].pid}
     assert sorted(event.chunk for event in done) == list(range(store.chunk_count))
     assert summary.exit_code == 0
+    for pid in first:
+        os.waitpid(pid, 0)  # until then they count as alive, and keep their partial files
+    clear_partial_files_of_the_killed(store)
     assert chunk_bytes(store.path) == chunk_bytes(whole.path)
     before = tree(store.path)
     assert virnuc_dask.resume(store.path).exit_code == 0
@@ -152,9 +157,9 @@ def test_chunks_that_waited_for_workers_which_are_all_gone_are_computed_by_the_n
 
     Dask would leave those chunks for ever, whatever worker comes.
     """
-    # Every chunk takes a second.
+    # Every chunk takes a second, until the new worker comes.
     slow, inputs, table = "WHWHW", tmp_path / "slow.faa", tmp_path / "faults.json"
-    lines = peptides.read_text().splitlines()[:40]
+    lines = peptides.read_text().splitlines()[:120]
     inputs.write_text(
         "".join(f"{name}\n{s}{slow}\n" for name, s in zip(lines[::2], lines[1::2], strict=True))
     )
@@ -166,43 +171,51 @@ def test_chunks_that_waited_for_workers_which_are_all_gone_are_computed_by_the_n
     first = sorted(attached.run(os.getpid).values())
     seen: list[events.Event] = []
     late: list[subprocess.Popen[bytes]] = []
+    stopped: list[int] = []
     stuck: list[int] = []
 
     # A function within one travels whole: the scheduler does not have this module.
-    def count_restricted(dask_scheduler: Any, state: str | None = None) -> int:
+    def count_restricted(dask_scheduler: Any, state: str) -> int:
         tasks = dask_scheduler.tasks.values()
-        return sum(bool(t.worker_restrictions) and state in (None, t.state) for t in tasks)
+        return sum(bool(t.worker_restrictions) and t.state == state for t in tasks)
 
     def listen(event: events.Event) -> None:
         seen.append(event)
         kinds = [type(event) for event in seen]
-        if kinds.count(events.ChunkDone) == 2 and events.ChunkOverdue not in kinds:
+        if isinstance(event, events.ChunkDone) and event.pid == first[0] and not stopped:
+            time.sleep(0.3)  # it is in the middle of another, and has said so
+            stopped.append(event.pid)
             os.kill(first[0], signal.SIGSTOP)
-        if events.ChunkOverdue not in kinds or late:
+        if events.ChunkOverdue not in kinds or late or not isinstance(event, events.ChunkDone):
             return
-        # From then on chunks are for the other one; of these, one may have just been done.
-        if attached.run_on_scheduler(count_restricted) > 2:
+        # From then on chunks are for the other one, which has just done one, and has some more.
+        if attached.run_on_scheduler(count_restricted, state="processing"):
             for pid in first:
                 os.kill(pid, signal.SIGKILL)
             while attached.nthreads():
                 time.sleep(0.1)
             stuck.append(attached.run_on_scheduler(count_restricted, state="no-worker"))
+            table.write_text("{}")
             late.append(start("worker", tmp_path))
 
     config = RunConfig(
-        deadline_factor=2, deadline_floor=4, deadline_first=20, in_flight=8, suspect_after=9
+        deadline_factor=2, deadline_floor=6, deadline_first=20, in_flight=8, suspect_after=9
     )
     try:
         summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
     finally:
-        late[0].kill()
-        late[0].wait()
-    assert stuck[0] > 2
+        for process in late:
+            process.kill()
+            process.wait()
+    assert stuck[0] > 0
     assert summary.workers_lost == 2
     done = [event for event in seen if isinstance(event, events.ChunkDone)]
     assert late[0].pid in {event.pid for event in done}
     assert sorted(event.chunk for event in done) == list(range(store.chunk_count))
     assert summary.exit_code == 0
+    for pid in first:
+        os.waitpid(pid, 0)  # until then they count as alive, and keep their partial files
+    clear_partial_files_of_the_killed(store)
     assert chunk_bytes(store.path) == chunk_bytes(whole.path)
     before = tree(store.path)
     assert virnuc_dask.resume(store.path).exit_code == 0
