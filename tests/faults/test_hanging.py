@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from harness import clear_partial_files_of_the_killed
 
 import virnuc_dask
 from virnuc_dask import RunConfig, events, faults
+from virnuc_dask.store import Store
 
 OPTIONS = {
     "scheduler": ["--host", "127.0.0.1", "--port", "0"],
@@ -89,6 +90,19 @@ def test_a_worker_that_stands_still_is_worked_around(
     assert not any(attached.processing().values())
 
 
+def assert_nothing_lost(
+    store: Store, whole: Store, done: list[events.ChunkDone], killed: Iterable[int]
+) -> None:
+    assert sorted(event.chunk for event in done) == list(range(store.chunk_count))
+    for pid in killed:
+        os.waitpid(pid, 0)  # until then they count as alive, and keep their partial files
+    clear_partial_files_of_the_killed(store)
+    assert chunk_bytes(store.path) == chunk_bytes(whole.path)
+    before = tree(store.path)
+    assert virnuc_dask.resume(store.path).exit_code == 0
+    assert tree(store.path) == before
+
+
 # Stands for weights of many gigabytes.
 LOADS_SLOWLY = """
 import time
@@ -135,15 +149,8 @@ def test_a_worker_that_loads_a_large_model_does_not_count_as_hanging(
     assert not [event for event in seen if isinstance(event, events.ChunkOverdue)]
     done = [event for event in seen if isinstance(event, events.ChunkDone)]
     assert {event.pid for event in done} - first == {late[0].pid}
-    assert sorted(event.chunk for event in done) == list(range(store.chunk_count))
     assert summary.exit_code == 0
-    for pid in first:
-        os.waitpid(pid, 0)  # until then they count as alive, and keep their partial files
-    clear_partial_files_of_the_killed(store)
-    assert chunk_bytes(store.path) == chunk_bytes(whole.path)
-    before = tree(store.path)
-    assert virnuc_dask.resume(store.path).exit_code == 0
-    assert tree(store.path) == before
+    assert_nothing_lost(store, whole, done, first)
 
 
 def test_chunks_that_waited_for_workers_which_are_all_gone_are_computed_by_the_next(
@@ -211,12 +218,5 @@ def test_chunks_that_waited_for_workers_which_are_all_gone_are_computed_by_the_n
     assert summary.workers_lost == 2
     done = [event for event in seen if isinstance(event, events.ChunkDone)]
     assert late[0].pid in {event.pid for event in done}
-    assert sorted(event.chunk for event in done) == list(range(store.chunk_count))
     assert summary.exit_code == 0
-    for pid in first:
-        os.waitpid(pid, 0)  # until then they count as alive, and keep their partial files
-    clear_partial_files_of_the_killed(store)
-    assert chunk_bytes(store.path) == chunk_bytes(whole.path)
-    before = tree(store.path)
-    assert virnuc_dask.resume(store.path).exit_code == 0
-    assert tree(store.path) == before
+    assert_nothing_lost(store, whole, done, first)
