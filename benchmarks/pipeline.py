@@ -27,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -40,13 +41,14 @@ from distributed import Client, LocalCluster
 
 from tests.models import random_network, save_network
 from virnuc_dask import cluster, events, resume, run, work
-from virnuc_dask.cluster import MALLOC
+from virnuc_dask.cluster import CALM, MALLOC
 from virnuc_dask.config import Identity, ModelSpec, Settings
 from virnuc_dask.embed import ChunkReport, embed_chunk, embed_rows
 from virnuc_dask.embed import Rows as EmbeddedRows
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
+from virnuc_dask.workers import embed_on_worker
 
 Rows = list[tuple[str, str]]
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -226,7 +228,7 @@ def dask_workers(count: int) -> Iterator[Client]:
     """Workers that compute with one thread, and have the model in memory before they are timed."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with (
-        dask.config.set(MALLOC),
+        dask.config.set({**MALLOC, **CALM}),
         LocalCluster(
             n_workers=count,
             threads_per_worker=2,
@@ -253,7 +255,7 @@ def many_chunks(folder: Path, arguments: argparse.Namespace) -> Rows:
     ):
         store = one_row_chunks(folder / f"{chunks}", chunks)
         rows.append((f"{name}: chunks", f"{chunks:,}"))
-        work.embed_chunk = task  # type: ignore[assignment]
+        work.embed_on_worker = partial(embed_on_worker, embed=task)  # type: ignore[assignment]
         watch = _Watch()
         summary = resume(store.path, workers=2, listener=watch)
         assert summary.computed_chunks == store.chunk_count

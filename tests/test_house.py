@@ -47,6 +47,7 @@ ORDER = [
     "events",
     "prepare",
     "workers",
+    "roster",
     "work",
     "coordinator",
     "progress",
@@ -94,7 +95,7 @@ def test_imports_go_one_way(name: str) -> None:
         ("Bio", {"sequences", "translate"}),
         ("rich", {"progress", "cli"}),
         ("click", {"cli", "options"}),
-        ("distributed", {"cluster", "workers", "work", "coordinator"}),
+        ("distributed", {"cluster", "workers", "roster", "work", "coordinator"}),
         ("xarray", {"dataset"}),
     ],
 )

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,13 +36,16 @@ from virnuc_dask.embed import (
 )
 from virnuc_dask.errors import VirnucError
 from virnuc_dask.packing import encoded_lengths, residues_to_encode
-from virnuc_dask.retry import FOREVER, Patience
+from virnuc_dask.retry import FOREVER, LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
 
 # The child met an error in the ordinary way: no row has killed it.
 _RAISED = 70
 # A row has made the device useless: as good as a death.
 _DEVICE_LOST = 71
-_LOOK_EVERY_S = 0.2
+
+
+def _nobody() -> None:
+    pass
 
 
 def embed_chunk_apart(
@@ -51,11 +55,11 @@ def embed_chunk_apart(
     model: ModelSpec,
     device: str = "cpu",
     patience: Patience = FOREVER,
+    goes_on: Callable[[], None] = _nobody,
 ) -> ChunkReport:
     """As `embed_chunk`, in child processes; rows that kill or hang them are quarantined."""
-    return embed_chunk(
-        path, chunk, identity, model, device, partial(embed_apart, patience=patience)
-    )
+    embed = partial(embed_apart, patience=patience, goes_on=goes_on)
+    return embed_chunk(path, chunk, identity, model, device, embed)
 
 
 def embed_apart(
@@ -65,8 +69,18 @@ def embed_apart(
     residues: NDArray[np.uint8],
     identity: Identity,
     patience: Patience = FOREVER,
+    goes_on: Callable[[], None] = _nobody,
 ) -> Rows:
     """Embed rows in child processes.
+
+    Parameters
+    ----------
+    model, device, lengths, residues, identity
+        As for `embed_here`.
+    patience : Patience
+        With a child; the time to load the model, and that for some rows.
+    goes_on : callable
+        Called whenever a child starts, and when one has done a part.
 
     Raises
     ------
@@ -84,7 +98,10 @@ def embed_apart(
         if identity.per_residue
         else None,
     )
-    left = deque([(0, count)])
+    # Rows that another precision cannot hold are tried in float32, of which a child that meets the
+    # first of them has to load the model.
+    twin = patience.start if identity.precision != "float32" else 0.0
+    left, died_alone = deque([(0, count)]), set[int]()
     with TemporaryDirectory(prefix="virnuc-dask-") as name:
         folder = Path(name)
         np.savez(folder / "rows.npz", lengths=lengths, residues=residues)
@@ -93,10 +110,10 @@ def embed_apart(
             (folder / "job.json").write_text(json.dumps({**job, "parts": list(left)}))
             (folder / "ready").unlink(missing_ok=True)
             parts = {
-                _result(folder, *part): patience.allowed(int(costs[slice(*part)].sum()))
+                _result(folder, *part): twin + patience.allowed(int(costs[slice(*part)].sum()))
                 for part in left
             }
-            hung = _run_child(folder, {folder / "ready": patience.start, **parts})
+            hung = _run_child(folder, {folder / "ready": patience.start, **parts}, goes_on)
             while left and (found := _result(folder, *left[0])).exists():
                 first, last = left.popleft()
                 with np.load(found, allow_pickle=False) as arrays:
@@ -105,13 +122,17 @@ def embed_apart(
                     if whole.residues is not None:
                         whole.residues[ends[first] : ends[last]] = arrays["residues"]
             if left:
-                # It died of this part. Alone, a row is guilty.
+                # It died of this part. A row is guilty if that happens twice while it is alone:
+                # children too are killed by others.
                 first, last = left.popleft()
-                if last - first == 1:
-                    whole.status[first] = Status.TIMED_OUT if hung else Status.CRASHED_WORKER
-                else:
+                if last - first > 1:
                     middle = (first + last) // 2
                     left.extendleft([(middle, last), (first, middle)])
+                elif first not in died_alone:
+                    died_alone.add(first)
+                    left.appendleft((first, last))
+                else:
+                    whole.status[first] = Status.TIMED_OUT if hung else Status.CRASHED_WORKER
     return whole
 
 
@@ -119,7 +140,7 @@ def _result(folder: Path, first: int, last: int) -> Path:
     return folder / f"{first}-{last}.npz"
 
 
-def _run_child(folder: Path, allowed: dict[Path, float]) -> bool:
+def _run_child(folder: Path, allowed: dict[Path, float], goes_on: Callable[[], None]) -> bool:
     """Have a child do the parts of the job, in order, until it is done or dead.
 
     Parameters
@@ -128,6 +149,8 @@ def _run_child(folder: Path, allowed: dict[Path, float]) -> bool:
         With the job.
     allowed : dict of Path to float
         Seconds for each file that it makes, in order; the first says that it is ready.
+    goes_on : callable
+        Called at the start, and for each file.
 
     Returns
     -------
@@ -143,7 +166,7 @@ def _run_child(folder: Path, allowed: dict[Path, float]) -> bool:
             stderr=stderr,
         )
         with child:
-            hung = _watch(child, allowed)
+            hung = _watch(child, allowed, goes_on)
         code = child.returncode
         if code and (code == _RAISED or not ready.exists()):
             stderr.seek(0)
@@ -153,18 +176,26 @@ def _run_child(folder: Path, allowed: dict[Path, float]) -> bool:
     return hung
 
 
-def _watch(child: subprocess.Popen[bytes], allowed: dict[Path, float]) -> bool:
+def _watch(
+    child: subprocess.Popen[bytes], allowed: dict[Path, float], goes_on: Callable[[], None]
+) -> bool:
     """Wait for a child's end; kill it if it hangs, and say whether that was so."""
     files, seconds = list(allowed), list(allowed.values())
     made, since = 0, time.monotonic()
+    looked = since
+    goes_on()
     while True:
         try:
-            child.wait(_LOOK_EVERY_S)
+            child.wait(LOOK_EVERY_S)
             return False
         except subprocess.TimeoutExpired:
             now = time.monotonic()
+            if now - looked > NOBODY_LOOKED_S:
+                since += now - looked
+            looked = now
             while made < len(files) and files[made].exists():
                 made, since = made + 1, now
+                goes_on()
             if now - since > seconds[min(made, len(seconds) - 1)]:
                 child.kill()
                 return True

@@ -11,9 +11,14 @@ from statistics import median
 from typing import TypeGuard
 
 from virnuc_dask.config import RunConfig
+from virnuc_dask.errors import DeviceLostError
 
 # What every other chunk would meet too.
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENXIO}
+# How often one looks for what takes too long. If nobody looked for much longer, as when all was
+# stopped or the machine slept, that time says nothing about those who were looked at.
+LOOK_EVERY_S = 0.2
+NOBODY_LOOKED_S = 5.0
 # Chunks after which it is known how long one takes, and those that count.
 _ENOUGH, _RECENT = 3, 99
 
@@ -41,8 +46,10 @@ def is_of_the_input(error: BaseException) -> bool:
     return not isinstance(error, OSError | MemoryError) and not is_sticky(error)
 
 
-def attempts(error: BaseException, config: RunConfig) -> int:
+def attempts(error: BaseException, config: RunConfig) -> float:
     """How often a chunk that raises this is tried in one run."""
+    if isinstance(error, DeviceLostError):
+        return inf  # as a death, which makes it suspect in the end
     return config.attempts if is_transient(error) else min(2, config.attempts)
 
 

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -19,16 +19,18 @@ from distributed import Client, Nanny, get_worker
 
 from virnuc_dask import __version__, retry
 from virnuc_dask.config import Identity, ModelSpec
-from virnuc_dask.embed import ChunkReport, get_encoder
+from virnuc_dask.embed import ChunkReport, embed_chunk, get_encoder
 from virnuc_dask.errors import (
     DeviceLostError,
     UnfitWorkerError,
     UsageError,
     VirnucError,
 )
+from virnuc_dask.isolate import embed_chunk_apart
+from virnuc_dask.retry import Patience
 from virnuc_dask.store import Store
 
-# Dask's topic under which workers say that they have the model, and have begun with a chunk.
+# Dask's topic under which workers say what they do, see `embed_on_worker`.
 TOPIC = "virnuc-dask"
 SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
 # Once one worker has answered, the others get this long, and twice as long as it took.
@@ -86,8 +88,14 @@ def _found(package: str) -> str:
         return "none"
 
 
-def shortcomings(needs: Needs) -> tuple[str, ...]:
+def shortcomings(needs: Needs, *, with_model: bool = True) -> tuple[str, ...]:
     """What this process lacks. One that lacks nothing has the model in memory by then.
+
+    Parameters
+    ----------
+    needs : Needs
+    with_model : bool
+        False for a process that only starts those that load it.
 
     Raises
     ------
@@ -113,13 +121,14 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
         plain = isinstance(error, VirnucError)
         found.append(str(error) if plain else f"{needs.path}: cannot be used: {error}")
     try:
-        get_encoder(needs.spec, needs.device)
+        if with_model:
+            get_encoder(needs.spec, needs.device)
     except VirnucError as error:
         found.append(str(error))
     except Exception as error:
         # A missing driver, no memory, a torch that is broken: whatever it is, there is no encoder.
         found.append(f"cannot load the model on {needs.device}: {type(error).__name__}: {error}")
-    if not found:
+    if with_model and not found:
         _met.add(needs)
     return tuple(found)
 
@@ -211,9 +220,17 @@ def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:
 
 
 def embed_on_worker(
-    needs: Needs, key: str, embed: Callable[..., ChunkReport], chunk: int, *more: Any
-) -> ChunkReport:
+    needs: Needs,
+    key: str,
+    chunk: int,
+    patience: Patience | None = None,
+    embed: Callable[..., ChunkReport] = embed_chunk,
+) -> None:
     """The task as a worker gets it.
+
+    What becomes of it goes to the coordinator by the scheduler, as events: ``started`` once it has
+    the model and begins; for a suspect chunk ``goes on``, again and again; and ``done`` with the
+    report. A result would have to be fetched, from a worker that may be gone or stand still.
 
     Parameters
     ----------
@@ -221,9 +238,11 @@ def embed_on_worker(
         Looked at before the process's first chunk.
     key : str
         Of the task.
-    embed : callable
-        `embed_chunk` or `embed_chunk_apart`, which takes `more`.
     chunk : int
+    patience : Patience, optional
+        For a suspect chunk, which is computed in child processes: how long they may take.
+    embed : callable
+        What computes any other; it has the arguments of `embed_chunk`.
 
     Raises
     ------
@@ -233,21 +252,26 @@ def embed_on_worker(
         The worker's process is of no use any more.
     """
     worker = get_worker()
-    if lacks := shortcomings(needs):
+
+    def tell(action: str, **more: Any) -> None:
+        message = {"action": action, "key": key, "worker": worker.address, **more}
+        worker.log_event(TOPIC, message)
+
+    if lacks := shortcomings(needs, with_model=patience is None):
         raise UnfitWorkerError(worker.address, lacks)
+    chosen = needs.path, chunk, needs.identity, needs.spec, needs.device
     try:
-        get_encoder(needs.spec, needs.device)
-        worker.log_event(TOPIC, {"action": "started", "key": key, "worker": worker.address})
-        return embed(needs.path, chunk, needs.identity, needs.spec, needs.device, *more)
+        if patience is None:
+            get_encoder(needs.spec, needs.device)
+            tell("started")
+            report = embed(*chosen)
+        else:
+            report = embed_chunk_apart(*chosen, patience, lambda: tell("goes on"))
     except RuntimeError as error:
         if retry.is_sticky(error):
             raise DeviceLostError(worker.address, str(error)) from error
         raise
-
-
-def holders(client: Client) -> dict[str, str]:
-    """The worker that each task was given to, whether it has begun with it or not."""
-    return {str(key): worker for worker, keys in client.processing().items() for key in keys}
+    tell("done", report=asdict(report))
 
 
 def replace_process(client: Client, worker: str) -> None:

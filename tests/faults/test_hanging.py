@@ -138,7 +138,7 @@ def test_a_worker_that_loads_a_large_model_does_not_count_as_hanging(
                 os.kill(pid, signal.SIGKILL)
 
     try:
-        config = RunConfig(deadline_floor=2, deadline_first=60)
+        config = RunConfig(deadline_floor=4, deadline_first=60)
         summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
     finally:
         for process in late:
@@ -151,6 +151,89 @@ def test_a_worker_that_loads_a_large_model_does_not_count_as_hanging(
     assert {event.pid for event in done} - first == {late[0].pid}
     assert summary.exit_code == 0
     assert_nothing_lost(store, whole, done, first)
+
+
+def test_a_row_that_hangs_every_worker_is_waited_for_by_none(
+    make_store: Maker,
+    peptides: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    request: pytest.FixtureRequest,
+) -> None:
+    """It hangs both, which are then of no use, and is a suspect: a third worker does it and all."""
+    hangs, inputs, table = "WHWHW", tmp_path / "hangs.faa", tmp_path / "faults.json"
+    lines = peptides.read_text().splitlines()[:120]
+    lines[41] += hangs
+    inputs.write_text("\n".join(lines) + "\n")
+    whole = make_store(inputs, "whole.zarr", rows_per_chunk=4)
+    store = make_store(inputs, embed=False, rows_per_chunk=4)
+    table.write_text(json.dumps({hangs: ["hang", "hang"]}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    attached = request.getfixturevalue("attached")
+    first = sorted(attached.run(os.getpid).values())
+    seen: list[events.Event] = []
+    late: list[subprocess.Popen[bytes]] = []
+
+    def listen(event: events.Event) -> None:
+        seen.append(event)
+        if sum(isinstance(event, events.ChunkOverdue) for event in seen) == 2 and not late:
+            late.append(start("worker", tmp_path))
+
+    config = RunConfig(deadline_floor=4, deadline_first=8)
+    try:
+        summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
+    finally:
+        for process in late:
+            process.kill()
+            process.wait()
+        for pid in first:  # their threads hang, and they would wait for them
+            os.kill(pid, signal.SIGKILL)
+    overdue = [event for event in seen if isinstance(event, events.ChunkOverdue)]
+    assert len(overdue) == 2
+    assert len({event.chunk for event in overdue}) == 1
+    assert len({event.worker for event in overdue}) == 2
+    suspected = [event.chunk for event in seen if isinstance(event, events.ChunkSuspected)]
+    assert suspected == [overdue[0].chunk]
+    done = [event for event in seen if isinstance(event, events.ChunkDone)]
+    assert {event.pid for event in done if event.chunk in suspected} == {late[0].pid}
+    assert summary.exit_code == 0
+    assert_nothing_lost(store, whole, done, first)
+
+
+def test_chunks_that_wait_for_the_work_of_others_blame_nobody(
+    make_store: Maker, peptides: Path, attached: Any
+) -> None:
+    """Somebody else's tasks take both workers for longer than a chunk may take."""
+    whole = make_store(peptides, "whole.zarr")
+    store = make_store(peptides, embed=False)
+    seen: list[events.Event] = []
+    theirs: list[Any] = []
+    taken: list[bool] = []
+
+    def listen(event: events.Event) -> None:
+        seen.append(event)
+        done = sum(isinstance(event, events.ChunkDone) for event in seen)
+        if done == 10 and not theirs:
+            workers = list(attached.nthreads())
+            theirs.extend(
+                attached.submit(time.sleep, 10, workers=[worker], pure=False, priority=9)
+                for worker in workers
+            )
+        elif theirs and not any(future.done() for future in theirs):
+            taken.append(isinstance(event, events.ChunkDone))
+
+    config = RunConfig(deadline_floor=3, deadline_first=20)
+    began = time.monotonic()
+    summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
+    assert time.monotonic() - began > 10
+    assert attached.gather(theirs) == [None, None]
+    # They have had the workers for themselves: most chunks were done before or after.
+    assert sum(taken) < store.chunk_count // 2
+    for what in (events.ChunkOverdue, events.ChunkSuspected, events.WorkerLost):
+        assert not [event for event in seen if isinstance(event, what)]
+    assert summary.exit_code == 0
+    done = [event for event in seen if isinstance(event, events.ChunkDone)]
+    assert_nothing_lost(store, whole, done, ())
 
 
 def test_chunks_that_waited_for_workers_which_are_all_gone_are_computed_by_the_next(

@@ -153,15 +153,38 @@ def test_a_second_signal_leaves_at_once(proteins: Path, tmp_path: Path) -> None:
     workers: set[int] = set()
     for event in run:
         if event["event"] == "chunk_done":
+            if not workers:
+                run.process.send_signal(signal.SIGTERM)
             workers.add(event["pid"])
-            run.process.send_signal(signal.SIGTERM)
         if event["event"] == "stopping":
             assert event["running"] > 4  # hours of work, for all the user knows
             run.process.send_signal(signal.SIGTERM)
             break
     assert run.finish() == 128 + signal.SIGTERM
+    assert run.of("stopping")
     assert not run.of("run_summary")
     await_end(workers)
+
+
+def test_a_coordinator_that_stood_still_blames_nobody(
+    proteins: Path, uninterrupted: Store, tmp_path: Path
+) -> None:
+    """As one that was stopped in its terminal, or whose machine slept; its workers went on."""
+    path = tmp_path / "out.zarr"
+    run = Run("run", proteins, path, *SETTINGS, "--deadline-floor", 2, "--deadline-first", 30)
+    stopped = 0
+    for event in run:
+        if event["event"] == "chunk_done" and len(run.computed()) in (10, 30):
+            stopped += 1
+            run.process.send_signal(signal.SIGSTOP)
+            time.sleep(8)  # longer than a chunk may take
+            run.process.send_signal(signal.SIGCONT)
+    assert run.finish() == 0
+    assert stopped == 2
+    for what in ("chunk_overdue", "worker_lost", "chunk_suspected"):
+        assert not run.of(what)
+    assert sorted(run.computed()) == list(range(uninterrupted.chunk_count))
+    assert_ledger(Store(path), uninterrupted)
 
 
 def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Path) -> None:
