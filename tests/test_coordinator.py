@@ -170,6 +170,24 @@ def test_a_client_is_left_open_and_its_cluster_without_tasks(
         time.sleep(0.05)
 
 
+def test_a_client_can_be_at_one_run_only(tmp_path: Path, awkward: Path, client: Any) -> None:
+    """Dask hands a topic's events to one handler of a client: the other run would hear nothing."""
+    refused: list[str] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.ChunkDone) and not refused:
+            with pytest.raises(UsageError, match="at another run") as error:
+                virnuc_dask.run(awkward, tmp_path / "b.zarr", client=client)
+            refused.append(str(error.value))
+
+    path = tmp_path / "a.zarr"
+    first = virnuc_dask.run(awkward, path, client=client, listener=listen, rows_per_chunk=1)
+    assert len(refused) == 1
+    assert (first.complete, first.computed_chunks) == (True, 7)
+    second = virnuc_dask.run(awkward, tmp_path / "b.zarr", client=client)
+    assert second.counts == first.counts
+
+
 def test_a_scheduler_file_is_attached_to_and_left_running(
     tmp_path: Path, awkward: Path, client: Any
 ) -> None:

@@ -8,12 +8,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from distributed import Client, performance_report
@@ -32,6 +33,7 @@ from virnuc_dask.workers import Needs, preflight
 
 # For a cluster that a client brings along.
 _ATTACHED = "a client's"
+_lent: WeakSet[Client] = WeakSet()
 
 
 def run(
@@ -60,7 +62,8 @@ def run(
     model : str
         ``demo`` (random weights), a fair-esm name, or the path of weights.
     client : distributed.Client, optional
-        Whose workers to use. They must see the store at the same path. Left open.
+        Whose workers to use. They must see the store at the same path. Left open. A client can be
+        at one run at a time.
     cluster : str
         Without a client: ``local``, ``local-cuda``, ``auto``, a scheduler's address, or a scheduler
         file.
@@ -164,7 +167,7 @@ def _fill(
     shard = Shard.parse(config.shard, os.environ)
 
     def connection() -> AbstractContextManager[Client]:
-        return connect(cluster, workers, config) if client is None else nullcontext(client)
+        return connect(cluster, workers, config) if client is None else _borrow(client)
 
     if config.verify:
         with connection() as connected:
@@ -210,6 +213,18 @@ def _fill(
         raise StoreError(f"{error}. Finished chunks are safe; the same command resumes") from error
     emit(summary)
     return summary
+
+
+@contextmanager
+def _borrow(client: Client) -> Iterator[Client]:
+    """A client that was brought along. It hands the scheduler's events to one run only."""
+    if client in _lent:
+        raise UsageError("the client is at another run; give each its own")
+    _lent.add(client)
+    try:
+        yield client
+    finally:
+        _lent.remove(client)
 
 
 @contextmanager

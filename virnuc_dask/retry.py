@@ -18,7 +18,7 @@ _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM,
 # How often one looks for what takes too long. If nobody looked for much longer, as when all was
 # stopped or the machine slept, that time says nothing about those who were looked at.
 LOOK_EVERY_S = 0.2
-NOBODY_LOOKED_S = 5.0
+NOBODY_LOOKED_S = 1.0
 # Chunks after which it is known how long one takes, and those that count.
 _ENOUGH, _RECENT = 3, 99
 

@@ -29,7 +29,7 @@ class Roster:
 
     def __init__(self, client: Client, config: RunConfig, emit: Listener) -> None:
         self._client, self._config, self._emit = client, config, emit
-        # When each was last at a chunk, and those that have the model.
+        # When each came or was last at a chunk, and those that have the model.
         self._heard: dict[str, float] = {}
         self._ready: set[str] = set()
         # Those that hang, or whose device is lost, until they are gone; and whether their nannies
@@ -44,7 +44,10 @@ class Roster:
     def count(self) -> None:
         """Take note of who is there."""
         bad = {*self._useless, *self._unfit}
-        threads = [n for worker, n in self._client.nthreads().items() if worker not in bad]
+        there = self._client.nthreads()
+        for worker in there:
+            self._heard.setdefault(worker, time.monotonic())
+        threads = [n for worker, n in there.items() if worker not in bad]
         # One chunk for each thread: what queues on a worker dies with it and gets the blame.
         window = sum(min(n, _CHUNKS_PER_WORKER) for n in threads)
         self.window = self._config.in_flight or max(1, window)
@@ -82,7 +85,7 @@ class Roster:
         return worker in self._useless
 
     def last_heard(self, worker: str) -> float:
-        """When it was last at a chunk, by the monotonic clock; 0 if never."""
+        """When it came or was last at a chunk, by the monotonic clock."""
         return self._heard.get(worker, 0.0)
 
     def candidates(self) -> frozenset[str]:
@@ -108,10 +111,10 @@ class Roster:
         if found is None:
             return True  # gone by itself
         has_nanny = found["nanny"] is not None
+        if has_nanny:
+            replace_process(self._client, worker)
         if worker not in self._useless:
             self._useless[worker] = has_nanny
-            if has_nanny:
-                replace_process(self._client, worker)
             self.count()
         return has_nanny
 

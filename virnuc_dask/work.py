@@ -46,13 +46,15 @@ _CHUNKS = ("started", "goes on", "done")
 class _Attempt:
     """A chunk that was handed to the scheduler at a time, or that a worker was at since then.
 
-    If some workers are bad, it is for the others.
+    If some workers are bad, it is for the others. If it is suspect, it was given patience with
+    child processes.
     """
 
     chunk: int
     future: Future
     since: float
     others: frozenset[str]
+    with_children: Patience | None
     worker: str = ""
 
 
@@ -96,7 +98,13 @@ class Work:
         self._prefix = f"embed-{uuid4().hex[:8]}-"
 
     def drive(self, client: Client, missing: list[int]) -> None:
-        """Have chunks computed until none is left, or a signal and its grace have passed."""
+        """Have chunks computed until none is left, or a signal and its grace have passed.
+
+        Raises
+        ------
+        VirnucError
+            The scheduler is lost, or no worker is left that can do this.
+        """
         self._todo.extend(missing)
         self._roster = Roster(client, self.config, self.emit)
         for topic in ("all", TOPIC):
@@ -159,7 +167,7 @@ class Work:
             future = client.compute(
                 task, workers=list(others) or None, allow_other_workers=bool(others)
             )
-            self._running[key] = _Attempt(chunk, future, time.monotonic(), others)
+            self._running[key] = _Attempt(chunk, future, time.monotonic(), others, patience)
             future.add_done_callback(self._inbox.put)
 
     # --- chunks ---
@@ -296,7 +304,7 @@ class Work:
         If there was no worker at all when the last of them went, Dask never looks at the task
         again, although others may have it.
         """
-        candidates = self._roster.candidates()
+        candidates = self._roster.candidates() or frozenset(client.nthreads())
         for key, attempt in list(self._running.items()):
             if attempt.others and not attempt.worker and attempt.others.isdisjoint(candidates):
                 self._take_back(client, key)
@@ -330,11 +338,12 @@ class Work:
                 attempt.since = now
 
     def _allowed(self, attempt: _Attempt, patience: Patience) -> float:
-        allowed = patience.allowed(self.costs[attempt.chunk])
-        # The child processes of a suspect have deadlines of their own; it says when one starts, and
-        # when one has done a part.
-        apart = attempt.worker and attempt.chunk in self._suspects
-        return allowed + patience.start if apart else allowed
+        if attempt.worker and attempt.with_children:
+            # They have deadlines, and it says when one starts, and when one has done a part, for
+            # which it may load the model twice.
+            patience = attempt.with_children
+            return 2 * patience.start + patience.allowed(self.costs[attempt.chunk])
+        return patience.allowed(self.costs[attempt.chunk])
 
     def _look_at_waiting(
         self, client: Client, key: str, worker: str, queue: list[Any], patience: Patience
@@ -343,10 +352,11 @@ class Work:
         attempt = self._running[key]
         if any(other.worker == worker for other in self._running.values()):
             return  # it waits for another chunk, which has its own deadline
-        if self._roster.is_useless(worker) or not all(
-            str(other).startswith(self._prefix) for other in queue
-        ):
+        hangs = self._roster.is_useless(worker)
+        if hangs or not all(str(other).startswith(self._prefix) for other in queue):
             # It waits for a worker that is known to hang, or for others' work: nobody's fault.
+            if hangs:
+                self._roster.replace(worker)
             self._take_back(client, key)
             self._todo.append(attempt.chunk)
             return

@@ -88,14 +88,8 @@ def _found(package: str) -> str:
         return "none"
 
 
-def shortcomings(needs: Needs, *, with_model: bool = True) -> tuple[str, ...]:
+def shortcomings(needs: Needs) -> tuple[str, ...]:
     """What this process lacks. One that lacks nothing has the model in memory by then.
-
-    Parameters
-    ----------
-    needs : Needs
-    with_model : bool
-        False for a process that only starts those that load it.
 
     Raises
     ------
@@ -121,14 +115,13 @@ def shortcomings(needs: Needs, *, with_model: bool = True) -> tuple[str, ...]:
         plain = isinstance(error, VirnucError)
         found.append(str(error) if plain else f"{needs.path}: cannot be used: {error}")
     try:
-        if with_model:
-            get_encoder(needs.spec, needs.device)
+        get_encoder(needs.spec, needs.device)
     except VirnucError as error:
         found.append(str(error))
     except Exception as error:
         # A missing driver, no memory, a torch that is broken: whatever it is, there is no encoder.
         found.append(f"cannot load the model on {needs.device}: {type(error).__name__}: {error}")
-    if with_model and not found:
+    if not found:
         _met.add(needs)
     return tuple(found)
 
@@ -257,7 +250,7 @@ def embed_on_worker(
         message = {"action": action, "key": key, "worker": worker.address, **more}
         worker.log_event(TOPIC, message)
 
-    if lacks := shortcomings(needs, with_model=patience is None):
+    if lacks := shortcomings(needs):
         raise UnfitWorkerError(worker.address, lacks)
     chosen = needs.path, chunk, needs.identity, needs.spec, needs.device
     try:

@@ -179,7 +179,7 @@ def test_a_row_that_hangs_every_worker_is_waited_for_by_none(
         if sum(isinstance(event, events.ChunkOverdue) for event in seen) == 2 and not late:
             late.append(start("worker", tmp_path))
 
-    config = RunConfig(deadline_floor=4, deadline_first=8)
+    config = RunConfig(deadline_floor=4, deadline_first=20)
     try:
         summary = virnuc_dask.resume(store.path, client=attached, config=config, listener=listen)
     finally:

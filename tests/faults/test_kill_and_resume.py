@@ -171,7 +171,7 @@ def test_a_coordinator_that_stood_still_blames_nobody(
 ) -> None:
     """As one that was stopped in its terminal, or whose machine slept; its workers went on."""
     path = tmp_path / "out.zarr"
-    run = Run("run", proteins, path, *SETTINGS, "--deadline-floor", 2, "--deadline-first", 30)
+    run = Run("run", proteins, path, *SETTINGS, "--deadline-floor", 5, "--deadline-first", 30)
     stopped = 0
     for event in run:
         if event["event"] == "chunk_done" and len(run.computed()) in (10, 30):

@@ -235,6 +235,30 @@ def test_a_worker_whose_device_is_lost_is_replaced(
     assert chunk_bytes(store.path) == chunk_bytes(whole.path)
 
 
+@pytest.mark.soak
+def test_a_row_that_hangs_is_found_at_every_precision(
+    peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_store: Maker
+) -> None:
+    """A child may have to load the model in float32 too, and its worker is given time for that."""
+    inputs = poisoned(peptides, tmp_path / "some.faa", {5: HANGS}, 16)
+    settings: dict[str, Any] = {"rows_per_chunk": 2, "repr_layer": None, "precision": "int8"}
+    whole = make_store(inputs, "whole.zarr", **settings)
+    store = make_store(inputs, embed=False, **settings)
+    table = tmp_path / "faults.json"
+    table.write_text(json.dumps({HANGS: "hang"}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    seen: list[events.Event] = []
+    config = RunConfig(deadline_floor=4, deadline_first=15)
+    summary = virnuc_dask.resume(store.path, workers=1, config=config, listener=seen.append)
+    overdue = [event.chunk for event in seen if isinstance(event, events.ChunkOverdue)]
+    assert overdue == [2, 2]  # by its worker's threads; then by child processes, which tell
+    assert summary.counts == {"embedded": 15, Status.TIMED_OUT.meaning: 1}
+    found, expected = virnuc_dask.open_store(store.path), virnuc_dask.open_store(whole.path)
+    innocent = found.status.values == Status.EMBEDDED
+    assert np.flatnonzero(~innocent).tolist() == [5]
+    assert np.array_equal(found.embedding.values[innocent], expected.embedding.values[innocent])
+
+
 # --- one chunk, in child processes ---
 
 
