@@ -248,7 +248,7 @@ def test_a_row_that_hangs_is_found_at_every_precision(
     table.write_text(json.dumps({HANGS: "hang"}))
     monkeypatch.setenv(faults.VARIABLE, str(table))
     seen: list[events.Event] = []
-    config = RunConfig(deadline_floor=4, deadline_first=15)
+    config = RunConfig(deadline_floor=4, deadline_first=15, in_flight=1)
     summary = virnuc_dask.resume(store.path, workers=1, config=config, listener=seen.append)
     overdue = [event.chunk for event in seen if isinstance(event, events.ChunkOverdue)]
     assert overdue == [2, 2]  # by its worker's threads; then by child processes, which tell
