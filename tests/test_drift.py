@@ -29,7 +29,7 @@ def test_a_good_store_shows_rounding_only(long: str, dtype: str, make_store: Mak
     assert tree(store.path) == before
 
 
-@pytest.mark.parametrize("precision", ["bfloat16", "int8"])
+@pytest.mark.parametrize("precision", [pytest.param("bfloat16", marks=pytest.mark.soak), "int8"])
 def test_the_drift_of_a_precision_is_measured(
     precision: str, tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:

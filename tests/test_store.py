@@ -280,34 +280,6 @@ def test_repair_takes_a_dead_writers_partial_file_and_leaves_a_living_ones(
 # --- rule 6: the same chunk, the same bytes, however often and by whom ---
 
 
-def test_two_runs_at_once_on_one_store_end_with_the_bytes_of_one(
-    tmp_path: Path, make_store: Maker
-) -> None:
-    settings = ["--rows-per-chunk", 32, "--repr-layer", 1, "--workers", 2]
-    arguments = [
-        "run",
-        VIRAL_PROTEINS,
-        tmp_path / "shared.zarr",
-        *settings,
-        "--json",
-        "--no-telemetry",
-    ]
-    runs = [
-        subprocess.Popen(command(*arguments), stdout=subprocess.PIPE, text=True) for _ in range(2)
-    ]
-    outputs = [process.communicate(timeout=240)[0] for process in runs]
-    assert [process.returncode for process in runs] == [0, 0]
-    assert all('"event": "run_summary"' in output for output in outputs)
-    alone = tmp_path / "alone.zarr"
-    subprocess.run(
-        command("run", VIRAL_PROTEINS, alone, *settings, "-q", "--no-telemetry"), check=True
-    )
-    assert chunk_bytes(tmp_path / "shared.zarr") == chunk_bytes(alone)
-    assert dataset.verify(tmp_path / "shared.zarr").leftovers == []
-    # Nothing but the stores is left where they are: the second ingest cleaned up.
-    assert sorted(os.listdir(tmp_path)) == ["alone.zarr", "shared.zarr"]
-
-
 def test_racing_ingests_end_with_one_store(tmp_path: Path) -> None:
     stores: list[Store] = []
     threads = [

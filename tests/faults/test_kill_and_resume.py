@@ -174,13 +174,13 @@ def test_a_coordinator_that_stood_still_blames_nobody(
     run = Run("run", proteins, path, *SETTINGS, "--deadline-floor", 5, "--deadline-first", 30)
     stopped = 0
     for event in run:
-        if event["event"] == "chunk_done" and len(run.computed()) in (10, 30):
+        if event["event"] == "chunk_done" and len(run.computed()) == 10:
             stopped += 1
             run.process.send_signal(signal.SIGSTOP)
             time.sleep(8)  # longer than a chunk may take
             run.process.send_signal(signal.SIGCONT)
     assert run.finish() == 0
-    assert stopped == 2
+    assert stopped == 1
     for what in ("chunk_overdue", "worker_lost", "chunk_suspected"):
         assert not run.of(what)
     assert sorted(run.computed()) == list(range(uninterrupted.chunk_count))
@@ -190,8 +190,8 @@ def test_a_coordinator_that_stood_still_blames_nobody(
 def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "out.zarr"
     # One chunk of several seconds, so that it is under way when the signal comes on any machine.
-    inputs = [VIRAL_PROTEINS] * 8
-    settings = ("--rows-per-chunk", 2_400, "--workers", 1)
+    inputs = [VIRAL_PROTEINS] * 4
+    settings = ("--rows-per-chunk", 1_200, "--workers", 1)
     first = Run("run", *inputs, path, *settings, "--grace", 5)
     for event in first:
         if event["event"] == "workers_changed":
@@ -200,7 +200,7 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Pa
             break
     assert first.finish() == 128 + signal.SIGTERM
     assert first.of("stopping")[0]["running"] == 1
-    assert first.of("run_summary")[0]["counts"] == {"pending": 2_400}
+    assert first.of("run_summary")[0]["counts"] == {"pending": 1_200}
     assert not Store(path).touched()[0]
     second = Run("resume", path)
     assert second.finish() == 0
