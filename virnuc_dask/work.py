@@ -313,10 +313,10 @@ class Work:
     # --- deadlines ---
 
     def _look_for_overdue(self, client: Client) -> None:
-        now, patience = time.monotonic(), self._pace.patience()
+        now = time.monotonic()
         if (passed := now - self._looked) < LOOK_EVERY_S:
             return
-        self._looked = now
+        self._looked, patience = now, self._pace.patience()
         if passed > NOBODY_LOOKED_S:
             for attempt in self._running.values():
                 attempt.since += passed
