@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import Counter, deque
 from dataclasses import dataclass
+from functools import partial
 from heapq import heappop, heappush
 from queue import Empty, SimpleQueue
 from typing import Any
@@ -71,7 +72,7 @@ class Work:
         emit: Listener,
         costs: dict[int, int],
     ) -> None:
-        self.store, self.needs, self.config, self.emit = store, needs, config, emit
+        self.store, self.config, self.emit = store, config, emit
         self.costs = costs
         self.reports: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
@@ -96,6 +97,8 @@ class Work:
         self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
         self.worker_s = self._busy_s = 0.0
         self._prefix = f"embed-{uuid4().hex[:8]}-"
+        # Bound here, not an argument: Dask searches each task's arguments for other tasks.
+        self._task = delayed(partial(embed_on_worker, needs), pure=False)
 
     def drive(self, client: Client, missing: list[int]) -> None:
         """Have chunks computed until none is left, or a signal and its grace have passed.
@@ -160,9 +163,7 @@ class Work:
             self._submitted += 1
             key = f"{self._prefix}{chunk}-{self._submitted}"
             patience = self._pace.patience() if chunk in self._suspects else None
-            task = delayed(embed_on_worker, pure=False)(
-                self.needs, key, chunk, patience, dask_key_name=key
-            )
+            task = self._task(key, chunk, patience, dask_key_name=key)
             others = self._roster.candidates()
             future = client.compute(
                 task, workers=list(others) or None, allow_other_workers=bool(others)
