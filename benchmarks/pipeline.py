@@ -31,17 +31,18 @@ from functools import partial
 from multiprocessing.queues import Queue
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
+from queue import SimpleQueue
 from statistics import median
 
 import dask
 import numpy as np
 import psutil
 import torch
-from distributed import Client, LocalCluster
+from distributed import Client, Future, LocalCluster
 
 from tests.models import random_network, save_network
 from virnuc_dask import cluster, events, resume, run, work
-from virnuc_dask.cluster import CALM, MALLOC
+from virnuc_dask.cluster import CALM, MALLOC, THREADS_PER_WORKER
 from virnuc_dask.config import Identity, ModelSpec, Settings
 from virnuc_dask.embed import ChunkReport, embed_chunk, embed_rows
 from virnuc_dask.embed import Rows as EmbeddedRows
@@ -231,7 +232,7 @@ def dask_workers(count: int) -> Iterator[Client]:
         dask.config.set({**MALLOC, **CALM}),
         LocalCluster(
             n_workers=count,
-            threads_per_worker=2,
+            threads_per_worker=THREADS_PER_WORKER,
             memory_limit=0,
             env=threads,
             host="127.0.0.1",
@@ -248,7 +249,8 @@ def dask_workers(count: int) -> Iterator[Client]:
 
 def many_chunks(folder: Path, arguments: argparse.Namespace) -> Rows:
     """Chunks of one row that cost nothing: all that is left is Dask and the coordinator."""
-    rows: Rows = []
+    alone = window_of_nothing(arguments.chunks)
+    rows: Rows = [("tasks of nothing by Dask alone: ms per task", f"{alone:.2f}")]
     for name, task, chunks in (
         ("nothing", no_task, arguments.chunks),
         ("read and write, no encoder", no_encoder, arguments.chunks // 10),
@@ -266,6 +268,23 @@ def many_chunks(folder: Path, arguments: argparse.Namespace) -> Rows:
             (f"{name}: coordinator and scheduler, first to last result", watch.memory()),
         ]
     return rows
+
+
+def window_of_nothing(tasks: int) -> float:
+    """Milliseconds for each of so many tasks of nothing, as many at a time as a run's chunks."""
+    nothing = dask.delayed(abs, pure=False)
+    done: SimpleQueue[Future] = SimpleQueue()
+    with dask_workers(2) as client:
+        at_once = min(tasks, sum(client.nthreads().values()))
+        began = time.monotonic()
+        for number in range(tasks):
+            if number >= at_once:
+                done.get().release()
+            future = client.compute(nothing(number, dask_key_name=f"nothing-{number}"))
+            future.add_done_callback(done.put)
+        for _ in range(at_once):
+            done.get().release()
+        return 1000 * (time.monotonic() - began) / tasks
 
 
 class _Watch:
