@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from threading import Event, Thread
+from threading import Barrier, Event, Thread
 from types import SimpleNamespace
 
 import pytest
@@ -239,11 +239,12 @@ def test_several_threads_at_once(library: ctypes.CDLL) -> None:
 def test_what_a_thread_writes_to_outlives_who_waits_for_it(
     monkeypatch: pytest.MonkeyPatch, threads: int
 ) -> None:
-    # A stand-in for a kernel that is still at work when Ctrl-C comes.
-    begun, go_on, alive = Event(), Event(), []
+    # A stand-in for a kernel that is still at work when Ctrl-C comes. In every thread: what has
+    # not begun by then is never called.
+    begun, go_on, alive = Barrier(threads + 1, timeout=30), Event(), []
 
     def slow(*_: object) -> int:
-        begun.set()
+        begun.wait()
         go_on.wait(30)
         alive.append(of_x() is not None)
         return 0
@@ -253,7 +254,7 @@ def test_what_a_thread_writes_to_outlives_who_waits_for_it(
     of_x = weakref.ref(x)
 
     def interrupt() -> None:
-        begun.wait(30)
+        begun.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
     product = [Product(x)]
@@ -272,9 +273,9 @@ def test_what_a_thread_writes_to_outlives_who_waits_for_it(
     go_on.set()
     kernels._pool().submit(int).result()
     until = time.monotonic() + 30
-    while len(alive) < 3 and time.monotonic() < until:
+    while len(alive) < threads and time.monotonic() < until:
         time.sleep(0.01)
-    assert alive == [True] * 3
+    assert alive == [True] * threads
 
 
 def test_defaults_of_torch_that_others_have_set(library: ctypes.CDLL) -> None:
