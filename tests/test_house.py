@@ -47,6 +47,7 @@ ORDER = [
     "events",
     "prepare",
     "workers",
+    "forked",
     "roster",
     "work",
     "coordinator",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
+import gc
 import json
 import sys
 from collections.abc import Callable
@@ -53,6 +55,7 @@ def main() -> None:
     Exit codes: 0 complete; 2 usage or input error; 3 complete, with quarantined rows; 4 incomplete
     or damaged, the same command resumes; 130 and 143 interrupted, the same command resumes.
     """
+    atexit.register(gc.freeze)
 
 
 @main.command()
@@ -186,8 +189,9 @@ def verify(
     with ExitStack() as stack:
         client = None
         if cluster:
-            from virnuc_dask.cluster import connect
+            from virnuc_dask.cluster import connect, fork_workers
 
+            fork_workers()
             client = stack.enter_context(connect(cluster))
         progress = show if on_terminal else None
         report = check(store, repair=repair, progress=progress, client=client)
@@ -270,6 +274,7 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
 def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary]) -> NoReturn:
     import logging
 
+    from virnuc_dask.cluster import fork_workers
     from virnuc_dask.progress import display, recorded
 
     kind, telemetry = shown
@@ -277,6 +282,7 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
     # would add a traceback of whatever message was on its way. The second has a level of its own.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
+    fork_workers()
     with display(kind) as listener, recorded(listener, telemetry) as listener:
         summary = work(listener)
     if kind != "json":

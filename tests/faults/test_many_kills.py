@@ -134,7 +134,7 @@ def choose_worker(
     """A living worker that has reported a chunk: one that starts is not at work yet."""
     reported = {event["pid"] for event in run.of("chunk_done")}.difference(killed)
     with suppress(psutil.NoSuchProcess):
-        children = psutil.Process(run.process.pid).children()
+        children = psutil.Process(run.process.pid).children(recursive=True)
         if living := [child for child in children if child.pid in reported]:
             return living[random.integers(len(living))]
     return None
@@ -196,31 +196,94 @@ def assert_computed_elsewhere(seen: list[events.Event], summary: events.RunSumma
     assert (summary.exit_code, summary.workers_lost) == (0, 1)
 
 
-@pytest.mark.parametrize("kills", [1, 1_000])
-def test_workers_killed_before_they_ever_ran_are_started_again_or_are_a_clear_error(
-    kills: int, peptides: Path, reference: Uninterrupted, tmp_path: Path
+def forked(run: Run) -> Iterator[tuple[psutil.Process, bool]]:
+    """The process that workers are forked from, then workers; and whether it is a worker."""
+    with suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(run.process.pid).children(recursive=True):
+            with suppress(psutil.NoSuchProcess):
+                if "forkserver" in " ".join(process.cmdline()):
+                    yield process, process.ppid() != run.process.pid
+
+
+@pytest.mark.parametrize("workers", [False, True])
+def test_a_process_killed_while_workers_start_is_started_again(
+    workers: bool, peptides: Path, reference: Uninterrupted, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+    run = Run("run", peptides, path, *IDENTITY, *LOCAL)
+    await_event(run, lambda event: event["event"] == "run_started")
+    killed = False
+    while not killed:
+        assert run.process.poll() is None
+        for process, is_worker in forked(run):
+            if is_worker == workers and not killed:
+                process.kill()
+                killed = True
+    assert run.finish() == 0
+    assert_nothing_lost(Store(path), reference.store)
+
+
+def test_an_interrupt_while_workers_start_is_answered_by_the_coordinator_alone(
+    peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.zarr"
     run = Run("run", peptides, path, *IDENTITY, *LOCAL, stderr=subprocess.PIPE)
     await_event(run, lambda event: event["event"] == "run_started")
-    killed: set[int] = set()
-    while len(killed) < kills and run.process.poll() is None:
-        with suppress(psutil.NoSuchProcess):
-            for child in psutil.Process(run.process.pid).children():
-                if len(killed) < kills and "spawn_main" in " ".join(child.cmdline()):
-                    child.kill()
-                    killed.add(child.pid)
+    while not any(ignores_interrupts(process) for process, _ in forked(run)):
+        assert run.process.poll() is None
+    os.killpg(run.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C goes
+    assert run.finish() == 128 + signal.SIGINT
+    assert run.process.stderr is not None
+    assert "Traceback" not in run.process.stderr.read()
+    assert run.of("run_summary")[0]["interrupted"] == signal.SIGINT
+    assert Run("resume", path, *LOCAL).finish() == 0
+    assert_nothing_lost(Store(path), reference.store)
+
+
+def ignores_interrupts(process: psutil.Process) -> bool:
+    with suppress(OSError):
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        mask = status.partition("SigIgn:")[2].split()[0]
+        return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
+    return False
+
+
+def test_workers_that_are_always_killed_before_they_ever_ran_are_a_clear_error(
+    peptides: Path, reference: Uninterrupted, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+    run = Run("run", peptides, path, *IDENTITY, *LOCAL, stderr=subprocess.PIPE)
+    await_event(run, lambda event: event["event"] == "run_started")
+    killed = set()
+    while run.process.poll() is None:
+        for process, is_worker in forked(run):
+            if is_worker:
+                process.kill()
+                killed.add(process.pid)
         time.sleep(0.01)
-    if kills == 1:
-        assert run.finish() == 0
-    else:
-        assert run.process.stderr is not None
-        assert run.finish() == 4
-        assert "the workers did not start, 3 times" in (said := run.process.stderr.read())
-        assert "Traceback" not in said
-        again = Run("resume", path, *LOCAL)
-        assert again.finish() == 0
-    assert killed
+    assert run.finish() == 4
+    assert len(killed) >= 3
+    assert run.process.stderr is not None
+    assert "the workers did not start, 3 times" in (said := run.process.stderr.read())
+    assert "Traceback" not in said
+    assert Run("resume", path, *LOCAL).finish() == 0
+    assert_nothing_lost(Store(path), reference.store)
+
+
+def test_without_the_process_that_workers_are_forked_from_they_are_started_again(
+    peptides: Path, reference: Uninterrupted, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+    run = Run("run", peptides, path, *IDENTITY, *LOCAL)
+    await_event(run, lambda _: len(run.computed()) == 10)
+    server, *workers = (process for process, _ in forked(run))
+    finished = finished_chunks(Store(path))
+    server.kill()
+    assert run.finish() == 0
+    # They cannot be watched without it, and end with it.
+    assert len(run.of("worker_lost")) == len(workers) == 2
+    await_end({worker.pid for worker in workers})
+    assert finished.items() <= finished_chunks(Store(path)).items()
     assert_nothing_lost(Store(path), reference.store)
 
 

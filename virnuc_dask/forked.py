@@ -1,0 +1,14 @@
+"""What workers are forked from: imported by the process that does so, and by nothing else."""
+
+from __future__ import annotations
+
+import gc
+import signal
+
+# A terminal's Ctrl-C comes here too, and would be answered with a traceback.
+signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+import virnuc_dask.workers  # noqa: E402, F401
+
+# Nobody looks through it again: its pages stay shared, and its process ends at once.
+gc.freeze()
