@@ -8,6 +8,7 @@ known: about log2 n deaths for one guilty row of n, and no worker's.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import subprocess
@@ -211,6 +212,7 @@ def _main(folder: Path) -> None:
     encoder = get_encoder(model, job["device"])
     # Whoever dies of this does not die of a row.
     encoder.encode([BEYOND_DOUBT])
+    gc.freeze()  # nobody looks through what is loaded again: it ends at once
     (folder / "ready").touch()
     for first, last in job["parts"]:
         try:

@@ -190,9 +190,9 @@ def test_a_coordinator_that_stood_still_blames_nobody(
 def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "out.zarr"
     # One chunk of several seconds, so that it is under way when the signal comes on any machine.
-    inputs = [VIRAL_PROTEINS] * 4
-    settings = ("--rows-per-chunk", 1_200, "--workers", 1)
-    first = Run("run", *inputs, path, *settings, "--grace", 5)
+    inputs = [VIRAL_PROTEINS] * 3
+    settings = ("--rows-per-chunk", 900, "--workers", 1)
+    first = Run("run", *inputs, path, *settings, "--grace", 2)
     for event in first:
         if event["event"] == "workers_changed":
             time.sleep(1)  # the chunk is handed out right after
@@ -200,7 +200,7 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Pa
             break
     assert first.finish() == 128 + signal.SIGTERM
     assert first.of("stopping")[0]["running"] == 1
-    assert first.of("run_summary")[0]["counts"] == {"pending": 1_200}
+    assert first.of("run_summary")[0]["counts"] == {"pending": 900}
     assert not Store(path).touched()[0]
     second = Run("resume", path)
     assert second.finish() == 0
