@@ -95,6 +95,23 @@ def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
         assert "MALLOC_MMAP_THRESHOLD_=33554432" in environment
 
 
+def test_forked_workers_were_loaded_with_the_same_settings(peptides: Path, tmp_path: Path) -> None:
+    run = Run(
+        *("run", peptides, tmp_path / "out.zarr", "--repr-layer", 0, "--workers", 1),
+        env=os.environ | {"OMP_NUM_THREADS": "17"},
+    )
+    seen: list[str] = []
+    for event in run:
+        if event["event"] == "chunk_done" and not seen:
+            # Of a forked process this is what it was forked from was started with.
+            seen = Path(f"/proc/{event['pid']}/environ").read_text().split("\0")
+            assert "forkserver" in Path(f"/proc/{event['pid']}/cmdline").read_text()
+    assert run.finish() == 0
+    wanted = {"OMP_NUM_THREADS": str(CPU_COUNT), "MKL_NUM_THREADS": str(CPU_COUNT)}
+    wanted |= {"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_MMAP_THRESHOLD_": "33554432"}
+    assert {f"{name}={value}" for name, value in wanted.items()} <= set(seen)
+
+
 def test_gpus_that_are_not_there_are_a_clear_error(awkward: Path, tmp_path: Path, cli: Cli) -> None:
     refused = cli(
         *("run", awkward, "out.zarr", "--cluster", "local-cuda"),

@@ -55,6 +55,7 @@ def main() -> None:
     Exit codes: 0 complete; 2 usage or input error; 3 complete, with quarantined rows; 4 incomplete
     or damaged, the same command resumes; 130 and 143 interrupted, the same command resumes.
     """
+    # Or Python's end would take most of a second to look through all that torch has loaded.
     atexit.register(gc.freeze)
 
 

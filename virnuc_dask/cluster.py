@@ -163,18 +163,18 @@ _ON_THIS_MACHINE: dict[str, Any] = {
 
 
 def _start_cores(count: int) -> LocalCluster:
-    threads = str(max(1, CPU_COUNT // count))
     # Torch obeys the smaller of the two when it is loaded, and Dask sets both to 1.
     names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    with dask.config.set(
-        {f"distributed.nanny.pre-spawn-environ.{name}": threads for name in names}
-    ):
-        return LocalCluster(
-            n_workers=count,
-            threads_per_worker=THREADS_PER_WORKER,
-            processes=True,
-            **_ON_THIS_MACHINE,
-        )
+    environment = dict.fromkeys(names, str(max(1, CPU_COUNT // count)))
+    if dask.config.get(_METHOD) == "forkserver":
+        os.environ.update(environment)  # loaded before a worker has an environment of its own
+    return LocalCluster(
+        n_workers=count,
+        threads_per_worker=THREADS_PER_WORKER,
+        processes=True,
+        env=environment,
+        **_ON_THIS_MACHINE,
+    )
 
 
 def _gpu_cluster() -> Callable[..., LocalCluster]:
