@@ -18,6 +18,7 @@ from virnuc_dask.store import TASK_ARRAYS, Store
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+PROGRAM = [sys.executable, "-m", "virnuc_dask"]
 VIRAL_PROTEINS = EXAMPLES / "viral_proteins.faa.gz"
 
 # Deadlines measure the machine's other work.
@@ -150,7 +151,7 @@ def cli(tmp_path: Path) -> Cli:
 
 def command(*arguments: object) -> list[str]:
     """The command line of a command."""
-    return [sys.executable, "-m", "virnuc_dask", *map(str, arguments)]
+    return [*PROGRAM, *map(str, arguments)]
 
 
 def tree(path: Path | str) -> dict[str, tuple[Any, Any, bytes]]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import psutil
-from conftest import chunk_bytes, command, tree
+from conftest import PROGRAM, chunk_bytes, tree
 
 import virnuc_dask
 from virnuc_dask.store import Store
@@ -19,10 +19,10 @@ from virnuc_dask.store import Store
 class Run:
     """A command in a process group of its own, whose events are read as they come."""
 
-    def __init__(self, *arguments: object, **options: Any) -> None:
+    def __init__(self, *arguments: object, program: Any = PROGRAM, **options: Any) -> None:
         self.events: list[dict[str, Any]] = []
         self.process = subprocess.Popen(
-            command(*arguments, "--json", "--no-telemetry"),
+            [*program, *map(str, arguments), "--json", "--no-telemetry"],
             stdout=subprocess.PIPE,
             text=True,
             start_new_session=True,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import signal
 
-# A terminal's Ctrl-C comes here too, and would be answered with a traceback.
+# A terminal's Ctrl-C comes here and to workers too, which inherit this; the coordinator acts on it.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import virnuc_dask.workers  # noqa: E402, F401

@@ -159,12 +159,15 @@ def _run_child(folder: Path, allowed: dict[Path, float], goes_on: Callable[[], N
         Whether it hung and was killed.
     """
     ready = next(iter(allowed))
+    # Modules are looked for where this process does, and not first in the working directory.
+    path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with open(folder / "stderr", "w+b") as stderr:
         child = subprocess.Popen(
             [sys.executable, "-m", "virnuc_dask.isolate", str(folder)],
             stdin=subprocess.PIPE,  # which closes with this process, and with it the child ends
             stdout=subprocess.DEVNULL,
             stderr=stderr,
+            env=os.environ | path,
         )
         with child:
             hung = _watch(child, allowed, goes_on)

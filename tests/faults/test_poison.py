@@ -23,6 +23,7 @@ from virnuc_dask.config import ModelSpec, Status
 from virnuc_dask.embed import embed_rows, get_encoder
 from virnuc_dask.errors import VirnucError
 from virnuc_dask.isolate import embed_apart
+from virnuc_dask.retry import Patience
 from virnuc_dask.store import Store
 from virnuc_dask.weights import describe, load_checkpoint
 
@@ -277,7 +278,12 @@ def rows_of(store: Store) -> tuple[Any, Any]:
     return store.read_rows(0)
 
 
-def test_children_give_what_this_process_gives(awkward: Path, make_store: Maker) -> None:
+def test_children_give_what_this_process_gives(
+    awkward: Path, tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Whatever lies about in the working directory is nobody's module.
+    (tmp_path / "esm.py").write_text("raise SystemExit(1)")
+    monkeypatch.chdir(tmp_path)
     store = make_store(awkward, embed=False, per_residue=True, repr_layer=None, max_residues=50)
     spec = describe(load_checkpoint("demo"))
     apart = embed_apart(spec, "cpu", *rows_of(store), store.identity)
@@ -299,6 +305,18 @@ def test_every_row_may_be_guilty(
     rows = embed_apart(model, "cpu", *rows_of(store), store.identity)
     assert np.flatnonzero(rows.status == Status.CRASHED_WORKER).tolist() == list(guilty)
     assert np.isnan(rows.embedding).all(axis=1).sum() == len(guilty)
+
+
+@pytest.mark.usefixtures("armed")
+def test_a_row_that_hangs_costs_its_neighbour_nothing(
+    peptides: Path, tmp_path: Path, make_store: Maker, model: ModelSpec
+) -> None:
+    inputs = poisoned(peptides, tmp_path / "some.faa", {0: HANGS}, 2)
+    store = make_store(inputs, embed=False, repr_layer=None)
+    patience = Patience(start=120, least=3)
+    rows = embed_apart(model, "cpu", *rows_of(store), store.identity, patience)
+    assert rows.status.tolist() == [Status.TIMED_OUT, Status.EMBEDDED]
+    assert np.isfinite(rows.embedding[1]).all()
 
 
 def test_a_child_that_raises_blames_no_row(awkward: Path, make_store: Maker) -> None:
