@@ -196,6 +196,13 @@ def assert_computed_elsewhere(seen: list[events.Event], summary: events.RunSumma
     assert (summary.exit_code, summary.workers_lost) == (0, 1)
 
 
+def starting(peptides: Path, path: Path) -> Run:
+    """A run that is about to start its workers."""
+    run = Run("run", peptides, path, *IDENTITY, *LOCAL, stderr=subprocess.PIPE)
+    await_event(run, lambda event: event["event"] == "run_started")
+    return run
+
+
 def forked(run: Run) -> Iterator[tuple[psutil.Process, bool]]:
     """The process that workers are forked from, then workers; and whether it is a worker."""
     with suppress(psutil.NoSuchProcess):
@@ -210,8 +217,7 @@ def test_a_process_killed_while_workers_start_is_started_again(
     workers: bool, peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.zarr"
-    run = Run("run", peptides, path, *IDENTITY, *LOCAL)
-    await_event(run, lambda event: event["event"] == "run_started")
+    run = starting(peptides, path)
     killed = False
     while not killed:
         assert run.process.poll() is None
@@ -228,8 +234,7 @@ def test_an_interrupt_while_workers_start_is_answered_by_the_coordinator_alone(
     peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.zarr"
-    run = Run("run", peptides, path, *IDENTITY, *LOCAL, stderr=subprocess.PIPE)
-    await_event(run, lambda event: event["event"] == "run_started")
+    run = starting(peptides, path)
     while not any(ignores_interrupts(process) for process, _ in forked(run)):
         assert run.process.poll() is None
         time.sleep(0.01)
@@ -259,8 +264,7 @@ def test_workers_that_are_always_killed_before_they_ever_ran_are_a_clear_error(
     peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.zarr"
-    run = Run("run", peptides, path, *IDENTITY, *LOCAL, stderr=subprocess.PIPE)
-    await_event(run, lambda event: event["event"] == "run_started")
+    run = starting(peptides, path)
     killed = set()
     while run.process.poll() is None:
         for process, is_worker in forked(run):
