@@ -250,14 +250,10 @@ def test_an_interrupt_while_workers_start_is_answered_by_the_coordinator_alone(
 
 def ignores_interrupts(process: psutil.Process) -> bool:
     with suppress(OSError):
-        mask = status_of(process, "SigIgn")
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        mask = status.partition("SigIgn:")[2].split()[0]
         return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
     return False
-
-
-def status_of(process: psutil.Process, name: str) -> str:
-    status = Path(f"/proc/{process.pid}/status").read_text()
-    return status.partition(f"{name}:")[2].split()[0]
 
 
 def test_workers_that_are_always_killed_before_they_ever_ran_are_a_clear_error(
@@ -290,7 +286,7 @@ def test_without_the_process_that_workers_are_forked_from_they_are_started_again
     run = Run("run", peptides, path, *IDENTITY, *LOCAL)
     await_event(run, lambda _: len(run.computed()) == 10)
     server, *workers = (process for process, _ in forked(run))
-    assert status_of(server, "Threads") == "1"  # others would not be forked, but their locks
+    assert server.num_threads() == 1  # others would not be forked, but their locks
     finished = finished_chunks(Store(path))
     server.kill()
     assert run.finish() == 0
