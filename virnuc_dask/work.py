@@ -11,7 +11,6 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
-from dask import delayed
 from distributed import Client, Future
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
@@ -98,7 +97,7 @@ class Work:
         self.worker_s = self._busy_s = 0.0
         self._prefix = f"embed-{uuid4().hex[:8]}-"
         # Bound here, not an argument: Dask searches each task's arguments for other tasks.
-        self._task = delayed(partial(embed_on_worker, needs), pure=False)
+        self._task = partial(embed_on_worker, needs)
 
     def drive(self, client: Client, missing: list[int]) -> None:
         """Have chunks computed until none is left, or a signal and its grace have passed.
@@ -163,11 +162,10 @@ class Work:
             self._submitted += 1
             key = f"{self._prefix}{chunk}-{self._submitted}"
             patience = self._pace.patience() if chunk in self._suspects else None
-            task = self._task(key, chunk, patience, dask_key_name=key)
             others = self._roster.candidates()
-            future = client.compute(
-                task, workers=list(others) or None, allow_other_workers=bool(others)
-            )
+            only: dict[str, Any] = {"workers": list(others), "allow_other_workers": True}
+            # Not `delayed`: optimising a graph of one task takes longer than all else here.
+            future = client.submit(self._task, chunk, patience, key=key, **(only if others else {}))
             self._running[key] = _Attempt(chunk, future, time.monotonic(), others, patience)
             future.add_done_callback(self._inbox.put)
 

@@ -214,7 +214,6 @@ def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:
 
 def embed_on_worker(
     needs: Needs,
-    key: str,
     chunk: int,
     patience: Patience | None = None,
     embed: Callable[..., ChunkReport] = embed_chunk,
@@ -229,8 +228,6 @@ def embed_on_worker(
     ----------
     needs : Needs
         Looked at before the process's first chunk.
-    key : str
-        Of the task.
     chunk : int
     patience : Patience, optional
         For a suspect chunk, which is computed in child processes: how long they may take.
@@ -245,6 +242,7 @@ def embed_on_worker(
         The worker's process is of no use any more.
     """
     worker = get_worker()
+    key = worker.get_current_task()
 
     def tell(action: str, **more: Any) -> None:
         message = {"action": action, "key": key, "worker": worker.address, **more}
