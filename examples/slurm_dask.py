@@ -39,7 +39,9 @@ def make_cluster() -> SLURMCluster:
 def main() -> int:
     inputs, store = sys.argv[1:]
     with make_cluster() as cluster, Client(cluster) as client:
-        cluster.adapt(minimum=1, maximum=16)
+        # Always so many, one in a lost one's place. Dask's own idea of how many are wanted goes by
+        # tasks that wait, and a run has none waiting.
+        cluster.adapt(minimum_jobs=16, maximum_jobs=16)
         summary = virnuc_dask.run(
             inputs,
             store,
