@@ -15,9 +15,10 @@ from models import random_network, random_sequences, save_network
 
 from virnuc_dask import embed
 from virnuc_dask.attention import Layout
-from virnuc_dask.config import Status
+from virnuc_dask.config import Settings, Status
 from virnuc_dask.encoder import CPU_TOKENS, load_encoder
 from virnuc_dask.esm2 import Network
+from virnuc_dask.prepare import prepare
 
 
 @pytest.fixture
@@ -75,6 +76,35 @@ def test_rows_that_do_not_fit_are_quarantined_and_their_neighbours_are_not(
     assert np.isnan(embedding[long]).all()
     assert np.isfinite(embedding[~long]).all()
     assert (status[~long] == Status.EMBEDDED).all()
+
+
+def test_no_row_is_blamed_while_others_have_the_memory(
+    make_store: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stand-in for a GPU that another process has filled, for a while."""
+    monkeypatch.setattr(embed, "_loaded", {})
+    whole = make_store(VIRAL_PROTEINS, "whole.zarr")
+    forward = Network._forward
+    refused: list[int] = []
+
+    def full(self: Network, filled: torch.Tensor, layout: Layout) -> torch.Tensor:
+        if len(refused) < 400:
+            refused.append(len(filled))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, filled, layout)
+
+    settings = Settings(rows_per_chunk=32, repr_layer=0)
+    store, spec = prepare(VIRAL_PROTEINS, tmp_path / "out.zarr", settings, lambda _event: None)
+    monkeypatch.setattr(Network, "_forward", full)
+    with pytest.raises(MemoryError, match="20 residues, does not fit"):
+        embed.embed_chunk(str(store.path), 0, store.identity, spec)
+    assert not store.present().any()
+    refused += [0] * 400
+    embed.embed_chunk(str(store.path), 0, store.identity, spec)
+    (encoder,) = embed._loaded.values()
+    assert encoder.token_budget == CPU_TOKENS
+    for ours, expected in zip(store.read_chunk(0), whole.read_chunk(0), strict=True):
+        assert np.array_equal(ours, expected)
 
 
 def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from virnuc_dask import retry
 from virnuc_dask.config import Identity, ModelSpec, Status
-from virnuc_dask.encoder import Encoded, Encoder, Usage
+from virnuc_dask.encoder import Encoded, Encoder, Usage, is_out_of_memory
 from virnuc_dask.errors import IdentityMismatchError, ModelError
 from virnuc_dask.packing import Segments, cut_segments, encoded_lengths
 from virnuc_dask.residues import invalid_rows
@@ -215,6 +215,9 @@ def embed_rows(
         encoder.encode([BEYOND_DOUBT])
         found, guilty = _encode_apart(partial(encode, encoder), segments, row_of_residue)
         status[guilty] = Status.ENCODER_ERROR
+    if not found.fits.all():
+        # If this does not fit either, others have the memory, and it is no row's fault.
+        encoder.encode([BEYOND_DOUBT])
     status[~found.fits] = Status.OUT_OF_MEMORY
     odd = ~_finite(found, row_of_residue, identity) & (status < Status.INVALID_RESIDUES)
     if odd.any() and encoder.spec.precision != "float32":
@@ -303,6 +306,13 @@ def get_encoder(model: ModelSpec, device: str = "cpu") -> Encoder:
 
     A getter and not a worker plugin: a plugin that fails after a restart is only logged, and the
     worker goes on taking tasks.
+
+    Raises
+    ------
+    ModelError
+        The weights are others, or none of an ESM-2.
+    MemoryError
+        Others have the device's memory, or there is too little of it.
     """
     with _loading:
         encoder = _loaded.get((model, device))
@@ -320,5 +330,10 @@ def get_encoder(model: ModelSpec, device: str = "cpu") -> Encoder:
             for spec, place in list(_loaded):
                 if model.precision != "float32" or replace(spec, precision="float32") != model:
                     del _loaded[spec, place]
-            encoder = _loaded[model, device] = Encoder(checkpoint, model, device)
+            try:
+                encoder = _loaded[model, device] = Encoder(checkpoint, model, device)
+            except RuntimeError as error:
+                if is_out_of_memory(error):
+                    raise MemoryError(f"the model does not fit now: {error}") from error
+                raise
         return encoder

@@ -181,6 +181,8 @@ class Encoder:
         whole = cut_segments(lengths, int(lengths.max(initial=1)), "truncate")
         encoded = self.encode_segments(residues, whole, len(cleaned))
         if not encoded.fits.all():
+            # If it was others who had the memory, batches need not be small ever after.
+            self.token_budget = _first_budget(self._device, self.dimension)
             number = int(np.argmin(encoded.fits))
             raise MemoryError(f"sequence {number}, {lengths[number]} residues, does not fit")
         return encoded.embedding
@@ -286,7 +288,7 @@ class Encoder:
         try:
             return self._encode_batch(residues, segments, batch, per_residue)
         except (MemoryError, RuntimeError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
         _release_memory(self._device)
         return None
@@ -368,7 +370,8 @@ def _release_memory(device: torch.device) -> None:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that a device or the host is short of memory."""
     # On a CPU torch raises a plain RuntimeError, and oneDNN, short of memory, one of these.
     texts = ("can't allocate memory", "could not create a", "could not execute a")
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(

@@ -59,14 +59,15 @@ class Network:
                 network, alphabet = load_model_and_alphabet_core("esm2", checkpoint.data)
             except RuntimeError as error:
                 raise ModelError(f"model {checkpoint.reference}: {error}") from error
-        network = network.to(device, torch.float32).eval().requires_grad_(False)
+        # It stays on the host: of a large model a GPU holds what it needs, and not all of it twice.
+        network = network.to(torch.float32).eval().requires_grad_(False)
         self._heads = int(network.attention_heads)
         # Without a masked token upstream's token dropout is this constant.
         scale = 1 - 0.15 * 0.8 if network.token_dropout else 1.0
-        self._embedding: Tensor = network.embed_tokens.weight * scale
+        self._embedding: Tensor = (network.embed_tokens.weight * scale).to(device)
         has_kernels = kernels.serve(device, spec.precision, spec.dimension)
         self._layers = [
-            _Layer.of(layer, self._heads, spec.precision, has_kernels)
+            _Layer.of(layer, self._heads, spec.precision, device, has_kernels)
             for layer in network.layers[: spec.repr_layer]
         ]
         # What enters the first attention depends on the token alone.
@@ -75,8 +76,8 @@ class Network:
                 la.qkv(la.norm1(self._embedding)).finished() for la in self._layers[:1]
             ]
         is_last = spec.repr_layer == network.num_layers
-        self._final_norm = _Norm.of(network.emb_layer_norm_after) if is_last else None
-        self._inverse_frequencies: Tensor = network.layers[0].self_attn.rot_emb.inv_freq
+        self._final_norm = _Norm.of(network.emb_layer_norm_after, device) if is_last else None
+        self._inverse_frequencies: Tensor = network.layers[0].self_attn.rot_emb.inv_freq.to(device)
         self._bos, self._eos = int(alphabet.cls_idx), int(alphabet.eos_idx)
         self._token_of = _token_table(alphabet)
         dtype = DTYPES.get(spec.precision, torch.float32)
@@ -159,8 +160,8 @@ class _Norm:
     form: torch.dtype | None
 
     @classmethod
-    def of(cls, norm: Any, form: torch.dtype | None = None) -> _Norm:
-        return cls(norm.weight, norm.bias, norm.eps, form)
+    def of(cls, norm: Any, device: torch.device, form: torch.dtype | None = None) -> _Norm:
+        return cls(norm.weight.to(device), norm.bias.to(device), norm.eps, form)
 
     def __call__(self, x: Tensor, product: Product | None = None) -> Tensor | Integers:
         """Of x, to which the product is added in place."""
@@ -185,7 +186,9 @@ class _Layer:
     down: Linear
 
     @classmethod
-    def of(cls, layer: Any, heads: int, precision: Precision, has_kernels: bool) -> _Layer:
+    def of(
+        cls, layer: Any, heads: int, precision: Precision, device: torch.device, has_kernels: bool
+    ) -> _Layer:
         attention = layer.self_attn
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
@@ -194,18 +197,21 @@ class _Layer:
             turned = parts if has_kernels else [_pair(part, heads) for part in parts]
             return torch.cat([*turned, getattr(value, name)])
 
-        def linear(module: Any) -> Linear:
-            return make_linear(module.weight, module.bias, precision)
+        def linear(weight: Tensor, bias: Tensor) -> Linear:
+            return make_linear(weight.to(device), bias.to(device), precision)
 
-        qkv = make_linear(fused("weight"), fused("bias"), precision)
+        def like(module: Any) -> Linear:
+            return linear(module.weight, module.bias)
+
+        qkv = linear(fused("weight"), fused("bias"))
         form = qkv.takes if has_kernels else None
         return cls(
-            _Norm.of(layer.self_attn_layer_norm, form),
+            _Norm.of(layer.self_attn_layer_norm, device, form),
             qkv,
-            linear(attention.out_proj),
-            _Norm.of(layer.final_layer_norm, form),
-            linear(layer.fc1),
-            linear(layer.fc2),
+            like(attention.out_proj),
+            _Norm.of(layer.final_layer_norm, device, form),
+            like(layer.fc1),
+            like(layer.fc2),
         )
 
 
