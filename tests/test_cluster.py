@@ -22,11 +22,17 @@ import pytest
 import torch
 from conftest import ROOT, Cli, Maker
 from dask.system import CPU_COUNT
-from harness import Run, assert_ledger, finished_chunks
+from harness import (
+    Run,
+    assert_ledger,
+    await_end,
+    clear_partial_files_of_the_killed,
+    finished_chunks,
+)
 from models import random_network, save_network
 
 import virnuc_dask
-from virnuc_dask import RunConfig, __version__, events, faults, integrity, workers
+from virnuc_dask import RunConfig, __version__, cluster, events, faults, integrity, workers
 from virnuc_dask.cluster import connect, resolve
 from virnuc_dask.config import Shard
 from virnuc_dask.errors import UsageError, VirnucError
@@ -35,13 +41,17 @@ from virnuc_dask.store import Store
 
 @contextmanager
 def dask_cluster(
-    folder: Path, *options: str, worker_options: tuple[str, ...] = (), **environment: Any
+    folder: Path,
+    *options: str,
+    worker_options: tuple[str, ...] = (),
+    scheduler_env: dict[str, str] | None = None,
+    **environment: Any,
 ) -> Iterator[Path]:
     """A scheduler and a worker, each started by hand; the environment is the worker's."""
     file = folder / "scheduler.json"
     arguments = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
     with (
-        started(file, *arguments, *options),
+        started(file, *arguments, *options, env=scheduler_env),
         worker(file, *options, *worker_options, **environment),
     ):
         while not file.exists() or not file.read_text():
@@ -109,6 +119,7 @@ def test_workers_are_forked_from_what_was_loaded_for_them_alone(
     temporary = {} if forked else {"TMPDIR": str(long)}
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "17")
     usual = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    usual["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, nothing is forked
     run = Run(
         *("run", peptides, tmp_path / "out.zarr", "--repr-layer", 0, "--workers", 1),
         program=[str(Path(sys.executable).with_name("virnuc-dask"))],
@@ -143,9 +154,22 @@ def test_gpus_that_are_not_there_are_a_clear_error(awkward: Path, tmp_path: Path
 
 
 def test_auto_is_what_there_is() -> None:
-    gpus = torch.cuda.is_available() and find_spec("dask_cuda")
-    assert resolve("auto") == ("local-cuda" if gpus else "local")
     assert resolve("tcp://127.0.0.1:8786") == "tcp://127.0.0.1:8786"
+    if torch.cuda.is_available() and not find_spec("dask_cuda"):
+        with pytest.raises(UsageError, match="needs dask-cuda"):
+            resolve("auto")
+    else:
+        assert resolve("auto") == ("local-cuda" if torch.cuda.is_available() else "local")
+
+
+def test_a_device_that_is_not_there_is_said_before_any_chunk(
+    awkward: Path, tmp_path: Path, cli: Cli
+) -> None:
+    refused = cli("run", awkward, "out.zarr", "--device", "cuda:99")
+    assert refused.returncode == 2
+    assert "error: 1 of 1 workers cannot do this run; nothing was computed" in refused.stderr
+    assert "cannot load the model on cuda:99" in refused.stderr
+    assert not Store(tmp_path / "out.zarr").present().any()
 
 
 @pytest.mark.gpu
@@ -169,6 +193,68 @@ def test_gpus_embed_and_a_killed_worker_costs_nothing(peptides: Path, tmp_path: 
         for name in ("gpu", "cpu")
     )
     assert np.abs(found - expected).max() <= 1e-4 * np.linalg.norm(expected, axis=1).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("dask_cuda") is None, reason="needs dask-cuda")
+def test_a_run_on_gpus_is_killed_and_the_same_command_goes_on(
+    peptides: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+    command = ("--cluster", "local-cuda", "--rows-per-chunk", 8)
+    first = Run("run", peptides, path, *command)
+    pids = set()
+    for event in first:
+        if event["event"] == "chunk_done":
+            pids.add(event["pid"])
+            first.process.send_signal(signal.SIGKILL)
+    assert first.process.wait(timeout=60) == -signal.SIGKILL
+    await_end(pids)
+    store = Store(path)
+    clear_partial_files_of_the_killed(store)
+    done = np.flatnonzero(store.present()).tolist()
+    assert 0 < len(done) < store.chunk_count
+    before = finished_chunks(store)
+    second = Run("run", peptides, path, *command)
+    assert second.finish() == 0
+    assert sorted([*done, *second.computed()]) == list(range(store.chunk_count))
+    assert before.items() <= finished_chunks(store).items()
+    assert Run("resume", path, *command[:2]).finish() == 0
+    assert Run("run", peptides, tmp_path / "whole.zarr", *command).finish() == 0
+    assert_ledger(store, Store(tmp_path / "whole.zarr"))
+
+
+@pytest.mark.skipif(find_spec("dask_cuda") is None, reason="needs dask-cuda")
+def test_each_gpu_has_a_worker_and_a_killed_one_is_replaced(
+    make_store: Maker, peptides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dask-cuda itself, on cores: that there are GPUs is made up, for they cannot always be had."""
+    monkeypatch.setattr(cluster, "visible_gpus", lambda: ["0", "1", "2"])
+    # dask-cuda's own, for tests on machines that lack them.
+    for name in ("DASK_CUDA_TEST_SINGLE_GPU", "DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC"):
+        monkeypatch.setenv(name, "1")
+    whole = make_store(peptides, "whole.zarr")
+    store = make_store(peptides, embed=False)
+    killed: list[int] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.ChunkDone) and not killed:
+            os.kill(event.pid, signal.SIGKILL)
+            killed.append(event.pid)
+
+    with connect("local-cuda", 2) as client:
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["0,1", "1,0"]
+        assert set(client.nthreads().values()) == {3}
+        config = RunConfig(device="cpu")
+        summary = virnuc_dask.resume(store.path, client=client, config=config, listener=listen)
+        assert (summary.exit_code, summary.workers_lost) == (0, 1)
+        client.wait_for_workers(2, timeout=60)
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["0,1", "1,0"]
+        assert killed[0] not in client.run(os.getpid).values()
+    clear_partial_files_of_the_killed(store)
+    assert_ledger(store, whole)
 
 
 def test_nothing_listens_beyond_loopback() -> None:
@@ -217,7 +303,7 @@ def test_tls_works_and_nothing_goes_without_it(
         assert "absent.pem: no such file" in absent.stderr
         done = cli(*common, *tls)
         assert done.returncode == 3, done.stderr
-    assert virnuc_dask.verify(tmp_path / "out.zarr").exit_code == 0
+        assert cli("verify", "out.zarr", "--cluster", file, *tls).returncode == 0
 
 
 @pytest.mark.parametrize(
@@ -248,6 +334,73 @@ def test_a_worker_gets_no_more_chunks_than_help_it(
 
         assert virnuc_dask.resume(store.path, cluster=str(file), listener=listen).exit_code == 0
     assert (most > 1) <= max(found) <= most
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
+    number: int,
+    make_store: Maker,
+    peptides: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    whole = make_store(peptides, "whole.zarr")
+    store = make_store(peptides, embed=False)
+    table = tmp_path / "faults.json"
+    table.write_text(json.dumps({"": ["slow"] * 100}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+        client.wait_for_workers(1)
+        workers = set(client.nthreads())
+        run = Run("resume", store.path, "--cluster", file)
+        for event in run:
+            if event["event"] == "chunk_done" and len(run.computed()) == 1:
+                run.process.send_signal(number)
+        assert run.process.wait(timeout=60) in (-number, 128 + number)
+        before = finished_chunks(store)
+        assert 0 < store.present().sum() < store.chunk_count
+        table.write_text("{}")
+        deadline = time.monotonic() + 60
+        while client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)):
+            assert time.monotonic() < deadline, "tasks stay on the scheduler"
+            time.sleep(0.1)
+        assert set(client.nthreads()) == workers
+        again = Run("resume", store.path, "--cluster", file)
+        assert again.finish() == 0
+        assert Run("resume", store.path, "--cluster", file).finish() == 0
+    assert before.items() <= finished_chunks(store).items()
+    assert_ledger(store, whole)
+
+
+def test_a_hanging_worker_with_others_work_is_not_killed(
+    make_store: Maker, peptides: Path, tmp_path: Path
+) -> None:
+    whole = make_store(peptides, "whole.zarr")
+    store = make_store(peptides, embed=False)
+    seen: list[events.Event] = []
+    stopped: list[int] = []
+    with dask_cluster(tmp_path) as file, worker(file), connect(str(file)) as other:
+        other.wait_for_workers(2)
+        # What somebody else has computed, on either.
+        theirs = [other.submit(pow, 2, n, workers=[w]) for n, w in enumerate(other.nthreads())]
+        assert other.gather(theirs) == [1, 2]
+
+        def listen(event: events.Event) -> None:
+            seen.append(event)
+            if isinstance(event, events.ChunkDone) and not stopped:
+                stopped.append(event.pid)
+                os.kill(event.pid, signal.SIGSTOP)
+
+        config = RunConfig(deadline_floor=4, deadline_first=20)
+        summary = virnuc_dask.resume(store.path, cluster=str(file), config=config, listener=listen)
+        overdue = [event.replaced for event in seen if isinstance(event, events.ChunkOverdue)]
+        assert overdue
+        assert not any(overdue)
+        assert (summary.exit_code, summary.workers_lost) == (0, 0)
+        os.kill(stopped[0], signal.SIGCONT)
+        assert other.gather(theirs) == [1, 2]
+        assert stopped[0] in other.run(os.getpid).values()
+    assert_ledger(store, whole)
 
 
 # --- workers that do not fit ---
@@ -292,6 +445,22 @@ def test_all_that_workers_lack_is_said_at_once_and_before_any_chunk(
             assert not any(client.processing().values())
     assert not Store(tmp_path / "hidden" / "out.zarr").present().any()
     assert not list((tmp_path / "hidden").rglob("*.partial"))
+
+
+def test_a_scheduler_without_the_package_is_told_before_any_chunk(
+    awkward: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """It unpickles tasks on their way."""
+    (there := tmp_path / "bare" / "virnuc_dask").mkdir(parents=True)
+    (there / "__init__.py").write_text("raise ImportError('no virnuc_dask here')")
+    bare = os.environ | {"PYTHONPATH": str(there.parent)}
+    with dask_cluster(tmp_path, scheduler_env=bare) as file:
+        refused = cli("run", awkward, "out.zarr", "--repr-layer", 0, "--cluster", file)
+    assert refused.returncode == 2
+    head, lack = refused.stderr.splitlines()[-2:]
+    assert head == "error: the scheduler cannot do this run; nothing was computed"
+    assert lack.endswith("  the scheduler: no virnuc_dask here")
+    assert not Store(tmp_path / "out.zarr").present().any()
 
 
 def test_an_unfit_worker_that_joins_later_is_left_alone(
@@ -405,6 +574,11 @@ def test_workers_can_verify(make_store: Maker, peptides: Path, client: Any) -> N
     assert there.checked == store.chunk_count
     # It was they who read: a chunk's check is a task of its module.
     assert client.run(lambda: integrity.__name__ in sys.modules)
+
+
+def test_workers_that_are_lost_over_and_over_are_one_line() -> None:
+    with pytest.raises(VirnucError, match=r"lost: .*died"), connect("local", workers=1) as client:
+        client.submit(os._exit, 1).result()
 
 
 # --- shards ---

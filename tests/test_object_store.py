@@ -324,14 +324,17 @@ def test_a_server_that_fails_now_and_then_costs_time_and_nothing_else(
         Fault("503", "HEAD", "/status/c", 3),
         Fault("drop", "PUT", "/status/c.5", 2),
         Fault("lose", "PUT", "/embedding/c.7.0", 2),
+        Fault("hold", "PUT", "/embedding/c.3.0", 1),
         # Longer than obstore itself tries: the chunk fails, waits and comes again.
         Fault("503", "PUT", "/embedding/c.9.0", 6),
     ]
     with Proxy(s3, faults) as proxy:
-        run = Run("run", VIRAL_PROTEINS, url, *SETTINGS, "--backoff", 0.1, env=proxy.env())
+        environment = proxy.env(AWS_TIMEOUT="3 s")  # obstore's own is half a minute
+        run = Run("run", VIRAL_PROTEINS, url, *SETTINGS, "--backoff", 0.1, env=environment)
         assert run.finish() == 0
+        assert not proxy.release.is_set()  # it never had an answer
     assert [fault for fault in proxy.faults if fault.times] == []
-    assert proxy.fired == {"503": 13, "drop": 4, "lose": 3}
+    assert proxy.fired == {"503": 13, "drop": 4, "lose": 3, "hold": 1}
     (failed,) = run.of("chunk_failed")
     assert (failed["chunk"], failed["final"]) == (9, False)
     assert re.fullmatch(

@@ -19,7 +19,13 @@ import click
 from virnuc_dask import __version__
 from virnuc_dask.config import RunConfig, Settings
 from virnuc_dask.errors import VirnucError
-from virnuc_dask.options import display_options, identity_options, settings_of, work_options
+from virnuc_dask.options import (
+    display_options,
+    identity_options,
+    settings_of,
+    tls_options,
+    work_options,
+)
 
 if TYPE_CHECKING:
     from virnuc_dask.events import RunSummary
@@ -169,6 +175,7 @@ def status(store: str, rows: bool, as_json: bool) -> None:
     "--cluster",
     help="Whose workers read: local, an address, a scheduler.json.  [default: threads here]",
 )
+@tls_options
 @click.option("--json", "as_json", is_flag=True)
 def verify(
     store: str,
@@ -178,6 +185,7 @@ def verify(
     model: str | None,
     cluster: str | None,
     as_json: bool,
+    **tls: Any,
 ) -> NoReturn:
     """Read and decode everything in STORE: chunks, checksums, states, sequences."""
     from virnuc_dask.dataset import verify as check
@@ -193,7 +201,7 @@ def verify(
             from virnuc_dask.cluster import connect, fork_workers
 
             fork_workers()
-            client = stack.enter_context(connect(cluster))
+            client = stack.enter_context(connect(cluster, config=RunConfig(**tls)))
         progress = show if on_terminal else None
         report = check(store, repair=repair, progress=progress, client=client)
     drift, code = None, report.exit_code

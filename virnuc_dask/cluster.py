@@ -11,7 +11,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
 from multiprocessing.connection import arbitrary_address  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,14 @@ import dask
 import distributed.utils
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Security
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
 from distributed.diagnostics.plugin import WorkerPlugin
+from distributed.scheduler import KilledWorker
 from distributed.utils import get_mp_context
 from distributed.worker import Worker
 
-from virnuc_dask.config import RunConfig
+from virnuc_dask.config import AUTO, RunConfig
 from virnuc_dask.errors import UsageError, VirnucError
 
 # So that one chunk is read or written while another is computed. A GPU is too fast for one helper.
@@ -35,6 +37,7 @@ _STARTS = 3
 _DEFAULT = RunConfig()
 # Clusters that are started and closed here.
 OWN = ("local", "local-cuda")
+_CORES = (AUTO, "cpu")
 _METHOD = "distributed.worker.multiprocessing-method"
 
 
@@ -69,7 +72,8 @@ def connect(
         start = (
             partial(_start_gpus, workers)
             if cluster == "local-cuda"
-            else partial(_start_cores, workers or CPU_COUNT)
+            # Of another device than cores there may be one.
+            else partial(_start_cores, workers or (CPU_COUNT if config.device in _CORES else 1))
         )
         with (
             dask.config.set({**MALLOC, **CALM, **_KEEP_PLACES}),
@@ -78,7 +82,8 @@ def connect(
         ):
             client.register_plugin(_IgnoreInterrupt())
             _await_workers(client, len(local.worker_spec))
-            yield client
+            with _said_if_lost():
+                yield client
         return
     if workers is not None:
         raise UsageError(
@@ -101,7 +106,8 @@ def connect(
         raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
     with client:
         _await_workers(client, 1)
-        yield client
+        with _said_if_lost():
+            yield client
 
 
 def resolve(cluster: str) -> str:
@@ -110,21 +116,21 @@ def resolve(cluster: str) -> str:
     Raises
     ------
     UsageError
-        ``local-cuda``, but there is no GPU, or no dask-cuda.
+        There are to be GPUs, but there is none, or no dask-cuda.
     """
+    if cluster == "auto":
+        cluster = "local-cuda" if visible_gpus() else "local"
     if cluster == "local-cuda":
         _gpu_cluster()
-    if cluster != "auto":
-        return cluster
-    return "local-cuda" if visible_gpus() and find_spec("dask_cuda") else "local"
+    return cluster
 
 
 def visible_gpus() -> list[str]:
     """GPUs of this machine, as CUDA_VISIBLE_DEVICES names them, or would."""
     import torch
 
-    # Asks the driver and starts nothing on a device.
-    count = torch.cuda.device_count()
+    # Asks the driver and starts nothing on a device. What is counted may be too new for the driver.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
@@ -250,6 +256,17 @@ def _await_workers(client: Client, count: int) -> None:
         client.wait_for_workers(count, timeout=_START_S)
     except TimeoutError as error:
         raise VirnucError(f"{count} worker(s) did not come within {_START_S} s") from error
+
+
+@contextmanager
+def _said_if_lost() -> Iterator[None]:
+    """Lost workers and schedulers are no traceback."""
+    try:
+        yield
+    except (KilledWorker, FutureCancelledError, CommClosedError) as error:
+        raise VirnucError(
+            f"the workers or their scheduler were lost: {error}. The same command goes on"
+        ) from error
 
 
 # Dask has workers give every freed page back to the system at once, which costs the encoder a

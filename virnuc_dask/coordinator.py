@@ -198,8 +198,9 @@ def _fill(
         store.identity,
         spec,
         config.device,
-        # Workers of our own have this process's packages, disk and weights; of others' who knows.
-        is_met=cluster == "local",
+        # Workers of our own have this process's packages, disk and weights; of others' who knows,
+        # nor whether there is such a device.
+        is_met=cluster == "local" and config.device == "cpu",
     )
     work = Work(store, needs, config, emit, costs)
     if missing:
@@ -285,6 +286,8 @@ def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSum
         work.retries,
         work.workers_lost,
         work.busy,
+        work.took,
+        work.memory,
         work.seconds,
         seconds,
         work.signal,

@@ -259,6 +259,9 @@ def verify(
             bad.update(found)
         if progress:
             progress(min(start + step, len(chunks)), len(chunks))
+    if client is not None:
+        # A worker may have another zarr, or another disk at this path: what is whole stays.
+        bad = _check(opened.place.location, list(bad), sequences is None)
     strays = leftovers(opened)
     if repair:
         for chunk in bad:

@@ -190,6 +190,11 @@ class RunSummary(Event):
     retries, workers_lost : int
     busy : float, optional
         Share of the workers' time in which their devices computed.
+    took : dict of str to float
+        Seconds of all chunks that this run computed: ``read_s``, ``wait_s``, ``compute_s`` and
+        ``write_s`` as in `ChunkReport`.
+    memory : int
+        The most bytes of any chunk, as in `ChunkReport`.
     seconds : float
         From the first chunk's submission to the last report, workers' start excluded.
     total_seconds : float
@@ -212,6 +217,8 @@ class RunSummary(Event):
     retries: int
     workers_lost: int
     busy: float | None
+    took: dict[str, float]
+    memory: int
     seconds: float
     total_seconds: float
     interrupted: int | None = None

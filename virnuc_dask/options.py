@@ -151,6 +151,12 @@ def settings_of(options: dict[str, Any]) -> dict[str, Any]:
     return options | {"translation": Translation(rule, size, code, residues, unknown)}
 
 
+tls_options = _options(
+    click.option("--tls-ca-file", help="For tls:// addresses: the authority to trust, PEM."),
+    click.option("--tls-cert", help="This client's certificate, PEM."),
+    click.option("--tls-key", help="Its key, PEM."),
+)
+
 work_options = _options(
     click.option(
         "--cluster",
@@ -215,9 +221,7 @@ work_options = _options(
     click.option(
         "--performance-report", help="HTML file for Dask's own report of the run; needs bokeh."
     ),
-    click.option("--tls-ca-file", help="For tls:// addresses: the authority to trust, PEM."),
-    click.option("--tls-cert", help="This client's certificate, PEM."),
-    click.option("--tls-key", help="Its key, PEM."),
+    tls_options,
 )
 display_options = _options(
     click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout."),

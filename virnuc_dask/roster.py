@@ -14,6 +14,8 @@ from virnuc_dask.workers import describe_unfit, replace_process
 
 # A worker has threads beyond these for others: of one run, more do not help a device.
 _CHUNKS_PER_WORKER = 3
+# Keys of chunks, of any run, begin so.
+KEYS = "virnuc-embed-"
 
 
 class Roster:
@@ -102,6 +104,8 @@ class Roster:
     def replace(self, worker: str) -> bool:
         """End a worker's process, if there is a nanny to start another; else use it no more.
 
+        Nor if others have tasks or data there, which would be lost.
+
         Returns
         -------
         bool
@@ -110,13 +114,19 @@ class Roster:
         found = self._client.scheduler_info(n_workers=-1)["workers"].get(worker)
         if found is None:
             return True  # gone by itself
-        has_nanny = found["nanny"] is not None
-        if has_nanny:
+        ends = found["nanny"] is not None and not self._serves_others(worker)
+        if ends:
             replace_process(self._client, worker)
         if worker not in self._useless:
-            self._useless[worker] = has_nanny
+            self._useless[worker] = ends
             self.count()
-        return has_nanny
+        return ends
+
+    def _serves_others(self, worker: str) -> bool:
+        of = [worker]
+        there = self._client.processing(of), self._client.has_what(of)
+        keys = [key for held in there for key in held.get(worker, ())]
+        return not all(str(key).startswith(KEYS) for key in keys)
 
     def set_aside(self, error: UnfitWorkerError) -> None:
         """Leave a worker alone that lacks something, as long as there is another.

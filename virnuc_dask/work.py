@@ -29,14 +29,15 @@ from virnuc_dask.errors import (
 )
 from virnuc_dask.events import Listener
 from virnuc_dask.retry import LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
-from virnuc_dask.roster import Roster
+from virnuc_dask.roster import KEYS, Roster
 from virnuc_dask.store import Store
 from virnuc_dask.workers import SCHEDULER_LOST, TOPIC, Needs, embed_on_worker
 
 # Of the grace after a signal, this much is kept for closing the cluster.
 _CLOSING_S = 5.0
 # What a report and an event about it have in common.
-_TOOK = ("read_s", "wait_s", "compute_s", "write_s", "fill", "memory", "gpu", "pid")
+_TOTALS = ("read_s", "wait_s", "compute_s", "write_s")
+_TOOK = (*_TOTALS, "fill", "memory", "gpu", "pid")
 # What the scheduler says about workers, and workers about chunks.
 _WORKERS = ("add-worker", "remove-worker")
 _CHUNKS = ("started", "goes on", "done")
@@ -94,8 +95,9 @@ class Work:
         self._running: dict[str, _Attempt] = {}
         # Completed futures and events about workers and chunks, in the order they come.
         self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
-        self.worker_s = self._busy_s = 0.0
-        self._prefix = f"embed-{uuid4().hex[:8]}-"
+        self.worker_s, self.memory = 0.0, 0
+        self.took = dict.fromkeys(_TOTALS, 0.0)
+        self._prefix = f"{KEYS}{uuid4().hex[:8]}-"
         # Bound here, not an argument: Dask searches each task's arguments for other tasks.
         self._task = partial(embed_on_worker, needs)
 
@@ -191,7 +193,9 @@ class Work:
         if report.computed:
             self.counts.update(report.counts)
             self.counted.add(report.chunk)
-            self._busy_s += report.compute_s
+            self.memory = max(self.memory, report.memory)
+            for name in _TOTALS:
+                self.took[name] += getattr(report, name)
             self.reports.update(chunks=1, rows=report.rows, residues=residues)
             quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
             if report.chunk not in self._suspects:
@@ -392,4 +396,4 @@ class Work:
     @property
     def busy(self) -> float | None:
         """Share of the workers' time in which they computed, of chunks that were done."""
-        return self._busy_s / self.worker_s if self.worker_s else None
+        return self.took["compute_s"] / self.worker_s if self.worker_s else None

@@ -93,7 +93,7 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
 
     Raises
     ------
-    OSError
+    OSError, MemoryError
         What waiting may mend.
     """
     if needs.is_met or needs in _met:
@@ -119,7 +119,9 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
     except VirnucError as error:
         found.append(str(error))
     except Exception as error:
-        # A missing driver, no memory, a torch that is broken: whatever it is, there is no encoder.
+        if retry.is_transient(error):
+            raise
+        # A missing driver, a torch that is broken: whatever it is, there is no encoder.
         found.append(f"cannot load the model on {needs.device}: {type(error).__name__}: {error}")
     if not found:
         _met.add(needs)
@@ -136,6 +138,7 @@ def preflight(
 ) -> list[str]:
     """Ask all workers at once whether they are fit, before any of them gets a chunk.
 
+    And the scheduler, which unpickles each task, whether it has this package.
     One that does not answer, or meets an error that may pass, is asked again before its first
     chunk, as one that joins later is.
 
@@ -182,14 +185,36 @@ def preflight(
             found[worker] = answer
             until = min(until, began + 3 * (time.monotonic() - began) + _STRAGGLERS_S)
     unfit = {worker: lacks for worker, lacks in found.items() if lacks}
+    who = [f"{len(unfit)} of {len(asked)} workers"] if unfit else []
+    if (lack := _scheduler_lacks(client)) is not None:
+        unfit[client.scheduler.address] = (f"the scheduler: {lack}",)
+        who.append("the scheduler")
     if unfit:
         raise UsageError(
-            f"{len(unfit)} of {len(asked)} workers cannot do this run; nothing was computed\n"
+            f"{' and '.join(who)} cannot do this run; nothing was computed\n"
             + describe_unfit(unfit)
         )
     if waiting and not found and not is_stopped():
         raise VirnucError(f"no worker has answered within {patience:.0f} s")
     return list(found)
+
+
+def _scheduler_lacks(client: Client) -> str | None:
+    """What keeps the scheduler from unpickling tasks, which it does on their way to workers."""
+
+    # In here, so that it travels whole.
+    async def lacks(ours: str) -> str | None:
+        from importlib import import_module
+
+        try:
+            # In a thread: there is torch to load, and the scheduler has to go on.
+            await asyncio.to_thread(import_module, "virnuc_dask.workers")
+            theirs = import_module("virnuc_dask").__version__
+        except ImportError as error:
+            return str(error)
+        return None if theirs == ours else f"virnuc_dask {theirs}, this run {ours}"
+
+    return client.run_on_scheduler(lacks, __version__)  # type: ignore[no-any-return]
 
 
 def _ask(client: Client, worker: str, needs: Needs, answers: SimpleQueue[tuple[str, Any]]) -> None:
@@ -199,7 +224,7 @@ def _ask(client: Client, worker: str, needs: Needs, answers: SimpleQueue[tuple[s
         answer = client.run(_shortcomings, needs, workers=[worker], on_error="return")[worker]
     except (OSError, CancelledError) as error:  # the worker is gone meanwhile, or the client
         answer = error
-    if isinstance(answer, OSError | CancelledError):
+    if isinstance(answer, OSError | MemoryError | CancelledError):
         answer = None
     elif isinstance(answer, Exception):
         # A package too old to know the question, most likely.
