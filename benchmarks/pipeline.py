@@ -273,7 +273,6 @@ def many_chunks(folder: Path, arguments: argparse.Namespace) -> Rows:
 
 def window_of_nothing(tasks: int) -> float:
     """Milliseconds for each of so many tasks of nothing, as many at a time as a run's chunks."""
-    nothing = dask.delayed(abs, pure=False)
     done: SimpleQueue[Future] = SimpleQueue()
     with dask_workers(2) as client:
         at_once = min(tasks, sum(client.nthreads().values()))
@@ -281,7 +280,7 @@ def window_of_nothing(tasks: int) -> float:
         for number in range(tasks):
             if number >= at_once:
                 done.get().release()
-            future = client.compute(nothing(number, dask_key_name=f"nothing-{number}"))
+            future = client.submit(abs, number, key=f"nothing-{number}")
             future.add_done_callback(done.put)
         for _ in range(at_once):
             done.get().release()

@@ -359,7 +359,9 @@ def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
         assert run.process.wait(timeout=60) in (-number, 128 + number)
         before = finished_chunks(store)
         assert 0 < store.present().sum() < store.chunk_count
-        table.write_text("{}")
+        nothing = tmp_path / "nothing.json"
+        nothing.write_text("{}")
+        nothing.replace(table)  # at once: the worker reads it
         deadline = time.monotonic() + 60
         while client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)):
             assert time.monotonic() < deadline, "tasks stay on the scheduler"
@@ -391,13 +393,18 @@ def test_a_hanging_worker_with_others_work_is_not_killed(
                 stopped.append(event.pid)
                 os.kill(event.pid, signal.SIGSTOP)
 
-        config = RunConfig(deadline_floor=4, deadline_first=20)
-        summary = virnuc_dask.resume(store.path, cluster=str(file), config=config, listener=listen)
+        config = RunConfig(deadline_floor=4, deadline_first=60)
+        try:
+            summary = virnuc_dask.resume(
+                store.path, cluster=str(file), config=config, listener=listen
+            )
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
         overdue = [event.replaced for event in seen if isinstance(event, events.ChunkOverdue)]
         assert overdue
         assert not any(overdue)
         assert (summary.exit_code, summary.workers_lost) == (0, 0)
-        os.kill(stopped[0], signal.SIGCONT)
         assert other.gather(theirs) == [1, 2]
         assert stopped[0] in other.run(os.getpid).values()
     assert_ledger(store, whole)
@@ -457,9 +464,10 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
     with dask_cluster(tmp_path, scheduler_env=bare) as file:
         refused = cli("run", awkward, "out.zarr", "--repr-layer", 0, "--cluster", file)
     assert refused.returncode == 2
-    head, lack = refused.stderr.splitlines()[-2:]
-    assert head == "error: the scheduler cannot do this run; nothing was computed"
-    assert lack.endswith("  the scheduler: no virnuc_dask here")
+    assert refused.stderr.splitlines()[-1] == (
+        "error: the scheduler cannot take this work; it needs virnuc_dask too:"
+        " ImportError: no virnuc_dask here"
+    )
     assert not Store(tmp_path / "out.zarr").present().any()
 
 
@@ -574,6 +582,57 @@ def test_workers_can_verify(make_store: Maker, peptides: Path, client: Any) -> N
     assert there.checked == store.chunk_count
     # It was they who read: a chunk's check is a task of its module.
     assert client.run(lambda: integrity.__name__ in sys.modules)
+
+
+# Stands for a GPU whose memory is somebody else's.
+SHORT_OF_MEMORY = """
+from virnuc_dask import embed
+
+def short(reference):
+    raise MemoryError("the card is full")
+
+embed.load_checkpoint = short
+"""
+
+
+def test_a_model_that_no_worker_has_memory_for_is_said_before_any_chunk(
+    make_store: Maker, awkward: Path, tmp_path: Path
+) -> None:
+    store = make_store(awkward, embed=False)
+    (tmp_path / "short.py").write_text(SHORT_OF_MEMORY)
+    with (
+        dask_cluster(tmp_path, worker_options=("--preload", "short.py")) as file,
+        pytest.raises(VirnucError, match="no worker has the memory now: the card is full"),
+    ):
+        virnuc_dask.resume(store.path, cluster=str(file))
+    assert not store.present().any()
+
+
+# Stands for a worker with another zarr, or with another disk at the store's path.
+SEES_DAMAGE = """
+from virnuc_dask import dataset
+
+dataset.check_chunk = lambda *_, **__: "made up"
+"""
+
+
+def test_what_only_a_worker_finds_damaged_is_not_removed(
+    make_store: Maker, peptides: Path, tmp_path: Path
+) -> None:
+    store = make_store(peptides)
+    before = finished_chunks(store)
+    (store.path / "embedding" / "c.2.0").write_bytes(b"damaged" * 99)
+    (tmp_path / "sees.py").write_text(SEES_DAMAGE)
+    with (
+        dask_cluster(tmp_path, worker_options=("--preload", "sees.py")) as file,
+        connect(str(file)) as client,
+    ):
+        report = virnuc_dask.verify(store.path, client=client, repair=True)
+        assert client.run(lambda: integrity.__name__ in sys.modules)
+    assert list(report.bad) == [2]
+    assert "made up" not in report.bad[2]
+    gone = set(before) - set(finished_chunks(store))
+    assert {Path(name).name for name in gone} == {"c.2", "c.2.0"}
 
 
 def test_workers_that_are_lost_over_and_over_are_one_line() -> None:

@@ -329,7 +329,7 @@ def test_a_server_that_fails_now_and_then_costs_time_and_nothing_else(
         Fault("503", "PUT", "/embedding/c.9.0", 6),
     ]
     with Proxy(s3, faults) as proxy:
-        environment = proxy.env(AWS_TIMEOUT="3 s")  # obstore's own is half a minute
+        environment = proxy.env(AWS_TIMEOUT="5 s")  # obstore's own is half a minute
         run = Run("run", VIRAL_PROTEINS, url, *SETTINGS, "--backoff", 0.1, env=environment)
         assert run.finish() == 0
         assert not proxy.release.is_set()  # it never had an answer

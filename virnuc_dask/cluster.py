@@ -26,6 +26,7 @@ from distributed.scheduler import KilledWorker
 from distributed.utils import get_mp_context
 from distributed.worker import Worker
 
+from virnuc_dask import __version__
 from virnuc_dask.config import AUTO, RunConfig
 from virnuc_dask.errors import UsageError, VirnucError
 
@@ -54,7 +55,8 @@ def connect(
         afterwards; ``auto``: whichever there is. Otherwise the address or the scheduler file of a
         running scheduler, which is left as it is.
     workers : int, optional
-        Workers of a local cluster; default: one for each core, or each visible GPU.
+        Workers of a local cluster; default: one for each core, or each visible GPU, and one alone
+        for ``local`` with another device than cores.
     config : RunConfig, optional
         Its TLS files are for a scheduler that runs already.
 
@@ -107,6 +109,7 @@ def connect(
     with client:
         _await_workers(client, 1)
         with _said_if_lost():
+            check_scheduler(client)
             yield client
 
 
@@ -256,6 +259,32 @@ def _await_workers(client: Client, count: int) -> None:
         client.wait_for_workers(count, timeout=_START_S)
     except TimeoutError as error:
         raise VirnucError(f"{count} worker(s) did not come within {_START_S} s") from error
+
+
+def check_scheduler(client: Client) -> None:
+    """See whether a scheduler can unpickle tasks, which it does on their way to workers.
+
+    Raises
+    ------
+    UsageError
+        It lacks this package, or what that needs, or has another version.
+    """
+
+    # In here, so that it travels whole.
+    async def lacks(ours: str) -> str | None:
+        import asyncio
+        from importlib import import_module
+
+        try:
+            # In a thread: there is torch to load, and the scheduler has to go on.
+            await asyncio.to_thread(import_module, "virnuc_dask.workers")
+            theirs = import_module("virnuc_dask").__version__
+        except Exception as error:
+            return f"{type(error).__name__}: {error}"
+        return None if theirs == ours else f"virnuc_dask {theirs}, here {ours}"
+
+    if lack := client.run_on_scheduler(lacks, __version__):
+        raise UsageError(f"the scheduler cannot take this work; it needs virnuc_dask too: {lack}")
 
 
 @contextmanager

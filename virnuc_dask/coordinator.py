@@ -20,7 +20,7 @@ import numpy as np
 from distributed import Client, performance_report
 
 from virnuc_dask import events
-from virnuc_dask.cluster import connect, resolve
+from virnuc_dask.cluster import check_scheduler, connect, resolve
 from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.errors import PlaceError, StoreError, UsageError
@@ -223,6 +223,7 @@ def _borrow(client: Client) -> Iterator[Client]:
         raise UsageError("the client is at another run; give each its own")
     _lent.add(client)
     try:
+        check_scheduler(client)
         yield client
     finally:
         _lent.remove(client)
@@ -231,7 +232,7 @@ def _borrow(client: Client) -> Iterator[Client]:
 @contextmanager
 def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None]:
     """Say where Dask's dashboard is, and have it report on the run, if that is asked for."""
-    # Lambdas, which travel whole: a scheduler need not have this package.
+    # Lambdas, which travel whole.
     if client.run_on_scheduler(
         lambda dask_scheduler: bool(dask_scheduler.http_application.applications)
     ):

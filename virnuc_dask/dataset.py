@@ -261,7 +261,10 @@ def verify(
             progress(min(start + step, len(chunks)), len(chunks))
     if client is not None:
         # A worker may have another zarr, or another disk at this path: what is whole stays.
-        bad = _check(opened.place.location, list(bad), sequences is None)
+        with ThreadPoolExecutor(8) as pool:
+            again = partial(_check, opened.place.location, sequences=sequences is None)
+            found_here = list(pool.map(again, ([chunk] for chunk in bad)))
+        bad = {chunk: problem for part in found_here for chunk, problem in part.items()}
     strays = leftovers(opened)
     if repair:
         for chunk in bad:

@@ -215,23 +215,29 @@ def embed_rows(
         encoder.encode([BEYOND_DOUBT])
         found, guilty = _encode_apart(partial(encode, encoder), segments, row_of_residue)
         status[guilty] = Status.ENCODER_ERROR
-    if not found.fits.all():
-        # If this does not fit either, others have the memory, and it is no row's fault.
-        encoder.encode([BEYOND_DOUBT])
-    status[~found.fits] = Status.OUT_OF_MEMORY
+    _doubt(encoder, found)
     odd = ~_finite(found, row_of_residue, identity) & (status < Status.INVALID_RESIDUES)
+    odd &= found.fits
     if odd.any() and encoder.spec.precision != "float32":
         # What another precision cannot hold may well be a number in this one.
         exact = get_encoder(replace(encoder.spec, precision="float32"), encoder.device)
         again = encode(exact, segments.select(odd[segments.row]))
+        _doubt(exact, again)
         _put(again, found, odd, row_of_residue)
         odd &= ~_finite(found, row_of_residue, identity)
     status[odd] = Status.NON_FINITE
+    status[~found.fits] = Status.OUT_OF_MEMORY
     quarantined = status >= Status.INVALID_RESIDUES
     found.embedding[quarantined] = np.nan
     if found.residues is not None:
         found.residues[quarantined[row_of_residue]] = np.nan
     return Rows(status, found.embedding, found.residues)
+
+
+def _doubt(encoder: Encoder, found: Encoded) -> None:
+    """If some rows do not fit, see that it is theirs, and not that others have the memory."""
+    if not found.fits.all():
+        encoder.encode([BEYOND_DOUBT])
 
 
 def _encode_apart(

@@ -34,8 +34,7 @@ class Roster:
         # When each came or was last at a chunk, and those that have the model.
         self._heard: dict[str, float] = {}
         self._ready: set[str] = set()
-        # Those that hang, or whose device is lost, until they are gone; and whether their nannies
-        # end them.
+        # Those that hang, or whose device is lost, until they are gone; and whether for good.
         self._useless: dict[str, bool] = {}
         # Those that lack something, until they are gone.
         self._unfit: dict[str, tuple[str, ...]] = {}
@@ -101,10 +100,16 @@ class Roster:
         there = frozenset(self._client.nthreads())
         return there - bad or there - set(self._unfit)
 
-    def replace(self, worker: str) -> bool:
+    def replace(self, worker: str, *, for_good: bool = False) -> bool:
         """End a worker's process, if there is a nanny to start another; else use it no more.
 
         Nor if others have tasks or data there, which would be lost.
+
+        Parameters
+        ----------
+        worker : str
+        for_good : bool
+            It will be of no use again, whatever it says.
 
         Returns
         -------
@@ -118,13 +123,13 @@ class Roster:
         if ends:
             replace_process(self._client, worker)
         if worker not in self._useless:
-            self._useless[worker] = ends
+            self._useless[worker] = ends or for_good
             self.count()
         return ends
 
     def _serves_others(self, worker: str) -> bool:
-        of = [worker]
-        there = self._client.processing(of), self._client.has_what(of)
+        # Of all workers: Dask raises if it is asked of one that is gone by now.
+        there = self._client.processing(), self._client.has_what()
         keys = [key for held in there for key in held.get(worker, ())]
         return not all(str(key).startswith(KEYS) for key in keys)
 

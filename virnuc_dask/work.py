@@ -239,7 +239,7 @@ class Work:
             self._roster.set_aside(error)
             heappush(self._later, (time.monotonic() + max(1.0, self.config.backoff), chunk))
         except DeviceLostError as error:
-            self._roster.replace(error.worker)
+            self._roster.replace(error.worker, for_good=True)
             self._deaths[chunk] += 1
             if not self._suspect_if_due(chunk):
                 self._failed(chunk, error)

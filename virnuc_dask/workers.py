@@ -138,7 +138,6 @@ def preflight(
 ) -> list[str]:
     """Ask all workers at once whether they are fit, before any of them gets a chunk.
 
-    And the scheduler, which unpickles each task, whether it has this package.
     One that does not answer, or meets an error that may pass, is asked again before its first
     chunk, as one that joins later is.
 
@@ -161,7 +160,7 @@ def preflight(
     UsageError
         Some are not: all of them, each with all that it lacks.
     VirnucError
-        None answers, or the scheduler is lost.
+        None answers, none has the memory now, or the scheduler is lost.
     """
     answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
     asked = list(client.nthreads())
@@ -171,6 +170,7 @@ def preflight(
     began = time.monotonic()
     until = began + patience
     found: dict[str, tuple[str, ...]] = {}
+    short: list[MemoryError] = []
     waiting = set(asked)
     while waiting and not is_stopped() and time.monotonic() < until:
         try:
@@ -181,52 +181,34 @@ def preflight(
             waiting &= set(client.nthreads())  # whoever is gone does not answer
             continue
         waiting.discard(worker)
-        if answer is not None:
+        if isinstance(answer, MemoryError):
+            short.append(answer)
+        elif answer is not None:
             found[worker] = answer
             until = min(until, began + 3 * (time.monotonic() - began) + _STRAGGLERS_S)
     unfit = {worker: lacks for worker, lacks in found.items() if lacks}
-    who = [f"{len(unfit)} of {len(asked)} workers"] if unfit else []
-    if (lack := _scheduler_lacks(client)) is not None:
-        unfit[client.scheduler.address] = (f"the scheduler: {lack}",)
-        who.append("the scheduler")
     if unfit:
         raise UsageError(
-            f"{' and '.join(who)} cannot do this run; nothing was computed\n"
+            f"{len(unfit)} of {len(asked)} workers cannot do this run; nothing was computed\n"
             + describe_unfit(unfit)
         )
+    if asked and len(short) == len(asked):
+        raise VirnucError(f"no worker has the memory now: {short[0]}; the same command goes on")
     if waiting and not found and not is_stopped():
         raise VirnucError(f"no worker has answered within {patience:.0f} s")
     return list(found)
 
 
-def _scheduler_lacks(client: Client) -> str | None:
-    """What keeps the scheduler from unpickling tasks, which it does on their way to workers."""
-
-    # In here, so that it travels whole.
-    async def lacks(ours: str) -> str | None:
-        from importlib import import_module
-
-        try:
-            # In a thread: there is torch to load, and the scheduler has to go on.
-            await asyncio.to_thread(import_module, "virnuc_dask.workers")
-            theirs = import_module("virnuc_dask").__version__
-        except ImportError as error:
-            return str(error)
-        return None if theirs == ours else f"virnuc_dask {theirs}, this run {ours}"
-
-    return client.run_on_scheduler(lacks, __version__)  # type: ignore[no-any-return]
-
-
 def _ask(client: Client, worker: str, needs: Needs, answers: SimpleQueue[tuple[str, Any]]) -> None:
-    """Put what a worker lacks; None if that cannot be known now."""
+    """Put what a worker lacks, or that it has no memory now; None if that cannot be known."""
     answer: Any = None
     try:
         answer = client.run(_shortcomings, needs, workers=[worker], on_error="return")[worker]
     except (OSError, CancelledError) as error:  # the worker is gone meanwhile, or the client
         answer = error
-    if isinstance(answer, OSError | MemoryError | CancelledError):
+    if isinstance(answer, OSError | CancelledError):
         answer = None
-    elif isinstance(answer, Exception):
+    elif isinstance(answer, Exception) and not isinstance(answer, MemoryError):
         # A package too old to know the question, most likely.
         answer = (f"{type(answer).__name__}: {answer}",)
     answers.put((worker, answer))
