@@ -83,7 +83,13 @@ def test_alone_and_in_a_batch_are_bitwise_the_same(
     alone = np.concatenate([encoder.encode([sequence]) for sequence in sequences])
     order = np.random.default_rng(0).permutation(len(sequences))
     batched = encoder.encode([sequences[number] for number in order])
-    assert np.array_equal(batched, alone[order])
+    if precision == "bfloat16" and torch.cpu._is_amx_tile_supported():
+        # There oneDNN adds up in another order for another number of tokens.
+        assert lowest_cosine(batched, alone[order]) > 0.9999
+        again = encoder.encode([sequences[number] for number in order])
+        assert np.array_equal(batched, again)
+    else:
+        assert np.array_equal(batched, alone[order])
 
 
 @pytest.mark.parametrize("precision", ON_CPU)
