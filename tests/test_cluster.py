@@ -336,14 +336,11 @@ def test_a_worker_gets_no_more_chunks_than_help_it(
     assert (most > 1) <= max(found) <= most
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
-def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
-    number: int,
-    make_store: Maker,
-    peptides: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+@pytest.fixture
+def slow(
+    make_store: Maker, peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Store, Store, Path]:
+    """Chunks of one row that take a worker a second, the same done, and the table that says so."""
     some = tmp_path / "some.faa"
     some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:28]))
     whole = make_store(some, "whole.zarr", rows_per_chunk=1)
@@ -351,6 +348,14 @@ def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
     table = tmp_path / "faults.json"
     table.write_text(json.dumps({"": "slow"}))
     monkeypatch.setenv(faults.VARIABLE, str(table))
+    return store, whole, table
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
+    number: int, slow: tuple[Store, Store, Path], tmp_path: Path
+) -> None:
+    store, whole, table = slow
     with dask_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
         workers = set(client.nthreads())
@@ -475,19 +480,9 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
 
 
 def test_an_unfit_worker_that_joins_later_is_left_alone(
-    make_store: Maker,
-    peptides: Path,
-    other_version: dict[str, str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
+    slow: tuple[Store, Store, Path], other_version: dict[str, str], tmp_path: Path
 ) -> None:
-    some = tmp_path / "some.faa"
-    some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:28]))
-    whole = make_store(some, "whole.zarr", rows_per_chunk=1)
-    store = make_store(some, embed=False, rows_per_chunk=1)
-    table = tmp_path / "faults.json"
-    table.write_text(json.dumps({"": "slow"}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    store, whole, _ = slow
     seen: list[events.Event] = []
     with ExitStack() as stack:
         file = stack.enter_context(dask_cluster(tmp_path))
