@@ -15,7 +15,7 @@ import numpy as np
 from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
-from virnuc_dask import events, retry
+from virnuc_dask import __version__, events, retry
 from virnuc_dask.config import (
     AUTO,
     FORMAT,
@@ -290,7 +290,7 @@ def _provenance(
     files: Sequence[str | Path], spec: ModelSpec, summary: InputSummary
 ) -> dict[str, Any]:
     """How the store came to be, for people; nothing is ever decided by it."""
-    packages = ("virnuc_dask", "fair-esm", "torch", "zarr", "dask", "numpy")
+    packages = ("fair-esm", "torch", "zarr", "dask", "numpy")
     return {
         "model": spec.reference,
         "inputs": [str(file) for file in files],
@@ -298,7 +298,7 @@ def _provenance(
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": platform.machine(),
-        "versions": {name: version(name) for name in packages},
+        "versions": {"virnuc_dask": __version__} | {name: version(name) for name in packages},
     }
 
 
