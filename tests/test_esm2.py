@@ -17,8 +17,10 @@ from models import (
     upstream_mean,
 )
 
+from virnuc_dask.config import Pooling
 from virnuc_dask.encoder import Encoder, load_encoder
 from virnuc_dask.errors import InputError, ModelError
+from virnuc_dask.packing import cut_segments
 
 TOLERANCE = 1e-4
 # float32 rounding; far below what any wrong mask or neighbour would give.
@@ -146,6 +148,22 @@ def test_threads_share_an_encoder() -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda sequence: encoder.encode([sequence]), sequences))
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "bos", "max"])
+def test_results_that_arrive_in_the_end_are_the_same(pooling: Pooling) -> None:
+    """A GPU's are combined when all batches have been begun; here a CPU's are."""
+    encoder = load_encoder("demo", pooling=pooling)
+    lengths = np.array([40, 900, 33, 2000, 7, 7, 500] * 5, np.int32)
+    residues = np.frombuffer("".join(random_sequences(lengths.tolist())).encode(), np.uint8)
+    segments = cut_segments(lengths, 300, "window")
+    case = residues, segments, len(lengths)
+    usual = encoder.encode_segments(*case, per_residue=True)
+    encoder._queue.is_immediate = False
+    late = encoder.encode_segments(*case, per_residue=True)
+    assert np.isfinite(usual.embedding).all()
+    assert np.array_equal(usual.embedding, late.embedding)
+    assert np.array_equal(usual.residues, late.residues)
 
 
 @pytest.mark.gpu

@@ -57,7 +57,9 @@ def test_the_weights_of_a_row_count_each_residue_once(length: int, size: int) ->
     total = np.zeros(length)
     for number in np.flatnonzero(segments.row == 1):
         start = segments.start[number] - 7
-        total[start : start + segments.length[number]] += residue_weights(segments, number)
+        total[start : start + segments.length[number]] += residue_weights(
+            segments, np.array([number])
+        )
     assert total == pytest.approx(np.full(length, 1 / length), rel=1e-5)
 
 
@@ -94,7 +96,7 @@ def test_the_smallest_sizes_work() -> None:
     assert segments.start.tolist() == [0, 1, 2, 3]
     assert segments.length.tolist() == [1, 1, 1, 1]
     assert segments.windows.tolist() == [3, 3, 3, 1]
-    weights = [residue_weights(segments, number).tolist() for number in range(4)]
+    weights = [residue_weights(segments, np.array([number])).tolist() for number in range(4)]
     assert weights == [[pytest.approx(1 / 3)]] * 3 + [[1.0]]
     assert [b.runs for b in cut_batches(segments.length, 1)] == [[(1, 1)]] * 4
 
@@ -142,7 +144,7 @@ def test_the_weights_of_every_row_sum_to_one(
     segments = cut_segments(lengths, size, policy)
     total = np.zeros(len(lengths))
     for number in range(len(segments)):
-        weights = residue_weights(segments, number)
+        weights = residue_weights(segments, np.array([number]))
         assert len(weights) == segments.length[number]
         assert (weights > 0).all()
         total[segments.row[number]] += weights.sum(dtype=np.float64)
@@ -160,7 +162,10 @@ def test_selected_rows_keep_their_windows_and_weights(
     selected = segments.select(chosen)
     assert len(selected) == chosen.sum()
     for number, before in enumerate(np.flatnonzero(chosen)):
-        assert (residue_weights(selected, number) == residue_weights(segments, before)).all()
+        assert (
+            residue_weights(selected, np.array([number]))
+            == residue_weights(segments, np.array([before]))
+        ).all()
 
 
 @given(

@@ -22,7 +22,7 @@ import virnuc_dask
 from virnuc_dask import RunConfig, embed, events, retry
 from virnuc_dask.config import Identity, Status
 from virnuc_dask.embed import embed_rows
-from virnuc_dask.encoder import Encoder, load_encoder
+from virnuc_dask.encoder import Encoder, is_out_of_memory, load_encoder
 from virnuc_dask.errors import UsageError
 from virnuc_dask.esm2 import Network
 from virnuc_dask.store import Store
@@ -51,6 +51,31 @@ def test_errors_are_told_apart(error: Exception, hopeless: bool, tries: int) -> 
     assert retry.is_hopeless(error) == hopeless
     assert retry.attempts(error, RunConfig(attempts=7)) == tries
     assert retry.attempts(error, RunConfig(attempts=1)) == 1
+
+
+# As torch 2.11, cuBLAS and Triton 3.6 say it. The first of cuBLAS was met on an H200 whose memory
+# another process had, and all that the process tried later met it too.
+@pytest.mark.parametrize(
+    ("text", "memory", "sticky"),
+    [
+        ("CUDA out of memory. Tried to allocate 2.00 GiB", True, False),
+        ("Triton Error [CUDA]: out of memory", True, True),
+        ("CUDA error: out of memory", True, True),
+        (
+            "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`",
+            False,
+            True,
+        ),
+        ("CUDA error: an illegal memory access was encountered", False, True),
+        ("Triton Error [CUDA]: device-side assert triggered", False, True),
+        ("mat1 and mat2 shapes cannot be multiplied", False, False),
+    ],
+)
+def test_errors_of_a_gpu_are_told_apart(text: str, memory: bool, sticky: bool) -> None:
+    error = RuntimeError(text)
+    assert is_out_of_memory(error) == memory
+    assert retry.is_sticky(error) == sticky
+    assert retry.is_of_the_input(error) != sticky or memory
 
 
 def test_delays_double_and_spread() -> None:

@@ -8,11 +8,12 @@ from functools import cached_property
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from virnuc_dask import kernels
+from virnuc_dask import fused, kernels
 from virnuc_dask.kernels import Product
 
 Runs = list[tuple[int, int]]
@@ -43,6 +44,17 @@ class Layout:
     def turns(self) -> Tensor:
         """Cosines, then sines, for each place, shape (longest, d)."""
         return torch.cat([self.angles.cos(), self.angles.sin()], 1)
+
+    @cached_property
+    def programs(self) -> Tensor:
+        """Programs of `fused.attend`."""
+        lengths = np.repeat(
+            [length + 2 for _, length in self.runs], [count for count, _ in self.runs]
+        )
+        programs = torch.from_numpy(fused.cut_programs(lengths))
+        if self.bounds.device.type == "cuda":
+            programs = programs.pin_memory()  # so that nothing waits for what the device does
+        return programs.to(self.bounds.device, non_blocking=True)
 
     @cached_property
     def rotation(self) -> Tensor:
@@ -78,6 +90,11 @@ def attend(qkv: Product, heads: int, layout: Layout) -> Tensor:
     return _filled_up(torch.cat(outputs), qkv)
 
 
+def attend_fused(qkv: Product, heads: int, layout: Layout) -> Tensor:
+    """`attend` by one kernel of ours, in the dtype of `qkv`."""
+    return fused.attend(qkv.values, heads, layout.bounds, layout.programs, layout.turns)
+
+
 def _rotate(qkv: Product, heads: int, layout: Layout) -> Tensor:
     """Queries and keys turned, values as they are, float32, shape (tokens, 3, heads, d)."""
     tokens = len(layout.positions)
@@ -88,7 +105,17 @@ def _rotate(qkv: Product, heads: int, layout: Layout) -> Tensor:
 
 def _filled_up(attended: Tensor, qkv: Product) -> Tensor:
     """With nothing for the tokens beyond the last sequence."""
-    return F.pad(attended, (0, 0, 0, len(qkv.values) - len(attended)))
+    missing = len(qkv.values) - len(attended)
+    # Where there are none, padding would copy all.
+    return F.pad(attended, (0, 0, 0, missing)) if missing else attended
+
+
+def describe_attention(attention: Attention) -> str:
+    """``compiled``, ``triton``, ``varlen`` (one launch for all) or ``sdpa`` (for each length)."""
+    if isinstance(attention, PackedKernel):
+        return "varlen"
+    names: dict[Attention, str] = {attend_natively: "compiled", attend_fused: "triton"}
+    return names.get(attention, "sdpa")
 
 
 def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> Attention:

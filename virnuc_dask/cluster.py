@@ -40,6 +40,7 @@ _DEFAULT = RunConfig()
 OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
 _METHOD = "distributed.worker.multiprocessing-method"
+_ENVIRON = "distributed.nanny.pre-spawn-environ"
 
 
 @contextmanager
@@ -188,9 +189,7 @@ _ON_THIS_MACHINE: dict[str, Any] = {
 
 
 def _start_cores(count: int) -> LocalCluster:
-    # Torch obeys the smaller of the two when it is loaded, and Dask sets both to 1.
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    environment = dict.fromkeys(names, str(max(1, CPU_COUNT // count)))
+    environment = _threads_of_each(count)
     if dask.config.get(_METHOD) == "forkserver":
         os.environ.update(environment)  # loaded before a worker has an environment of its own
     return LocalCluster(
@@ -200,6 +199,12 @@ def _start_cores(count: int) -> LocalCluster:
         env=environment,
         **_ON_THIS_MACHINE,
     )
+
+
+def _threads_of_each(workers: int) -> dict[str, str]:
+    """Cores for each worker: torch obeys the smaller of the two, and Dask sets both to 1."""
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return dict.fromkeys(names, str(max(1, CPU_COUNT // workers)))
 
 
 def _gpu_cluster() -> Callable[..., LocalCluster]:
@@ -225,13 +230,15 @@ def _start_gpus(count: int | None) -> LocalCluster:
     count = count or len(gpus)
     if count > len(gpus):
         raise UsageError(f"--cluster local-cuda: {count} workers, but {len(gpus)} visible GPU(s)")
-    return _gpu_cluster()(
-        CUDA_VISIBLE_DEVICES=gpus[:count],
-        threads_per_worker=THREADS_PER_GPU,
-        # Arrays stay in the worker that made them: there is nothing to spill.
-        device_memory_limit=None,
-        **_ON_THIS_MACHINE,
-    )
+    threads = _threads_of_each(count)
+    with dask.config.set({f"{_ENVIRON}.{name}": value for name, value in threads.items()}):
+        return _gpu_cluster()(
+            CUDA_VISIBLE_DEVICES=gpus[:count],
+            threads_per_worker=THREADS_PER_GPU,
+            # Arrays stay in the worker that made them: there is nothing to spill.
+            device_memory_limit=None,
+            **_ON_THIS_MACHINE,
+        )
 
 
 def _security(address: str, config: RunConfig) -> Security:
@@ -302,8 +309,8 @@ def _said_if_lost() -> Iterator[None]:
 # quarter of its speed: each batch faults its memory in again. glibc reads these when a process
 # starts, so they must be there before; 32 MiB is the most that it accepts for the second.
 MALLOC = {
-    "distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": str(2**30),
-    "distributed.nanny.pre-spawn-environ.MALLOC_MMAP_THRESHOLD_": str(2**25),
+    f"{_ENVIRON}.MALLOC_TRIM_THRESHOLD_": str(2**30),
+    f"{_ENVIRON}.MALLOC_MMAP_THRESHOLD_": str(2**25),
 }
 
 # Dask looks a hundred times a second at what each worker's threads do, and fifty times whether its

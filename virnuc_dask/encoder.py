@@ -7,12 +7,13 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -25,9 +26,11 @@ from virnuc_dask.packing import (
     Segments,
     cut_batches,
     cut_segments,
+    residue_tokens,
     residue_weights,
     window_shares,
 )
+from virnuc_dask.queues import Queue
 from virnuc_dask.residues import clean_sequence
 from virnuc_dask.turns import Turn
 from virnuc_dask.weights import DEMO, Checkpoint, describe, load_checkpoint
@@ -114,7 +117,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One batch's segments, each pooled, (s, D), and on request their residues end to end."""
+    """One batch's segments, each pooled, (s, D), and on request their residues end to end.
+
+    On a GPU's host both are being copied to until its queue has come to the end of them.
+    """
 
     segments: NDArray[np.int64]
     pooled: Tensor
@@ -132,6 +138,8 @@ class Encoder:
         Features per embedding, D.
     token_budget : int
         Tokens that are encoded at once; becomes less when memory runs out.
+    backends : dict of str to str
+        What serves ``attention`` and ``elementwise`` work, ``torch`` or something faster.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
@@ -139,7 +147,10 @@ class Encoder:
         self.spec, self.device = spec, device
         self.dimension = spec.dimension
         self._device = torch.device(device)
-        self._network = Network(checkpoint, spec, self._device)
+        self._queue = Queue(self._device)
+        with self._queue.chosen():
+            self._network = Network(checkpoint, spec, self._device)
+        self.backends = self._network.backends
         # Halved whenever memory runs out, and kept for all later chunks.
         self.token_budget = _first_budget(self._device, spec.dimension)
         self._turn = Turn(self._device)
@@ -211,26 +222,26 @@ class Encoder:
             Return each residue's representation too.
         """
         embedding = np.full((rows, self.dimension), np.nan, np.float32)
-        pool = self.spec.pooling
-        embedding[segments.row] = -np.inf if pool == "max" else 0.0
-        combine = np.maximum.at if pool == "max" else np.add.at
+        embedding[segments.row] = -np.inf if self.spec.pooling == "max" else 0.0
         each = np.full((len(residues), self.dimension), np.nan, np.float16) if per_residue else None
         usage = self._usage()
         asked = time.perf_counter()
-        with self._turn, torch.inference_mode():
-            began = time.perf_counter()
-            unfit: list[int] = []
-            parts: Iterable[_Part] = self._encode_batches(residues, segments, per_residue, unfit)
-            # On a CPU one by one: kept between larger tensors, they would scatter these.
-            if self._device.type == "cuda":
-                parts = list(parts)  # all of its work is begun before any of it is waited for
-            for part in parts:
-                combine(embedding, segments.row[part.segments], part.pooled.cpu().numpy())
-                # The copy above came last: those of the residues have arrived.
-                if each is not None and part.residues is not None:
-                    _scatter(each, part.residues.numpy(), segments, part.segments)
-            usage.wait_s += began - asked
-            usage.busy_s += time.perf_counter() - began
+        unfit: list[int] = []
+        queued: list[_Part] = []
+        with self._turn, torch.inference_mode(), self._queue.chosen():
+            usage.wait_s += time.perf_counter() - asked
+            began = self._queue.mark()
+            for part in self._encode_batches(residues, segments, per_residue, unfit):
+                if self._queue.is_immediate:
+                    # One by one: kept between larger tensors, they would scatter these.
+                    self._combine(part, segments, embedding, each)
+                else:
+                    queued.append(part)
+            ended = self._queue.mark()
+        # Meanwhile a GPU is another thread's: its work is queued before this has come to an end.
+        usage.busy_s += self._queue.wait(began, ended)
+        for part in queued:
+            self._combine(part, segments, embedding, each)
         fits = np.ones(rows, np.bool_)
         fits[segments.row[unfit]] = False
         return Encoded(embedding, fits, each)
@@ -279,6 +290,22 @@ class Encoder:
         batches = cut_batches(segments.length[chosen], self.token_budget)
         return deque(Batch(chosen[batch.segments], batch.runs) for batch in batches)
 
+    def _combine(
+        self,
+        part: _Part,
+        segments: Segments,
+        embedding: NDArray[np.float32],
+        each: NDArray[np.float16] | None,
+    ) -> None:
+        """Put a batch's results, which have arrived, where they belong."""
+        pooled, rows = part.pooled.numpy(), segments.row[part.segments]
+        shared = segments.windows[part.segments] > 1
+        embedding[rows[~shared]] = pooled[~shared]
+        combine = np.maximum if self.spec.pooling == "max" else np.add
+        combine.at(embedding, rows[shared], pooled[shared])
+        if each is not None and part.residues is not None:
+            _scatter(each, part.residues.numpy(), segments, part.segments)
+
     # --- one batch ---
 
     def _encode_or_run_out(
@@ -301,39 +328,27 @@ class Encoder:
         if spoiled.any():
             tokens = np.repeat(spoiled, segments.length[batch.segments] + 2)
             hidden[torch.from_numpy(tokens).to(hidden.device)] = torch.nan
-        pooled: list[Tensor] = []
-        each: list[Tensor] = []
-        first = done = 0
-        for count, length in batch.runs:
-            run = hidden[first : first + count * (length + 2)].view(count, length + 2, -1)
-            members = batch.segments[done : done + count]
-            pooled.append(self._pool(run, segments, members))
-            if per_residue:
-                each.append(run[:, 1:-1].to(torch.float16).flatten(0, 1))
-            first, done = first + count * (length + 2), done + count
-        return _Part(
-            batch.segments, torch.cat(pooled), _start_copy(torch.cat(each)) if each else None
-        )
-
-    def _pool(self, run: Tensor, segments: Segments, members: NDArray[np.int64]) -> Tensor:
-        """Pool segments of equal length, shape (count, length + 2, D), to (count, D)."""
-        if self.spec.pooling == "max":
-            return run[:, 1:-1].amax(1)
-        if self.spec.pooling == "bos":
-            windows = torch.from_numpy(segments.windows[members]).to(run)
-            return run[:, 0] / windows[:, None]
-        if (segments.windows[members] == 1).all():
-            return run[:, 1:-1].mean(1)
-        weights = np.stack([residue_weights(segments, int(number)) for number in members])
-        return (run[:, 1:-1] * torch.from_numpy(weights).to(run)[:, :, None]).sum(1)
-
-
-def _start_copy(values: Tensor) -> Tensor:
-    """Values on the host, once the device's queue has come to them."""
-    if values.device.type != "cuda":
-        return values
-    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-    return host.copy_(values, non_blocking=True)
+        lengths = segments.length[batch.segments]
+        inner = self._queue.put(residue_tokens(lengths))
+        if self.spec.pooling == "mean":
+            weights = self._queue.put(residue_weights(segments, batch.segments))
+            first = self._queue.put(np.cumsum(lengths) - lengths)
+            pooled = F.embedding_bag(inner, hidden, first, mode="sum", per_sample_weights=weights)
+        elif self.spec.pooling == "max":
+            # Not `embedding_bag`, for which NaN is less than any number.
+            parts = torch.split(hidden, [count * (length + 2) for count, length in batch.runs])
+            pooled = torch.cat(
+                [
+                    part.view(count, length + 2, -1)[:, 1:-1].amax(1)
+                    for part, (count, length) in zip(parts, batch.runs, strict=True)
+                ]
+            )
+        else:
+            begins = self._queue.put(np.cumsum(lengths + 2) - lengths - 2)
+            windows = self._queue.put(segments.windows[batch.segments])
+            pooled = hidden[begins] / windows[:, None]
+        each = self._queue.start_copy(hidden[inner].to(torch.float16)) if per_residue else None
+        return _Part(batch.segments, self._queue.start_copy(pooled), each)
 
 
 def _scatter(
@@ -372,8 +387,12 @@ def _release_memory(device: torch.device) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether it says that a device or the host is short of memory."""
-    # On a CPU torch raises a plain RuntimeError, and oneDNN, short of memory, one of these.
-    texts = ("can't allocate memory", "could not create a", "could not execute a")
+    # On a CPU torch raises a plain RuntimeError, and oneDNN, short of memory, one of the last two.
+    # A kernel that a GPU has no memory for is no `OutOfMemoryError` either.
+    texts = (
+        *("out of memory", "can't allocate memory"),
+        *("could not create a", "could not execute a"),
+    )
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
         text in str(error) for text in texts
     )

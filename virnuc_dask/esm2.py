@@ -7,7 +7,7 @@ https://doi.org/10.1126/science.ade2574; upstream: ``esm/model/esm2.py`` of fair
 
 from __future__ import annotations
 
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +15,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from esm.data import Alphabet
-from esm.pretrained import load_model_and_alphabet_core
+from esm.model.esm2 import ESM2
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from virnuc_dask import kernels
-from virnuc_dask.attention import Layout, Runs, attend_natively, best_attention
+from virnuc_dask import fused, kernels
+from virnuc_dask.attention import (
+    Layout,
+    Runs,
+    attend_fused,
+    attend_natively,
+    best_attention,
+    describe_attention,
+)
 from virnuc_dask.config import ModelSpec, Precision
 from virnuc_dask.errors import ModelError
 from virnuc_dask.kernels import Integers, Product
@@ -30,6 +38,13 @@ from virnuc_dask.weights import Checkpoint
 # On a CPU oneDNN makes and keeps a program for each number of tokens that it meets, which takes
 # half a millisecond and megabytes: batches are filled up to a multiple, so that there are few.
 _CPU_MULTIPLE = 32
+
+
+# Adds a product to x, in place, and gives x's norm: `kernels.add_norm` says of what.
+AddNorm = Callable[
+    [Tensor, Product | None, Tensor, Tensor, float, torch.dtype], "Tensor | Integers"
+]
+_ADD_NORM: dict[str, AddNorm] = {"compiled": kernels.add_norm, "triton": fused.add_norm}
 
 
 class Network:
@@ -46,28 +61,29 @@ class Network:
     ------
     ModelError
         The weights are not those of an ESM-2.
+
+    Attributes
+    ----------
+    backends : dict of str to str
+        What serves ``attention`` and ``elementwise`` work: ``torch`` or something faster.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device) -> None:
         self._device = device
         self._multiple = _CPU_MULTIPLE if device.type == "cpu" else 1
-        with warnings.catch_warnings():
-            # Contacts are never predicted here.
-            warnings.filterwarnings("ignore", "Regression weights not found")
-            try:
-                # The name only tells fair-esm which family it is.
-                network, alphabet = load_model_and_alphabet_core("esm2", checkpoint.data)
-            except RuntimeError as error:
-                raise ModelError(f"model {checkpoint.reference}: {error}") from error
-        # It stays on the host: of a large model a GPU holds what it needs, and not all of it twice.
-        network = network.to(torch.float32).eval().requires_grad_(False)
+        network, alphabet = _build(checkpoint)
         self._heads = int(network.attention_heads)
         # Without a masked token upstream's token dropout is this constant.
         scale = 1 - 0.15 * 0.8 if network.token_dropout else 1.0
-        self._embedding: Tensor = (network.embed_tokens.weight * scale).to(device)
-        has_kernels = kernels.serve(device, spec.precision, spec.dimension)
+        self._embedding: Tensor = _on(device, network.embed_tokens.weight) * scale
+        dtype = DTYPES.get(spec.precision, torch.float32)
+        by = "torch"
+        if kernels.serve(device, spec.precision, spec.dimension):
+            by = "compiled"
+        elif fused.serve(device, dtype, spec.dimension, self._heads):
+            by = "triton"
         self._layers = [
-            _Layer.of(layer, self._heads, spec.precision, device, has_kernels)
+            _Layer.of(layer, self._heads, spec.precision, device, by)
             for layer in network.layers[: spec.repr_layer]
         ]
         # What enters the first attention depends on the token alone.
@@ -77,15 +93,12 @@ class Network:
             ]
         is_last = spec.repr_layer == network.num_layers
         self._final_norm = _Norm.of(network.emb_layer_norm_after, device) if is_last else None
-        self._inverse_frequencies: Tensor = network.layers[0].self_attn.rot_emb.inv_freq.to(device)
+        self._inverse_frequencies = _on(device, network.layers[0].self_attn.rot_emb.inv_freq)
         self._bos, self._eos = int(alphabet.cls_idx), int(alphabet.eos_idx)
         self._token_of = _token_table(alphabet)
-        dtype = DTYPES.get(spec.precision, torch.float32)
-        self._attend = (
-            attend_natively
-            if has_kernels
-            else best_attention(device, dtype, spec.dimension // self._heads)
-        )
+        ours = {"compiled": attend_natively, "triton": attend_fused}.get(by)
+        self._attend = ours or best_attention(device, dtype, spec.dimension // self._heads)
+        self.backends = {"attention": describe_attention(self._attend), "elementwise": by}
 
     def represent(
         self, residues: NDArray[np.uint8], starts: NDArray[np.int64], runs: Runs
@@ -152,21 +165,29 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
-    """Layer norm; its result has the form that what follows takes, if there are kernels."""
+    """Layer norm; its result has the form that what follows takes, if there is a kernel."""
 
     weight: Tensor
     bias: Tensor
     eps: float
-    form: torch.dtype | None
+    kernel: AddNorm | None = None
+    form: torch.dtype = torch.float32
 
     @classmethod
-    def of(cls, norm: Any, device: torch.device, form: torch.dtype | None = None) -> _Norm:
-        return cls(norm.weight.to(device), norm.bias.to(device), norm.eps, form)
+    def of(
+        cls,
+        norm: Any,
+        device: torch.device,
+        kernel: AddNorm | None = None,
+        form: torch.dtype = torch.float32,
+    ) -> _Norm:
+        weight, bias = _on(device, norm.weight), _on(device, norm.bias)
+        return cls(weight, bias, norm.eps, kernel, form)
 
     def __call__(self, x: Tensor, product: Product | None = None) -> Tensor | Integers:
         """Of x, to which the product is added in place."""
-        if self.form:
-            return kernels.add_norm(x, product, self.weight, self.bias, self.eps, self.form)
+        if self.kernel:
+            return self.kernel(x, product, self.weight, self.bias, self.eps, self.form)
         if product:
             x += product.finished()
         return self.plain(x)
@@ -187,32 +208,89 @@ class _Layer:
 
     @classmethod
     def of(
-        cls, layer: Any, heads: int, precision: Precision, device: torch.device, has_kernels: bool
+        cls, layer: Any, heads: int, precision: Precision, device: torch.device, by: str
     ) -> _Layer:
         attention = layer.self_attn
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
-        def fused(name: str) -> Tensor:
+        add_norm = _ADD_NORM.get(by)
+
+        def joined(name: str) -> Tensor:
             parts = [getattr(part, name) for part in (query, key)]
-            turned = parts if has_kernels else [_pair(part, heads) for part in parts]
+            turned = parts if by == "compiled" else [_pair(part, heads) for part in parts]
             return torch.cat([*turned, getattr(value, name)])
 
         def linear(weight: Tensor, bias: Tensor) -> Linear:
-            return make_linear(weight.to(device), bias.to(device), precision)
+            weight, bias = _on(device, weight), _on(device, bias)
+            return make_linear(weight, bias, precision, is_fused=by == "triton")
 
         def like(module: Any) -> Linear:
             return linear(module.weight, module.bias)
 
-        qkv = linear(fused("weight"), fused("bias"))
-        form = qkv.takes if has_kernels else None
+        qkv = linear(joined("weight"), joined("bias"))
         return cls(
-            _Norm.of(layer.self_attn_layer_norm, device, form),
+            _Norm.of(layer.self_attn_layer_norm, device, add_norm, qkv.takes),
             qkv,
             like(attention.out_proj),
-            _Norm.of(layer.final_layer_norm, device, form),
+            _Norm.of(layer.final_layer_norm, device, add_norm, qkv.takes),
             like(layer.fc1),
             like(layer.fc2),
         )
+
+
+def _build(checkpoint: Checkpoint) -> tuple[Any, Alphabet]:
+    """fair-esm's module, whose parameters are the checkpoint's own tensors, and its alphabet.
+
+    They stay on the host and in their dtype: of a large model a GPU holds what it needs, and not
+    all of it twice. Its contact head, which nothing here uses, may be left without parameters.
+    """
+    alphabet = Alphabet.from_architecture("ESM-1b")
+    with _NoRandomWeights():
+        network = ESM2(
+            checkpoint.layers,
+            checkpoint.dimension,
+            checkpoint.heads,
+            alphabet,
+            checkpoint.token_dropout,
+        )
+    tensors = {
+        name.removeprefix("encoder.").removeprefix("sentence_encoder."): tensor
+        for name, tensor in checkpoint.data["model"].items()
+    }
+    try:
+        missing, unexpected = network.load_state_dict(tensors, strict=False, assign=True)
+    except RuntimeError as error:  # tensors of other shapes
+        raise ModelError(f"model {checkpoint.reference}: {error}") from error
+    missing = [name for name in missing if not name.startswith("contact_head.")]
+    for names, problem in ((missing, "lacks"), (unexpected, "has, and ESM-2 has not,")):
+        if names:
+            raise ModelError(
+                f"model {checkpoint.reference}: it {problem} {len(names)} tensor(s): "
+                + ", ".join(sorted(names)[:3])
+            )
+    return network.requires_grad_(False), alphabet
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Leaves new parameters as memory is: to draw 650 million random weights takes seconds."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+_RANDOM = (
+    *(Tensor.uniform_, Tensor.normal_),
+    *(torch.nn.init.uniform_, torch.nn.init.normal_, torch.nn.init.kaiming_uniform_),
+)
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    return values.to(device, torch.float32, copy=True)  # not what a file is mapped to
 
 
 def _pair(rows: Tensor, heads: int) -> Tensor:

@@ -7,6 +7,7 @@ layer is built, and `torch.nn.functional.linear` stands in where they are missin
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from virnuc_dask import kernels
+from virnuc_dask import fused, kernels
 from virnuc_dask.config import Precision
 from virnuc_dask.kernels import Integers, Product
 
@@ -37,6 +38,8 @@ class Linear:
     ----------
     weight : Tensor, shape (out, in)
     bias : Tensor, shape (out,)
+    gelu : callable
+        Exact GELU of a product, which it may overwrite.
 
     Attributes
     ----------
@@ -44,8 +47,9 @@ class Linear:
         Of an input that needs no conversion; uint8 stands for `Integers`.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor, gelu: Callable[..., Tensor] = F.gelu) -> None:
         self._weight, self._bias, self.takes = weight, bias, weight.dtype
+        self._gelu = gelu
 
     def __call__(self, x: Tensor | Integers) -> Product:
         """The product, shape (tokens, out), from x of shape (tokens, in)."""
@@ -53,7 +57,7 @@ class Linear:
 
     def gelu(self, x: Tensor | Integers) -> Tensor | Integers:
         """GELU of the product."""
-        return F.gelu(self(x).values)
+        return self._gelu(self(x).values)
 
     def _converted(self, x: Tensor | Integers) -> Tensor:
         if not isinstance(x, Tensor):
@@ -130,7 +134,9 @@ class Int8Linear(Linear):
         return Integers(shifted.to(torch.int16).to(torch.uint8), scale)
 
 
-def make_linear(weight: Tensor, bias: Tensor, precision: Precision) -> Linear:
+def make_linear(
+    weight: Tensor, bias: Tensor, precision: Precision, *, is_fused: bool = False
+) -> Linear:
     """The fastest layer that this processor has for a precision.
 
     Parameters
@@ -139,12 +145,18 @@ def make_linear(weight: Tensor, bias: Tensor, precision: Precision) -> Linear:
     bias : Tensor, float32, shape (out,)
     precision : {'float32', 'bfloat16', 'float16', 'int8'}
         The device must have it (`config.precision_on`).
+    is_fused : bool
+        Whether `fused.serve` says so.
     """
     if precision == "int8":
         return Int8Linear(weight, bias)
     dtype = DTYPES[precision]
-    kind = OneDnnLinear if weight.device.type == "cpu" and _has_onednn(dtype) else Linear
-    return kind(weight.to(dtype), bias.to(dtype))
+    weight, bias = weight.to(dtype), bias.to(dtype)
+    if is_fused:
+        return Linear(weight, bias, fused.gelu)
+    return (OneDnnLinear if weight.device.type == "cpu" and _has_onednn(dtype) else Linear)(
+        weight, bias
+    )
 
 
 @cache

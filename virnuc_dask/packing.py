@@ -133,14 +133,31 @@ def window_shares(segments: Segments, number: int) -> NDArray[np.float32]:
     return np.asarray(1.0 / (begun - ended), np.float32)
 
 
-def residue_weights(segments: Segments, number: int) -> NDArray[np.float32]:
-    """Weight of each residue of one segment in its row's mean, shape (length,).
+def residue_weights(segments: Segments, members: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Weight of each residue of some segments in its row's mean, end to end.
 
     Each residue of a row counts once: one that k windows see contributes 1/k from each.
     """
-    first, last = np.searchsorted(segments.row, [segments.row[number], segments.row[number] + 1])
-    covered = segments.start[last - 1] + segments.length[number] - segments.start[first]
-    return np.asarray(window_shares(segments, number) / covered, np.float32)
+    lengths = segments.length[members]
+    weights = np.repeat(1 / lengths, lengths).astype(np.float32)
+    ends = np.cumsum(lengths)
+    for place in np.flatnonzero(segments.windows[members] > 1):
+        number = int(members[place])
+        first, last = np.searchsorted(
+            segments.row, [segments.row[number], segments.row[number] + 1]
+        )
+        covered = segments.start[last - 1] + segments.length[number] - segments.start[first]
+        shares = window_shares(segments, number) / covered
+        weights[ends[place] - lengths[place] : ends[place]] = shares
+    return weights
+
+
+def residue_tokens(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which tokens of sequences that lie end to end are residues, and not BOS or EOS."""
+    ends = np.cumsum(lengths + 2)
+    is_residue = np.ones(int(ends[-1]), np.bool_)
+    is_residue[ends - lengths - 2] = is_residue[ends - 1] = False
+    return np.flatnonzero(is_residue)
 
 
 def cut_batches(lengths: NDArray[np.int64], token_budget: int) -> Iterator[Batch]:

@@ -34,8 +34,12 @@ def is_transient(error: BaseException) -> bool:
 
 
 def is_sticky(error: BaseException) -> bool:
-    """Whether the process is of no use any more: after a CUDA error all that follow fail too."""
-    return isinstance(error, RuntimeError) and "CUDA error" in str(error)
+    """Whether the process is of no use any more: after a CUDA error all that follow fail too.
+
+    So it is after cuBLAS has once found no memory left, also when there is some again.
+    """
+    texts = ("CUDA error", "Triton Error [CUDA]")
+    return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def is_of_the_input(error: BaseException) -> bool:

@@ -1,0 +1,90 @@
+"""A device's queue of work: a GPU is told what to do, and does it some time later."""
+
+from __future__ import annotations
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """A point in a queue: of a CPU, which has no queue, a time."""
+
+    seconds: float = 0.0
+    work: torch.cuda.Event | None = None
+    copies: torch.cuda.Event | None = None
+
+
+class Queue:
+    """The work of one encoder on its device.
+
+    All threads add to the same queue of a GPU, so what they begin is done in the order in which it
+    was begun. Results are copied to the host beside it, while the next work is done.
+
+    Parameters
+    ----------
+    device : torch.device
+
+    Attributes
+    ----------
+    is_immediate : bool
+        Whether work is done when the call returns that asks for it, as on a CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.is_immediate = device.type != "cuda"
+        self._copies = None if self.is_immediate else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def chosen(self) -> AbstractContextManager[object]:
+        """Makes the device the one that kernels are launched on."""
+        return nullcontext() if self._copies is None else torch.cuda.device(self._device)
+
+    def mark(self) -> Mark:
+        """The end of the queue as it is now."""
+        if self._copies is None:
+            return Mark(time.perf_counter())
+        # Whoever waits for these sleeps, and leaves the processor to other threads.
+        work = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
+        copies = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+        work.record(torch.cuda.current_stream(self._device))
+        copies.record(self._copies)
+        return Mark(work=work, copies=copies)
+
+    def put(self, values: NDArray[Any]) -> Tensor:
+        """Values on the device."""
+        tensor = torch.from_numpy(values)
+        if self._copies is None:
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def start_copy(self, values: Tensor) -> Tensor:
+        """Values on the host, once `wait` has come to a later mark."""
+        if self._copies is None:
+            return values
+        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
+        self._copies.wait_stream(torch.cuda.current_stream(self._device))
+        with torch.cuda.stream(self._copies):
+            host.copy_(values, non_blocking=True)
+        values.record_stream(self._copies)  # its memory is not used again before
+        return host
+
+    def wait(self, began: Mark, ended: Mark) -> float:
+        """Wait until all before a mark is done and copied.
+
+        Returns
+        -------
+        float
+            Seconds that the device took for what lies between the marks.
+        """
+        if began.work is None or ended.work is None or ended.copies is None:
+            return ended.seconds - began.seconds
+        ended.work.synchronize()
+        ended.copies.synchronize()
+        return float(began.work.elapsed_time(ended.work)) / 1000
