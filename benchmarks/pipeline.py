@@ -4,7 +4,6 @@
     python -m benchmarks.pipeline workers    one worker against two, of one thread each
     python -m benchmarks.pipeline chunks     100,000 chunks of nothing: Dask, coordinator, memory
     python -m benchmarks.pipeline scan       resume and status of 100,000 present chunks
-    python -m benchmarks.pipeline gpu --passes 20      one GPU with 1, 2 and 3 threads
 
 The work is the examples' real sequences through ESM-2 8M with random weights, which cost the same
 as trained ones. *Bare*: as many processes as there are workers, each with the encoder in memory
@@ -41,7 +40,7 @@ import torch
 from distributed import Client, Future, LocalCluster
 
 from tests.models import random_network, save_network
-from virnuc_dask import cluster, events, resume, run, work
+from virnuc_dask import events, resume, run, work
 from virnuc_dask.cluster import CALM, MALLOC, THREADS_PER_WORKER
 from virnuc_dask.config import Identity, ModelSpec, Settings
 from virnuc_dask.embed import ChunkReport, embed_chunk, embed_rows
@@ -361,34 +360,11 @@ def milliseconds(call: Callable[[], object]) -> float:
     return 1000 * min(times)
 
 
-# --- a GPU ---
-
-
-def gpu_threads(folder: Path, arguments: argparse.Namespace) -> Rows:
-    """How busy one GPU is with 1, 2 and 3 threads of its worker."""
-    weights, inputs = real_work(folder, arguments.passes)
-    rows: Rows = []
-    for threads in (1, 2, 3):
-        cluster.THREADS_PER_GPU = threads
-        summary = run(
-            inputs,
-            folder / f"{threads}.zarr",
-            model=str(weights),
-            cluster="local-cuda",
-            workers=1,
-            rows_per_chunk=arguments.rows_per_chunk,
-        )
-        rate = summary.computed_rows / summary.seconds
-        rows.append((f"{threads} thread(s)", f"{summary.busy:.0%} busy, {rate:,.0f} sequences/s"))
-    return rows
-
-
 PARTS = {
     "bare": beside_bare,
     "workers": more_workers,
     "chunks": many_chunks,
     "scan": scan,
-    "gpu": gpu_threads,
 }
 
 

@@ -1,0 +1,1 @@
+"""What `benchmarks.gpu` shows, one section in each module."""
