@@ -55,14 +55,19 @@ np.savez(sys.argv[2], plain=plain.encode(sequences), together=together, alone=al
 def interpret(script: str, *arguments: object) -> str:
     if find_spec("triton") is None:
         pytest.skip("needs Triton, which torch's builds for CPUs come without")
-    return subprocess.run(
+    path = filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+    done = subprocess.run(
         [sys.executable, "-c", script, *map(str, arguments)],
-        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
-        check=True,
-        stdout=subprocess.PIPE,
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(path)},
+        check=False,
+        capture_output=True,
         text=True,
         timeout=240,
-    ).stdout
+    )
+    if "only 0-dimensional arrays can be converted" in done.stderr:
+        pytest.skip("the interpreter of Triton 3.6 has no loops of unknown length with NumPy 2.4")
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def test_kernels_do_what_torch_does() -> None:

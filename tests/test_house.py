@@ -41,6 +41,7 @@ ORDER = [
     "faults",
     "turns",
     "queues",
+    "memory",
     "encoder",
     "retry",
     "embed",

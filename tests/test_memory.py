@@ -16,8 +16,9 @@ from models import random_network, random_sequences, save_network
 from virnuc_dask import embed
 from virnuc_dask.attention import Layout
 from virnuc_dask.config import Settings, Status
-from virnuc_dask.encoder import CPU_TOKENS, load_encoder
+from virnuc_dask.encoder import load_encoder
 from virnuc_dask.esm2 import Network
+from virnuc_dask.memory import CPU_TOKENS, GPU_TOKENS, grown
 from virnuc_dask.prepare import prepare
 
 
@@ -119,9 +120,9 @@ def test_other_errors_are_not_taken_for_memory(monkeypatch: pytest.MonkeyPatch) 
 LIMITED = """
 import resource, sys
 import numpy as np, torch
-from virnuc_dask import encoder as module
+from virnuc_dask import encoder as module, memory
 torch.set_num_threads(1)
-module.CPU_TOKENS = 2**17
+memory.CPU_TOKENS = 2**17
 encoder = module.load_encoder(sys.argv[1], precision=sys.argv[2])
 rng = np.random.default_rng(0)
 sequences = ["".join(rng.choice(list("ACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(1500)]
@@ -164,6 +165,30 @@ def test_a_real_limit_on_a_gpu(tmp_path: Path) -> None:
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert encoder.token_budget < before
+    assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_batches_grow_again_as_far_as_memory_is_free() -> None:
+    budget, seen = 247, []
+    while budget < GPU_TOKENS:
+        seen.append(budget)
+        budget = grown(budget, GPU_TOKENS)
+    assert budget == GPU_TOKENS
+    assert len(seen) == 10
+    assert grown(4000, 5000) == 5000
+    assert grown(4000, CPU_TOKENS) == 4000  # what has fitted is not given up
+    assert grown(GPU_TOKENS, GPU_TOKENS) == GPU_TOKENS
+
+
+@pytest.mark.gpu
+def test_batches_grow_again_on_a_gpu(tmp_path: Path) -> None:
+    path = save_network(random_network(2, 320, 20), tmp_path / "model.pt")
+    encoder = load_encoder(path, "cuda", "bfloat16")
+    first, encoder.token_budget = encoder.token_budget, 247
+    expected = encoder.encode(random_sequences([100] * 50))
+    for _ in range(10):
+        found = encoder.encode(random_sequences([100] * 50))
+    assert encoder.token_budget == first
     assert np.abs(found - expected).max() < 0.05 * np.abs(expected).max()
 
 

@@ -22,9 +22,10 @@ import virnuc_dask
 from virnuc_dask import RunConfig, embed, events, retry
 from virnuc_dask.config import Identity, Status
 from virnuc_dask.embed import embed_rows
-from virnuc_dask.encoder import Encoder, is_out_of_memory, load_encoder
+from virnuc_dask.encoder import Encoder, load_encoder
 from virnuc_dask.errors import UsageError
 from virnuc_dask.esm2 import Network
+from virnuc_dask.memory import is_out_of_memory
 from virnuc_dask.store import Store
 
 IDENTITY = Identity(

@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from virnuc_dask import retry
 from virnuc_dask.config import Identity, ModelSpec, Status
-from virnuc_dask.encoder import Encoded, Encoder, Usage, is_out_of_memory
+from virnuc_dask.encoder import Encoded, Encoder, Usage
 from virnuc_dask.errors import IdentityMismatchError, ModelError
+from virnuc_dask.memory import is_out_of_memory
 from virnuc_dask.packing import Segments, cut_segments, encoded_lengths
 from virnuc_dask.residues import invalid_rows
 from virnuc_dask.store import Store

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +18,7 @@ from virnuc_dask import faults
 from virnuc_dask.config import ModelSpec, Pooling, Precision, precision_on
 from virnuc_dask.errors import InputError
 from virnuc_dask.esm2 import Network
+from virnuc_dask.memory import fitting_tokens, grown, is_out_of_memory, release_memory
 from virnuc_dask.packing import (
     Batch,
     Segments,
@@ -34,11 +32,6 @@ from virnuc_dask.queues import Queue
 from virnuc_dask.residues import clean_sequence
 from virnuc_dask.turns import Turn
 from virnuc_dask.weights import DEMO, Checkpoint, describe, load_checkpoint
-
-# Tokens per batch on a CPU: 512 to 4,096 are equally fast, and the smaller stay in cache.
-CPU_TOKENS = 2048
-# On a GPU at most; about 64 bytes per token and feature are alive at once.
-_GPU_TOKENS, _TOKEN_BYTES = 2**17, 64
 
 
 def load_encoder(
@@ -137,7 +130,8 @@ class Encoder:
     dimension : int
         Features per embedding, D.
     token_budget : int
-        Tokens that are encoded at once; becomes less when memory runs out.
+        Tokens that are encoded at once; becomes less when memory runs out, and on a GPU more
+        again when there is some.
     backends : dict of str to str
         What serves ``attention`` and ``elementwise`` work, ``torch`` or something faster.
     """
@@ -151,8 +145,9 @@ class Encoder:
         with self._queue.chosen():
             self._network = Network(checkpoint, spec, self._device)
         self.backends = self._network.backends
-        # Halved whenever memory runs out, and kept for all later chunks.
-        self.token_budget = _first_budget(self._device, spec.dimension)
+        # Halved whenever memory runs out. On a CPU it stays so. On a GPU others may have had the
+        # memory, and it grows again.
+        self.token_budget = fitting_tokens(self._device, spec.dimension)
         self._turn = Turn(self._device)
         self._used = threading.local()
 
@@ -193,7 +188,7 @@ class Encoder:
         encoded = self.encode_segments(residues, whole, len(cleaned))
         if not encoded.fits.all():
             # If it was others who had the memory, batches need not be small ever after.
-            self.token_budget = _first_budget(self._device, self.dimension)
+            self.token_budget = fitting_tokens(self._device, self.dimension)
             number = int(np.argmin(encoded.fits))
             raise MemoryError(f"sequence {number}, {lengths[number]} residues, does not fit")
         return encoded.embedding
@@ -231,6 +226,9 @@ class Encoder:
         with self._turn, torch.inference_mode(), self._queue.chosen():
             usage.wait_s += time.perf_counter() - asked
             began = self._queue.mark()
+            if self._device.type == "cuda":
+                fitting = fitting_tokens(self._device, self.dimension)
+                self.token_budget = grown(self.token_budget, fitting)
             for part in self._encode_batches(residues, segments, per_residue, unfit):
                 if self._queue.is_immediate:
                     # One by one: kept between larger tensors, they would scatter these.
@@ -317,7 +315,7 @@ class Encoder:
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-        _release_memory(self._device)
+        release_memory(self._device)
         return None
 
     def _encode_batch(
@@ -367,32 +365,3 @@ def _scatter(
         else:
             shared = part * window_shares(segments, number)[:, None]
             place[:] = np.where(np.isnan(place), 0, place) + shared
-
-
-def _first_budget(device: torch.device, dimension: int) -> int:
-    if device.type != "cuda":
-        return CPU_TOKENS
-    free, _ = torch.cuda.mem_get_info(device)
-    return int(min(_GPU_TOKENS, max(CPU_TOKENS, free // 2 // (_TOKEN_BYTES * dimension))))
-
-
-def _release_memory(device: torch.device) -> None:
-    """Give back what the allocator keeps for later: the next batch may need it in other sizes."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    elif sys.platform == "linux":
-        with suppress(OSError, AttributeError):  # a libc other than glibc has no such function
-            ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether it says that a device or the host is short of memory."""
-    # On a CPU torch raises a plain RuntimeError, and oneDNN, short of memory, one of the last two.
-    # A kernel that a GPU has no memory for is no `OutOfMemoryError` either.
-    texts = (
-        *("out of memory", "can't allocate memory"),
-        *("could not create a", "could not execute a"),
-    )
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        text in str(error) for text in texts
-    )

@@ -1,0 +1,51 @@
+"""A device's memory: how much is encoded at once, and which errors say that there is none left."""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+from contextlib import suppress
+
+import torch
+
+# Tokens per batch on a CPU: 512 to 4,096 are equally fast, and the smaller stay in cache.
+CPU_TOKENS = 2048
+# On a GPU at most; about 64 bytes per token and feature are alive at once.
+GPU_TOKENS, _TOKEN_BYTES = 2**17, 64
+
+
+def fitting_tokens(device: torch.device, dimension: int) -> int:
+    """Tokens per batch that a device has memory for, if half of what is free is used."""
+    if device.type != "cuda":
+        return CPU_TOKENS
+    free, _ = torch.cuda.mem_get_info(device)
+    # What torch keeps for later is this process's, and free as well.
+    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(min(GPU_TOKENS, max(CPU_TOKENS, free // 2 // (_TOKEN_BYTES * dimension))))
+
+
+def grown(budget: int, fitting: int) -> int:
+    """Tokens per batch for the next chunk: twice as many, if so many fit, and never fewer."""
+    return max(budget, min(2 * budget, fitting))
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what the allocator keeps for later: the next batch may need it in other sizes."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    elif sys.platform == "linux":
+        with suppress(OSError, AttributeError):  # a libc other than glibc has no such function
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it says that a device or the host is short of memory."""
+    # On a CPU torch raises a plain RuntimeError, and oneDNN, short of memory, one of the last two.
+    # A kernel that a GPU has no memory for is no `OutOfMemoryError` either.
+    texts = (
+        *("out of memory", "can't allocate memory"),
+        *("could not create a", "could not execute a"),
+    )
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        text in str(error) for text in texts
+    )
