@@ -9,6 +9,7 @@ import pytest
 import torch
 from models import (
     LETTERS,
+    checkpoint_data,
     random_network,
     random_sequences,
     relative_error,
@@ -17,10 +18,11 @@ from models import (
     upstream_mean,
 )
 
-from virnuc_dask.config import Pooling
+from virnuc_dask.config import Pooling, Precision
 from virnuc_dask.encoder import Encoder, load_encoder
 from virnuc_dask.errors import InputError, ModelError
 from virnuc_dask.packing import cut_segments
+from virnuc_dask.queues import Mark
 
 TOLERANCE = 1e-4
 # float32 rounding; far below what any wrong mask or neighbour would give.
@@ -148,6 +150,39 @@ def test_threads_share_an_encoder() -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda sequence: encoder.encode([sequence]), sequences))
     assert all(np.array_equal(a, b) for a, b in zip(alone, together, strict=True))
+
+
+def test_the_device_is_free_before_its_work_is_done() -> None:
+    encoder = load_encoder("demo")
+    wait, held = encoder._queue.wait, []
+
+    def watched(*marks: Mark) -> float:
+        held.append(encoder._turn._threads.locked())
+        return wait(*marks)
+
+    encoder._queue.wait = watched  # type: ignore[method-assign]
+    encoder.encode(["MKTAYIAKQR"])
+    assert held == [False]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_how_a_file_lays_out_its_numbers_does_not_matter(
+    precision: Precision, tmp_path: Path
+) -> None:
+    data = checkpoint_data(random_network(2, 64, 4))
+    torch.save(data, tmp_path / "rows.pt")
+    # Columns first: equal tensors, of which nothing in the digest tells.
+    for name, tensor in data["model"].items():
+        if tensor.dim() == 2:
+            data["model"][name] = tensor.t().contiguous().t()
+    torch.save(data, tmp_path / "columns.pt")
+    rows, columns = (
+        load_encoder(str(tmp_path / name), precision=precision)
+        for name in ("rows.pt", "columns.pt")
+    )
+    assert rows.spec.weights_sha256 == columns.spec.weights_sha256
+    sequences = random_sequences([5, 40, 40])
+    assert np.array_equal(rows.encode(sequences), columns.encode(sequences))
 
 
 @pytest.mark.parametrize("pooling", ["mean", "bos", "max"])

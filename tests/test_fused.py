@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from conftest import ROOT
 from models import random_network, random_sequences, save_network, upstream_mean
 
 from virnuc_dask import fused
-from virnuc_dask.encoder import Encoder, load_encoder
+from virnuc_dask.encoder import load_encoder
 from virnuc_dask.queues import Queue
 
 # Features and heads whose sizes are awkward in different ways; one head of 128 features.
@@ -28,9 +29,10 @@ KERNELS = """
 import torch
 from virnuc_dask import fused
 for features, heads in {shapes}:
-    for dtype, expected in ((torch.float16, None), (torch.bfloat16, "attention differs")):
+    for dtype in (torch.float16, torch.bfloat16):
         problem = fused.differs(torch.device("cpu"), dtype, features, heads)
-        assert problem == expected, (features, heads, dtype, problem)
+        excused = dtype == torch.bfloat16 and problem == "attention differs"
+        assert problem is None or excused, (features, heads, dtype, problem)
 print("equal")
 """
 NETWORK = """
@@ -100,22 +102,62 @@ def test_every_query_of_every_sequence_has_one_program() -> None:
     ]
 
 
-def test_where_they_do_not_serve_the_reason_is_said(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.fixture
+def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException | str], None]]:
+    """Stands for a GPU on which the kernels differ as they are told to."""
+
+    def behave(how: BaseException | str) -> None:
+        def differs(*_: object) -> str:
+            if isinstance(how, BaseException):
+                raise how
+            return how
+
+        monkeypatch.setattr(fused, "differs", differs)
+        fused.serve.cache_clear()
+
+    yield behave
+    fused.serve.cache_clear()
+
+
+def on_a_gpu() -> bool:
+    return fused.serve(torch.device("cuda:7"), torch.bfloat16, 64, 4)
+
+
+def test_where_they_do_not_serve_the_reason_is_said(
+    a_gpu: Callable[[BaseException | str], None], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
     assert not fused.serve(torch.device("cpu"), torch.bfloat16, 64, 4)
     assert not fused.serve(torch.device("cuda"), torch.float32, 64, 4)
     assert not caplog.records  # as it should be
-    with caplog.at_level(logging.WARNING), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "differs", lambda *_: "attention differs")
-        assert not fused.serve(torch.device("cuda:7"), torch.bfloat16, 64, 4)
-        assert "attention differs" in caplog.text
+    for reason in ("attention differs", RuntimeError("Failed to find C compiler")):
+        a_gpu(reason)
+        assert not on_a_gpu()
+        assert str(reason) in caplog.text
 
-        def fail(*_: object) -> None:
-            raise RuntimeError("Failed to find C compiler")
 
-        patch.setattr(fused, "differs", fail)
-        assert not fused.serve(torch.device("cuda:7"), torch.float16, 64, 4)
-        assert "Failed to find C compiler" in caplog.text
-    fused.serve.cache_clear()
+@pytest.mark.parametrize(
+    "text",
+    ["CUDA out of memory. Tried to allocate 2 GiB", "CUDA error: unspecified launch failure"],
+)
+def test_a_device_that_is_full_or_lost_says_nothing_about_the_kernels(
+    text: str, a_gpu: Callable[[BaseException | str], None]
+) -> None:
+    a_gpu(RuntimeError(text))
+    for _ in range(2):  # and nothing is remembered
+        with pytest.raises(RuntimeError, match=text[:10]):
+            on_a_gpu()
+
+
+def test_what_the_kernels_cannot_read_is_refused() -> None:
+    wide = torch.zeros(4, 8)
+    with pytest.raises(ValueError, match="dense"):
+        fused.gelu(wide.t())
+    with pytest.raises(ValueError, match="dense"):
+        fused.add_norm(wide.t(), None, wide[0], wide[0], 1e-5, torch.float16)
+    long = torch.empty(2**28, 4, device="meta")
+    with pytest.raises(ValueError, match="268,435,456 tokens is too long"):
+        fused.attend(torch.zeros(1, 24), 2, wide[0], wide, long)
 
 
 @pytest.mark.gpu
@@ -150,19 +192,14 @@ def test_threads_that_queue_work_behind_each_other_get_their_own_rows(tmp_path: 
 
 
 @pytest.mark.gpu
-def test_a_device_is_given_away_before_its_work_is_done(tmp_path: Path) -> None:
-    path = save_network(random_network(12, 1280, 20), tmp_path / "model.pt")
-    encoder: Encoder = load_encoder(path, "cuda", "bfloat16")
-    encoder.encode(random_sequences([100] * 1000))
+def test_work_that_is_queued_is_waited_for(tmp_path: Path) -> None:
     queue = Queue(torch.device("cuda"))
-    with queue.chosen(), torch.inference_mode():
+    with queue.as_current_device(), torch.inference_mode():
         began = queue.mark()
         values = torch.randn(8192, 8192, device="cuda")
         for _ in range(50):
             values = values @ values * 1e-4
         host = queue.start_copy(values)
         ended = queue.mark()
-        assert ended.work is not None
-        assert not ended.work.query()  # still at it
         assert queue.wait(began, ended) > 0
         assert torch.equal(host, values.cpu())

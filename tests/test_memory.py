@@ -18,7 +18,7 @@ from virnuc_dask.attention import Layout
 from virnuc_dask.config import Settings, Status
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.esm2 import Network
-from virnuc_dask.memory import CPU_TOKENS, GPU_TOKENS, grown
+from virnuc_dask.memory import CPU_TOKENS, GPU_TOKENS, grown, is_starved
 from virnuc_dask.prepare import prepare
 
 
@@ -178,6 +178,21 @@ def test_batches_grow_again_as_far_as_memory_is_free() -> None:
     assert grown(4000, 5000) == 5000
     assert grown(4000, CPU_TOKENS) == 4000  # what has fitted is not given up
     assert grown(GPU_TOKENS, GPU_TOKENS) == GPU_TOKENS
+
+
+def test_a_device_whose_memory_others_have_is_starved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a driver says is made up: no GPU need be here."""
+
+    def lost(_: object) -> tuple[int, int]:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    gpu = torch.device("cuda")
+    assert not is_starved(torch.device("cpu"))
+    for says, starved in ((lambda _: (5 << 20, 2**37), True), (lambda _: (2**30, 2**37), False)):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", says)
+        assert is_starved(gpu) == starved
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
+    assert not is_starved(gpu)
 
 
 @pytest.mark.gpu

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from virnuc_dask import fused, kernels
 from virnuc_dask.kernels import Product
+from virnuc_dask.queues import to_device
 
 Runs = list[tuple[int, int]]
 
@@ -51,10 +52,7 @@ class Layout:
         lengths = np.repeat(
             [length + 2 for _, length in self.runs], [count for count, _ in self.runs]
         )
-        programs = torch.from_numpy(fused.cut_programs(lengths))
-        if self.bounds.device.type == "cuda":
-            programs = programs.pin_memory()  # so that nothing waits for what the device does
-        return programs.to(self.bounds.device, non_blocking=True)
+        return to_device(fused.cut_programs(lengths), self.bounds.device)
 
     @cached_property
     def rotation(self) -> Tensor:

@@ -28,7 +28,7 @@ from virnuc_dask.packing import (
     residue_weights,
     window_shares,
 )
-from virnuc_dask.queues import Queue
+from virnuc_dask.queues import Queue, to_device
 from virnuc_dask.residues import clean_sequence
 from virnuc_dask.turns import Turn
 from virnuc_dask.weights import DEMO, Checkpoint, describe, load_checkpoint
@@ -95,9 +95,10 @@ class Usage:
     Attributes
     ----------
     wait_s : float
-        Seconds spent waiting for the device, which another chunk had.
+        Seconds spent waiting for the device, which had other chunks to do: for its lock, and on a
+        GPU also in its queue.
     busy_s : float
-        Seconds that the device was had.
+        Seconds that the device took, from the first of the work to the last.
     tokens, capacity : int
         Tokens encoded, and those that the batches had room for.
     """
@@ -142,7 +143,7 @@ class Encoder:
         self.dimension = spec.dimension
         self._device = torch.device(device)
         self._queue = Queue(self._device)
-        with self._queue.chosen():
+        with self._queue.as_current_device():
             self._network = Network(checkpoint, spec, self._device)
         self.backends = self._network.backends
         # Halved whenever memory runs out. On a CPU it stays so. On a GPU others may have had the
@@ -223,8 +224,7 @@ class Encoder:
         asked = time.perf_counter()
         unfit: list[int] = []
         queued: list[_Part] = []
-        with self._turn, torch.inference_mode(), self._queue.chosen():
-            usage.wait_s += time.perf_counter() - asked
+        with self._turn, torch.inference_mode(), self._queue.as_current_device():
             began = self._queue.mark()
             if self._device.type == "cuda":
                 fitting = fitting_tokens(self._device, self.dimension)
@@ -236,8 +236,10 @@ class Encoder:
                 else:
                     queued.append(part)
             ended = self._queue.mark()
-        # Meanwhile a GPU is another thread's: its work is queued before this has come to an end.
-        usage.busy_s += self._queue.wait(began, ended)
+        # A GPU's lock is free by now: another chunk is queued before this one has come to an end.
+        busy = self._queue.wait(began, ended)
+        usage.busy_s += busy
+        usage.wait_s += max(0.0, time.perf_counter() - asked - busy)
         for part in queued:
             self._combine(part, segments, embedding, each)
         fits = np.ones(rows, np.bool_)
@@ -327,10 +329,10 @@ class Encoder:
             tokens = np.repeat(spoiled, segments.length[batch.segments] + 2)
             hidden[torch.from_numpy(tokens).to(hidden.device)] = torch.nan
         lengths = segments.length[batch.segments]
-        inner = self._queue.put(residue_tokens(lengths))
+        inner = to_device(residue_tokens(lengths), self._device)
         if self.spec.pooling == "mean":
-            weights = self._queue.put(residue_weights(segments, batch.segments))
-            first = self._queue.put(np.cumsum(lengths) - lengths)
+            weights = to_device(residue_weights(segments, batch.segments), self._device)
+            first = to_device(np.cumsum(lengths) - lengths, self._device)
             pooled = F.embedding_bag(inner, hidden, first, mode="sum", per_sample_weights=weights)
         elif self.spec.pooling == "max":
             # Not `embedding_bag`, for which NaN is less than any number.
@@ -342,8 +344,8 @@ class Encoder:
                 ]
             )
         else:
-            begins = self._queue.put(np.cumsum(lengths + 2) - lengths - 2)
-            windows = self._queue.put(segments.windows[batch.segments])
+            begins = to_device(np.cumsum(lengths + 2) - lengths - 2, self._device)
+            windows = to_device(segments.windows[batch.segments], self._device)
             pooled = hidden[begins] / windows[:, None]
         each = self._queue.start_copy(hidden[inner].to(torch.float16)) if per_residue else None
         return _Part(batch.segments, self._queue.start_copy(pooled), each)

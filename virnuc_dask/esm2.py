@@ -33,6 +33,7 @@ from virnuc_dask.config import ModelSpec, Precision
 from virnuc_dask.errors import ModelError
 from virnuc_dask.kernels import Integers, Product
 from virnuc_dask.linear import DTYPES, Linear, make_linear
+from virnuc_dask.queues import to_device
 from virnuc_dask.weights import Checkpoint
 
 # On a CPU oneDNN makes and keeps a program for each number of tokens that it meets, which takes
@@ -133,17 +134,11 @@ class Network:
         places = torch.arange(int(lengths.max()), dtype=torch.float32, device=self._device)
         layout = Layout(
             runs,
-            self._to_device(bounds),
-            self._to_device(positions),
+            to_device(bounds, self._device),
+            to_device(positions, self._device),
             places[:, None] * self._inverse_frequencies,
         )
-        return self._forward(self._to_device(filled), layout)[: len(tokens)]
-
-    def _to_device(self, values: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        if self._device.type == "cuda":
-            return tensor.pin_memory().to(self._device, non_blocking=True)
-        return tensor
+        return self._forward(to_device(filled, self._device), layout)[: len(tokens)]
 
     def _forward(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Representation of packed tokens, shape (tokens, D)."""
@@ -290,7 +285,8 @@ _RANDOM = (
 
 
 def _on(device: torch.device, values: Tensor) -> Tensor:
-    return values.to(device, torch.float32, copy=True)  # not what a file is mapped to
+    """A dense float32 copy on the device: not what a file is mapped to, nor with its strides."""
+    return values.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _pair(rows: Tensor, heads: int) -> Tensor:

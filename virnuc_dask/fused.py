@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from virnuc_dask.kernels import Product
+from virnuc_dask.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
 # Values that one program of GELU works on.
@@ -45,8 +46,8 @@ class Tile(NamedTuple):
     stages: int
 
 
-# The fastest for reads and for proteins on an H200 (benchmarks/RESULTS.md). It is the same for all
-# lengths, so that no row depends on what else is in its batch.
+# On an H200 the fastest for reads and proteins, or within 3 % of it (benchmarks/RESULTS.md). It is
+# the same for all lengths, so that no row depends on what else is in its batch.
 TILE = Tile(64, 64, 4, 1)
 
 
@@ -65,6 +66,7 @@ def add_norm(
     dtype : torch.dtype
         Of the result.
     """
+    _require_dense(x, weight, bias, *([product.values] if product else []))
     tokens, features = x.shape
     out = torch.empty_like(x, dtype=dtype)
     block = _power_of_two(features)
@@ -85,6 +87,7 @@ def add_norm(
 
 def gelu(x: Tensor) -> Tensor:
     """GELU by the error function, in place, of a dense tensor in half precision."""
+    _require_dense(x)
     count = x.numel()
     _kernels().gelu[(-(-count // GELU_BLOCK),)](x, count, block=GELU_BLOCK)
     return x
@@ -110,6 +113,9 @@ def attend(qkv: Tensor, heads: int, bounds: Tensor, programs: Tensor, turns: Ten
     Tensor, shape (tokens, D)
         Undefined for tokens beyond the last sequence.
     """
+    _require_dense(qkv, bounds, programs, turns)
+    if len(turns) * qkv.shape[1] >= 2**31:  # the kernel counts in 32 bits within a sequence
+        raise ValueError(f"a sequence of {len(turns):,} tokens is too long for attention on a GPU")
     features = qkv.shape[1] // 3 // heads
     out = torch.empty_like(qkv[:, : heads * features])
     _kernels().attend[(len(programs), heads)](
@@ -157,12 +163,19 @@ def serve(device: torch.device, dtype: torch.dtype, features: int, heads: int) -
     """Whether these kernels work on a device and agree with torch's own operations there.
 
     If not, the reason is logged once, and torch does the work.
+
+    Raises
+    ------
+    RuntimeError
+        The device has no memory, or is of no use any more.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return False
     try:
         problem = differs(device, dtype, features, heads)
     except Exception as error:  # no Triton, no C compiler, a cache that cannot be written, …
+        if is_out_of_memory(error) or "CUDA error" in str(error):
+            raise  # says nothing about the kernels, and may be otherwise the next time
         problem = f"{type(error).__name__}: {error}"
     if problem:
         _log.warning("torch does what Triton could do faster on %s: %s", device, problem)
@@ -212,6 +225,11 @@ def _attention(qkv: Tensor, heads: int, lengths: list[int], angles: Tensor) -> T
         output = F.scaled_dot_product_attention(query[None], key[None], value[None])[0]
         outputs.append(output.transpose(0, 1).flatten(1))
     return torch.cat(outputs)
+
+
+def _require_dense(*tensors: Tensor) -> None:
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("kernels are for dense tensors")
 
 
 def _power_of_two(number: int) -> int:

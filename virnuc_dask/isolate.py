@@ -23,6 +23,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from virnuc_dask import retry
@@ -36,6 +37,7 @@ from virnuc_dask.embed import (
     get_encoder,
 )
 from virnuc_dask.errors import VirnucError
+from virnuc_dask.memory import is_starved
 from virnuc_dask.packing import encoded_lengths, residues_to_encode
 from virnuc_dask.retry import FOREVER, LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
 
@@ -223,7 +225,8 @@ def _main(folder: Path) -> None:
                 encoder, lengths[first:last], residues[ends[first] : ends[last]], identity
             )
         except RuntimeError as error:
-            if retry.is_sticky(error):
+            # If others have all memory of the device, no row is to blame.
+            if retry.is_sticky(error) and not is_starved(torch.device(job["device"])):
                 os._exit(_DEVICE_LOST)
             raise
         arrays = {"status": rows.status, "embedding": rows.embedding}

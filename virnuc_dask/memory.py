@@ -12,6 +12,7 @@ import torch
 CPU_TOKENS = 2048
 # On a GPU at most; about 64 bytes per token and feature are alive at once.
 GPU_TOKENS, _TOKEN_BYTES = 2**17, 64
+_STARVED = 2**26
 
 
 def fitting_tokens(device: torch.device, dimension: int) -> int:
@@ -22,6 +23,20 @@ def fitting_tokens(device: torch.device, dimension: int) -> int:
     # What torch keeps for later is this process's, and free as well.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return int(min(GPU_TOKENS, max(CPU_TOKENS, free // 2 // (_TOKEN_BYTES * dimension))))
+
+
+def is_starved(device: torch.device) -> bool:
+    """Whether next to nothing of a GPU's memory is free, so that even a kernel may not be loaded.
+
+    cuBLAS then says that its execution failed, which looks like the fault of what it was given.
+    """
+    if device.type != "cuda":
+        return False
+    try:
+        free, _ = torch.cuda.mem_get_info(device)
+    except RuntimeError:  # the device is of no use any more, for some other reason
+        return False
+    return bool(free < _STARVED)
 
 
 def grown(budget: int, fitting: int) -> int:

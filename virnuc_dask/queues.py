@@ -12,6 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 
+def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
+    """Values on a device. Nothing waits until a GPU has come to this copy."""
+    tensor = torch.from_numpy(values)
+    if device.type != "cuda":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Mark:
     """A point in a queue: of a CPU, which has no queue, a time."""
@@ -42,27 +50,20 @@ class Queue:
         self.is_immediate = device.type != "cuda"
         self._copies = None if self.is_immediate else torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
-    def chosen(self) -> AbstractContextManager[object]:
-        """Makes the device the one that kernels are launched on."""
+    def as_current_device(self) -> AbstractContextManager[object]:
+        """A context in which kernels are launched on this device."""
         return nullcontext() if self._copies is None else torch.cuda.device(self._device)
 
     def mark(self) -> Mark:
         """The end of the queue as it is now."""
         if self._copies is None:
             return Mark(time.perf_counter())
-        # Whoever waits for these sleeps, and leaves the processor to other threads.
+        # A thread that waits for these sleeps, and other threads get the processor.
         work = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         copies = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         work.record(torch.cuda.current_stream(self._device))
         copies.record(self._copies)
         return Mark(work=work, copies=copies)
-
-    def put(self, values: NDArray[Any]) -> Tensor:
-        """Values on the device."""
-        tensor = torch.from_numpy(values)
-        if self._copies is None:
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
 
     def start_copy(self, values: Tensor) -> Tensor:
         """Values on the host, once `wait` has come to a later mark."""

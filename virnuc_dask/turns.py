@@ -21,7 +21,8 @@ _LOOK_EVERY_S = 0.005
 class Turn:
     """A lock on a device: of this process's threads, and, of a GPU, of all this user's processes.
 
-    Workers that share a card would each take half of it, and twice the memory.
+    Workers that share a card would each take half of it, and twice the memory. On a GPU a turn ends
+    when all work is queued, and before it is done: two processes may overlap by one chunk.
 
     Parameters
     ----------
