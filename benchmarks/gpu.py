@@ -81,7 +81,8 @@ def _module(name: str, weight: float) -> Section:
     return Section([sys.executable, "-m", f"benchmarks.gpu_sections.{name}"], weight)
 
 
-# The most important first: what is late is cut off.
+# The most important first: what is late is cut off. The weights are about the seconds that each
+# takes on an H200 (benchmarks/RESULTS.md).
 SECTIONS = {
     "equal": _module("equal", 30),
     "kernels": _module("kernels", 30),
