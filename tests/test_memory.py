@@ -18,7 +18,7 @@ from virnuc_dask.attention import Layout
 from virnuc_dask.config import Settings, Status
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.esm2 import Network
-from virnuc_dask.memory import CPU_TOKENS, GPU_TOKENS, grown, is_starved
+from virnuc_dask.memory import CPU_TOKENS, GPU_TOKENS, fitting_tokens, grown, is_starved
 from virnuc_dask.prepare import prepare
 
 
@@ -180,7 +180,7 @@ def test_batches_grow_again_as_far_as_memory_is_free() -> None:
     assert grown(GPU_TOKENS, GPU_TOKENS) == GPU_TOKENS
 
 
-def test_a_device_whose_memory_others_have_is_starved(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_fits_follows_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a driver says is made up: no GPU need be here."""
 
     def lost(_: object) -> tuple[int, int]:
@@ -188,9 +188,17 @@ def test_a_device_whose_memory_others_have_is_starved(monkeypatch: pytest.Monkey
 
     gpu = torch.device("cuda")
     assert not is_starved(torch.device("cpu"))
-    for says, starved in ((lambda _: (5 << 20, 2**37), True), (lambda _: (2**30, 2**37), False)):
-        monkeypatch.setattr(torch.cuda, "mem_get_info", says)
+    for name in ("memory_reserved", "memory_allocated"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: 0)
+    # A few megabytes more make no other batches.
+    for free, starved, tokens in (
+        *((5 << 20, True, CPU_TOKENS), (2**30, False, CPU_TOKENS)),
+        *((9_000_000_000, False, 2**14), (9_010_000_000, False, 2**14)),
+        (80 << 30, False, GPU_TOKENS),
+    ):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _, free=free: (free, 2**37))
         assert is_starved(gpu) == starved
+        assert fitting_tokens(gpu, 2560) == tokens
     monkeypatch.setattr(torch.cuda, "mem_get_info", lost)
     assert not is_starved(gpu)
 

@@ -16,13 +16,17 @@ _STARVED = 2**26
 
 
 def fitting_tokens(device: torch.device, dimension: int) -> int:
-    """Tokens per batch that a device has memory for, if half of what is free is used."""
+    """Tokens per batch that a device has memory for, if half of what is free is used.
+
+    A power of two, so that a little memory more or less changes no batch, and no last bit of a row.
+    """
     if device.type != "cuda":
         return CPU_TOKENS
     free, _ = torch.cuda.mem_get_info(device)
     # What torch keeps for later is this process's, and free as well.
     free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(min(GPU_TOKENS, max(CPU_TOKENS, free // 2 // (_TOKEN_BYTES * dimension))))
+    tokens = max(CPU_TOKENS, free // 2 // (_TOKEN_BYTES * dimension))
+    return int(min(GPU_TOKENS, 1 << (tokens.bit_length() - 1)))
 
 
 def is_starved(device: torch.device) -> bool:
