@@ -154,9 +154,8 @@ def make_linear(
     weight, bias = weight.to(dtype), bias.to(dtype)
     if is_fused:
         return Linear(weight, bias, fused.gelu)
-    return (OneDnnLinear if weight.device.type == "cpu" and _has_onednn(dtype) else Linear)(
-        weight, bias
-    )
+    kind = OneDnnLinear if weight.device.type == "cpu" and _has_onednn(dtype) else Linear
+    return kind(weight, bias)
 
 
 @cache

@@ -76,7 +76,7 @@ def main(report: Report, options: Options) -> None:
                 chosen = replace(spec, precision=precision, pooling=pooling)
                 encoder = Encoder(checkpoint, chosen, options.device)
                 encoder.token_budget = 2**17  # all sequences are one batch
-                backends |= getattr(encoder, "backends", {})
+                backends |= encoder.backends
                 for case in cases.compare(encoder, pooling):
                     errors(shape, precision, case.rows, *case.cells())
                     if problem := case.problem(precision):

@@ -25,7 +25,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from itertools import pairwise
 from statistics import median
 from typing import Any
@@ -355,14 +354,11 @@ class Bench:
         return self._models[name]
 
     def _add_variant(self, model: Model, variant: str, fused: bool) -> None:
-        if not fused and not has_fused_kernels():
-            self.report.note(f"{variant}, {model.name}: skipped, there is no virnuc_dask.fused")
-            return
         encoder = model.encoders[variant] = model.encoder("bfloat16", fused=fused)
         self.report.figure(
             f"encoder {model.name} {variant}",
             {
-                "backends": {k: str(v) for k, v in dict(getattr(encoder, "backends", {})).items()},
+                "backends": encoder.backends,
                 "token_budget": encoder.token_budget,
             },
         )
@@ -657,14 +653,6 @@ def cut(sequences: list[str], rows: int) -> Iterator[list[str]]:
     """Parts of so many sequences."""
     for first in range(0, len(sequences), rows):
         yield sequences[first : first + rows]
-
-
-def has_fused_kernels() -> bool:
-    """Whether the package has kernels that can be left out."""
-    try:
-        return hasattr(import_module("virnuc_dask.fused"), "serve")
-    except ImportError:
-        return False
 
 
 def release() -> None:
