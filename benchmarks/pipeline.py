@@ -306,20 +306,20 @@ class _Watch:
         return f"{self._rss[0] / 2**20:.0f} to {max(self._rss) / 2**20:.0f} MiB"
 
 
-def no_task(path: str, chunk: int, *_: object) -> ChunkReport:
+def no_task(path: str, chunk: int, *_: object, **__: object) -> ChunkReport:
     """Says that it did something."""
     return ChunkReport(chunk, 1, {"embedded": 1}, True)
 
 
 def no_encoder(
-    path: str, chunk: int, identity: Identity, model: ModelSpec, device: str
+    path: str, chunk: int, identity: Identity, model: ModelSpec, device: str, store_id: str
 ) -> ChunkReport:
     """The task, but for the encoder: rows of ones."""
 
     def embed(*_: object) -> EmbeddedRows:
         return EmbeddedRows(np.ones(1, np.uint8), np.ones((1, model.dimension), np.float32), None)
 
-    return embed_chunk(path, chunk, identity, model, device, embed)
+    return embed_chunk(path, chunk, identity, model, device, embed, store_id)
 
 
 def scan(folder: Path, _: argparse.Namespace) -> Rows:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -72,9 +73,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
         seen.append(("fsync", str(Path(f"/proc/self/fd/{descriptor}").readlink())))
         fsync(descriptor)
 
+    def named(path: Any) -> str:
+        """A store's files are reached by its directory's descriptor."""
+        return str(Path(path).parent.resolve() / Path(path).name)
+
     def spy_replace(source: Any, target: Any) -> None:
-        seen.append(("rename", str(target)))
-        seen.append(("from", str(source)))
+        seen.append(("rename", named(target)))
+        seen.append(("from", named(source)))
         replace_(source, target)
 
     def spy_rename(source: Any, target: Any) -> None:
@@ -264,17 +269,26 @@ def test_repair_takes_a_dead_writers_partial_file_and_leaves_a_living_ones(
 ) -> None:
     store = make_store(VIRAL_PROTEINS)
     host = os.uname().nodename
-    dead = subprocess.Popen(["true"])
-    dead.wait()
-    alive = store.path / "embedding" / f"c.0.0~{host}~{os.getpid()}~{'0' * 32}.partial"
-    gone = store.path / "embedding" / f"c.0.0~{host}~{dead.pid}~{'0' * 32}.partial"
-    elsewhere = store.path / "embedding" / f"c.0.0~another.host~{dead.pid}~{'0' * 32}.partial"
-    for file in (alive, gone, elsewhere):
+    folder = store.path / "embedding"
+    # The process that a name gives may be another's in another container: it is not looked at.
+    alive = folder / f"c.0.0~{host}~999999~{'0' * 32}.partial"
+    gone = folder / f"c.0.0~{host}~{os.getpid()}~{'0' * 32}.partial"
+    elsewhere = folder / f"c.0.0~another.host~1~{'0' * 32}.partial"
+    long_ago = folder / f"c.0.0~another.host~1~{'1' * 32}.partial"
+    for file in (alive, gone, elsewhere, long_ago):
         file.write_bytes(b"half of a chunk")
+    os.utime(long_ago, (0, 0))
     assert store.present().all()
-    report = dataset.verify(store.path, repair=True)
-    assert report.leftovers == [str(gone)]
-    assert (alive.exists(), gone.exists(), elsewhere.exists()) == (True, False, True)
+    with alive.open() as writing:
+        fcntl.flock(writing, fcntl.LOCK_EX)
+        report = dataset.verify(store.path, repair=True)
+    assert report.leftovers == sorted(map(str, (gone, long_ago)))
+    assert [file.exists() for file in (alive, gone, elsewhere, long_ago)] == [
+        True,
+        False,
+        True,
+        False,
+    ]
 
 
 # --- rule 6: the same chunk, the same bytes, however often and by whom ---

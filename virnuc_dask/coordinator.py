@@ -194,8 +194,7 @@ def _fill(
         )
     )
     needs = Needs.here(
-        store.place.location,
-        store.identity,
+        store,
         spec,
         config.device,
         # Workers of our own have this process's packages, disk and weights; of others' who knows,
@@ -266,6 +265,7 @@ def _check_workers(client: Client, needs: Needs, work: Work) -> None:
 
 def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSummary:
     """Counts of the whole store: from the reports, and from `status` where there is none."""
+    store.check_place()
     present = store.present()
     counts = Counter(work.counts)
     unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from virnuc_dask import retry
 from virnuc_dask.config import Identity, ModelSpec, Status
 from virnuc_dask.encoder import Encoded, Encoder, Usage
-from virnuc_dask.errors import IdentityMismatchError, ModelError
+from virnuc_dask.errors import IdentityMismatchError, ModelError, StoreReplacedError
 from virnuc_dask.memory import is_out_of_memory
 from virnuc_dask.packing import Segments, cut_segments, encoded_lengths
 from virnuc_dask.residues import invalid_rows
@@ -85,6 +85,7 @@ def embed_chunk(
     model: ModelSpec,
     device: str = "cpu",
     embed: Callable[..., Rows] = embed_here,
+    store_id: str | None = None,
 ) -> ChunkReport:
     """Embed one chunk of a store.
 
@@ -105,11 +106,15 @@ def embed_chunk(
         A torch device.
     embed : callable
         Has the arguments of `embed_here`.
+    store_id : str, optional
+        Of the store that is meant; any with this identity if it is left out.
 
     Raises
     ------
     IdentityMismatchError
-        The path holds another store by now.
+        The path holds a store of other settings.
+    StoreReplacedError
+        The path holds another store by now. Nothing is written into it.
     ModelError
         This worker finds other weights under the model's name.
     StoreError
@@ -117,6 +122,8 @@ def embed_chunk(
     """
     started = time.perf_counter()
     store = Store(path)
+    if store_id not in (None, store.id):
+        raise StoreReplacedError(path)
     if store.identity != identity:
         raise IdentityMismatchError(path, store.identity.differences(identity))
     lengths, residues = store.read_rows(chunk)

@@ -61,6 +61,25 @@ class StoreError(VirnucError):
     """A store that is damaged, or cannot be read or written."""
 
 
+class StoreReplacedError(StoreError):
+    """A place that no longer holds the store that was opened there.
+
+    Parameters
+    ----------
+    path : str
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"{path}: the store that this run is filling is no longer there; it was removed, moved,"
+            " or replaced by another, which was left as it is"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
+
 class PlaceError(StoreError, OSError):
     """An object store that does not answer, or answers with an error.
 

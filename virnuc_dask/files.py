@@ -4,22 +4,102 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import re
 import shutil
 import socket
+import time
 import uuid
-from collections.abc import Iterator
-from contextlib import suppress
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from zarr.core.buffer import Buffer
+from zarr.abc.store import ByteRequest
+from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import LocalStore
 
-from virnuc_dask.errors import StoreError
+from virnuc_dask.errors import StoreError, StoreReplacedError, UsageError
 
-_OWNED_NAME = re.compile(r".+~(?P<host>[^~]+)~(?P<pid>\d+)~[0-9a-f]{32}\.(partial|ingest)")
+# The process that writes, for people to read: across containers it proves nothing.
+_OWNED_NAME = re.compile(r".+~(?P<host>[^~]+)~\d+~[0-9a-f]{32}\.(partial|ingest)")
+# Without a lock that proves it, a writer counts as dead once it has written nothing for so long.
+_ABANDONED_S = 24 * 3600.0
+# Of a name that is put into a longer one: a file's name may have 255 bytes.
+_LONGEST_NAME = 100
+# Of a rename, if something is there.
+_TAKEN = {errno.ENOTEMPTY, errno.EEXIST}
+ROOT = "zarr.json"
+# Whether the metadata of a root, as they are now, are those of the store that was opened.
+IsOurs = Callable[[bytes], bool]
+
+
+def expanded(path: str | Path) -> str:
+    """A path, with the home directory that ``~`` or ``~user`` at its beginning stands for.
+
+    Raises
+    ------
+    UsageError
+        The user has no home directory.
+    """
+    found = os.path.expanduser(path)  # noqa: PTH111  # pathlib refuses a name that just looks so
+    if found == str(path) and found.partition("/")[0] == "~":
+        raise UsageError(f"{path}: there is no home directory; set HOME, or write the whole path")
+    return found
+
+
+class Held:
+    """A directory that is held by a descriptor: the same one, whatever becomes of its name.
+
+    Parameters
+    ----------
+    path : Path
+
+    Attributes
+    ----------
+    path : Path
+        As it was named.
+    root : Path
+        What leads to it also after it was moved, and nowhere once it was removed. Without /proc
+        that is the name; `is_sure` is False then.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        self._close = weakref.finalize(self, os.close, self.descriptor)
+        by_descriptor = Path(f"/proc/self/fd/{self.descriptor}")
+        self.is_sure = self._is_at(by_descriptor)
+        self.root = by_descriptor if self.is_sure else path
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether its name still leads to it."""
+        return self._is_at(self.path)
+
+    def _is_at(self, path: Path) -> bool:
+        try:
+            return os.path.samestat(path.stat(), os.fstat(self.descriptor))
+        except OSError:
+            return False
+
+    def close(self) -> None:
+        """Let go of it."""
+        self._close()
+
+    @contextmanager
+    def names(self) -> Iterator[None]:
+        """Have errors name files as the user does."""
+        try:
+            yield
+        except OSError as error:
+            for name in ("filename", "filename2"):
+                if file := getattr(error, name):
+                    setattr(error, name, str(file).replace(str(self.root), str(self.path), 1))
+            raise
 
 
 class Directory:
@@ -39,47 +119,81 @@ class Directory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._held: Held | None = None
+        self._location: str | None = None
+
+    def hold(self) -> None:
+        """From now on be this directory, even if another takes its name.
+
+        Raises
+        ------
+        OSError
+            There is no directory.
+        """
+        self._held = Held(self.path)
+        self._location = os.path.realpath(self.path)
 
     @property
     def location(self) -> str:
-        """What other processes find it by."""
-        return str(self.path.resolve())
+        """What other processes find it by; where links led when it was held."""
+        return self._location or os.path.realpath(self.path)
+
+    def holds(self, is_ours: IsOurs) -> bool:
+        """Whether the store that was opened is still there; `is_ours` knows its root's metadata."""
+        return self._held is not None and self._held.is_in_place
+
+    @property
+    def _root(self) -> Path:
+        return self._held.root if self._held else self.path
 
     @property
     def for_xarray(self) -> Path:
         """What xarray opens."""
         return self.path
 
-    def arrays(self) -> DurableStore:
-        """What Zarr reads and writes."""
-        return DurableStore(self.path)
+    def arrays(self, is_ours: IsOurs | None = None) -> DurableStore:
+        """What Zarr reads and writes.
+
+        Parameters
+        ----------
+        is_ours : callable, optional
+            Whether the metadata of a root are those of the store that may be written to. Asked
+            before each write where the directory cannot be held for certain.
+        """
+        held = self._held or Held(self.path)
+        return DurableStore(held, None if held.is_sure else is_ours)
 
     def exists(self) -> bool:
         """Whether anything is there."""
         return self.path.exists()
 
     def is_free(self) -> bool:
-        """Whether a new store may be put there: nothing is there, or an empty directory."""
-        if self.path.exists() or self.path.is_symlink():
-            return self.path.is_dir() and not any(self.path.iterdir())
+        """Whether a new store may be put there: nothing is there, or an empty directory.
+
+        A link is followed, also one that leads to nothing yet.
+        """
+        target = Path(self.location)
+        if os.path.lexists(target):
+            return target.is_dir() and not any(target.iterdir())
         return True
 
     def has_array(self, name: str) -> bool:
         """Whether an array, healthy or damaged, is there."""
-        return (self.path / name).is_dir()
+        return (self._root / name).is_dir()
 
     def size(self, key: str) -> int | None:
         """Bytes of a file; None if there is none."""
-        file = self.path / key
-        try:
-            return file.stat().st_size if file.is_file() else None
-        except FileNotFoundError:
-            return None
+        file = self._root / key
+        with self._names():
+            try:
+                return file.stat().st_size if file.is_file() else None
+            except FileNotFoundError:
+                return None
 
     def listing(self, folder: str = "") -> dict[str, int | None]:
         """Names in a folder, with the bytes of what is a file; one pass, and nothing is opened."""
         found: dict[str, int | None] = {}
-        with os.scandir(self.path / folder) as entries:
+        with self._names(), os.scandir(self._root / folder) as entries:
             for entry in entries:
                 with suppress(FileNotFoundError):  # removed since it was listed
                     found[entry.name] = entry.stat().st_size if entry.is_file() else None
@@ -87,20 +201,52 @@ class Directory:
 
     def remove(self, key: str) -> None:
         """Remove a file, or a folder with all that is in it, if it is there."""
-        file = self.path / key
-        if file.is_dir() and not file.is_symlink():
-            shutil.rmtree(file)
-        else:
-            file.unlink(missing_ok=True)
-        sync(file.parent)
+        file = self._root / key
+        with self._names():
+            if file.is_dir() and not file.is_symlink():
+                shutil.rmtree(file)
+            else:
+                file.unlink(missing_ok=True)
+            sync(file.parent)
 
-    def staging(self) -> Path:
-        """Where to put a new store together: beside; what dead ingests left there is removed."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        remove_orphans(self.path.parent, f".{self.path.name}")
-        return self.path.parent / f".{self.path.name}{owner_mark()}.ingest"
+    def is_abandoned(self, key: str) -> bool:
+        """Whether nobody is writing a file; see `is_abandoned`."""
+        return is_abandoned(self._root / key)
 
-    def publish(self, staging: Path) -> bool:
+    def _names(self) -> AbstractContextManager[None]:
+        return self._held.names() if self._held else nullcontext()
+
+    def staging(self) -> Staging:
+        """Where to put a new store together: beside; what dead ingests left there is removed.
+
+        Raises
+        ------
+        UsageError
+            No store can be put at this path, whatever is read.
+        """
+        target = Path(self.location)
+        if target.is_dir() and target.samefile(Path()):
+            raise UsageError(
+                f"{self.path}: the working directory cannot become a store; name one within it,"
+                f" such as {self.path / 'out.zarr'}"
+            )
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            remove_orphans(target.parent, _hidden(target))
+            if target.is_dir():
+                _move_there_and_back(target)
+            return Staging(target.parent, _hidden(target))
+        except OSError as error:
+            if error.errno not in _NOT_HERE:
+                raise
+            advice = ""
+            if target.is_dir() and os.access(target, os.W_OK):
+                advice = f"; name a directory within it, such as {self.path / 'out.zarr'}"
+            raise UsageError(
+                f"{self.path}: cannot put a store there: {os.strerror(error.errno)}{advice}"
+            ) from error
+
+    def publish(self, staging: Staging) -> bool:
         """Give a store that was put together its place, by one rename, durably.
 
         Returns
@@ -108,14 +254,15 @@ class Directory:
         bool
             False if something was there first.
         """
-        sync_tree(staging)
+        target = Path(self.location)
+        sync_tree(staging.path)
         try:
-            os.rename(staging, self.path)
+            os.rename(staging.path, target)
         except OSError as error:
-            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            if error.errno in _TAKEN:
                 return False
             raise StoreError(f"{self.path}: cannot put the store there: {error}") from error
-        sync(self.path.parent)
+        sync(target.parent)
         return True
 
     def probe(self) -> None:
@@ -129,7 +276,7 @@ class Directory:
         OSError
             What does not work.
         """
-        file = self.path / f"probe{owner_mark()}.partial"
+        file = self._root / f"probe{owner_mark()}.partial"
         content = os.urandom(16)
         try:
             try:
@@ -158,17 +305,61 @@ class DurableStore(LocalStore):
     """Zarr's local store, made durable: what has its final name survives a power cut.
 
     The upstream class renames without fsync, after which a crash leaves names with empty files.
+
+    Parameters
+    ----------
+    held : Held
+        The directory.
+    is_ours : callable, optional
+        Asked before each write whether the directory is still the same store.
+    read_only : bool
     """
+
+    def __init__(
+        self, held: Held, is_ours: IsOurs | None = None, *, read_only: bool = False
+    ) -> None:
+        super().__init__(held.root, read_only=read_only)
+        self._held, self._is_ours = held, is_ours
+
+    def with_read_only(self, read_only: bool = False) -> DurableStore:
+        """The same directory, to be read or to be written."""
+        return DurableStore(self._held, self._is_ours, read_only=read_only)
+
+    def __str__(self) -> str:
+        return self._held.path.as_posix()
+
+    async def get(
+        self,
+        key: str,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """Read a key; None if there is none."""
+        with self._held.names():
+            return await super().get(key, prototype, byte_range)
+
+    def get_sync(
+        self,
+        key: str,
+        *,
+        prototype: BufferPrototype | None = None,
+        byte_range: ByteRequest | None = None,
+    ) -> Buffer | None:
+        """As `get`, for Zarr's synchronous path."""
+        with self._held.names():
+            return super().get_sync(key, prototype=prototype, byte_range=byte_range)
 
     async def set(self, key: str, value: Buffer) -> None:
         """Write a key: temporary file, fsync, rename, fsync of the directory."""
-        self._check_writable()
-        await asyncio.to_thread(write_durably, self.root / key, value.as_buffer_like())
+        await asyncio.to_thread(self.set_sync, key, value)
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """As `set`, for Zarr's synchronous path."""
         self._check_writable()
-        write_durably(self.root / key, value.as_buffer_like())
+        with self._held.names():
+            if self._is_ours and not self._is_ours((self.root / ROOT).read_bytes()):
+                raise StoreReplacedError(str(self._held.path))
+            write_durably(self.root / key, value.as_buffer_like())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a key unless it is there."""
@@ -188,14 +379,18 @@ def write_durably(path: Path, content: Any) -> None:
     partial = path.with_name(f"{path.name}{owner_mark()}.partial")
     try:
         with open(partial, "xb") as file:
+            _lock(file.fileno())
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(partial, path)
+            os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+# --- who writes ----------------------------------------------------------------------------------
 
 
 def owner_mark() -> str:
@@ -203,31 +398,139 @@ def owner_mark() -> str:
     return f"~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
 
 
-def may_have_a_living_owner(name: str) -> bool:
-    """Whether a file or directory may be written right now, by its name's mark.
+def _lock(descriptor: int) -> bool:
+    """Say by a lock that somebody writes: the kernel drops it when the process ends, however.
 
-    A name without a mark has no writer of ours. A writer on another host may be alive for all
-    that can be known here.
+    Waits for whoever looks at it at this moment.
+
+    Returns
+    -------
+    bool
+        False if the file system has no such locks; then only time tells.
     """
-    match = _OWNED_NAME.fullmatch(name)
-    if match is None:
-        return False
-    if match["host"] != socket.gethostname():
-        return True
     try:
-        os.kill(int(match["pid"]), 0)
-    except ProcessLookupError:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+    except OSError:
         return False
-    except PermissionError:
-        return True
     return True
+
+
+@contextmanager
+def _if_abandoned(path: Path) -> Iterator[bool]:
+    """Whether nobody is writing a file or directory; nobody else judges it in the meantime.
+
+    A name without a mark has no writer of ours. Of others the lock tells; and time, where there are
+    no locks, or where they may not reach from one machine to another.
+    """
+    match = _OWNED_NAME.fullmatch(path.name)
+    if match is None:
+        yield True
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        yield False  # gone by now, or not ours to judge
+        return
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            tells = match["host"] == socket.gethostname()
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            tells = False
+        yield tells or _is_old(path)
+    finally:
+        os.close(descriptor)
+
+
+def _is_old(path: Path) -> bool:
+    try:
+        # The folders of an ingest's arrays are one level below it.
+        last = max(entry.stat().st_mtime for entry in (path, *path.glob("*")))
+    except FileNotFoundError:
+        return False  # somebody is at it
+    return time.time() - last > _ABANDONED_S
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether nobody is writing a file or directory, for all that can be known."""
+    with _if_abandoned(path) as abandoned:
+        return abandoned
 
 
 def remove_orphans(folder: Path, name: str) -> None:
     """Remove what ingests of this name left in a folder when they were killed."""
     for orphan in folder.glob(f"{_glob_escape(name)}~*.ingest"):
-        if not may_have_a_living_owner(orphan.name):
-            shutil.rmtree(orphan, ignore_errors=True)  # another run may be removing it too
+        with _if_abandoned(orphan) as abandoned:
+            if abandoned:
+                shutil.rmtree(orphan, ignore_errors=True)  # another run may be removing it too
+
+
+class Staging:
+    """A new directory in which a store is put together, locked until it is closed.
+
+    Parameters
+    ----------
+    folder : Path
+        Where it is made.
+    name : str
+        How its name begins.
+    mode : int
+
+    Attributes
+    ----------
+    path : Path
+    held : Held
+    """
+
+    def __init__(self, folder: Path, name: str, mode: int = 0o777) -> None:
+        self.path = folder / f"{name}{owner_mark()}.ingest"
+        self.path.mkdir(mode)
+        self.held = Held(self.path)
+        _lock(self.held.descriptor)
+
+    def close(self) -> None:
+        """Remove it, unless it was published, and unlock it."""
+        if self.held.is_in_place:
+            # An error here would hide the one that ended the ingest; the next ingest removes it.
+            shutil.rmtree(self.path, ignore_errors=True)
+        self.held.close()
+
+
+def _hidden(target: Path) -> str:
+    """How names of what is made beside a store begin."""
+    name = target.name
+    if len(os.fsencode(name)) > _LONGEST_NAME:
+        name = sha256(os.fsencode(name)).hexdigest()[:32]
+    return f".{name}"
+
+
+# Why no store can be put somewhere, whatever is read.
+_NOT_HERE = {
+    errno.EACCES,
+    errno.EPERM,
+    errno.EROFS,
+    errno.EBUSY,
+    errno.EXDEV,
+    errno.ENOTDIR,
+    errno.EEXIST,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+}
+
+
+def _move_there_and_back(folder: Path) -> None:
+    """See whether an empty directory can be renamed, as a mount point cannot."""
+    aside = folder.with_name(f"{_hidden(folder)}{owner_mark()}.aside")
+    os.rename(folder, aside)
+    try:
+        os.rename(aside, folder)
+    except OSError as error:
+        if error.errno not in _TAKEN:
+            raise
+        aside.rmdir()  # another run's store is there by now
 
 
 def _glob_escape(name: str) -> str:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from math import log2
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from uuid import uuid4
 
 import numpy as np
 import zarr
@@ -16,11 +16,13 @@ from zarr.storage import LocalStore
 
 from virnuc_dask.config import Identity, Status
 from virnuc_dask.errors import NotAStoreError, StoreError
+from virnuc_dask.files import ROOT
 from virnuc_dask.packing import encoded_lengths
 from virnuc_dask.places import place_of
 from virnuc_dask.residues import Block
 from virnuc_dask.store import (
     ATTRIBUTE,
+    CHUNK_FILE,
     RESIDUES_PER_STORED_CHUNK,
     SEQUENCES_PER_CHUNK,
     can_create,
@@ -37,7 +39,8 @@ class Ingest:
 
     A context manager: left without `commit`, it removes what it wrote. Killed, it leaves a
     directory that the next ingest removes, hidden beside the store's path or, for an object store,
-    among the temporary files; the place itself holds either nothing or a whole store.
+    among the temporary files; the place itself holds either nothing or a whole store. While it is
+    being written, its lock says that somebody does so.
 
     Parameters
     ----------
@@ -60,6 +63,7 @@ class Ingest:
         if not (can_create(path) or is_store(path)):
             raise NotAStoreError(f"{path}: exists and is not empty; nothing was changed")
         self._staging = self.place.staging()
+        self._written: dict[str, Any] = {}
         try:
             self._begin()
         except BaseException:
@@ -68,7 +72,7 @@ class Ingest:
 
     def _begin(self) -> None:
         # Nothing is durable, and nothing need be, before the final rename.
-        self._group = zarr.create_group(LocalStore(self._staging), zarr_format=3)
+        self._group = zarr.create_group(LocalStore(self._staging.held.root), zarr_format=3)
         dims, per_chunk = ("sequence",), (SEQUENCES_PER_CHUNK,)
         self._ids = _Appender(self._create("sequence_id", "string", per_chunk, "", dims))
         self._length = _Appender(
@@ -117,10 +121,19 @@ class Ingest:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        lost = isinstance(error, FileNotFoundError) and not self._staging.held.is_in_place
         self._discard()
+        if lost:
+            raise self._removed() from error
 
     def _discard(self) -> None:
-        shutil.rmtree(self._staging, ignore_errors=True)  # already renamed, if all went well
+        self._staging.close()
+
+    def _removed(self) -> StoreError:
+        return StoreError(
+            f"{self.place.path}: what this run had written so far was removed, by hand or by a run"
+            " on a machine that does not see this one's locks; the same command starts over"
+        )
 
     def append(self, block: Block) -> None:
         """Add records."""
@@ -146,6 +159,11 @@ class Ingest:
         -------
         bool
             False if another run put a store there first; this one is then discarded.
+
+        Raises
+        ------
+        StoreError
+            Something that was written is not there any more.
         """
         sequences = (self._ids, self._length, self._offset, self._residues)
         for appender in (*sequences, *self._origin.values()):
@@ -182,15 +200,32 @@ class Ingest:
             {
                 "Conventions": "CF-1.11",
                 "coordinates": f"sequence_id length status{more}",
-                ATTRIBUTE: {"identity": identity.to_json(), "provenance": provenance},
+                ATTRIBUTE: {
+                    "id": uuid4().hex,
+                    "identity": identity.to_json(),
+                    "provenance": provenance,
+                },
             }
         )
         path = self.place.path
+        self._check_all_is_there()
         if self.place.publish(self._staging):
             return True
         if not is_store(path):
             raise StoreError(f"{path}: cannot put the store there: something else is there by now")
         return False
+
+    def _check_all_is_there(self) -> None:
+        """A chunk that is missing would be read as zeros, and an embedding of it would be wrong."""
+        held = self._staging.held
+        wanted = {ROOT} | {f"{name}/{ROOT}" for name in self._written}
+        for name in self._written.keys() - CHUNK_FILE.keys():
+            count = self._written[name].cdata_shape[0]
+            wanted |= {f"{name}/c.{chunk}" for chunk in range(count)}
+        root = held.root
+        found = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
+        if not held.is_in_place or wanted - found:
+            raise self._removed()
 
     def _create_residue_arrays(self, identity: Identity, dimension: int) -> None:
         lengths = self._length.read()
@@ -228,7 +263,7 @@ class Ingest:
         attributes: dict[str, Any] | None = None,
         rows: int = 0,
     ) -> Any:
-        return self._group.create_array(
+        self._written[name] = self._group.create_array(
             name,
             shape=(rows, *chunks[1:]),
             chunks=chunks,
@@ -242,6 +277,7 @@ class Ingest:
             compressors=(ZstdCodec(level=1), Crc32cCodec()),
             config={"write_empty_chunks": True},
         )
+        return self._written[name]
 
 
 class _Appender:

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.config import Status
-from virnuc_dask.files import may_have_a_living_owner
 from virnuc_dask.residues import Block, InputDigest, Origin
 from virnuc_dask.store import (
     CHUNK_FILE,
@@ -125,8 +124,8 @@ def _add_reads(store: Store, digest: InputDigest) -> None:
 def leftovers(store: Store) -> list[str]:
     """Files that are no part of the store and belong to no living writer, by their keys.
 
-    Readers ignore them. A `.partial` file is listed once the process that its name gives is
-    known to be dead; on another host that cannot be known.
+    Readers ignore them. A `.partial` file is listed once nobody holds its lock; if it is another
+    host's, whose locks may not be seen here, once it is a day old.
     """
     names = store.names
     found = [entry for entry in store.place.listing() if entry not in {*names, "zarr.json"}]
@@ -138,4 +137,4 @@ def leftovers(store: Store) -> list[str]:
             is_chunk = match is not None and int(match[1]) < limit and size is not None
             if entry != "zarr.json" and not is_chunk:
                 found.append(f"{name}/{entry}")
-    return sorted(key for key in found if not may_have_a_living_owner(key.rpartition("/")[2]))
+    return sorted(filter(store.place.is_abandoned, found))

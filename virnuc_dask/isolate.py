@@ -59,10 +59,11 @@ def embed_chunk_apart(
     device: str = "cpu",
     patience: Patience = FOREVER,
     goes_on: Callable[[], None] = _nobody,
+    store_id: str | None = None,
 ) -> ChunkReport:
     """As `embed_chunk`, in child processes; rows that kill or hang them are quarantined."""
     embed = partial(embed_apart, patience=patience, goes_on=goes_on)
-    return embed_chunk(path, chunk, identity, model, device, embed)
+    return embed_chunk(path, chunk, identity, model, device, embed, store_id)
 
 
 def embed_apart(

@@ -24,10 +24,9 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
-from virnuc_dask.errors import NotAStoreError, PlaceError, UsageError
-from virnuc_dask.files import Directory, owner_mark, remove_orphans
+from virnuc_dask.errors import NotAStoreError, PlaceError, StoreReplacedError, UsageError
+from virnuc_dask.files import ROOT, Directory, IsOurs, Staging, owner_mark, remove_orphans
 
-ROOT = "zarr.json"
 # Says which content a place is being filled with; gone once the root is there.
 CLAIM = "unfinished"
 # Three seconds or so in all; `retry` waits for what takes longer.
@@ -66,9 +65,24 @@ class Bucket:
         """What xarray opens."""
         return ObjectArrays(self.path, read_only=True)
 
-    def arrays(self) -> ObjectArrays:
-        """What Zarr reads and writes."""
-        return ObjectArrays(self.path)
+    def hold(self) -> None:
+        """Nothing that can be held; `arrays` says how another store is recognised."""
+
+    def holds(self, is_ours: IsOurs) -> bool:
+        """Whether the store that was opened is still there; `is_ours` knows its root's metadata."""
+        root = self._read(ROOT)
+        return root is not None and is_ours(root)
+
+    def arrays(self, is_ours: IsOurs | None = None) -> ObjectArrays:
+        """What Zarr reads and writes.
+
+        Parameters
+        ----------
+        is_ours : callable, optional
+            Whether the metadata of a root are those of the store that may be written to. Asked
+            right before each write.
+        """
+        return ObjectArrays(self.path, is_ours)
 
     def exists(self) -> bool:
         """Whether anything is there, other than what a killed ingest left."""
@@ -118,15 +132,17 @@ class Bucket:
             with _errors_of(self.path, each), suppress(FileNotFoundError):
                 obstore.delete(_client(self.path), each)
 
-    def staging(self) -> Path:
+    def is_abandoned(self, key: str) -> bool:
+        """Whether nobody is writing an object: whatever is listed is written."""
+        return True
+
+    def staging(self) -> Staging:
         """Where to put a new store together: on this machine; what dead ingests left is removed."""
         folder = Path(tempfile.gettempdir())
         remove_orphans(folder, "virnuc-dask")
-        staging = folder / f"virnuc-dask{owner_mark()}.ingest"
-        staging.mkdir(mode=0o700)
-        return staging
+        return Staging(folder, "virnuc-dask", mode=0o700)
 
-    def publish(self, staging: Path) -> bool:
+    def publish(self, staging: Staging) -> bool:
         """Upload a store that was put together: a claim first, its root's metadata last.
 
         There is a store once the root is there, which needs no rename. Until then:
@@ -155,8 +171,8 @@ class Bucket:
         NotAStoreError
             Something else has begun there.
         """
-        files = sorted(file for file in staging.rglob("*") if file.is_file())
-        keys = {file.relative_to(staging).as_posix(): file for file in files}
+        files = sorted(file for file in staging.path.rglob("*") if file.is_file())
+        keys = {file.relative_to(staging.path).as_posix(): file for file in files}
         root = keys.pop(ROOT)
         claimed = self._create(CLAIM, _digest(keys).encode())
         if self.size(ROOT) is None and not (claimed and self._upload(keys)):
@@ -231,15 +247,21 @@ class ObjectArrays(ObjectStore[Any]):
     Parameters
     ----------
     path : str
+    is_ours : callable, optional
+        Asked right before each write whether the root is still that of the same store. Another may
+        take its place between the answer and the write, for there is no PUT on a condition that is
+        about another object.
     read_only : bool
     """
 
-    def __init__(self, path: str, *, read_only: bool = False) -> None:
+    def __init__(
+        self, path: str, is_ours: IsOurs | None = None, *, read_only: bool = False
+    ) -> None:
         super().__init__(_client(path), read_only=read_only)
-        self.path = path
+        self.path, self._is_ours = path, is_ours
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The upstream class pickles the client, and with it the secret.
+        # The upstream class pickles the client, and with it the secret. Only readers are sent.
         return _reopen, (self.path, self.read_only)
 
     def __str__(self) -> str:
@@ -247,7 +269,7 @@ class ObjectArrays(ObjectStore[Any]):
 
     def with_read_only(self, read_only: bool = False) -> ObjectArrays:
         """The same place, to be read or to be written."""
-        return ObjectArrays(self.path, read_only=read_only)
+        return ObjectArrays(self.path, self._is_ours, read_only=read_only)
 
     async def get(
         self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None
@@ -265,6 +287,15 @@ class ObjectArrays(ObjectStore[Any]):
         """Write a key, in one request: parts of an upload that is cut off would stay, unseen."""
         self._check_writable()
         obstore = _obstore()
+        if self._is_ours:
+            with _errors_of(self.path, ROOT):
+                try:
+                    root = await obstore.get_async(self.store, ROOT)
+                    is_ours = self._is_ours(bytes(await root.bytes_async()))
+                except FileNotFoundError:
+                    is_ours = False
+            if not is_ours:
+                raise StoreReplacedError(self.path)
         with _errors_of(self.path, key):
             await obstore.put_async(self.store, key, value.as_buffer_like(), use_multipart=False)
 

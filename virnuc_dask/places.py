@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from virnuc_dask.errors import UsageError
-from virnuc_dask.files import Directory
+from virnuc_dask.files import Directory, expanded
 from virnuc_dask.objects import Bucket
 
 _SCHEMES = ("s3", "s3a", "gs", "az")
@@ -18,7 +18,8 @@ def place_of(location: str | Path) -> Directory | Bucket:
     Parameters
     ----------
     location : str or Path
-        A path, ``file:///path``, or the URL of an object store: ``s3://bucket/prefix``.
+        A path, which may begin with ``~``, ``file:///path``, or the URL of an object store:
+        ``s3://bucket/prefix``.
 
     Raises
     ------
@@ -29,7 +30,7 @@ def place_of(location: str | Path) -> Directory | Bucket:
     if "://" not in text:
         if text.startswith(tuple(f"{scheme}:/" for scheme in _SCHEMES)):
             raise UsageError(f"{text}: a URL has two slashes there; as a Path it loses one")
-        return Directory(Path(location))
+        return Directory(Path(expanded(location)))
     if text.startswith("file://"):
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):

@@ -25,6 +25,8 @@ class Roster:
     ----------
     window : int
         Chunks to have under way at once.
+    threads : int
+        Of the workers that are of use.
     worker_s : float
         Seconds that workers were there, all together, up to the last `count`.
     """
@@ -39,7 +41,7 @@ class Roster:
         # Those that lack something, until they are gone.
         self._unfit: dict[str, tuple[str, ...]] = {}
         self._workers, self._since = 0, time.monotonic()
-        self.window, self.worker_s = 1, 0.0
+        self.window, self.threads, self.worker_s = 1, 0, 0.0
         self.count()
 
     def count(self) -> None:
@@ -52,8 +54,9 @@ class Roster:
         # One chunk for each thread: what queues on a worker dies with it and gets the blame.
         window = sum(min(n, _CHUNKS_PER_WORKER) for n in threads)
         self.window = self._config.in_flight or max(1, window)
+        self.threads = sum(threads)
         self.count_time(len(threads))
-        self._emit(events.WorkersChanged(len(threads), sum(threads)))
+        self._emit(events.WorkersChanged(len(threads), self.threads))
 
     def count_time(self, workers: int = 0) -> None:
         """Take note that from now on so many work."""

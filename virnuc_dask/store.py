@@ -8,8 +8,10 @@ residues stand between the two, ragged: each chunk of rows has several chunks of
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ import zarr
 from numpy.typing import NDArray
 
 from virnuc_dask.config import FORMAT, Identity
-from virnuc_dask.errors import NotAStoreError, StoreError
+from virnuc_dask.errors import NotAStoreError, StoreError, StoreReplacedError
+from virnuc_dask.files import Directory
+from virnuc_dask.objects import Bucket
 from virnuc_dask.packing import encoded_lengths
 from virnuc_dask.places import place_of
 
@@ -47,6 +51,9 @@ _DAMAGED = (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError)
 class Store:
     """One store, opened. Nothing is read until it is asked for.
 
+    It stays that store: if another takes its place, nothing of this one is written into it. A
+    directory is held by a descriptor; in an object store the root is looked at before each write.
+
     Parameters
     ----------
     path : str or Path
@@ -57,6 +64,8 @@ class Store:
     path : Path or str
         As the user named it; a URL is a str.
     place : Directory or Bucket
+    id : str
+        Random; no other store has it, also if it was made of the same input and settings.
     identity : Identity
         Everything that the row values depend on.
     provenance : dict
@@ -73,14 +82,20 @@ class Store:
     def __init__(self, path: str | Path) -> None:
         self.place = place_of(path)
         self.path = self.place.path
-        if not is_store(self.path):
+        try:
+            self.place.hold()
+            there = _has_arrays(self.place)
+        except (FileNotFoundError, NotADirectoryError):
+            there = False
+        if not there:
             if not self.place.exists():
                 raise NotAStoreError(f"{self.path}: no store there")
             raise NotAStoreError(f"{self.path}: not a store of this program; nothing was changed")
         try:
-            self._zarr = self.place.arrays()
-            attributes: Any = zarr.open_group(self._zarr, mode="r", zarr_format=3).attrs.asdict()
+            arrays = self.place.arrays()
+            attributes: Any = zarr.open_group(arrays, mode="r", zarr_format=3).attrs.asdict()
             document = attributes[ATTRIBUTE]
+            self.id = _id_of(document)
             if document["identity"]["format"] != FORMAT:
                 raise StoreError(
                     f"{path}: store format {document['identity']['format']}; this version of"
@@ -92,6 +107,7 @@ class Store:
             raise StoreError(
                 f"{path}: the metadata (zarr.json) is missing or damaged: {error!r}"
             ) from error
+        self._zarr = self.place.arrays(self._is_ours)
         self.names = {*INGESTED, *CHUNK_FILE}
         if not self.identity.per_residue:
             self.names.difference_update(PER_RESIDUE)
@@ -99,6 +115,23 @@ class Store:
             self.names.difference_update(TRANSLATED)
         self._arrays = {name: self._open(name) for name in self.names}
         self.dimension = int(self.array("embedding").shape[1])
+
+    def check_place(self) -> None:
+        """Make sure that the store is still where it was opened.
+
+        Raises
+        ------
+        StoreReplacedError
+            It was removed, moved, or replaced.
+        """
+        if not self.place.holds(self._is_ours):
+            raise StoreReplacedError(str(self.path))
+
+    def _is_ours(self, root: bytes) -> bool:
+        try:
+            return _id_of(json.loads(root)["attributes"][ATTRIBUTE]) == self.id
+        except _DAMAGED:
+            return False
 
     # --- the plan ---
 
@@ -260,6 +293,7 @@ class Store:
 
     def remove_chunk(self, chunk: int) -> None:
         """Remove a chunk, so that it is computed again. The commit goes first."""
+        self.check_place()
         for key in reversed(self.keys(chunk)):
             self.place.remove(key)
 
@@ -363,4 +397,15 @@ def can_create(path: str | Path) -> bool:
 
 def is_store(path: str | Path) -> bool:
     """Whether what is at a path or URL looks like one of our stores, healthy or damaged."""
-    return all(place_of(path).has_array(name) for name in ("embedding", "status"))
+    return _has_arrays(place_of(path))
+
+
+def _has_arrays(place: Directory | Bucket) -> bool:
+    return all(place.has_array(name) for name in ("embedding", "status"))
+
+
+def _id_of(document: dict[str, Any]) -> str:
+    """A store's own name; of one that was made before they had any, what comes closest."""
+    if "id" in document:
+        return str(document["id"])
+    return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -23,6 +23,7 @@ from virnuc_dask.errors import (
     DeviceLostError,
     NotAStoreError,
     StoreError,
+    StoreReplacedError,
     UnfitWorkerError,
     UsageError,
     VirnucError,
@@ -38,6 +39,8 @@ _CLOSING_S = 5.0
 # What a report and an event about it have in common.
 _TOTALS = ("read_s", "wait_s", "compute_s", "write_s")
 _TOOK = (*_TOTALS, "fill", "memory", "gpu", "pid")
+# Dask's reason why a future is cancelled.
+_CONNECTION_LOST = "scheduler-connection-lost"
 # What the scheduler says about workers, and workers about chunks.
 _WORKERS = ("add-worker", "remove-worker")
 _CHUNKS = ("started", "goes on", "done")
@@ -119,8 +122,10 @@ class Work:
             while self._running or (self._has_more() and self._goes_on()):
                 if self._goes_on():
                     self._submit(client)
-                elif self.signal is None:
-                    pass  # what runs may finish
+                else:
+                    self._take_back_unbegun(client)  # what has begun may finish
+                if self.signal is None:
+                    pass
                 elif deadline is None:
                     grace = max(0.0, self.config.grace - _CLOSING_S)
                     deadline = time.monotonic() + grace
@@ -128,16 +133,7 @@ class Work:
                 elif time.monotonic() > deadline:
                     break
                 self._look_for_overdue(client)
-                try:
-                    item = self._inbox.get(timeout=LOOK_EVERY_S)
-                except Empty:
-                    continue
-                if isinstance(item, Future):
-                    self._ended(client, item)
-                elif item["action"] in _CHUNKS:
-                    self._heard(item)
-                else:
-                    self._worker_event(client, item)
+                self._take(client, LOOK_EVERY_S)
         except CommClosedError as error:
             raise VirnucError(SCHEDULER_LOST) from error
         finally:
@@ -149,6 +145,31 @@ class Work:
                     client.unsubscribe_topic(topic)
                 client.cancel([attempt.future for attempt in self._running.values()], force=True)
             self._running.clear()
+
+    def _take(self, client: Client, seconds: float) -> bool:
+        """Act on the next that happened, and say whether anything has within so many seconds."""
+        try:
+            item = self._inbox.get(timeout=seconds)
+        except Empty:
+            return False
+        if isinstance(item, Future):
+            self._ended(client, item)
+        elif item["action"] in _CHUNKS:
+            self._heard(item)
+        else:
+            self._worker_event(client, item)
+        return True
+
+    def _take_back_unbegun(self, client: Client) -> None:
+        """Keep from running what no worker can have begun with, for want of threads."""
+        while self._take(client, 0):
+            pass
+        unheard = [key for key, attempt in self._running.items() if not attempt.worker]
+        idle = self._roster.threads - (len(self._running) - len(unheard))
+        # The first may have begun a moment ago.
+        for key in unheard[max(0, idle) :]:
+            self._todo.append(self._running[key].chunk)
+            self._take_back(client, key)
 
     def _has_more(self) -> bool:
         return bool(self._todo or self._later)
@@ -223,6 +244,8 @@ class Work:
             if future.status == "finished":
                 raise VirnucError("it has ended without a report")
             future.result()
+        except StoreReplacedError:
+            raise
         except NotAStoreError as error:
             raise StoreError(
                 f"a worker does not find the store: {error}. Finished chunks are as safe as it is;"
@@ -231,7 +254,11 @@ class Work:
         except UsageError:
             raise  # no other worker and no other attempt will do better
         except FutureCancelledError as error:
-            raise VirnucError(SCHEDULER_LOST) from error
+            if error.reason == _CONNECTION_LOST or client.status != "running":
+                raise VirnucError(SCHEDULER_LOST) from error
+            # Somebody else's doing, such as `client.restart()`.
+            self.retries += 1
+            self._todo.append(chunk)
         except KilledWorker:
             # Dask itself gives up a task after some deaths. We do not: a death condemns no row.
             self._suspect(chunk)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from concurrent.futures import CancelledError
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from queue import Empty, SimpleQueue
 from threading import Thread
@@ -47,8 +48,10 @@ class Needs:
     ----------
     path : str
         The store, which the worker must be able to read and write.
+    store_id : str
+        Which store must be there.
     identity : Identity
-        What must be there.
+        What it must be of.
     spec : ModelSpec
         The model; the worker must find weights of the same digest.
     device : str
@@ -60,6 +63,7 @@ class Needs:
     """
 
     path: str
+    store_id: str
     identity: Identity
     spec: ModelSpec
     device: str
@@ -67,11 +71,10 @@ class Needs:
     is_met: bool
 
     @classmethod
-    def here(
-        cls, path: str, identity: Identity, spec: ModelSpec, device: str, *, is_met: bool
-    ) -> Needs:
+    def here(cls, store: Store, spec: ModelSpec, device: str, *, is_met: bool) -> Needs:
         """With this process's versions."""
-        return cls(path, identity, spec, device, _versions(), is_met)
+        path = store.place.location
+        return cls(path, store.id, store.identity, spec, device, _versions(), is_met)
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
@@ -106,7 +109,7 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
     ]
     try:
         store = Store(needs.path)
-        if store.identity != needs.identity:
+        if store.id != needs.store_id:
             found.append(f"{needs.path}: another store")
         store.place.probe()
     except (VirnucError, OSError) as error:
@@ -262,9 +265,10 @@ def embed_on_worker(
         if patience is None:
             get_encoder(needs.spec, needs.device)
             tell("started")
-            report = embed(*chosen)
+            report = embed(*chosen, store_id=needs.store_id)
         else:
-            report = embed_chunk_apart(*chosen, patience, lambda: tell("goes on"))
+            on = partial(tell, "goes on")
+            report = embed_chunk_apart(*chosen, patience, on, needs.store_id)
     except RuntimeError as error:
         if retry.is_sticky(error):
             raise DeviceLostError(worker.address, str(error)) from error

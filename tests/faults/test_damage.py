@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import random
 import re
 import shutil
-import subprocess
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -191,10 +192,8 @@ def test_strays_are_ignored_by_readers_and_removed_where_tasks_write(
     store: Store, whole: Store, client: Any
 ) -> None:
     host = os.uname().nodename
-    with subprocess.Popen(["sleep", "600"]) as writer:
-        living = [
-            store.path / array / f"c.0.0~{host}~{writer.pid}~{'0' * 32}.partial" for array in ARRAYS
-        ]
+    with ExitStack() as writers:
+        living = [store.path / array / f"c.0.0~{host}~1~{'0' * 32}.partial" for array in ARRAYS]
         removable = [
             store.path / array / name
             for array in ARRAYS
@@ -203,6 +202,8 @@ def test_strays_are_ignored_by_readers_and_removed_where_tasks_write(
         kept = [store.path / "residues" / "c.0.bak", store.path / "notes.txt"]
         for file in (*living, *removable, *kept):
             file.write_bytes(file_of(store, "embedding", 0).read_bytes())
+        for file in living:
+            fcntl.flock(writers.enter_context(file.open()), fcntl.LOCK_EX)
         (store.path / "embedding" / "c.0.2").symlink_to(whole.path / "zarr.json")
         removable.append(store.path / "embedding" / "c.0.2")
         data = virnuc_dask.open_store(store.path)
@@ -216,7 +217,6 @@ def test_strays_are_ignored_by_readers_and_removed_where_tasks_write(
         assert set(report.leftovers) == set(map(str, (*removable, *kept)))
         assert all(file.exists() for file in (*living, *kept))
         assert not any(os.path.lexists(file) for file in removable)
-        writer.kill()
     assert set(dataset.verify(store.path, repair=True).leftovers) == set(map(str, (*living, *kept)))
     for file in kept:
         file.unlink()

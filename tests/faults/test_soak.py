@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import socket
@@ -10,7 +11,7 @@ from collections import Counter
 from enum import Enum, auto
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from uuid import uuid4
 
 import pytest
@@ -41,8 +42,6 @@ SETTINGS: dict[str, Any] = {
     "rows_per_chunk": ROWS_PER_CHUNK,
     "max_residues": 60,
 }
-# Linux gives no process a number above 2 ** 22.
-NOBODY, MYSELF = 2**22 + 1, os.getpid()
 
 
 class File(Enum):
@@ -87,6 +86,7 @@ class Filling(RuleBasedStateMachine):
         self.files = dict.fromkeys(world.content, File.GONE)
         self.strays: set[str] = set()
         self.never_touched: set[str] = set()
+        self.writers: list[IO[str]] = []
         self.partials_may_be_left = False
 
     # --- the model ---
@@ -167,7 +167,7 @@ class Filling(RuleBasedStateMachine):
                 and not interrupted
             ):
                 interrupted = True
-                os.kill(MYSELF, number)
+                os.kill(os.getpid(), number)
 
         def go() -> events.RunSummary:
             options: dict[str, Any] = {
@@ -268,8 +268,8 @@ class Filling(RuleBasedStateMachine):
     @rule(
         name=st.sampled_from(
             [
-                f"embedding/c.0.0~{{host}}~{NOBODY}~{{unique}}.partial",
-                f"embedding/c.0.0~{{host}}~{MYSELF}~{{unique}}.partial",
+                "embedding/c.0.0~{host}~1~{unique}.partial",
+                "embedding/locked~{host}~1~{unique}.partial",
                 "residue_embedding/c.{unique}.0",
                 "status/c.00",
                 "notes-{unique}.txt",
@@ -279,8 +279,10 @@ class Filling(RuleBasedStateMachine):
     def add_stray(self, name: str) -> None:
         name = name.format(host=socket.gethostname(), unique=uuid4().hex)
         (self.path / name).write_bytes(b"not a chunk, though long enough")
-        is_mine = f"~{MYSELF}~" in name
-        (self.never_touched if is_mine else self.strays).add(name)
+        if "locked" in name:
+            self.writers.append((self.path / name).open())
+            fcntl.flock(self.writers[-1], fcntl.LOCK_EX)
+        (self.never_touched if "locked" in name else self.strays).add(name)
         self.world.faults["strays"] += 1
 
     @precondition(lambda self: self.path.exists())
@@ -321,6 +323,8 @@ class Filling(RuleBasedStateMachine):
         self.fill(True, True, None, signal.SIGINT, set())
         for name in self.strays | self.never_touched:
             (self.path / name).unlink()
+        for writer in self.writers:
+            writer.close()
         assert_ledger(Store(self.path), self.world.reference)
         self.world.rows_checked += self.world.reference.records
 

@@ -53,7 +53,7 @@ class Call:
 
 
 def calls(log: Path, place: Path) -> list[Call]:
-    """Calls about a directory or anything in it, in order."""
+    """Calls about a directory or anything in it, in order; a store's is reached by descriptor."""
     lines = log.read_text().splitlines()
     main = lines[0].partition("---")[0].strip()  # without -f there is no thread's number
     numbers: Counter[tuple[str, str]] = Counter()
@@ -62,7 +62,7 @@ def calls(log: Path, place: Path) -> list[Call]:
         if match := re.match(r"(\d*) *(\w+)\((.*)", line):
             thread, name, arguments = match.groups()
             numbers[thread, name] += 1
-            if str(place) in arguments:
+            if str(place) in arguments or "/proc/self/fd/" in arguments:
                 found.append(Call(name, numbers[thread, name], thread == main, arguments))
     return found
 
@@ -198,9 +198,10 @@ def making(bench: Bench, path: Path) -> str:
 
 
 def content(path: Path) -> dict[str, bytes]:
-    """Files of a store, without its date of birth."""
+    """Files of a store, without its date of birth and its own name."""
     return {
-        name: re.sub(rb'"created": ".*?"', b"", found) for name, (_, _, found) in tree(path).items()
+        name: re.sub(rb'"(created|id)": ".*?"', b"", found)
+        for name, (_, _, found) in tree(path).items()
     }
 
 

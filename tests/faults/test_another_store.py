@@ -1,0 +1,331 @@
+"""A store that takes another's place gets no row of it, and the other loses none."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import pytest
+from conftest import VIRAL_PROTEINS, tree
+from harness import Run, assert_ledger
+from s3 import BUCKET, Server
+from test_cluster import dask_cluster
+from test_cluster import worker as another_worker
+
+import virnuc_dask
+from virnuc_dask import faults, objects
+from virnuc_dask.cluster import connect
+from virnuc_dask.config import ModelSpec, Settings
+from virnuc_dask.embed import embed_chunk, embed_here
+from virnuc_dask.errors import NotAStoreError, StoreReplacedError
+from virnuc_dask.files import Held
+from virnuc_dask.places import place_of
+from virnuc_dask.prepare import prepare
+from virnuc_dask.store import Store
+
+SAME: dict[str, Any] = {"rows_per_chunk": 32, "repr_layer": 0}
+OTHER: dict[str, Any] = SAME | {"pooling": "max"}
+
+
+def make(path: Path | str, settings: dict[str, Any], inputs: Path = VIRAL_PROTEINS) -> ModelSpec:
+    """A store in which nothing is computed yet."""
+    return prepare(inputs, path, Settings(**settings), lambda _event: None)[1]
+
+
+def fill(path: Path | str, model: ModelSpec) -> None:
+    store = Store(path)
+    for chunk in range(store.chunk_count):
+        embed_chunk(str(path), chunk, store.identity, model)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    path = tmp_path_factory.mktemp("reference") / "out.zarr"
+    fill(path, make(path, SAME))
+    return Store(path)
+
+
+def in_the_middle(
+    monkeypatch: pytest.MonkeyPatch, moment: str, change: Callable[[], object]
+) -> dict[str, Any]:
+    """Arguments of `embed_chunk` with which the change comes at a moment of its work."""
+    if moment == "computed":
+
+        def embed(*arguments: Any) -> Any:
+            rows = embed_here(*arguments)
+            change()
+            return rows
+
+        return {"embed": embed}
+
+    write = Store._write
+
+    def slow_write(self: Store, name: str, *arguments: Any) -> None:
+        if name == "embedding":
+            change()
+        write(self, name, *arguments)
+
+    monkeypatch.setattr(Store, "_write", slow_write)
+    return {}
+
+
+# --- in a directory ---
+
+
+@pytest.mark.parametrize("moment", ["computed", "half written"])
+@pytest.mark.parametrize("how", ["same settings", "other settings", "link", "nothing"])
+def test_a_chunk_stays_with_the_store_that_its_rows_came_from(
+    how: str,
+    moment: str,
+    tmp_path: Path,
+    reference: Store,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, away, new = (tmp_path / name for name in ("out.zarr", "away.zarr", "new.zarr"))
+    if how == "link":
+        path.symlink_to(away)
+    model = make(path, SAME)
+    first = Store(path)
+    fill(new, make(new, SAME if how == "same settings" else OTHER))
+    Store(new).remove_chunk(1)
+    before = tree(new)
+
+    def change() -> None:
+        if how == "link":
+            path.unlink()
+            path.symlink_to(new)
+        else:
+            path.rename(away)
+        if "settings" in how:
+            new.rename(path)
+
+    taken = in_the_middle(monkeypatch, moment, change)
+    assert embed_chunk(str(path), 1, first.identity, model, **taken, store_id=first.id).computed
+    monkeypatch.undo()
+    assert tree(new if how in ("link", "nothing") else path) == before
+    # A task that begins later does not find its store, and says so.
+    with pytest.raises(NotAStoreError if how == "nothing" else StoreReplacedError):
+        embed_chunk(str(path), 2, first.identity, model, store_id=first.id)
+    assert tree(new if how in ("link", "nothing") else path) == before
+    with pytest.raises(StoreReplacedError, match="no longer there"):
+        first.check_place()
+    assert list(Store(away).present().nonzero()[0]) == [1]
+    fill(away, model)
+    assert_ledger(Store(away), reference)
+
+
+@pytest.mark.parametrize("moment", ["computed", "half written"])
+@pytest.mark.parametrize("settings", [SAME, OTHER, None], ids=["same", "other", "nothing"])
+def test_a_store_that_was_removed_does_not_come_back(
+    settings: dict[str, Any] | None,
+    moment: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "out.zarr"
+    model = make(path, SAME)
+    first = Store(path)
+    before: dict[str, Any] = {}
+
+    def change() -> None:
+        shutil.rmtree(path)
+        if settings:
+            make(path, settings)
+            before.update(tree(path))
+
+    taken = in_the_middle(monkeypatch, moment, change)
+    with pytest.raises(FileNotFoundError) as error:
+        embed_chunk(str(path), 1, first.identity, model, **taken, store_id=first.id)
+    assert str(error.value.filename).startswith(str(path))  # and no descriptor's number
+    assert tree(path) == before
+    assert os.listdir(tmp_path) == ["out.zarr"] * bool(settings)
+
+
+def test_where_a_directory_cannot_be_held_each_write_looks_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on systems without /proc, which is imitated: none can be had here."""
+    is_at = Held._is_at
+    monkeypatch.setattr(
+        Held, "_is_at", lambda self, path: "/proc" not in str(path) and is_at(self, path)
+    )
+    path = tmp_path / "out.zarr"
+    model = make(path, SAME)
+    first = Store(path)
+    before: dict[str, Any] = {}
+
+    def change() -> None:
+        path.rename(tmp_path / "away.zarr")
+        make(path, SAME)
+        before.update(tree(path))
+
+    taken = in_the_middle(monkeypatch, "computed", change)
+    with pytest.raises(StoreReplacedError):
+        embed_chunk(str(path), 1, first.identity, model, **taken, store_id=first.id)
+    assert tree(path) == before
+    embed_chunk(str(path), 1, first.identity, model)
+    assert Store(path).is_present(1)
+
+
+# --- in an object store ---
+
+
+@pytest.fixture
+def url(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A place that nothing else uses."""
+    for name, value in s3.env.items():
+        monkeypatch.setenv(name, value)
+    yield f"s3://{BUCKET}/{uuid4().hex}/out.zarr"
+    objects._client.cache_clear()
+
+
+@pytest.mark.parametrize("moment", ["computed", "half written"])
+@pytest.mark.parametrize("settings", [SAME, OTHER, None], ids=["same", "other", "nothing"])
+def test_objects_too_go_into_no_other_store(
+    settings: dict[str, Any] | None, moment: str, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make(url, SAME)
+    first = Store(url)
+    before: dict[str, Any] = {}
+
+    def change() -> None:
+        place_of(url.removesuffix("/out.zarr")).remove("out.zarr")
+        if settings:
+            make(url, settings)
+            before.update(tree(url))
+
+    taken = in_the_middle(monkeypatch, moment, change)
+    with pytest.raises(StoreReplacedError, match=url):
+        embed_chunk(url, 1, first.identity, model, **taken, store_id=first.id)
+    assert tree(url) == before
+    with pytest.raises(StoreReplacedError if settings else NotAStoreError):
+        embed_chunk(url, 2, first.identity, model, store_id=first.id)
+    assert tree(url) == before
+    with pytest.raises(StoreReplacedError):
+        first.check_place()
+
+
+# --- with real clusters ---
+
+
+@pytest.fixture
+def slow(peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Records of which each takes a worker a second."""
+    some = tmp_path / "some.faa"
+    some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:28]))
+    table = tmp_path / "faults.json"
+    table.write_text(json.dumps({"": "slow"}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    return some
+
+
+QUICK = ("--rows-per-chunk", 1, "--repr-layer", 0)
+ONE_BY_ONE: dict[str, Any] = {"rows_per_chunk": 1, "repr_layer": 0}
+
+
+def await_workers(client: Any, *, at_work: bool) -> None:
+    """Wait until some worker computes, or none does."""
+
+    # In here, so that it travels whole.
+    def executing(dask_worker: Any) -> int:
+        return len(dask_worker.state.executing)
+
+    deadline = time.monotonic() + 60
+    while any(client.run(executing).values()) != at_work:
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL", "the scheduler's SIGKILL"])
+def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
+    end: str, slow: Path, tmp_path: Path
+) -> None:
+    """The worker stands still with a chunk until another store is at the first one's path."""
+    path, away = tmp_path / "out.zarr", tmp_path / "away.zarr"
+    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+        client.wait_for_workers(1)
+        (process,) = client.run(os.getpid).values()
+        run = Run("run", slow, path, *QUICK, "--cluster", file, "--grace", 0)
+        for event in run:
+            if event["event"] == "chunk_done" and len(run.computed()) == 1:
+                break
+        await_workers(client, at_work=True)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            done = Store(path).present().sum()
+            if end == "the scheduler's SIGKILL":
+                os.kill(client.run_on_scheduler(os.getpid), signal.SIGKILL)
+            else:
+                run.process.send_signal(signal.Signals[end])
+            assert run.finish() != 0
+            path.rename(away)
+            make(path, ONE_BY_ONE | {"pooling": "max"}, slow)
+            before = tree(path)
+        finally:
+            os.kill(process, signal.SIGCONT)
+        if end == "the scheduler's SIGKILL":
+            await_death(process)
+        else:
+            await_workers(client, at_work=False)
+            assert Store(away).present().sum() > done  # the fault has fired: it went on, over there
+    assert tree(path) == before
+    assert virnuc_dask.verify(path).leftovers == []
+    os.environ.pop(faults.VARIABLE)
+    whole = tmp_path / "whole.zarr"
+    for store in (whole, path):
+        fill(store, make(store, ONE_BY_ONE | {"pooling": "max"}, slow))
+    assert_ledger(Store(path), Store(whole))
+
+
+def await_death(process: int) -> None:
+    deadline = time.monotonic() + 120
+    while Path(f"/proc/{process}").exists():
+        assert time.monotonic() < deadline, "a worker outlives its scheduler"
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
+    end: signal.Signals, slow: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+        client.wait_for_workers(1)
+        run = Run("run", slow, path, *QUICK, "--cluster", file, "--in-flight", 10)
+        for event in run:
+            if event["event"] == "chunk_done" and len(run.computed()) == 1:
+                run.process.send_signal(end)
+                break
+        assert run.finish() in (-end, 128 + end)
+        await_workers(client, at_work=False)
+        # One thread: besides what was done, the one that it was at, and one more if that had just
+        # ended when the signal came.
+        assert 1 <= Store(path).present().sum() <= 3
+        if end == signal.SIGTERM:
+            assert run.of("stopping")[0]["running"] <= 1
+        os.environ.pop(faults.VARIABLE)
+
+
+def test_a_restart_by_somebody_else_costs_time_and_nothing_else(slow: Path, tmp_path: Path) -> None:
+    path, whole = tmp_path / "out.zarr", tmp_path / "whole.zarr"
+    with dask_cluster(tmp_path) as file, another_worker(file), connect(str(file)) as client:
+        client.wait_for_workers(2)
+        before = set(client.run(os.getpid).values())
+        run = Run("run", slow, path, *QUICK, "--cluster", file)
+        for event in run:
+            if event["event"] == "chunk_done" and len(run.computed()) == 1:
+                client.restart()
+        assert run.process.wait(timeout=60) == 0
+        assert before.isdisjoint(client.run(os.getpid).values())  # it was one
+    os.environ.pop(faults.VARIABLE)
+    # Of those that were being computed some were written, and their reports were lost.
+    assert {event["chunk"] for event in run.of("chunk_done")} == set(range(14))
+    fill(whole, make(whole, ONE_BY_ONE, slow))
+    assert_ledger(Store(path), Store(whole))
