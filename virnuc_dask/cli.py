@@ -268,12 +268,14 @@ def _shown(name: str) -> str:
 
 def _display(store: str, options: dict[str, Any]) -> tuple[str, Path | None]:
     """How a run is shown, and the file that it is recorded in."""
+    from virnuc_dask.files import expanded
+
     as_json, plain, quiet = (options.pop(name) for name in ("as_json", "no_progress", "quiet"))
     kind = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
     given, none = options.pop("telemetry"), options.pop("no_telemetry")
     # A store in an object store has nothing beside it.
     file = given or (None if "://" in store else f"{store.rstrip('/')}.telemetry.jsonl")
-    return kind, None if none or file is None else Path(file)
+    return kind, None if none or file is None else Path(expanded(file))
 
 
 def _run_config(options: dict[str, Any]) -> RunConfig:

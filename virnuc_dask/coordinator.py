@@ -25,6 +25,7 @@ from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Stat
 from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.errors import PlaceError, StoreError, UsageError
 from virnuc_dask.events import Listener, RunSummary
+from virnuc_dask.files import expanded
 from virnuc_dask.packing import residues_to_encode
 from virnuc_dask.prepare import Inputs, prepare
 from virnuc_dask.store import Store
@@ -236,10 +237,10 @@ def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None
         lambda dask_scheduler: bool(dask_scheduler.http_application.applications)
     ):
         emit(events.Connected(client.dashboard_link))
-    file = config.performance_report
-    if file is None:
+    if config.performance_report is None:
         yield
         return
+    file = expanded(config.performance_report)
     if not client.run_on_scheduler(lambda: find_spec("bokeh") is not None):
         raise UsageError(
             "a performance report needs bokeh where the scheduler is: pip install"

@@ -225,26 +225,21 @@ class Directory:
             No store can be put at this path, whatever is read.
         """
         target = Path(self.location)
-        if target.is_dir() and target.samefile(Path()):
-            raise UsageError(
-                f"{self.path}: the working directory cannot become a store; name one within it,"
-                f" such as {self.path / 'out.zarr'}"
-            )
+        advice = ""
         try:
+            if target.is_dir():
+                advice = f"; name a directory within it, such as {self.path / 'out.zarr'}"
+                if target.samefile(Path()):
+                    raise UsageError(f"{self.path}: this is the working directory{advice}")
+                _move_there_and_back(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_orphans(target.parent, _hidden(target))
-            if target.is_dir():
-                _move_there_and_back(target)
             return Staging(target.parent, _hidden(target))
         except OSError as error:
             if error.errno not in _NOT_HERE:
                 raise
-            advice = ""
-            if target.is_dir() and os.access(target, os.W_OK):
-                advice = f"; name a directory within it, such as {self.path / 'out.zarr'}"
-            raise UsageError(
-                f"{self.path}: cannot put a store there: {os.strerror(error.errno)}{advice}"
-            ) from error
+            cause = os.strerror(errno.ENOTDIR if error.errno == errno.EEXIST else error.errno)
+            raise UsageError(f"{self.path}: cannot put a store there: {cause}{advice}") from error
 
     def publish(self, staging: Staging) -> bool:
         """Give a store that was put together its place, by one rename, durably.

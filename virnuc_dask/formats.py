@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.files import sync
+from virnuc_dask.files import expanded, sync
 from virnuc_dask.integrity import check_sequences
 from virnuc_dask.store import TRANSLATED, Store
 
@@ -83,7 +83,7 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     StoreError
         The store is not complete, or damaged.
     """
-    opened, path = Store(store), Path(out)
+    opened, path = Store(store), Path(expanded(out))
     write = _writer(str(out), guard)
     if path.exists():
         raise UsageError(f"{path} exists; give another name, or remove it")
@@ -95,7 +95,8 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
         )
     if problem := check_sequences(opened):
         raise StoreError(f"{store}: {problem}; run again from the input, into another store")
-    unfinished = path.with_name(f".{uuid4().hex[:8]}-{path.name}")
+    # Not with all of its name, which may be as long as a name can be.
+    unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
     try:
         rows = write(unfinished, opened, _parts(opened))
         # Its name is for what survives a power cut.

@@ -33,6 +33,7 @@ from virnuc_dask.errors import (
     UsageError,
 )
 from virnuc_dask.events import Listener
+from virnuc_dask.files import expanded
 from virnuc_dask.ingest import Ingest
 from virnuc_dask.packing import encoded_lengths, residues_to_encode
 from virnuc_dask.places import place_of
@@ -305,8 +306,10 @@ def _provenance(
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def _listed(inputs: Inputs) -> list[str | Path]:
-    return [inputs] if isinstance(inputs, (str, Path)) else list(inputs)
+def _listed(inputs: Inputs) -> list[str]:
+    """Inputs one by one; ``-`` is standard input, whatever is there."""
+    names = [inputs] if isinstance(inputs, (str, Path)) else inputs
+    return [name if name == "-" else expanded(name) for name in names]
 
 
 def _first_rows(block: Block, residues: int) -> Block:

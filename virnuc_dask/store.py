@@ -8,6 +8,7 @@ residues stand between the two, ragged: each chunk of rows has several chunks of
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 from collections.abc import Iterable
@@ -87,6 +88,10 @@ class Store:
             there = _has_arrays(self.place)
         except (FileNotFoundError, NotADirectoryError):
             there = False
+        except OSError as error:
+            if error.errno not in (errno.ELOOP, errno.ENAMETOOLONG):
+                raise
+            raise NotAStoreError(f"{self.path}: {error.strerror}") from error
         if not there:
             if not self.place.exists():
                 raise NotAStoreError(f"{self.path}: no store there")

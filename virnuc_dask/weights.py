@@ -18,6 +18,7 @@ from torch import Tensor
 
 from virnuc_dask.config import POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
 from virnuc_dask.errors import ModelError, UsageError
+from virnuc_dask.files import expanded
 from virnuc_dask.huggingface import idle_head, is_huggingface, read_huggingface
 
 # fair-esm's names, and the dimension of each model's embeddings.
@@ -114,7 +115,7 @@ def load_checkpoint(reference: str) -> Checkpoint:
         if not file.is_file():
             _download(reference, file)
         return _read(reference, file)
-    file = Path(reference)
+    file = Path(expanded(reference))
     if not _exists(file):
         raise ModelError(
             f"model {reference!r}: neither a file nor a Hugging Face directory, nor one of"
@@ -127,7 +128,7 @@ def weights_at_hand(reference: str) -> bool:
     """Whether a model can be read without a download."""
     if reference in PUBLISHED:
         return _cached(reference).is_file()
-    return reference == DEMO or _exists(Path(reference))
+    return reference == DEMO or _exists(Path(expanded(reference)))
 
 
 def describe(
