@@ -267,6 +267,7 @@ def verify(
         bad = {chunk: problem for part in found_here for chunk, problem in part.items()}
     strays = leftovers(opened)
     if repair:
+        opened.check_place()
         for chunk in bad:
             opened.remove_chunk(chunk)
         for key in strays:

@@ -25,7 +25,7 @@ from zarr.storage import LocalStore
 from virnuc_dask.errors import StoreError, StoreReplacedError, UsageError
 
 # The process that writes, for people to read: across containers it proves nothing.
-_OWNED_NAME = re.compile(r".+~(?P<host>[^~]+)~\d+~[0-9a-f]{32}\.(partial|ingest)")
+_OWNED_NAME = re.compile(r".+~(?P<host>[^~]+)~\d+~[0-9a-f]{32}\.(?P<kind>partial|ingest|new)")
 # Without a lock that proves it, a writer counts as dead once it has written nothing for so long.
 _ABANDONED_S = 24 * 3600.0
 # Of a name that is put into a longer one: a file's name may have 255 bytes.
@@ -85,6 +85,13 @@ class Held:
             return os.path.samestat(path.stat(), os.fstat(self.descriptor))
         except OSError:
             return False
+
+    def rename(self, path: Path) -> None:
+        """Give it another name."""
+        self.path.rename(path)
+        self.path = path
+        if not self.is_sure:
+            self.root = path
 
     def close(self) -> None:
         """Let go of it."""
@@ -241,7 +248,7 @@ class Directory:
             cause = os.strerror(errno.ENOTDIR if error.errno == errno.EEXIST else error.errno)
             raise UsageError(f"{self.path}: cannot put a store there: {cause}{advice}") from error
 
-    def publish(self, staging: Staging) -> bool:
+    def publish(self, staging: Path) -> bool:
         """Give a store that was put together its place, by one rename, durably.
 
         Returns
@@ -250,9 +257,9 @@ class Directory:
             False if something was there first.
         """
         target = Path(self.location)
-        sync_tree(staging.path)
+        sync_tree(staging)
         try:
-            os.rename(staging.path, target)
+            os.rename(staging, target)
         except OSError as error:
             if error.errno in _TAKEN:
                 return False
@@ -415,7 +422,7 @@ def _if_abandoned(path: Path) -> Iterator[bool]:
     """Whether nobody is writing a file or directory; nobody else judges it in the meantime.
 
     A name without a mark has no writer of ours. Of others the lock tells; and time, where there are
-    no locks, or where they may not reach from one machine to another.
+    no locks, where they may not reach from one machine to another, or before there is one.
     """
     match = _OWNED_NAME.fullmatch(path.name)
     if match is None:
@@ -429,7 +436,7 @@ def _if_abandoned(path: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            tells = match["host"] == socket.gethostname()
+            tells = match["host"] == socket.gethostname() and match["kind"] != "new"
         except BlockingIOError:
             yield False
             return
@@ -457,7 +464,8 @@ def is_abandoned(path: Path) -> bool:
 
 def remove_orphans(folder: Path, name: str) -> None:
     """Remove what ingests of this name left in a folder when they were killed."""
-    for orphan in folder.glob(f"{_glob_escape(name)}~*.ingest"):
+    pattern = f"{_glob_escape(name)}~*"
+    for orphan in (*folder.glob(f"{pattern}.ingest"), *folder.glob(f"{pattern}.new")):
         with _if_abandoned(orphan) as abandoned:
             if abandoned:
                 shutil.rmtree(orphan, ignore_errors=True)  # another run may be removing it too
@@ -481,10 +489,13 @@ class Staging:
     """
 
     def __init__(self, folder: Path, name: str, mode: int = 0o777) -> None:
-        self.path = folder / f"{name}{owner_mark()}.ingest"
-        self.path.mkdir(mode)
-        self.held = Held(self.path)
+        # It has its name only once it is locked, or it could be taken for a dead one's.
+        new = folder / f"{name}{owner_mark()}.new"
+        new.mkdir(mode)
+        self.held = Held(new)
         _lock(self.held.descriptor)
+        self.path = new.with_suffix(".ingest")
+        self.held.rename(self.path)
 
     def close(self) -> None:
         """Remove it, unless it was published, and unlock it."""

@@ -209,7 +209,7 @@ class Ingest:
         )
         path = self.place.path
         self._check_all_is_there()
-        if self.place.publish(self._staging):
+        if self.place.publish(self._staging.path):
             return True
         if not is_store(path):
             raise StoreError(f"{path}: cannot put the store there: something else is there by now")

@@ -142,7 +142,7 @@ class Bucket:
         remove_orphans(folder, "virnuc-dask")
         return Staging(folder, "virnuc-dask", mode=0o700)
 
-    def publish(self, staging: Staging) -> bool:
+    def publish(self, staging: Path) -> bool:
         """Upload a store that was put together: a claim first, its root's metadata last.
 
         There is a store once the root is there, which needs no rename. Until then:
@@ -171,8 +171,8 @@ class Bucket:
         NotAStoreError
             Something else has begun there.
         """
-        files = sorted(file for file in staging.path.rglob("*") if file.is_file())
-        keys = {file.relative_to(staging.path).as_posix(): file for file in files}
+        files = sorted(file for file in staging.rglob("*") if file.is_file())
+        keys = {file.relative_to(staging).as_posix(): file for file in files}
         root = keys.pop(ROOT)
         claimed = self._create(CLAIM, _digest(keys).encode())
         if self.size(ROOT) is None and not (claimed and self._upload(keys)):
