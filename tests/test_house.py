@@ -30,6 +30,7 @@ ORDER = [
     "integrity",
     "dataset",
     "formats",
+    "upstream",
     "huggingface",
     "weights",
     "kernels",
@@ -95,7 +96,7 @@ def test_imports_go_one_way(name: str) -> None:
     [
         ("zarr", {"files", "objects", "store", "ingest"}),
         ("obstore", {"objects"}),
-        ("esm", {"esm2", "huggingface"}),
+        ("esm", {"upstream"}),
         ("safetensors", {"huggingface"}),
         ("Bio", {"sequences", "translate"}),
         ("rich", {"progress", "cli"}),

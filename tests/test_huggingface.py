@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from models import (
 from safetensors.torch import load_file, save_file
 
 from virnuc_dask.encoder import load_encoder
-from virnuc_dask.errors import ModelError
+from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.weights import load_checkpoint, weights_at_hand
 
 SEQUENCES = random_sequences([1, 17, 60, 60, 200])
@@ -112,6 +113,14 @@ def test_another_alphabet_is_refused(folder: Path) -> None:
     tokens[4], tokens[5] = tokens[5], tokens[4]
     (folder / "vocab.txt").write_text("\n".join(tokens))
     with pytest.raises(ModelError, match="alphabet"):
+        load_checkpoint(str(folder))
+
+
+def test_a_file_is_not_to_blame_if_there_is_no_fair_esm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "esm.data", None)
+    with pytest.raises(UsageError, match=r"^the module esm at "):
         load_checkpoint(str(folder))
 
 

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from esm.data import Alphabet
 from safetensors.torch import load_file
 from torch import Tensor
+
+from virnuc_dask.upstream import fair_esm
 
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
@@ -109,7 +110,8 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         if (found or False) != expected:
             raise ValueError(f"config.json has {name} {found!r}, an ESM-2 {expected!r}")
     vocabulary = folder / "vocab.txt"
-    letters = Alphabet.from_architecture("ESM-1b").all_toks
+    alphabet, _ = fair_esm()
+    letters = alphabet.from_architecture("ESM-1b").all_toks
     # The 32nd is a filler, and has another name there.
     if vocabulary.is_file() and vocabulary.read_text().split()[:31] != letters[:31]:
         raise ValueError("vocab.txt is not ESM-2's alphabet")
