@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -126,6 +127,15 @@ def blinded(tmp_path: Path) -> tuple[str, ...]:
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs leave to mount in a namespace of its own, as root has")
     return command
+
+
+@pytest.fixture
+def other_esm(tmp_path: Path) -> dict[str, str]:
+    """The environment of a process that finds PyPI's esm, which is not fair-esm, in its place."""
+    (package := tmp_path / "site" / "esm").mkdir(parents=True)
+    (package / "__init__.py").write_text('__version__ = "3.2.1"\n')
+    (package / "data").mkdir()
+    return os.environ | {"PYTHONPATH": os.pathsep.join((str(package.parent), str(ROOT)))}
 
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]

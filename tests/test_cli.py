@@ -5,13 +5,15 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
-from conftest import VIRAL_PROTEINS, Cli, Maker, command
+from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
 
 from virnuc_dask.cli import main
 
@@ -130,6 +132,55 @@ def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Pat
     assert "137,862 (median 276, most 3,164)" in done.stdout
     assert json.loads(cli("plan", VIRAL_PROTEINS, "--json").stdout)["long_records"] == 29
     assert os.listdir(tmp_path) == []
+
+
+def test_another_esm_is_one_clear_line_and_only_where_fair_esm_is_needed(
+    make_store: Maker, cli: Cli, awkward: Path, other_esm: dict[str, str]
+) -> None:
+    make_store(awkward)
+    for arguments in (
+        ("run", awkward, "new.zarr"),
+        ("plan", awkward),
+        ("resume", "out.zarr"),
+        ("verify", "out.zarr", "--sample", 1),
+    ):
+        refused = cli(*arguments, env=other_esm)
+        assert refused.returncode == 2
+        (line,) = refused.stderr.splitlines()
+        assert re.match("error: the module esm at .*/site/esm/__init__.py is not fair-esm's", line)
+    assert not Path(awkward.parent, "new.zarr").exists()
+    assert cli("verify", "out.zarr", "--cluster", "local", env=other_esm).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "esm.py",
+            "import sys; sys.exit(3)",
+            "module esm at .*esm.py is not .* .SystemExit: 3",
+        ),
+        ("esm/__init__.py", "raise OSError('a\\nb')", "the module esm at .* .OSError: a\\)"),
+        ("esm/readme.txt", "", "not installed, and the module esm at .*/esm is not fair-esm's"),
+        ("readme.txt", "", "fair-esm is not installed: pip install fair-esm"),
+    ],
+)
+def test_what_is_in_fair_esms_place_is_named(
+    file: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    # Without site-packages, and so without fair-esm.
+    code = "from virnuc_dask.upstream import fair_esm; fair_esm()"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert re.match(f"virnuc_dask.errors.UsageError: .*{message}", found.stderr.splitlines()[-1])
 
 
 def test_nucleotides_are_refused(cli: Cli, tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,10 +20,11 @@ from models import (
     save_network,
     upstream_mean,
 )
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 from virnuc_dask.encoder import load_encoder
-from virnuc_dask.errors import ModelError
+from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.weights import load_checkpoint, weights_at_hand
 
 SEQUENCES = random_sequences([1, 17, 60, 60, 200])
@@ -84,6 +87,108 @@ def test_the_layouts_there_are(change: str, folder: Path) -> None:
     assert np.array_equal(load_encoder(str(folder)).encode(SEQUENCES), expected)
 
 
+@pytest.fixture(scope="module")
+def rounded() -> ESM2:
+    """With frequencies as published weights have them, rounded to float16."""
+    network = random_network(3, 64, 4)
+    for layer in network.layers:
+        layer.self_attn.rot_emb.inv_freq.copy_(layer.self_attn.rot_emb.inv_freq.half())
+    return network
+
+
+# What `save_pretrained` writes into config.json, beside what `save_huggingface` does.
+FIELDS_4 = {"dtype": "float32", "esmfold_config": None, "use_cache": True, "vocab_list": None}
+FIELDS_5 = FIELDS_4 | {"add_cross_attention": False, "is_decoder": False}
+IN_LAYER = "encoder.layer.{}.attention.self.rotary_embeddings.inv_freq"
+
+
+@pytest.mark.parametrize(
+    ("norm", "frequencies", "fields"),
+    [
+        pytest.param(("weight", "bias"), None, FIELDS_4, id="4.57"),
+        pytest.param(("gamma", "beta"), None, FIELDS_5, id="5.0"),
+        pytest.param(
+            ("gamma", "beta"), IN_LAYER.format("*"), FIELDS_5 | {"rope_theta": 10_000.0}, id="5.10"
+        ),
+        pytest.param(
+            ("weight", "bias"),
+            "rotary_embeddings.inv_freq",
+            FIELDS_5 | {"rope_parameters": {"rope_theta": 10_000.0, "rope_type": "default"}},
+            id="5.10, not in the original format",
+        ),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "esm."])
+def test_what_transformers_has_saved_is_the_same_model(
+    norm: tuple[str, str],
+    frequencies: str | None,
+    fields: dict[str, object],
+    prefix: str,
+    rounded: ESM2,
+    tmp_path: Path,
+) -> None:
+    folder = Path(save_huggingface(rounded, tmp_path / "hf"))
+    tensors = {
+        name.replace("esm.", prefix)
+        .replace("LayerNorm.weight", f"LayerNorm.{norm[0]}")
+        .replace("LayerNorm.bias", f"LayerNorm.{norm[1]}"): tensor
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
+    if not prefix:  # saved without the language-model head, and with a pooling layer
+        tensors = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
+        tensors["pooler.dense.weight"] = torch.ones(64, 64)
+    if frequencies:
+        shared = [tensors.pop(prefix + IN_LAYER.format(layer)) for layer in range(3)]
+        tensors[prefix + frequencies] = shared[0]
+    save_file(tensors, folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | fields))
+    encoder = load_encoder(str(folder))
+    expected = load_encoder(save_network(rounded, tmp_path / "model.pt"))
+    assert encoder.spec.weights_sha256 == expected.spec.weights_sha256
+    assert np.array_equal(encoder.encode(SEQUENCES), expected.encode(SEQUENCES))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["EsmForMaskedLM", "EsmModel", "EsmModel without pooling"])
+def test_what_the_transformers_that_is_here_saves_is_read(
+    kind: str, dtype: torch.dtype, rounded: ESM2, tmp_path: Path
+) -> None:
+    import transformers
+
+    published = save_huggingface(rounded, tmp_path / "published")
+    name, _, bare = kind.partition(" ")
+    options = {"add_pooling_layer": False} if bare else {}
+    network = getattr(transformers, name).from_pretrained(published, **options).to(dtype)
+    whole, sharded = tmp_path / "whole", tmp_path / "sharded"
+    network.save_pretrained(whole)
+    network.save_pretrained(sharded, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 1
+    esm = transformers.EsmModel.from_pretrained(whole, dtype=torch.float32).eval()
+    expected = np.stack([_mean_by_transformers(esm, sequence) for sequence in SEQUENCES])
+    encoders = [load_encoder(str(p)) for p in (whole, sharded, whole / "model.safetensors")]
+    for encoder in encoders:
+        assert relative_error(encoder.encode(SEQUENCES), expected) < 1e-5
+        assert encoder.spec.weights_sha256 == encoders[0].spec.weights_sha256
+    if dtype == torch.float32:
+        pt = load_encoder(save_network(rounded, tmp_path / "model.pt"))
+        assert encoders[0].spec.weights_sha256 == pt.spec.weights_sha256
+
+
+def _mean_by_transformers(network: Any, sequence: str) -> NDArray[np.float32]:
+    _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("", sequence)])
+    with torch.inference_mode():
+        return network(tokens).last_hidden_state[0, 1:-1].mean(0).numpy()
+
+
+def test_a_whole_file_goes_before_shards_as_in_transformers(folder: Path) -> None:
+    """An earlier `save_pretrained` leaves its index there, without the shards."""
+    expected = load_encoder(str(folder)).encode(SEQUENCES)
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert np.array_equal(load_encoder(str(folder)).encode(SEQUENCES), expected)
+
+
 @pytest.mark.parametrize(
     ("field", "value"),
     [
@@ -96,6 +201,13 @@ def test_the_layouts_there_are(change: str, folder: Path) -> None:
         ("vocab_size", 64),
         ("num_hidden_layers", 4),
         ("hidden_size", None),
+        ("rope_theta", 20_000.0),
+        ("rope_parameters", {"rope_theta": 20_000.0, "rope_type": "default"}),
+        ("rope_parameters", {"full_attention": {"rope_theta": 20_000.0}}),
+        ("rope_parameters", {"rope_theta": 10_000.0, "partial_rotary_factor": 0.5}),
+        ("rope_scaling", {"type": "linear", "factor": 2.0}),
+        ("is_decoder", True),
+        ("mask_token_id", 4),
     ],
 )
 def test_a_model_that_would_be_misread_is_refused(field: str, value: object, folder: Path) -> None:
@@ -112,6 +224,14 @@ def test_another_alphabet_is_refused(folder: Path) -> None:
     tokens[4], tokens[5] = tokens[5], tokens[4]
     (folder / "vocab.txt").write_text("\n".join(tokens))
     with pytest.raises(ModelError, match="alphabet"):
+        load_checkpoint(str(folder))
+
+
+def test_a_file_is_not_to_blame_if_there_is_no_fair_esm(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "esm.data", None)
+    with pytest.raises(UsageError, match=r"^the module esm at "):
         load_checkpoint(str(folder))
 
 

@@ -195,6 +195,10 @@ def verify(
     def show(done: int, total: int) -> None:
         click.echo(f"\rchecked {done:,} of {total:,} chunks", err=True, nl=done == total)
 
+    if sample:
+        from virnuc_dask.upstream import fair_esm
+
+        fair_esm()  # or it would be missed only after everything is read
     with ExitStack() as stack:
         client = None
         if cluster:

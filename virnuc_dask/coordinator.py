@@ -29,6 +29,7 @@ from virnuc_dask.files import expanded
 from virnuc_dask.packing import residues_to_encode
 from virnuc_dask.prepare import Inputs, prepare
 from virnuc_dask.store import Store
+from virnuc_dask.upstream import fair_esm
 from virnuc_dask.work import Work
 from virnuc_dask.workers import Needs, preflight
 
@@ -88,7 +89,7 @@ def run(
     InputError
         The input cannot be read. No store is left behind.
     UsageError
-        A setting that does not exist, or that the device does not have.
+        A setting that does not exist, or that the device does not have; or there is no fair-esm.
     IdentityMismatchError
         The store was made with other settings.
     NotAStoreError
@@ -147,6 +148,7 @@ def resume(
 
 def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:
     """The cluster and the device instead of ``auto``; what is wrong is said before any work."""
+    fair_esm()
     cluster = resolve(cluster) if client is None else _ATTACHED
     config = config or RunConfig()
     Shard.parse(config.shard, os.environ)

@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
-from esm.data import Alphabet
-from esm.model.esm2 import ESM2
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
@@ -34,6 +32,7 @@ from virnuc_dask.errors import ModelError
 from virnuc_dask.kernels import Integers, Product
 from virnuc_dask.linear import DTYPES, Linear, make_linear
 from virnuc_dask.queues import to_device
+from virnuc_dask.upstream import fair_esm
 from virnuc_dask.weights import Checkpoint
 
 # On a CPU oneDNN makes and keeps a program for each number of tokens that it meets, which takes
@@ -233,15 +232,16 @@ class _Layer:
         )
 
 
-def _build(checkpoint: Checkpoint) -> tuple[Any, Alphabet]:
+def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """fair-esm's module, whose parameters are the checkpoint's own tensors, and its alphabet.
 
     They stay on the host and in their dtype: of a large model a GPU holds what it needs, and not
     all of it twice. Its contact head, which nothing here uses, may be left without parameters.
     """
-    alphabet = Alphabet.from_architecture("ESM-1b")
+    alphabet_class, network_class = fair_esm()
+    alphabet = alphabet_class.from_architecture("ESM-1b")
     with _NoRandomWeights():
-        network = ESM2(
+        network = network_class(
             checkpoint.layers,
             checkpoint.dimension,
             checkpoint.heads,
@@ -299,7 +299,7 @@ def _pair(rows: Tensor, heads: int) -> Tensor:
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
-def _token_table(alphabet: Alphabet) -> NDArray[np.int64]:
+def _token_table(alphabet: Any) -> NDArray[np.int64]:
     """Token of each ASCII letter; letters that are no residue never get here."""
     table = np.full(256, alphabet.unk_idx, np.int64)
     for token, index in alphabet.tok_to_idx.items():

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import gc
 import signal
+from contextlib import suppress
 
 # A terminal's Ctrl-C comes here and to workers too, which inherit this; the coordinator acts on it.
 signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 import virnuc_dask.workers  # noqa: E402, F401
+from virnuc_dask.errors import UsageError  # noqa: E402
+from virnuc_dask.upstream import fair_esm  # noqa: E402
 
+with suppress(UsageError):  # workers that only verify do without
+    fair_esm()
 # Nobody looks through it again: its pages stay shared, and its process ends at once.
 gc.freeze()

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from esm.data import Alphabet
 from safetensors.torch import load_file
 from torch import Tensor
+
+from virnuc_dask.upstream import fair_esm
 
 _INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
 
@@ -30,8 +31,15 @@ _OUTSIDE = {
     "embeddings.word_embeddings": "embed_tokens",
     "encoder.emb_layer_norm_after": "emb_layer_norm_after",
 }
+# One for all layers: as transformers 5 has it in memory and, by default, in files.
+_FREQUENCIES = (
+    "rotary_embeddings.inv_freq",
+    "encoder.layer.*.attention.self.rotary_embeddings.inv_freq",
+)
 # What no embedding depends on.
-_UNUSED = ("lm_head.", "contact_head.", "pooler.", "embeddings.position_", "rotary_embeddings.")
+_UNUSED = ("lm_head.", "contact_head.", "pooler.", "embeddings.position_")
+# Values of `rope_parameters` and `rope_scaling` that change nothing.
+_PLAIN_ROTATION = {"rope_theta": 10_000, "rope_type": "default", "type": "default"}
 
 
 def is_huggingface(path: Path) -> bool:
@@ -63,13 +71,17 @@ def read_huggingface(path: Path) -> dict[str, Any]:
     _check(config, folder)
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     tensors: dict[str, Tensor] = {}
+    # Some files leave out what follows from the configuration. What a file has counts: published
+    # frequencies are rounded to float16, and transformers uses what it finds, too.
+    frequencies = _inverse_frequencies(config["hidden_size"] // heads)
     for file in [path] if path.is_file() else _files(folder):
         for name, tensor in load_file(file).items():
-            if renamed := _fair_esm_name(name):
+            if name.removeprefix("esm.") in _FREQUENCIES:
+                frequencies = tensor
+            elif renamed := _fair_esm_name(name):
                 tensors[renamed] = tensor
-    for layer in range(layers):  # newer files leave out what follows from the configuration
-        name = f"layers.{layer}.self_attn.rot_emb.inv_freq"
-        tensors.setdefault(name, _inverse_frequencies(config["hidden_size"] // heads))
+    for layer in range(layers):
+        tensors.setdefault(f"layers.{layer}.self_attn.rot_emb.inv_freq", frequencies)
     settings = argparse.Namespace(
         encoder_layers=layers,
         encoder_embed_dim=config["hidden_size"],
@@ -100,6 +112,7 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         ("position_embedding_type", "rotary"),
         ("emb_layer_norm_before", False),
         ("is_folding_model", False),
+        ("is_decoder", False),
         ("layer_norm_eps", 1e-5),
         ("rope_theta", 10_000),
         ("intermediate_size", 4 * config["hidden_size"]),
@@ -108,17 +121,25 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         found = config.get(name, expected)
         if (found or False) != expected:
             raise ValueError(f"config.json has {name} {found!r}, an ESM-2 {expected!r}")
+    if config["token_dropout"] and config.get("mask_token_id") not in (None, 32):
+        raise ValueError("config.json has another mask_token_id than ESM-2's alphabet")
+    for name in ("rope_parameters", "rope_scaling"):
+        for key, value in (config.get(name) or {}).items():
+            if _PLAIN_ROTATION.get(key) != value:
+                raise ValueError(f"config.json has {name} {config[name]!r}, which ESM-2 has not")
     vocabulary = folder / "vocab.txt"
-    letters = Alphabet.from_architecture("ESM-1b").all_toks
+    alphabet, _ = fair_esm()
+    letters = alphabet.from_architecture("ESM-1b").all_toks
     # The 32nd is a filler, and has another name there.
     if vocabulary.is_file() and vocabulary.read_text().split()[:31] != letters[:31]:
         raise ValueError("vocab.txt is not ESM-2's alphabet")
 
 
 def _files(folder: Path) -> list[Path]:
-    index = folder / _INDEX
-    if not index.is_file():
-        return [folder / _WEIGHTS]
+    whole, index = folder / _WEIGHTS, folder / _INDEX
+    # As transformers chooses: one of the two may be left there from what was saved before.
+    if whole.is_file() or not index.is_file():
+        return [whole]
     names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
     if any(Path(name).name != name for name in names):
         raise ValueError(f"{_INDEX} names files outside its directory")

@@ -40,6 +40,7 @@ from virnuc_dask.places import place_of
 from virnuc_dask.residues import ALPHABET_POLICY, Block, InputSummary
 from virnuc_dask.sequences import read_blocks
 from virnuc_dask.store import Store, can_create
+from virnuc_dask.upstream import fair_esm
 from virnuc_dask.weights import PUBLISHED, describe, load_checkpoint, weights_at_hand
 
 Inputs = str | Path | Sequence[str | Path]
@@ -202,7 +203,10 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
     Raises
     ------
     InputError, ModelError
+    UsageError
+        There is no fair-esm.
     """
+    fair_esm()
     settings = settings or Settings()
     summary = InputSummary()
     sample: Block | None = None

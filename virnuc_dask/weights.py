@@ -184,8 +184,8 @@ def _read(reference: str, file: Path) -> Checkpoint:
         raise ModelError(
             f"model {file}: refused, it is damaged or holds more than tensors and settings"
         ) from error
-    except MemoryError:
-        raise  # says nothing about what is in the file
+    except (MemoryError, UsageError):
+        raise  # say nothing about what is in the file
     except Exception as error:  # damaged bytes raise whatever they happen to mean
         detail = (str(error).splitlines() or [""])[0][:200]
         raise ModelError(
