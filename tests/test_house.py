@@ -19,6 +19,7 @@ ORDER = [
     "errors",
     "config",
     "residues",
+    "lookalikes",
     "translate",
     "sequences",
     "packing",

@@ -82,8 +82,15 @@ def test_content_decides_the_format_and_not_the_name(
         FASTA.lower().replace(">A", ">a"),
         "\n\n" + FASTA.replace("\n", "\n\n"),
         "; a comment\n# another\n" + FASTA,
-        FASTA.replace(">b", "; in between\n>b").replace("AKQR", "AK\n# inside\nQR"),
+        FASTA.replace(">b", "; in between\n\n# > and more\n>b") + "; last",
+        FASTA.replace("MKTAYI", "; after\n\n# its header\nMKTAYI"),
         "\ufeff" + FASTA,
+        "\ufeff\ufeff" + FASTA.replace(">", "\ufeff>").replace("AKQR", "\ufeffAKQR"),
+        "\ufeff# a comment\n" + FASTA,
+        FASTA + "\x1a",
+        FASTA.rstrip("\n") + "\x1a",
+        "\x1a" + FASTA.replace(">b", "\x1a\ufeff>b").replace("\n", "\r\n") + "\x1a\x1a\r\n\x1a",
+        FASTA.replace("\n", "\x1a\n"),
         FASTA.replace("MKV", "M K\tV "),
         FASTQ.replace("\n", "\r\n"),
         FASTQ.rstrip("\n"),
@@ -92,6 +99,9 @@ def test_content_decides_the_format_and_not_the_name(
             "@a first\nMKTAYIAKQR\n+\nIIIIIIIIII", "@a first\nMKTAYI\nAKQR\n+\nIIII\nIIIIII"
         ),
         "\n\n" + FASTQ,
+        FASTQ.replace("@a", "\ufeff@a"),
+        FASTQ.replace("@b\n@", "\x1a\ufeff@b\n@").replace("\n", "\r\n") + "\x1a",
+        FASTQ.rstrip("\n") + "\x1a",
     ],
 )
 def test_common_variants_read_the_same(text: str, tmp_path: Path) -> None:
@@ -173,7 +183,8 @@ def test_letters_are_mended_by_rule_and_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "bad", ["M*K", "M1", "M?K", "Mé", "M>K", "M@", "_M", "M/K", "M\x7fK", "M中"]
+    "bad",
+    ["M*K", "M1", "M?K", "Mé", "M@", "_M", "1M", "/M", "M/K", "M=", "M\x1aK", "M\x7fK", "M中"],
 )
 def test_other_letters_make_the_record_invalid(bad: str, tmp_path: Path) -> None:
     path = write(tmp_path / "in.fa", f">good\nMKT\n>bad\n{bad}\n>fine\nMKV\n")
@@ -375,6 +386,107 @@ def test_identifiers_are_data_and_never_break_a_message(tmp_path: Path) -> None:
         read(path, strict=True)
     assert len(str(caught.value)) < 400
     assert "\x1b" not in str(caught.value)
+
+
+# --- what looks like FASTA or FASTQ and is not ---
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "record"),
+    [
+        (">a\nMKT*\n>b\nMKV\nMDV*>c\nMLK\n", 5, "b"),
+        (">a\nMKT\n\n  >b\nMLK\n", 4, "a"),
+        (">a\nMKT\ufeff>b\nMLK\n", 2, "a"),
+        ("; c\n>a\n# c\nMKT>b\nMLK\n", 4, "a"),
+        ("@a\nMKT\n+\n>>>\n@b\nM>K\n+\nIII\n", 5, "b"),
+    ],
+)
+def test_a_header_glued_to_a_sequence_is_refused(
+    text: str, line: int, record: str, tmp_path: Path
+) -> None:
+    error = refused(write(tmp_path / "in", text))
+    assert (error.line, error.record) == (line, record)
+    assert error.problem == "a '>' within a line of sequence; is a newline missing before it?"
+
+
+@pytest.mark.parametrize("comment", ["# b", "; b", "#b", ";"])
+def test_a_comment_between_lines_of_a_sequence_is_refused(comment: str, tmp_path: Path) -> None:
+    text = f">a\nMK\n>b\n# here it may stand\nMKV\n\n{comment}\n\n# too\nLLL\n# here too\n>c\n"
+    error = refused(write(tmp_path / "in", text))
+    assert (error.line, error.record) == (7, "b")
+    assert "remove the line" in error.problem
+
+
+# Each whole, and as the tail of a file that begins well.
+OTHER_FORMATS = {
+    "HTML": "<!DOCTYPE html>\n<html><body>502</body></html>\n",
+    "GenBank": "LOCUS       AB1  10 aa\nORIGIN\n        1 mktayiakqr\n//\n",
+    "EMBL": "ID   X; SV 1; linear\nXX\nSQ   SEQUENCE 3 BP;\n     acg 3\n//\n",
+    "Stockholm": "# STOCKHOLM 1.0\n\nseqa MKT\nseqb MKV\n//\n",
+    "Clustal": "CLUSTAL W (1.8) multiple sequence alignment\n\na  MKT\nb  MKV\n   **.\n",
+    "PHYLIP": " 2 3\na         MKT\nb         MKV\n",
+    "NEXUS": "#NEXUS\nbegin data;\nmatrix\na MKT\n;\nend;\n",
+    "MEGA": "#mega\n!Title x;\n#a\nMKT\n#b\nMKV\n",
+    "MAF": "##maf version=1\na score=1\ns hg 0 3 + 5 ACG\n",
+    "GFF": "##gff-version 3\nc\tx\tCDS\t1\t9\t.\t+\t0\tID=a\n##FASTA\n>c\nMKT\n",
+    "MSF": "!!AA_MULTIPLE_ALIGNMENT 1.0\n\n MSF: 3 Type: P\n//\n a MKT\n",
+    "SAM": "@HD\tVN:1.6\n@SQ\tSN:c\tLN:5\nr\t0\tc\t1\t9\t3M\t*\t0\t0\tACG\tIII\n",
+    "a line of a table": "r\t0\tc\t1\t9\t3M\t*\t0\t0\tACG\tIII\n",
+    "a diff": "diff -u a b\n--- a\n+++ b\n@@ -1 +1 @@\n-MKT\n+MKV\n",
+    "IntelliGenetics": "; a comment\nNAME\nMKTAY1\n",
+    "PIR": ">P1;CRAB\nALPHA CRYSTALLIN B CHAIN\n  MDITIHNPLI*\n",
+    "PIR,": ">DL;X\nDESCRIPTION\n ACGT*\n",
+    "quoted mail": "> >a\n> MKT\n",
+    "fasta36": ">>sp|P1|X desc (12 aa)\n initn: 20 init1: 20\nMKT\n",
+    "CD-HIT": ">Cluster 0\n0\t2799aa, >PF04998.6|RPOC2... *\n1\t27aa, >X... at 80%\n",
+    "(.qual)": ">a\n40 40 38\n37 2\n",
+    "numbers": ">MA1\n-0.1\t0.2\t0.3\t1e-5\n",
+    "(csfasta": ">1_2_3_F3\nT0123012..1\n",
+    "structure": ">101M:A:secstr\n    HHHHGT  B\n",
+    "a structure": ">101M:A:disorder\n---XX\n",
+    "structure,": ">ss_pred PSIPRED\nCCHHHEE\n>ss_conf\n9988\n>q\nMKT-a\n",
+    "dot-bracket": ">a\nGGGAAACCC\n.((...)). ( -1.20)\n",
+    "RNA": ">a\nGGGAAACCC\n<<<...>>>\n",
+    "XMFA": "#FormatVersion Mauve1\n> 1:1-5 + a.fa\nMKT--\n> 2:1-5 - b.fa\nMKTAY\n=\n",
+    "two versions": ">a\nMKT\n<<<<<<< HEAD\n>b\nMK\n=======\n>c\nMV\n>>>>>>> other\n",
+    "BLAST": ">sp|P1 x\nLength=100\n\n Score = 20 bits\n\nQuery  1  MKT  3\n",
+    "FASTQ": ">a\nMKT\n@b\nMKV\n+\nIII\n",
+}
+
+
+@pytest.mark.parametrize("begin", ["", ">first\nMKTAYI\n"], ids=["whole", "tail"])
+@pytest.mark.parametrize("name", OTHER_FORMATS)
+def test_another_format_is_refused_by_its_name(name: str, begin: str, tmp_path: Path) -> None:
+    error = refused(write(tmp_path / "in.fa", begin + OTHER_FORMATS[name]))
+    assert error.line is not None
+    assert name in error.problem
+    assert "; " in error.problem, "what to do"
+
+
+def test_colour_space_in_fastq_is_refused(tmp_path: Path) -> None:
+    error = refused(write(tmp_path / "in.fq", "@a\nACG\n+\nIII\n@b\nT01230121\n+\n!IIIIIIII\n"))
+    assert (error.line, error.record) == (5, "b")
+    assert "csfastq" in error.problem
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("#A3M#\n>q\nMKT-AY\n>h\nMKaT.AY\n", [("q", "MKTAY"), ("h", "MKATAY")]),
+        (">Cluster 0\nMKT\n>Cluster 1\nMK\n", [("Cluster", "MKT"), ("Cluster", "MK")]),
+        ("##gff-version 3\n##FASTA\n>c\nMKT\n", [("c", "MKT")]),
+        (">gi|1|gb|A| x\x01gi|2| y\nMK\n>a > b >c\nMK\n", [("gi|1|gb|A|", "MK"), ("a", "MK")]),
+        (">\nMK\n>   x y\nMK\n>  \nMK\n", [("", "MK"), ("x", "MK"), ("", "MK")]),
+        (">P1\nMK\n>a;b\nMK\n>x:y:z\nMK\n", [("P1", "MK"), ("a;b", "MK"), ("x:y:z", "MK")]),
+        (">1abc:A:sequence\nMK\n>ssx\nMK\n", [("1abc:A:sequence", "MK"), ("ssx", "MK")]),
+        ("@a\tRX:Z:A\tBC:Z:C\tQX:Z:I\nMK\n+\n>;\n", [("a", "MK")]),
+    ],
+)
+def test_what_is_fasta_or_fastq_is_read(
+    text: str, expected: list[tuple[str, str]], tmp_path: Path
+) -> None:
+    found, summary = read(write(tmp_path / "in", text))
+    assert (found, summary.invalid) == (expected, 0)
 
 
 # --- damage, byte by byte ---
@@ -587,16 +699,17 @@ def test_layout_changes_neither_records_nor_lines_nor_digest(
     )
     text, lines = "", []
     filler = st.lists(st.sampled_from(["", "; c", "# c", "  "]), max_size=2)
+    blank = st.sampled_from(["", "\n", "  \n"])
     for name, sequence in rows:
-        for line in data.draw(filler):
-            text += line + "\n"
+        text += "".join(f"{line}\n" for line in data.draw(filler))
         lines.append(text.count("\n") + 1)
         text += f">{name} description\n" if name else ">\n"
+        text += "".join(f"{line}\n" for line in data.draw(filler))
         width = data.draw(st.integers(1, 12))
         for start in range(0, len(sequence), width):
             part = sequence[start : start + width]
-            text += (part.lower() if data.draw(st.booleans()) else part) + "\n"
-            text += "".join(f"{line}\n" for line in data.draw(filler))
+            text += (part.lower() if data.draw(st.booleans()) else part) + "\n" + data.draw(blank)
+        text += "".join(f"{line}\n" for line in data.draw(filler))
     text = text.replace("\n", data.draw(st.sampled_from(["\n", "\r\n"])))
     text = text.rstrip() if data.draw(st.booleans()) else text
     kind = data.draw(st.sampled_from(list(COMPRESS)))

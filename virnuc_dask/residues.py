@@ -31,7 +31,7 @@ class Record(NamedTuple):
     id : str
         First word of the header; may be empty, and need not be unique.
     sequence : str
-        Residues as written, without line breaks.
+        Residues as written, white space and line breaks included.
     file : str
         The input, as the user named it.
     line : int

@@ -6,22 +6,23 @@ import bz2
 import gc
 import io
 import lzma
+import string
 import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import partial
 from importlib import import_module
-from itertools import chain
+from itertools import chain, dropwhile
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from Bio.SeqIO.FastaIO import SimpleFastaParser
 from Bio.SeqIO.QualityIO import FastqGeneralIterator
 from xopen import xopen
 
 from virnuc_dask.config import Translation
 from virnuc_dask.errors import InputError
+from virnuc_dask.lookalikes import COMMENT_WITHIN, GLUED, SAM, foreign_line, foreign_name
 from virnuc_dask.residues import Block, InputDigest, InputSummary, Record, clean, decoded_header
 from virnuc_dask.translate import translate_records
 
@@ -34,6 +35,10 @@ BLOCK_RECORDS = 65_536
 BLOCK_RESIDUES = 2**24
 # Six frames and their sums take some fifty bytes a letter.
 BLOCK_NUCLEOTIDES = 2**22
+
+_COMMENT = ";#"
+# A record of these alone is looked at no further.
+_PLAIN = (string.ascii_letters + "-.*" + string.whitespace).encode()
 
 _CHUNK = 2**16
 _MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
@@ -108,80 +113,112 @@ def read_records(name: str) -> Iterator[Record]:
         With file, line and, where it is known, record.
     """
     with _open_text(name) as text, closing(_Lines(text, name)) as lines:
-        parser: Iterator[tuple[str, ...]]
         first = lines.first_content()
-        if first == "":
+        if first.startswith(">"):
+            yield from _read_fasta(lines, name)
+        elif first.startswith("@") and not first.startswith(SAM):
+            yield from _read_fastq(lines, name)
+        elif first:
+            found = decoded_header(first.rstrip())[:40]
+            problem = f"expected a FASTA ('>') or FASTQ ('@') header, found {found!r}"
+            raise InputError(lines.foreign or problem, file=name, line=lines.number)
+
+
+def _read_fasta(lines: _Lines, name: str) -> Iterator[Record]:
+    """Records; lines are looked at one by one only where something is no letter of a sequence.
+
+    Biopython's parser keeps no lines, and the errors here are about lines.
+    """
+    identifier, header, body = "", 0, list[str]()
+    for line in chain(lines, [">"]):  # one more header, to end the last record
+        if line[0] != ">":
+            body.append(line)
+            continue
+        if header:
+            text = "".join(body)
+            if text.encode("ascii", "replace").translate(None, _PLAIN):
+                text = _looked_at(body, Record(identifier, "", name, header))
+            yield Record(identifier, text, name, header)
+        words = line[1:].split(maxsplit=1)
+        identifier, header, body = decoded_header(words[0]) if words else "", lines.number, []
+        if foreign := foreign_name(identifier):
+            raise InputError(foreign, file=name, line=header, record=identifier)
+
+
+def _looked_at(body: list[str], record: Record) -> str:
+    """The lines of a sequence; InputError at one that is neither that nor comment.
+
+    Comments may stand before and after the sequence. Within, one may be another format's header.
+    """
+    lines = [entry for entry in enumerate(body, record.line + 1) if not entry[1].isspace()]
+    while lines and lines[-1][1][0] in _COMMENT:
+        lines.pop()
+    lines = list(dropwhile(lambda entry: entry[1][0] in _COMMENT, lines))
+    for number, line in lines:
+        problem = COMMENT_WITHIN if line[0] in _COMMENT else GLUED if ">" in line else None
+        if problem := foreign_line(line) or problem:
+            raise InputError(problem, file=record.file, line=number, record=record.id)
+    return "".join(line for _, line in lines)
+
+
+def _read_fastq(lines: _Lines, name: str) -> Iterator[Record]:
+    parser, header, count = FastqGeneralIterator(cast(TextIO, lines)), lines.number, 0
+    while True:
+        count += 1
+        try:
+            title, sequence = next(parser)[:2]
+        except StopIteration:
             return
-        if first == ">":
-            lines.skip_comments = True
-            parser = SimpleFastaParser(cast(TextIO, lines))
-        elif first == "@":
-            parser = FastqGeneralIterator(cast(TextIO, lines))
-        else:
-            raise InputError(
-                f"expected a FASTA ('>') or FASTQ ('@') header, found {lines.shown()!r}",
-                file=name,
-                line=lines.number,
-            )
-        header, count = lines.number, 0
-        while True:
-            try:
-                title, sequence = next(parser)[:2]
-            except StopIteration:
-                return
-            except ValueError as error:
-                # Biopython's FASTQ errors name neither the line nor, mostly, the record.
-                raise InputError(
-                    f"not valid FASTQ: {str(error).rstrip('.')}",
-                    file=name,
-                    line=header,
-                    record=str(count + 1),
-                ) from error
-            count += 1
-            words = title.split(maxsplit=1)
-            yield Record(decoded_header(words[0]) if words else "", sequence, name, header)
-            # The parsers read one header ahead: that is where the next record starts.
-            header = lines.number
+        except ValueError as error:
+            # Biopython's FASTQ errors name neither the line nor, mostly, the record.
+            problem = f"not valid FASTQ: {str(error).rstrip('.')}"
+            raise InputError(problem, file=name, line=header, record=str(count)) from error
+        words = title.split(maxsplit=1)
+        record = Record(decoded_header(words[0]) if words else "", sequence, name, header)
+        if sequence.encode("ascii", "replace").translate(None, _PLAIN):
+            foreign = foreign_line(sequence) or (GLUED if ">" in sequence else None)
+            if foreign:
+                raise InputError(foreign, file=name, line=header, record=record.id)
+        yield record
+        # The parser reads one header ahead: that is where the next record starts.
+        header = lines.number
 
 
 class _Lines:
-    """Text lines, counted, for Biopython's parsers, which take any iterable of lines."""
+    """Text lines, counted, none of them empty; Biopython's parsers take any iterable of lines."""
 
     def __init__(self, text: TextIO, name: str) -> None:
         self.number = 0
-        self.skip_comments = False
+        self.foreign: str | None = None  # what the first lines are, if they are known
         self._name = name
-        self._ahead = ""
         # A generator takes half the time of a method that is called for each line.
         self._lines: Iterator[str] = self._counted(text)
 
     def _counted(self, text: TextIO) -> Iterator[str]:
         try:
-            for line in text:
-                self.number += 1
+            for self.number, line in enumerate(text, 1):
                 if "\0" in line:
                     raise InputError(
                         "binary data (a NUL byte); expected FASTA or FASTQ text",
                         file=self._name,
                         line=self.number,
                     )
-                if not (self.skip_comments and line[0] in ";#"):
-                    yield line
+                # Of files in this one: a byte order mark begins them, and in DOS 0x1A ends them.
+                if line[0] == "\ufeff" or "\x1a" in line:
+                    line = line.strip("\ufeff\x1a\n") + "\n"
+                yield line
         except _DECOMPRESSION_ERRORS as error:
             raise _damaged(self._name, self.number, error) from error
 
     def first_content(self) -> str:
-        """First character of the first line that is neither blank nor a comment, or ''."""
+        """The first line that is neither blank nor a comment, or ''."""
         for line in self._lines:
-            if line.strip(" \t\r\n\v\f") and line[0] not in "#;":
-                self._ahead = line
-                self._lines = chain([line], self._lines)
-                return line[0]
+            if line.strip(" \t\r\n\v\f"):
+                self.foreign = self.foreign or foreign_line(line)
+                if line[0] not in _COMMENT:
+                    self._lines = chain([line], self._lines)
+                    return line
         return ""
-
-    def shown(self) -> str:
-        """The line read ahead, short enough for a message."""
-        return decoded_header(self._ahead.rstrip())[:40]
 
     def __iter__(self) -> Iterator[str]:
         return self._lines
@@ -263,7 +300,7 @@ def _open_text(name: str) -> Iterator[TextIO]:
         if kind in ("gz", "zst"):
             # threads=0: no helper process, so damage raises where lines are read.
             stream = xopen(stream, "rb", threads=0, format=kind)
-        yield io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape")
+        yield io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape")
     finally:
         if name != "-":
             raw.close()
