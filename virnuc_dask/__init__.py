@@ -6,12 +6,12 @@ Importing this package loads neither torch nor distributed; the names are resolv
 first used.
 """
 
-from __future__ import annotations
-
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+# Nothing is imported here, not even `typing`: what comes first is what Ctrl-C does.
+TYPE_CHECKING = False
 
 if TYPE_CHECKING:
+    from typing import Any
+
     from virnuc_dask.config import RunConfig, Translation
     from virnuc_dask.coordinator import resume, run
     from virnuc_dask.dataset import open_residues, open_store, verify
@@ -47,7 +47,9 @@ _HOME = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
+    from importlib import import_module
+
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)

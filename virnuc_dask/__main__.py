@@ -1,6 +1,29 @@
-"""``python -m virnuc_dask``."""
+"""``python -m virnuc_dask``, which is also the program ``virnuc-dask``."""
 
-from virnuc_dask.cli import main
+# Python's `signal` takes milliseconds to import, in which Ctrl-C would be a traceback.
+import _signal  # type: ignore[import-not-found]
+
+
+def main() -> None:
+    """Run the command line, whatever becomes of its output, and whenever it is interrupted."""
+    before = _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
+    from virnuc_dask.interrupts import leave_at_interrupt
+
+    leave_at_interrupt()
+    _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
+    import sys
+
+    from virnuc_dask.streams import lost_output, protect
+
+    protect()
+    from virnuc_dask.cli import main as command
+
+    try:
+        command()
+    finally:
+        if reason := lost_output():
+            print(f"standard output: {reason}; not all that was said is there", file=sys.stderr)
+
 
 if __name__ == "__main__":
     main()

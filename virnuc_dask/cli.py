@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import errno
 import gc
 import json
 import sys
@@ -19,6 +18,7 @@ import click
 from virnuc_dask import __version__
 from virnuc_dask.config import RunConfig, Settings
 from virnuc_dask.errors import VirnucError
+from virnuc_dask.interrupts import SAID, cleaning_up
 from virnuc_dask.options import (
     display_options,
     identity_options,
@@ -26,6 +26,7 @@ from virnuc_dask.options import (
     tls_options,
     work_options,
 )
+from virnuc_dask.streams import lost_output
 
 if TYPE_CHECKING:
     from virnuc_dask.events import RunSummary
@@ -39,17 +40,19 @@ class _Group(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            # All that these do is to say something.
+            if ctx.invoked_subcommand in ("plan", "status") and lost_output():
+                ctx.exit(VirnucError.exit_code)
+            return result
         except VirnucError as error:
-            click.echo(f"error: {error}", err=True)
+            print(f"error: {error}", file=sys.stderr)
             ctx.exit(error.exit_code)
         except OSError as error:
-            if error.errno == errno.EPIPE:
-                raise  # click's own business
-            click.echo(f"error: {error}", err=True)
+            print(f"error: {error}", file=sys.stderr)
             ctx.exit(VirnucError.exit_code)
         except KeyboardInterrupt:
-            click.echo("interrupted; the same command goes on", err=True)
+            print(SAID, file=sys.stderr)
             ctx.exit(130)
 
 
@@ -113,18 +116,18 @@ def plan(inputs: tuple[str, ...], workers: int | None, as_json: bool, **options:
 
     made = make(inputs, Settings(**settings_of(options)), workers=workers)
     if as_json:
-        click.echo(json.dumps(made.to_json()))
+        print(json.dumps(made.to_json()))
         return
     from virnuc_dask.progress import input_notes
 
     for note in input_notes(made.input):
-        click.echo(note, err=True)
+        print(note, file=sys.stderr)
     for name, value in made.lines():
-        click.echo(f"{name:<16} {value}")
+        print(f"{name:<16} {value}")
     for name in made.without_row[:_LISTED]:
-        click.echo(f"  without frame: {_shown(name)}")
+        print(f"  without frame: {_shown(name)}")
     if len(made.without_row) > _LISTED:
-        click.echo(f"  all {len(made.without_row):,}: --json")
+        print(f"  all {len(made.without_row):,}: --json")
 
 
 @main.command()
@@ -144,23 +147,23 @@ def status(store: str, rows: bool, as_json: bool) -> None:
             for row, name, reason in dataset.quarantined(store)
         ]
     if as_json:
-        click.echo(json.dumps(document))
+        print(json.dumps(document))
         return
     from virnuc_dask.progress import chunk_map
 
     done = int(found.present.sum())
-    click.echo(chunk_map(found.present))
-    click.echo(
+    print(chunk_map(found.present, sys.stdout.encoding))
+    print(
         f"{done:,} of {found.chunks:,} chunks, {found.rows_done:,} of {found.records:,} rows"
         f" ({found.rows_done / found.records:.1%}), model {found.model}"
     )
     if rows:
         for state, number in document["states"].items():
-            click.echo(f"{state:<18} {number:,}")
+            print(f"{state:<18} {number:,}")
         for row in document["quarantined"]:
-            click.echo(f"row {row['row']}\t{_shown(row['id'])}\t{row['reason']}")
+            print(f"row {row['row']}\t{_shown(row['id'])}\t{row['reason']}")
     if done < found.chunks:
-        click.echo(f"finish with: virnuc-dask resume {store}")
+        print(f"finish with: virnuc-dask resume {store}")
 
 
 @main.command()
@@ -193,7 +196,8 @@ def verify(
     on_terminal = sys.stderr.isatty() and not as_json
 
     def show(done: int, total: int) -> None:
-        click.echo(f"\rchecked {done:,} of {total:,} chunks", err=True, nl=done == total)
+        end = "\n" if done == total else ""
+        print(f"\rchecked {done:,} of {total:,} chunks", end=end, file=sys.stderr, flush=True)
 
     if sample:
         from virnuc_dask.upstream import fair_esm
@@ -205,6 +209,7 @@ def verify(
             from virnuc_dask.cluster import connect, fork_workers
 
             fork_workers()
+            stack.enter_context(cleaning_up())
             client = stack.enter_context(connect(cluster, config=RunConfig(**tls)))
         progress = show if on_terminal else None
         report = check(store, repair=repair, progress=progress, client=client)
@@ -216,31 +221,31 @@ def verify(
         code = code if drift.good else 4
     if as_json:
         document = report.to_json() | {"drift": drift and drift.to_json(), "exit_code": code}
-        click.echo(json.dumps(document))
+        print(json.dumps(document))
         sys.exit(code)
     for chunk, problem in report.bad.items():
-        click.echo(f"chunk {chunk}: {problem}")
+        print(f"chunk {chunk}: {problem}")
     if report.sequences:
-        click.echo(f"{report.sequences}; run again from the input, into another store")
+        print(f"{report.sequences}; run again from the input, into another store")
     for file in report.leftovers:
-        click.echo(f"not part of the store: {file}")
-    click.echo(
+        print(f"not part of the store: {file}")
+    print(
         f"{report.checked - len(report.bad):,} chunks good, {len(report.bad):,} damaged,"
         f" {report.missing:,} not computed yet"
     )
     if report.bad:
         removed = "damaged chunks were removed; " if repair else "verify --repair, then "
-        click.echo(f"{removed}virnuc-dask resume {store} computes them again")
+        print(f"{removed}virnuc-dask resume {store} computes them again")
     if drift:
-        click.echo(
+        print(
             f"{drift.rows:,} rows computed again in float32: stored in {drift.precision}, lowest"
             f" cosine {drift.cosine:.6f} (row {drift.worst_row}, {_shown(drift.worst_id)}), largest"
             f" difference {drift.largest:.2g}"
         )
         if not drift.good:
-            click.echo("that is not what these sequences give; run again, into another store")
+            print("that is not what these sequences give; run again, into another store")
     elif sample:
-        click.echo("no rows were computed again: what is damaged comes first")
+        print("no rows were computed again: what is damaged comes first")
     sys.exit(code)
 
 
@@ -258,8 +263,9 @@ def export(store: str, out: Path, partial: bool, guard: bool) -> None:
     """Write STORE's rows into one file: OUT.csv, .tsv, .parquet, .npz or .h5."""
     from virnuc_dask.formats import export as write
 
-    rows = write(store, out, partial=partial, guard=guard)
-    click.echo(f"{rows:,} rows in {out}")
+    with cleaning_up():
+        rows = write(store, out, partial=partial, guard=guard)
+    print(f"{rows:,} rows in {out}")
 
 
 # --- shared --------------------------------------------------------------------------------------
@@ -298,7 +304,7 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     fork_workers()
-    with display(kind) as listener, recorded(listener, telemetry) as listener:
+    with cleaning_up(), display(kind) as listener, recorded(listener, telemetry) as listener:
         summary = work(listener)
     if kind != "json":
         _show_summary(summary)
@@ -306,24 +312,23 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
 
 
 def _show_summary(summary: RunSummary) -> None:
-    from rich.console import Console
-
     from virnuc_dask.dataset import quarantined
-    from virnuc_dask.progress import summary_table
+    from virnuc_dask.progress import summary_lines
 
-    Console(highlight=False).print(summary_table(summary))
+    for line in summary_lines(summary):
+        print(line)
     if summary.quarantined:
         for row, name, reason in islice(quarantined(summary.store), _LISTED):
-            click.echo(f"  row {row}  {_shown(name)}  {reason}")
+            print(f"  row {row}  {_shown(name)}  {reason}")
         if summary.quarantined > _LISTED:
-            click.echo(f"  all {summary.quarantined:,}: virnuc-dask status --rows {summary.store}")
+            print(f"  all {summary.quarantined:,}: virnuc-dask status --rows {summary.store}")
     if summary.stopped:
-        click.echo(f"stopped: {summary.stopped}")
+        print(f"stopped: {summary.stopped}")
     if summary.missing:
         for chunk, error in islice(summary.missing.items(), _LISTED):
-            click.echo(f"  chunk {chunk} is missing: {error}")
-        click.echo(f"go on with: virnuc-dask resume {summary.store}")
+            print(f"  chunk {chunk} is missing: {error}")
+        print(f"go on with: virnuc-dask resume {summary.store}")
     elif summary.elsewhere:
-        click.echo(f"this shard is done; {summary.elsewhere:,} chunks of others are not yet")
+        print(f"this shard is done; {summary.elsewhere:,} chunks of others are not yet")
     else:
-        click.echo(f'open with: virnuc_dask.open_store("{summary.store}")')
+        print(f'open with: virnuc_dask.open_store("{summary.store}")')

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial as bind
 from importlib import import_module
@@ -20,6 +20,7 @@ from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.files import expanded, sync
 from virnuc_dask.integrity import check_sequences
 from virnuc_dask.store import TRANSLATED, Store
+from virnuc_dask.streams import Descriptor
 
 # A cell that begins with one of these is a formula to a spreadsheet. See OWASP, "CSV injection".
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
@@ -82,6 +83,8 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
         identifier is too long for NumPy.
     StoreError
         The store is not complete, or damaged.
+    OSError
+        `out` cannot be written.
     """
     opened, path = Store(store), Path(expanded(out))
     write = _writer(str(out), guard)
@@ -98,11 +101,15 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     # Not with all of its name, which may be as long as a name can be.
     unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
     try:
-        rows = write(unfinished, opened, _parts(opened))
+        rows = write(unfinished, opened, _read(opened))
         # Its name is for what survives a power cut.
         sync(unfinished)
         unfinished.rename(path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) != unfinished:
+            raise
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
         unfinished.unlink(missing_ok=True)
     return rows
@@ -139,6 +146,15 @@ def _writer(out: str, guard: bool) -> _Writer:
             f"{suffix} needs {package} ({error}): pip install 'virnuc_dask[export]'"
         ) from error
     return writer
+
+
+def _read(store: Store) -> Iterator[_Part]:
+    try:
+        yield from _parts(store)
+    except OSError as error:
+        if error.filename is not None:
+            raise
+        raise StoreError(f"{store.path}: cannot be read: {error}") from error
 
 
 def _parts(store: Store) -> Iterator[_Part]:
@@ -181,7 +197,8 @@ def _write_csv(
     from xopen import xopen
 
     written = 0
-    with xopen(path, "wt", newline="", format=compression) as file:
+    # threads=0: no helper process, so that an error is raised here, with its number.
+    with xopen(path, "wt", newline="", format=compression, threads=0) as file:
         for part in parts:
             if not written:
                 features = (f"feature_{number}" for number in range(store.dimension))
@@ -205,7 +222,9 @@ def _write_parquet(path: Path, store: Store, parts: Iterable[_Part]) -> int:
 
     written = 0
     table = None
-    try:
+    with ExitStack() as stack:
+        # Not by its name, which pyarrow takes only in UTF-8.
+        file = stack.enter_context(open(path, "wb"))
         for part in parts:
             lists = pyarrow.FixedSizeListArray.from_arrays(
                 pyarrow.array(part.embedding.ravel()),
@@ -213,12 +232,10 @@ def _write_parquet(path: Path, store: Store, parts: Iterable[_Part]) -> int:
                 mask=pyarrow.array(~part.has_embedding),
             )
             rows = pyarrow.table({**part.columns, "embedding": lists})
-            table = table or parquet.ParquetWriter(path, rows.schema)
+            if table is None:
+                table = stack.enter_context(parquet.ParquetWriter(file, rows.schema))
             table.write_table(rows)
             written += rows.num_rows
-    finally:
-        if table:
-            table.close()
     return written
 
 
@@ -258,11 +275,26 @@ def _array_in(
         yield file
 
 
+class _Sink(Descriptor):
+    """A file that HDF5 can always close: where it cannot, it crashes at the process's end."""
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return 0
+
+    def check(self) -> None:
+        if self.error:
+            raise self.error
+
+
 def _write_hdf5(path: Path, _store: Store, parts: Iterable[_Part]) -> int:
     import h5py
 
     written = 0
-    with h5py.File(path, "w") as file:
+    with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
         for part in parts:
             for number in np.flatnonzero(part.has_embedding).tolist():
                 row = part.first + number
@@ -274,5 +306,7 @@ def _write_hdf5(path: Path, _store: Store, parts: Iterable[_Part]) -> int:
                 dataset.attrs["row"] = row
                 for name, values in part.columns.items():
                     dataset.attrs[name] = values[number]
+                sink.check()
                 written += 1
+    sink.check()
     return written

@@ -248,5 +248,8 @@ if __name__ == "__main__":
     try:
         _main(Path(sys.argv[1]))
     except Exception as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
-        sys.exit(_RAISED)
+        try:
+            print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        finally:
+            # A full disk may not take even that: no row's fault either.
+            os._exit(_RAISED)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -87,18 +88,17 @@ def prepare(
     files, summary = _listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
     if existing is None:
-        try:
-            with Ingest(store, translated=settings.translation is not None) as ingest:
-                for block in blocks:
+        with _explained(store):
+            ingest = Ingest(store, translated=settings.translation is not None)
+        with ingest:
+            for block in blocks:
+                with _explained(store):
                     ingest.append(block)
-                    emit(events.Reading(summary.records, summary.residues))
-                _check(settings, summary, files)
-                wanted = _identity(settings, spec, summary)
+                emit(events.Reading(summary.records, summary.residues))
+            _check(settings, summary, files)
+            wanted = _identity(settings, spec, summary)
+            with _explained(store):
                 ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary))
-        except OSError as error:
-            if isinstance(error, PlaceError) or not retry.is_hopeless(error):
-                raise
-            raise StoreError(place_of(store).explain(error)) from error
         # Ours, or that of a run which was faster.
         existing = Store(store)
     else:
@@ -110,6 +110,17 @@ def prepare(
         raise IdentityMismatchError(str(store), differences)
     emit(_input_read(summary))
     return existing, spec
+
+
+@contextmanager
+def _explained(store: str | Path) -> Iterator[None]:
+    """Say what is wrong with a store's disk; what a listener writes to is another matter."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, PlaceError) or not retry.is_hopeless(error):
+            raise
+        raise StoreError(place_of(store).explain(error)) from error
 
 
 @dataclass(frozen=True, slots=True)

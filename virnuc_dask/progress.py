@@ -16,9 +16,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
-from rich.table import Table
 
 from virnuc_dask import events
 from virnuc_dask.config import Status
@@ -27,6 +25,8 @@ from virnuc_dask.events import Event, Listener, RunSummary
 # Plain output gets one line in this many seconds, so that a log of a long run stays readable.
 _PLAIN_EVERY_S = 10.0
 _MAP_CELLS = 64
+# A chunk that is there, some of several, none; and for encodings that have no such letters.
+_BLOCKS, _SIGNS = ("█", "▒", "░"), ("#", "+", ".")
 _OF_A_CHUNK = (events.ChunkDone, events.ChunkFailed, events.ChunkOverdue, events.WorkerLost)
 
 
@@ -37,13 +37,13 @@ def display(kind: str) -> Iterator[Listener]:
     Parameters
     ----------
     kind : {'auto', 'json', 'plain', 'quiet'}
-        ``auto``: a live bar if stderr is a terminal, else plain lines. JSON goes to stdout, all
-        else to stderr. ``quiet`` shows trouble only.
+        ``auto``: a live bar if stderr is a terminal that can redraw a line, else plain lines. JSON
+        goes to stdout, all else to stderr. ``quiet`` shows trouble only.
     """
-    console = Console(stderr=True)
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     if kind == "json":
         yield _JsonLines(sys.stdout)
-    elif kind == "auto" and console.is_terminal:
+    elif kind == "auto" and console.is_interactive and sys.stderr.isatty():
         bar = _Bar(console)
         with bar.progress:
             yield bar
@@ -91,7 +91,7 @@ class _Recorder:
                 file.write("".join(self._waiting))
         except OSError as error:
             self._has_failed = True
-            print(f"no telemetry: {error}", file=sys.stderr)
+            print(f"no telemetry: {self._path}: {error.strerror}", file=sys.stderr)
         self._waiting.clear()
 
 
@@ -143,7 +143,7 @@ class _Tally:
 class _Bar:
     def __init__(self, console: Console) -> None:
         self.progress = Progress(
-            SpinnerColumn(),
+            SpinnerColumn("line" if console.options.ascii_only else "dots"),
             BarColumn(bar_width=24),
             TaskProgressColumn(),
             TextColumn("{task.description}", markup=False),
@@ -161,7 +161,7 @@ class _Bar:
             self.progress.stop()
         else:
             for line in _notice(event):
-                self.progress.console.print(line, markup=False, highlight=False)
+                self.progress.console.print(line)
             self.progress.update(
                 self._task,
                 total=self._tally.total or None,
@@ -190,7 +190,7 @@ class _PlainLines:
                 self._say(self._tally.text())
 
     def _say(self, line: str) -> None:
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._console.print(line, soft_wrap=True)
 
 
 class _JsonLines:
@@ -283,49 +283,55 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
         )
 
 
-# --- tables and the map --------------------------------------------------------------------------
+# --- the summary and the map ---------------------------------------------------------------------
 
 
-def summary_table(summary: RunSummary) -> Table:
-    """The end of a run, as a table."""
-    table = Table(show_header=False, box=None, pad_edge=False)
-    table.add_column(style="dim")
-    table.add_column(overflow="fold")
+def summary_lines(summary: RunSummary) -> Iterator[str]:
+    """The end of a run, as a table that nothing wraps but the terminal itself."""
+    rows = list(_summary_rows(summary))
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        yield f"{name:<{width}}  {value}"
+
+
+def _summary_rows(summary: RunSummary) -> Iterator[tuple[str, str]]:
     for state in Status:
         if number := summary.counts.get(state.meaning):
             name = f"quarantined: {state.meaning}" if state.quarantined else state.meaning
-            table.add_row(name, f"{number:,}")
-    table.add_row("records", f"{summary.records:,}")
+            yield name, f"{number:,}"
+    yield "records", f"{summary.records:,}"
     done = summary.chunks - len(summary.missing) - summary.elsewhere
-    table.add_row(
-        "chunks", f"{done:,} of {summary.chunks:,}, {summary.computed_chunks:,} computed now"
-    )
+    yield "chunks", f"{done:,} of {summary.chunks:,}, {summary.computed_chunks:,} computed now"
     if summary.computed_rows:
         seconds = max(summary.seconds, 1e-6)
-        table.add_row(
+        yield (
             "speed",
             f"{summary.computed_rows / seconds:,.0f} sequences/s,"
             f" {summary.computed_residues / seconds:,.0f} residues/s over {_duration(seconds)}",
         )
     if summary.busy:
-        table.add_row("busy", f"{summary.busy:.0%} of the workers' time was computing")
+        yield "busy", f"{summary.busy:.0%} of the workers' time was computing"
     if summary.retries or summary.workers_lost:
-        table.add_row(
+        yield (
             "trouble",
             f"{_count(summary.workers_lost, 'worker')} lost, {summary.retries} retried",
         )
-    table.add_row("store", escape(summary.store))
-    return table
+    yield "store", summary.store
 
 
-def chunk_map(present: NDArray[np.bool_], cells: int = _MAP_CELLS) -> str:
+def chunk_map(present: NDArray[np.bool_], encoding: str, cells: int = _MAP_CELLS) -> str:
     """Draw which chunks are present, in order: a cell is one chunk, or an even share of them."""
+    try:
+        "".join(_BLOCKS).encode(encoding)
+        full, part, none = _BLOCKS
+    except UnicodeEncodeError:
+        full, part, none = _SIGNS
     if len(present) <= cells:
         shares = present.astype(float)
     else:
         edges = np.linspace(0, len(present), cells + 1).astype(int)
         shares = np.array([present[a:b].mean() for a, b in pairwise(edges)])
-    return "".join("█" if share == 1 else "░" if share == 0 else "▒" for share in shares)
+    return "".join(full if share == 1 else none if share == 0 else part for share in shares)
 
 
 def _count(number: int, noun: str) -> str:
