@@ -47,6 +47,7 @@ ORDER = [
     "embed",
     "isolate",
     "drift",
+    "local",
     "cluster",
     "events",
     "prepare",
@@ -100,7 +101,7 @@ def test_imports_go_one_way(name: str) -> None:
         ("Bio", {"sequences", "translate"}),
         ("rich", {"progress", "cli"}),
         ("click", {"cli", "options"}),
-        ("distributed", {"cluster", "workers", "roster", "work", "coordinator"}),
+        ("distributed", {"local", "cluster", "workers", "roster", "work", "coordinator"}),
         ("xarray", {"dataset"}),
     ],
 )

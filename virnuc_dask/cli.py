@@ -18,7 +18,7 @@ import click
 
 from virnuc_dask import __version__
 from virnuc_dask.config import RunConfig, Settings
-from virnuc_dask.errors import VirnucError
+from virnuc_dask.errors import UsageError, VirnucError, about_dask_configuration
 from virnuc_dask.options import (
     display_options,
     identity_options,
@@ -51,6 +51,11 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             click.echo("interrupted; the same command goes on", err=True)
             ctx.exit(130)
+        except Exception as error:
+            if (problem := about_dask_configuration(error)) is None:
+                raise
+            click.echo(f"error: {problem}", err=True)
+            ctx.exit(UsageError.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import signal
 
-# A terminal's Ctrl-C comes here and to workers too, which inherit this; the coordinator acts on it.
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+# A terminal's Ctrl-C and its end come here and to workers too, which inherit this; the coordinator
+# acts on them.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(_number, signal.SIG_IGN)
 
 import virnuc_dask.workers  # noqa: E402, F401
 
