@@ -51,6 +51,7 @@ ORDER = [
     "embed",
     "isolate",
     "drift",
+    "local",
     "cluster",
     "events",
     "prepare",
@@ -105,7 +106,7 @@ def test_imports_go_one_way(name: str) -> None:
         ("Bio", {"sequences", "translate"}),
         ("rich", {"progress"}),
         ("click", {"cli", "options"}),
-        ("distributed", {"cluster", "workers", "roster", "work", "coordinator"}),
+        ("distributed", {"local", "cluster", "workers", "roster", "work", "coordinator"}),
         ("xarray", {"dataset"}),
     ],
 )

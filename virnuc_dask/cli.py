@@ -17,7 +17,7 @@ import click
 
 from virnuc_dask import __version__
 from virnuc_dask.config import RunConfig, Settings
-from virnuc_dask.errors import VirnucError
+from virnuc_dask.errors import UsageError, VirnucError, about_dask_configuration
 from virnuc_dask.interrupts import SAID, cleaning_up
 from virnuc_dask.options import (
     display_options,
@@ -54,6 +54,11 @@ class _Group(click.Group):
         except KeyboardInterrupt:
             print(SAID, file=sys.stderr)
             ctx.exit(130)
+        except Exception as error:
+            if (problem := about_dask_configuration(error)) is None:
+                raise
+            print(f"error: {problem}", file=sys.stderr)
+            ctx.exit(UsageError.exit_code)
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -18,28 +19,28 @@ from typing import Any
 import dask
 import distributed.utils
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Security
+from distributed import Client, LocalCluster, Nanny, Security
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.scheduler import KilledWorker
-from distributed.utils import get_mp_context
 from distributed.worker import Worker
 
 from virnuc_dask import __version__
 from virnuc_dask.config import AUTO, RunConfig
 from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.local import allow_open_files, apart, have_home, started
 
 # So that one chunk is read or written while another is computed. A GPU is too fast for one helper.
 THREADS_PER_WORKER = 2
 THREADS_PER_GPU = 3
 _START_S = 120
-_STARTS = 3
 _DEFAULT = RunConfig()
 # Clusters that are started and closed here.
 OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
-_METHOD = "distributed.worker.multiprocessing-method"
+# How our own workers' processes are made; Dask's own key has the site's word on its clusters'.
+_METHOD = "virnuc-dask.multiprocessing-method"
 _ENVIRON = "distributed.nanny.pre-spawn-environ"
 
 
@@ -64,13 +65,15 @@ def connect(
     Raises
     ------
     UsageError
-        A name that means nothing, a scheduler that does not answer, or GPUs that are not there.
+        A name that means nothing, a scheduler that does not answer, GPUs that are not there, or
+        workers that cannot start.
     VirnucError
         Workers that do not come.
     """
     if workers is not None and workers < 1:
         raise UsageError(f"workers must be at least 1, not {workers}")
     cluster = resolve(cluster)
+    have_home()
     if cluster in OWN:
         start = (
             partial(_start_gpus, workers)
@@ -79,8 +82,8 @@ def connect(
             else partial(_start_cores, workers or (CPU_COUNT if config.device in _CORES else 1))
         )
         with (
-            dask.config.set({**MALLOC, **CALM, **_KEEP_PLACES}),
-            _started(start) as local,
+            apart({**MALLOC, **CALM, **_KEEP_PLACES, **_method()}),
+            started(start) as local,
             Client(local, set_as_default=False) as client,
         ):
             client.register_plugin(_IgnoreInterrupt())
@@ -139,18 +142,6 @@ def visible_gpus() -> list[str]:
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
-def _started(start: Callable[[], LocalCluster]) -> LocalCluster:
-    for _ in range(_STARTS):
-        try:
-            return start()
-        except RuntimeError as error:
-            # A worker that dies before it has ever run takes the cluster with it, unlike later.
-            cause = error
-    raise VirnucError(
-        f"the workers did not start, {_STARTS} times: {cause} Are they killed for want of memory?"
-    ) from cause
-
-
 def fork_workers() -> None:
     """Have this process's local workers forked from one that has loaded all code, if that is safe.
 
@@ -163,9 +154,14 @@ def fork_workers() -> None:
         dask.config.set({_METHOD: "forkserver"})
         # Dask's own list has pandas in it, and it would load that here as well.
         distributed.utils._forkserver_preload_set = True
-        get_mp_context().set_forkserver_preload(["virnuc_dask.forked"])
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["virnuc_dask.forked"])
         # Or Python looks for that first in the working directory, where anything may be.
         os.environ["PYTHONSAFEPATH"] = "1"
+
+
+def _method() -> dict[str, str]:
+    return {"distributed.worker.multiprocessing-method": dask.config.get(_METHOD, "spawn")}
 
 
 def _sockets_can_be_made() -> bool:
@@ -188,14 +184,15 @@ _ON_THIS_MACHINE: dict[str, Any] = {
 }
 
 
-def _start_cores(count: int) -> LocalCluster:
+def _start_cores(count: int, nanny: type[Nanny]) -> LocalCluster:
+    allow_open_files(count)
     environment = _threads_of_each(count)
-    if dask.config.get(_METHOD) == "forkserver":
+    if dask.config.get(_METHOD, None) == "forkserver":
         os.environ.update(environment)  # loaded before a worker has an environment of its own
     return LocalCluster(
         n_workers=count,
         threads_per_worker=THREADS_PER_WORKER,
-        processes=True,
+        worker_class=nanny,
         env=environment,
         **_ON_THIS_MACHINE,
     )
@@ -224,17 +221,19 @@ def _gpu_cluster() -> Callable[..., LocalCluster]:
     return LocalCUDACluster  # type: ignore[no-any-return]
 
 
-def _start_gpus(count: int | None) -> LocalCluster:
+def _start_gpus(count: int | None, nanny: type[Nanny]) -> LocalCluster:
     """One worker for each visible GPU, or for the first so many."""
     gpus = visible_gpus()
     count = count or len(gpus)
     if count > len(gpus):
         raise UsageError(f"--cluster local-cuda: {count} workers, but {len(gpus)} visible GPU(s)")
+    allow_open_files(count)
     threads = _threads_of_each(count)
     with dask.config.set({f"{_ENVIRON}.{name}": value for name, value in threads.items()}):
         return _gpu_cluster()(
             CUDA_VISIBLE_DEVICES=gpus[:count],
             threads_per_worker=THREADS_PER_GPU,
+            worker_class=nanny,
             # Arrays stay in the worker that made them: there is nothing to spill.
             device_memory_limit=None,
             **_ON_THIS_MACHINE,
@@ -326,9 +325,10 @@ _KEEP_PLACES = {"distributed.deploy.lost-worker-timeout": "1000 days"}
 
 
 class _IgnoreInterrupt(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
-    """A terminal's Ctrl-C reaches the workers too; the coordinator is the one to act on it."""
+    """A terminal's Ctrl-C and its end reach the workers too; the coordinator acts on them."""
 
     name = "virnuc-dask-ignore-interrupt"
 
     def setup(self, worker: Worker) -> None:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for number in (signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)

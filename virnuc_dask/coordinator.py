@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
+from queue import Empty, SimpleQueue
 from types import FrameType
 from typing import Any
 from weakref import WeakSet
@@ -33,6 +34,8 @@ from virnuc_dask.upstream import fair_esm
 from virnuc_dask.work import Work
 from virnuc_dask.workers import Needs, preflight
 
+# What a run may take beyond its grace to end after a signal.
+_LATE_S = 5.0
 # For a cluster that a client brings along.
 _ATTACHED = "a client's"
 _lent: WeakSet[Client] = WeakSet()
@@ -237,8 +240,8 @@ def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None
     # Lambdas, which travel whole.
     if client.run_on_scheduler(
         lambda dask_scheduler: bool(dask_scheduler.http_application.applications)
-    ):
-        emit(events.Connected(client.dashboard_link))
+    ) and (link := _dashboard(client)):
+        emit(events.Connected(link))
     if config.performance_report is None:
         yield
         return
@@ -257,6 +260,13 @@ def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None
     # Not if the run has ended in an error, which the report's own would hide.
     with client.as_current():
         report.__exit__(None, None, None)
+
+
+def _dashboard(client: Client) -> str | None:
+    try:
+        return str(client.dashboard_link)
+    except KeyError:  # a site's link may have variables in it that not every process has
+        return None
 
 
 def _check_workers(client: Client, needs: Needs, work: Work) -> None:
@@ -309,22 +319,48 @@ def _residues_to_encode(store: Store) -> dict[int, int]:
 
 @contextmanager
 def _signals(work: Work) -> Iterator[None]:
-    """SIGINT and SIGTERM stop the work in good order; a second one leaves at once."""
+    """A signal stops the work in good order; a second one leaves at once.
+
+    So does the first, if the work is not done with after the grace: whatever it waits for then may
+    never come.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    # The one thing that a handler may use wherever it interrupts this thread.
+    signals: SimpleQueue[int | None] = SimpleQueue()
+
+    def watch() -> None:
+        number = signals.get()
+        if number is None:
+            return
+        try:
+            signals.get(timeout=work.config.grace + _LATE_S)
+        except Empty:
+            os.write(2, b"error: stopping takes longer than the grace; the same command goes on\n")
+            os._exit(128 + number)
 
     def handle(number: int, _frame: FrameType | None) -> None:
         if work.signal is not None:
             os._exit(128 + number)
         work.signal = number
+        signals.put(number)
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored stays so, as a hangup under nohup; so does what is not Python's.
+    before = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    }
+    threading.Thread(target=watch, daemon=True).start()
+    for number in before:
+        signal.signal(number, handle)
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        signals.put(None)
 
 
 def _silence(_event: events.Event) -> None:

@@ -6,8 +6,10 @@ import gc
 import signal
 from contextlib import suppress
 
-# A terminal's Ctrl-C comes here and to workers too, which inherit this; the coordinator acts on it.
-signal.signal(signal.SIGINT, signal.SIG_IGN)
+# A terminal's Ctrl-C and its end come here and to workers too, which inherit this; the coordinator
+# acts on them.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(_number, signal.SIG_IGN)
 
 import virnuc_dask.workers  # noqa: E402, F401
 from virnuc_dask.errors import UsageError  # noqa: E402

@@ -229,6 +229,11 @@ def _problem(checkpoint: Checkpoint) -> str | None:
 
 
 def _download(name: str, file: Path) -> None:
+    if file.parts[0] == "~":  # a folder of that name is what torch would make
+        raise ModelError(
+            f"model {name}: there is no home to keep its weights in; TORCH_HOME says where else,"
+            " or give the path of a .pt file"
+        )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         # The same address and the same cache as fair-esm's loader. torch takes a connection that
