@@ -272,3 +272,13 @@ def test_events_say_everything_as_json(tmp_path: Path, client: Any) -> None:
         "run_summary",
     ]
     assert json.loads(json.dumps(seen[-1].to_json()))["exit_code"] == 3
+
+
+@pytest.mark.parametrize("model", ["demo", "esm2_t48_15B_UR50D"])
+def test_a_plan_of_nothing_says_that_there_is_nothing(model: str, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.faa"
+    empty.write_text(">a\n>b\n*\n")
+    made = plan(empty, Settings(model=model))
+    assert (made.input.records, made.encoded_residues) == (2, 0)
+    assert dict(made.lines())["time"] == "none: there is nothing to encode"
+    assert made.to_json()["seconds"] == 0.0

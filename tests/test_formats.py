@@ -10,8 +10,9 @@ from typing import Any
 
 import h5py
 import numpy as np
+import pandas
 import pytest
-from conftest import ROOT, Cli, Maker
+from conftest import ROOT, Cli, Maker, command
 from numpy.typing import NDArray
 from pyarrow import parquet
 from test_security import NAMES
@@ -199,6 +200,20 @@ def test_an_export_is_whole_or_not_there(suffix: str, store: Store, tmp_path: Pa
     assert set(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("suffix", ["csv", "csv.gz", "csv.zst", "csv.xz", "parquet", "npz", "h5"])
+def test_no_room_is_one_line_that_names_the_file(suffix: str, store: Store, tmp_path: Path) -> None:
+    before, out = set(tmp_path.iterdir()), f"out.{suffix}"
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -f 1; exec "$@"', "sh", *command("export", store.path, out)],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode == 4
+    assert done.stderr == f"error: [Errno 27] File too large: '{out}'\n"
+    assert set(tmp_path.iterdir()) == before
+
+
 def test_lost_identifiers_are_not_exported_as_none(store: Store, tmp_path: Path) -> None:
     (store.path / "sequence_id" / "c.0").unlink()
     with pytest.raises(StoreError, match="do not hold the input"):
@@ -244,3 +259,19 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     assert done.returncode == 4
     assert "--partial" in done.stderr
     assert cli("export", store.path, "more.csv", "--partial").returncode == 0
+
+
+def test_pandas_reads_identifiers_as_they_are(make_store: Maker, tmp_path: Path) -> None:
+    """Neuraminidase is NA; and what is said in README is what reads it."""
+    source = tmp_path / "flu.faa"
+    source.write_text(">NA\nMKT\n>0012\nMKV\n>1e5\nMLK\n>nan\nM*K\n")
+    store = make_store(source, "flu.zarr")
+    virnuc_dask.export(store.path, tmp_path / "flu.csv")
+    how = 'dtype={"sequence_id": str}, keep_default_na=False, na_values=[""]'
+    assert how in (ROOT / "README.md").read_text()
+    table = pandas.read_csv(
+        tmp_path / "flu.csv", dtype={"sequence_id": str}, keep_default_na=False, na_values=[""]
+    )
+    assert list(table.sequence_id) == ["NA", "0012", "1e5", "nan"]
+    assert table.feature_0.dtype == np.float64
+    assert list(table.feature_0.isna()) == [False, False, False, True]

@@ -161,8 +161,3 @@ def test_public_names_resolve_and_stay_functions() -> None:
         assert getattr(virnuc_dask, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         virnuc_dask.nothing  # noqa: B018
-
-
-def test_no_module_is_longer_than_an_evening_allows() -> None:
-    for path in PACKAGE.glob("*.py"):
-        assert len(path.read_text().splitlines()) <= 400, f"{path.name} is two things"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray
 import zarr
 from conftest import VIRAL_PROTEINS, Maker, chunk_bytes, command, tree
 
@@ -494,3 +496,23 @@ def test_the_store_opens_lazily_in_xarray_with_ids_as_a_coordinate(make_store: M
             assert str(data.sequence_id.values[0]) == "tr|D6CFW8|D6CFW8_9VIRU"
             assert data.status.attrs["flag_meanings"].split()[:2] == ["pending", "embedded"]
             assert len(data.status.attrs["flag_values"]) == len(Status)
+
+
+def test_a_selection_is_saved_as_readme_says(make_store: Maker, awkward: Path) -> None:
+    store = make_store(awkward, rows_per_chunk=3)
+    data = virnuc_dask.open_store(store.path)
+    assert json.loads(data.attrs["virnuc_dask"])["id"] == store.id
+    # What every format can keep: texts, numbers and lists of numbers.
+    for found in (data.attrs, *(variable.attrs for variable in data.variables.values())):
+        for value in found.values():
+            assert isinstance(value, str | int) or all(isinstance(item, int) for item in value)
+    good = (data.status < 16).values
+    assert 1 < good.sum() < 7
+    assert good[:3].any()
+    assert not good[:3].all()  # a chunk of which some rows are left out
+    selected = data[["embedding"]].isel(sequence=good)
+    saved = store.path.with_name("good.zarr")
+    selected.drop_encoding().chunk(sequence=2).to_zarr(saved)
+    again = xarray.open_zarr(saved)
+    assert again.identical(selected)
+    assert np.array_equal(again.embedding.values, data.embedding.values[good])

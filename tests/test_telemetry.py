@@ -80,6 +80,10 @@ def test_a_file_that_cannot_be_written_stops_no_run(
             listener(events.WorkerLost("tcp://127.0.0.1:1", ()))
     assert len(seen) == 2
     assert capsys.readouterr().err.count("no telemetry: ") == 1
+    if (full := Path("/dev/full")).exists():
+        with recorded(seen.append, full) as listener:
+            listener(events.WorkerLost("tcp://127.0.0.1:1", ()))
+        assert capsys.readouterr().err == "no telemetry: /dev/full: No space left on device\n"
 
 
 def test_dask_reports_on_a_run(awkward: Path, client: Any, tmp_path: Path) -> None:

@@ -29,6 +29,7 @@ from distributed.worker import Worker
 from virnuc_dask import __version__
 from virnuc_dask.config import AUTO, RunConfig
 from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.files import expanded
 from virnuc_dask.local import allow_open_files, apart, have_home, started
 
 # So that one chunk is read or written while another is computed. A GPU is too fast for one helper.
@@ -95,6 +96,7 @@ def connect(
         raise UsageError(
             "the number of workers can be chosen only with --cluster local and local-cuda"
         )
+    cluster = expanded(cluster)
     is_file = Path(cluster).is_file()
     if not (is_file or "://" in cluster):
         raise UsageError(
@@ -247,7 +249,7 @@ def _security(address: str, config: RunConfig) -> Security:
         "tls_client_cert": config.tls_cert,
         "tls_client_key": config.tls_key,
     }
-    given = {name: file for name, file in files.items() if file is not None}
+    given = {name: expanded(file) for name, file in files.items() if file is not None}
     for file in given.values():
         if not Path(file).is_file():
             raise UsageError(f"{file}: no such file; TLS needs it")

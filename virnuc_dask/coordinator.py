@@ -55,9 +55,6 @@ def run(
 ) -> RunSummary:
     """Embed sequences into a store; called again, go on where it was left.
 
-    Call it under ``if __name__ == "__main__":`` in a script: Dask starts its workers as new
-    processes, which import the script.
-
     Parameters
     ----------
     inputs : path or sequence of path

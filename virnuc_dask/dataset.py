@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,7 @@ from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.integrity import check_chunk, check_sequences, leftovers
 from virnuc_dask.packing import encoded_lengths
-from virnuc_dask.store import TASK_ARRAYS, Store
+from virnuc_dask.store import ATTRIBUTE, TASK_ARRAYS, Store
 
 _CHUNKS_PER_CHECK = 16
 
@@ -36,7 +37,8 @@ def open_store(store: str | Path) -> Any:
         coordinates ``sequence_id``, ``length`` in residues and ``status``, whose codes are named by
         its attributes ``flag_values`` and ``flag_meanings``. Every array is a Dask array, chunked
         as the store is. ``residues``, ``offset``: the sequences. ``residue_embedding`` (slot,
-        feature), in a store that has it: see `open_residues`.
+        feature), in a store that has it: see `open_residues`. The attribute ``virnuc_dask``, what
+        the store was made of, is JSON text, which every format can keep.
 
     Raises
     ------
@@ -46,7 +48,9 @@ def open_store(store: str | Path) -> Any:
 
     # xarray would say of anything at all that it holds no group.
     place = Store(store).place
-    return xarray.open_zarr(place.for_xarray, consolidated=False)
+    data = xarray.open_zarr(place.for_xarray, consolidated=False)
+    data.attrs[ATTRIBUTE] = json.dumps(data.attrs[ATTRIBUTE])
+    return data
 
 
 def open_residues(store: str | Path, row: int) -> Any:

@@ -144,7 +144,8 @@ class Plan:
     residue_embedding_bytes : int
         Representations of single residues, before compression.
     residues_per_s : float, optional
-        Of one worker, measured here on a sample; None if the weights are not on this machine.
+        Of one worker, measured here on a sample; None if the weights are not on this machine, or
+        the sample has nothing to encode.
     workers : int
         That the estimate counts on.
     without_row : list of str
@@ -168,6 +169,8 @@ class Plan:
     @property
     def seconds(self) -> float | None:
         """Estimated time on this machine."""
+        if not self.encoded_residues:
+            return 0.0
         if self.residues_per_s is None:
             return None
         return self.encoded_residues / (self.residues_per_s * self.workers)
@@ -191,7 +194,9 @@ class Plan:
         parts = (self.embedding_bytes, self.sequence_bytes, self.residue_embedding_bytes)
         size = sum(parts) / 1e6
         yield "store", f"about {size:,.1f} MB before compression"
-        if self.seconds is None or self.residues_per_s is None:
+        if not self.encoded_residues:
+            yield "time", "none: there is nothing to encode"
+        elif self.seconds is None or self.residues_per_s is None:
             yield "time", "unknown: the weights are not on this machine"
         else:
             yield (
