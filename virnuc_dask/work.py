@@ -124,14 +124,12 @@ class Work:
                     self._submit(client)
                 else:
                     self._take_back_unbegun(client)  # what has begun may finish
-                if self.signal is None:
-                    pass
-                elif deadline is None:
-                    grace = max(0.0, self.config.grace - _CLOSING_S)
-                    deadline = time.monotonic() + grace
-                    self.emit(events.Stopping(self.signal, len(self._running), grace))
-                elif time.monotonic() > deadline:
-                    break
+                    if self.signal is not None and deadline is None:
+                        grace = max(0.0, self.config.grace - _CLOSING_S)
+                        deadline = time.monotonic() + grace
+                        self.emit(events.Stopping(self.signal, len(self._running), grace))
+                    if deadline is not None and time.monotonic() > deadline:
+                        break
                 self._look_for_overdue(client)
                 self._take(client, LOOK_EVERY_S)
         except CommClosedError as error:
