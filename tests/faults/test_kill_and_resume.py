@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -25,6 +26,7 @@ from harness import (
 from xopen import xopen
 
 import virnuc_dask
+from virnuc_dask import faults
 from virnuc_dask.dataset import row_states
 from virnuc_dask.store import Store
 
@@ -148,16 +150,24 @@ def test_a_signal_lets_running_chunks_finish_and_the_next_run_goes_on(
     assert_ledger(store, uninterrupted)
 
 
-def test_a_second_signal_leaves_at_once(proteins: Path, tmp_path: Path) -> None:
-    run = Run("run", proteins, tmp_path / "out.zarr", *SETTINGS, "--in-flight", 60)
+def test_a_second_signal_leaves_at_once(
+    proteins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, hang = tmp_path / "faults.json", tmp_path / "hang.json"
+    table.write_text("{}")
+    hang.write_text(json.dumps({"": "hang"}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    run = Run("run", proteins, tmp_path / "out.zarr", *SETTINGS, "--grace", 3_600)
     workers: set[int] = set()
     for event in run:
-        if event["event"] == "chunk_done":
-            if not workers:
-                run.process.send_signal(signal.SIGTERM)
+        if event["event"] == "chunk_done" and not workers:
+            hang.replace(table)  # at once: workers read it
             workers.add(event["pid"])
+            while not (tmp_path / ".met").exists():
+                time.sleep(0.02)
+            run.process.send_signal(signal.SIGTERM)
         if event["event"] == "stopping":
-            assert event["running"] > 4  # hours of work, for all the user knows
+            assert event["running"] >= 1  # an hour of work, for all the user knows
             run.process.send_signal(signal.SIGTERM)
             break
     assert run.finish() == 128 + signal.SIGTERM
