@@ -20,6 +20,8 @@ from virnuc_dask.errors import UsageError, VirnucError
 _STARTS = 3
 # Dask's own name of a process that is to become a worker.
 _WORKER = "Dask Worker process (from Nanny)"
+# multiprocessing's exit code of a process that was lost with the one that it was forked from.
+_LOST = 255
 # Descriptors of a coordinator: measured were 24 and 13 for each worker, while all are started anew.
 _FILES = 48
 _FILES_PER_WORKER = 14
@@ -136,9 +138,15 @@ def started(start: Callable[[type[Nanny]], LocalCluster]) -> LocalCluster:
         except Exception as error:
             # Of whatever happens, Dask says that something failed to start.
             cause, problem = error, _problem(error, ends)
-            if min(ends, default=0) >= 0 and not retry.is_transient(innermost(error)):
+            if not _may_pass(innermost(error), ends):
                 raise UsageError(f"the workers do not start: {problem}") from error
     raise VirnucError(f"the workers did not start, {_STARTS} times: {problem}") from cause
+
+
+def _may_pass(cause: BaseException, ends: list[int]) -> bool:
+    """Whether a start may go better another time: something was killed, or was short."""
+    was_killed = _LOST in ends or min(ends, default=0) < 0 or isinstance(cause, EOFError)
+    return was_killed or retry.is_transient(cause)
 
 
 def innermost(error: BaseException) -> BaseException:
@@ -180,6 +188,8 @@ def _problem(error: Exception, ends: list[int]) -> str:
     if not ends:
         cause = innermost(error)
         return " ".join(f"{type(cause).__name__}: {cause}".split())
+    if _LOST in ends:
+        return "the process that workers are forked from was lost"
     if min(ends) >= 0:
         return f"a worker ended with exit code {max(ends)}; if it said why, that is above"
     number = -min(ends)
