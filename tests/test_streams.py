@@ -334,7 +334,7 @@ def test_an_interrupt_leaves_nothing_half_done(
     done = interrupted("os.rename .ingest", "run", awkward, "new.zarr", "--json")
     assert (done.returncode, done.stderr) == (130, INTERRUPTED)
     make_store(awkward)
-    done = interrupted("os.rename -out.csv", "export", "out.zarr", "out.csv")
+    done = interrupted("os.rename .csv", "export", "out.zarr", "out.csv")
     assert (done.returncode, done.stderr) == (130, INTERRUPTED)
     assert sorted(os.listdir(tmp_path)) == ["awkward.faa", "hook", "out.zarr"]
 
