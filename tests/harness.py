@@ -71,10 +71,23 @@ def finished_chunks(store: Store) -> dict[str, tuple[Any, Any, bytes]]:
     return {name: found for name, found in tree(store.path).items() if name in done}
 
 
-def await_end(pids: set[int]) -> None:
+def await_workers(client: Any, *, at_work: bool) -> None:
+    """Wait until some worker computes, or none does: a thread that nobody awaits still writes."""
+
+    # In here, so that it travels whole.
+    def executing(dask_worker: Any) -> int:
+        return len(dask_worker.state.executing)
+
+    deadline = time.monotonic() + 60
+    while any(client.run(executing).values()) != at_work:
+        assert time.monotonic() < deadline, "workers do not begin, or come to rest"
+        time.sleep(0.02)
+
+
+def await_end(pids: set[int], seconds: float = 20) -> None:
     """Workers must not outlive their coordinator: an orphan would hold a GPU for ever."""
     assert pids
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + seconds
     while any(psutil.pid_exists(pid) for pid in pids):
         assert time.monotonic() < deadline, "workers outlive the coordinator"
         time.sleep(0.05)

@@ -7,12 +7,12 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from conftest import VIRAL_PROTEINS, Cli, command
+from nursery import wait_for
 
 import virnuc_dask
 from virnuc_dask.config import Settings
@@ -197,7 +197,7 @@ def test_what_an_ingest_in_another_container_writes_is_left_alone(tmp_path: Path
         assert first.stdin is not None
         first.stdin.write(b"".join(b">s%d\nMKTAYIAKQR\n" % number for number in range(140_000)))
         first.stdin.flush()
-        await_true(lambda: list(tmp_path.glob(".out.zarr~*.ingest/length/c.0")))
+        wait_for(lambda: list(tmp_path.glob(".out.zarr~*.ingest/length/c.0")))
         (staging,) = tmp_path.glob(".out.zarr~*.ingest")
         before = set(staging.rglob("*"))
         for others in ((), container):
@@ -210,13 +210,6 @@ def test_what_an_ingest_in_another_container_writes_is_left_alone(tmp_path: Path
     store = Store(path)
     assert store.records == 140_001
     assert check_sequences(store) is None
-
-
-def await_true(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + 120
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("lost", ["length/c.0", "length", "."])

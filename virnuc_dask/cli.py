@@ -5,19 +5,21 @@ from __future__ import annotations
 import atexit
 import gc
 import json
+import os
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
 from itertools import islice
 from pathlib import Path
+from traceback import walk_tb
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from virnuc_dask import __version__
 from virnuc_dask.config import RunConfig, Settings
-from virnuc_dask.errors import UsageError, VirnucError, about_dask_configuration
+from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.interrupts import SAID, cleaning_up
 from virnuc_dask.options import (
     display_options,
@@ -31,6 +33,7 @@ from virnuc_dask.streams import lost_output
 if TYPE_CHECKING:
     from virnuc_dask.events import RunSummary
 
+_DASK = ("dask", "distributed")
 _LISTED = 10
 _SHOWN = 80
 
@@ -55,7 +58,7 @@ class _Group(click.Group):
             print(SAID, file=sys.stderr)
             ctx.exit(130)
         except Exception as error:
-            if (problem := about_dask_configuration(error)) is None:
+            if (problem := _about_dask_configuration(error)) is None:
                 raise
             print(f"error: {problem}", file=sys.stderr)
             ctx.exit(UsageError.exit_code)
@@ -274,6 +277,27 @@ def export(store: str, out: Path, partial: bool, guard: bool) -> None:
 
 
 # --- shared --------------------------------------------------------------------------------------
+
+
+def _about_dask_configuration(error: BaseException) -> str | None:
+    """Say what is wrong with Dask's configuration, if that has kept Dask from being imported.
+
+    Dask reads what a site, a user and variables say of it when it is imported, and it is a
+    traceback if that makes no sense.
+    """
+    # A dask that is not there, or lacks something, is another matter.
+    if isinstance(error, ImportError) or not any(
+        frame.f_code.co_name == "<module>" and frame.f_globals["__name__"].split(".")[0] in _DASK
+        for frame, _ in walk_tb(error.__traceback__)
+    ):
+        return None
+    where = ""
+    if config := sys.modules.get("dask.config"):  # else it is a file's syntax, and that is named
+        files = [str(file) for file, _ in config.collect_yaml(config.paths, return_paths=True)]
+        variables = [name for name in os.environ if name.startswith("DASK_")]
+        where = f" ({', '.join(files + variables)})"
+    problem = " ".join(f"{type(error).__name__}: {error}".split())
+    return f"Dask does not take its configuration{where}: {problem}"
 
 
 def _shown(name: str) -> str:

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
 from functools import partial
-from traceback import walk_tb
 from typing import Any
-
-_DASK = ("dask", "distributed")
 
 
 class VirnucError(Exception):
@@ -174,24 +169,3 @@ class IdentityMismatchError(UsageError):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.path, self.differences)
-
-
-def about_dask_configuration(error: BaseException) -> str | None:
-    """Say what is wrong with Dask's configuration, if that has kept Dask from being imported.
-
-    Dask reads what a site, a user and variables say of it when it is imported, and it is a
-    traceback if that makes no sense.
-    """
-    # A dask that is not there, or lacks something, is another matter.
-    if isinstance(error, ImportError) or not any(
-        frame.f_code.co_name == "<module>" and frame.f_globals["__name__"].split(".")[0] in _DASK
-        for frame, _ in walk_tb(error.__traceback__)
-    ):
-        return None
-    where = ""
-    if config := sys.modules.get("dask.config"):  # else it is a file's syntax, and that is named
-        files = [str(file) for file, _ in config.collect_yaml(config.paths, return_paths=True)]
-        variables = [name for name in os.environ if name.startswith("DASK_")]
-        where = f" ({', '.join(files + variables)})"
-    problem = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"Dask does not take its configuration{where}: {problem}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import fcntl
+import glob
 import os
 import re
 import shutil
@@ -464,7 +465,7 @@ def is_abandoned(path: Path) -> bool:
 
 def remove_orphans(folder: Path, name: str) -> None:
     """Remove what ingests of this name left in a folder when they were killed."""
-    pattern = f"{_glob_escape(name)}~*"
+    pattern = f"{glob.escape(name)}~*"
     for orphan in (*folder.glob(f"{pattern}.ingest"), *folder.glob(f"{pattern}.new")):
         with _if_abandoned(orphan) as abandoned:
             if abandoned:
@@ -537,10 +538,6 @@ def _move_there_and_back(folder: Path) -> None:
         if error.errno not in _TAKEN:
             raise
         aside.rmdir()  # another run's store is there by now
-
-
-def _glob_escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def sync(path: Path) -> None:

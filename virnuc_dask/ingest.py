@@ -67,7 +67,7 @@ class Ingest:
         try:
             self._begin()
         except BaseException:
-            self._discard()
+            self._staging.close()
             raise
 
     def _begin(self) -> None:
@@ -122,12 +122,9 @@ class Ingest:
         trace: TracebackType | None,
     ) -> None:
         lost = isinstance(error, FileNotFoundError) and not self._staging.held.is_in_place
-        self._discard()
+        self._staging.close()
         if lost:
             raise self._removed() from error
-
-    def _discard(self) -> None:
-        self._staging.close()
 
     def _removed(self) -> StoreError:
         return StoreError(

@@ -7,6 +7,7 @@ process to another is the URL. No credential is in a URL, a store, an event or a
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import hashlib
 import os
@@ -287,15 +288,9 @@ class ObjectArrays(ObjectStore[Any]):
         """Write a key, in one request: parts of an upload that is cut off would stay, unseen."""
         self._check_writable()
         obstore = _obstore()
-        if self._is_ours:
-            with _errors_of(self.path, ROOT):
-                try:
-                    root = await obstore.get_async(self.store, ROOT)
-                    is_ours = self._is_ours(bytes(await root.bytes_async()))
-                except FileNotFoundError:
-                    is_ours = False
-            if not is_ours:
-                raise StoreReplacedError(self.path)
+        is_there = Bucket(self.path).holds
+        if self._is_ours and not await asyncio.to_thread(is_there, self._is_ours):
+            raise StoreReplacedError(self.path)
         with _errors_of(self.path, key):
             await obstore.put_async(self.store, key, value.as_buffer_like(), use_multipart=False)
 

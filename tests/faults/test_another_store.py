@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from uuid import uuid4
 
 import pytest
 from conftest import VIRAL_PROTEINS, tree
-from harness import Run, assert_ledger
+from harness import Run, assert_ledger, await_end, await_workers
 from s3 import BUCKET, Server
 from test_cluster import dask_cluster
 from test_cluster import worker as another_worker
@@ -230,19 +229,6 @@ QUICK = ("--rows-per-chunk", 1, "--repr-layer", 0)
 ONE_BY_ONE: dict[str, Any] = {"rows_per_chunk": 1, "repr_layer": 0}
 
 
-def await_workers(client: Any, *, at_work: bool) -> None:
-    """Wait until some worker computes, or none does."""
-
-    # In here, so that it travels whole.
-    def executing(dask_worker: Any) -> int:
-        return len(dask_worker.state.executing)
-
-    deadline = time.monotonic() + 60
-    while any(client.run(executing).values()) != at_work:
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
-
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL", "the scheduler's SIGKILL"])
 def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
     end: str, slow: Path, tmp_path: Path
@@ -271,7 +257,7 @@ def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
         finally:
             os.kill(process, signal.SIGCONT)
         if end == "the scheduler's SIGKILL":
-            await_death(process)
+            await_end({process}, seconds=120)
         else:
             await_workers(client, at_work=False)
             assert Store(away).present().sum() > done  # the fault has fired: it went on, over there
@@ -284,11 +270,44 @@ def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
     assert_ledger(Store(path), Store(whole))
 
 
-def await_death(process: int) -> None:
-    deadline = time.monotonic() + 120
-    while Path(f"/proc/{process}").exists():
-        assert time.monotonic() < deadline, "a worker outlives its scheduler"
-        time.sleep(0.05)
+def test_nor_is_what_a_killed_runs_own_worker_computes(slow: Path, tmp_path: Path) -> None:
+    path, away = tmp_path / "out.zarr", tmp_path / "away.zarr"
+    run = Run("run", slow, path, *QUICK, "--workers", 1)
+    for event in run:
+        if event["event"] == "chunk_done":
+            break
+    process = event["pid"]
+    os.kill(process, signal.SIGSTOP)  # with the next chunk: it has one a second
+    run.process.kill()
+    assert run.process.wait() == -signal.SIGKILL  # the worker has its standard output still
+    path.rename(away)
+    make(path, ONE_BY_ONE | {"pooling": "max"}, slow)
+    before = tree(path)
+    os.kill(process, signal.SIGCONT)
+    await_end({process})
+    assert tree(path) == before
+
+
+def test_nor_is_it_put_into_another_store_in_a_bucket(slow: Path, tmp_path: Path, url: str) -> None:
+    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+        client.wait_for_workers(1)
+        (process,) = client.run(os.getpid).values()
+        run = Run("run", slow, url, *QUICK, "--cluster", file)
+        for event in run:
+            if event["event"] == "chunk_done":
+                break
+        await_workers(client, at_work=True)
+        os.kill(process, signal.SIGSTOP)
+        try:
+            run.process.kill()
+            assert run.finish() == -signal.SIGKILL
+            place_of(url.removesuffix("/out.zarr")).remove("out.zarr")
+            make(url, ONE_BY_ONE | {"pooling": "max"}, slow)
+            before = tree(url)
+        finally:
+            os.kill(process, signal.SIGCONT)
+        await_workers(client, at_work=False)
+    assert tree(url) == before
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])

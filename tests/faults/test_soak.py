@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import pytest
 from conftest import AWKWARD
-from harness import Run, assert_ledger, await_end
+from harness import Run, assert_ledger, await_end, await_workers
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -229,7 +229,7 @@ class Filling(RuleBasedStateMachine):
             damaged = {self.files[self.world.files[c][0]] for c in self.present() - todo}
             assert code == (4 if File.DAMAGED in damaged else self.world.exit_code)
         elif attached:
-            await_idleness(self.world.client)
+            await_workers(self.world.client, at_work=False)
         elif workers:
             await_end(workers)
         done = {event["chunk"] for event in run.of("chunk_done")}
@@ -327,18 +327,6 @@ class Filling(RuleBasedStateMachine):
             writer.close()
         assert_ledger(Store(self.path), self.world.reference)
         self.world.rows_checked += self.world.reference.records
-
-
-def await_idleness(client: Any) -> None:
-    """Wait for tasks that nobody asks for any more: a thread cannot be stopped, and they write."""
-
-    def at_work(dask_worker: Any) -> int:
-        return len(dask_worker.state.executing)
-
-    deadline = time.monotonic() + 60
-    while any(client.run(at_work).values()):
-        assert time.monotonic() < deadline, "workers do not come to rest"
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize(
