@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -36,6 +37,12 @@ AWKWARD = (
     ">digit\nMKT1\n"
     f">long\n{'MKTAYIAKQRQISFVKSHFSRQ' * 4}\n"
 )
+
+
+def pytest_configure() -> None:
+    # In a script's background Ctrl-C is ignored, and programs that are started respect that.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -233,7 +233,13 @@ def test_a_terminal_that_is_closed_is_a_signal_like_others(
     make_store: Maker, peptides: Path
 ) -> None:
     store = make_store(peptides, embed=False)
-    run = Run("resume", store.path, "--workers", 1)
+    run = Run(
+        "resume",
+        store.path,
+        "--workers",
+        1,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # it may be ignored here
+    )
     workers = set()
     for event in run:
         if event["event"] == "chunk_done" and not workers:

@@ -88,7 +88,7 @@ RECORDS = 33
 INNOCENT = RECORDS - sum(map(len, FATE.values()))
 SETTINGS = ("--rows-per-chunk", 4, "--workers", 2, "--per-residue", "--json")
 # Enough for a child to fill its memory on a busy machine; a row that hangs takes all of it.
-DEADLINES = ("--deadline-floor", 8, "--deadline-first", 20, "--backoff", 0.1)
+DEADLINES = ("--deadline-floor", 8, "--deadline-first", 60, "--backoff", 0.1)
 
 
 def limit_memory() -> None:
