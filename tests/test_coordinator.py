@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import AWKWARD, VIRAL_PROTEINS, Maker, tree
+from distributed import Client, LocalCluster
 
 import virnuc_dask
 from virnuc_dask import dataset, events
 from virnuc_dask.config import RunConfig, Settings
 from virnuc_dask.errors import InputError, ModelError, UsageError
+from virnuc_dask.events import Listener
 from virnuc_dask.prepare import plan
 from virnuc_dask.weights import load_checkpoint
 
@@ -282,3 +286,65 @@ def test_a_plan_of_nothing_says_that_there_is_nothing(model: str, tmp_path: Path
     assert (made.input.records, made.encoded_residues) == (2, 0)
     assert dict(made.lines())["time"] == "none: there is nothing to encode"
     assert made.to_json()["seconds"] == 0.0
+
+
+@contextmanager
+def one_worker(threads: int) -> Iterator[Client]:
+    with (
+        LocalCluster(
+            n_workers=1, threads_per_worker=threads, dashboard_address="127.0.0.1:0"
+        ) as cluster,
+        Client(cluster, set_as_default=False) as client,
+    ):
+        yield client
+
+
+def run_in_queue(store: Path, client: Client, listener: Listener) -> None:
+    """15 chunks, six of them at once."""
+    config, settings = RunConfig(in_flight=6), {"rows_per_chunk": 20, "repr_layer": 0}
+    virnuc_dask.run(
+        VIRAL_PROTEINS, store, client=client, config=config, listener=listener, **settings
+    )
+
+
+def test_chunks_are_delayed_tasks_and_begin_with_the_longest(tmp_path: Path) -> None:
+    seen: list[events.Event] = []
+    with one_worker(threads=1) as client:
+        run_in_queue(tmp_path / "a.zarr", client, seen.append)
+        types = client.run_on_scheduler(_collections)
+    assert types == {"Delayed"}
+    costs = [event.residues for event in seen if isinstance(event, events.ChunkDone)]
+    assert len(costs) == 15
+    assert costs == sorted(costs, reverse=True)
+
+
+def _collections(dask_scheduler: Any) -> set[str]:
+    """What the tasks were when they were handed over, as Dask's spans have it."""
+    return {
+        collection["type"]
+        for span in dask_scheduler.extensions["spans"].root_spans
+        for collection in span.metadata["collections"]
+    }
+
+
+def test_later_chunks_do_not_overtake_those_that_queue(tmp_path: Path) -> None:
+    priorities: dict[int, Any] = {}
+
+    def look(event: events.Event) -> None:
+        if isinstance(event, events.ChunkDone) and not priorities:
+            priorities.update(client.run_on_scheduler(_priorities))
+
+    with one_worker(threads=2) as client:
+        run_in_queue(tmp_path / "a.zarr", client, look)
+    assert priorities.keys() >= {3, 4, 5, 6}
+    # Two begin at once and are one graph. Low numbers go first, an earlier graph's before others'.
+    (_, second, *_), (_, third, *_) = priorities[4], priorities[5]
+    assert priorities[3][1] == second < third == priorities[6][1]
+
+
+def _priorities(dask_scheduler: Any) -> dict[int, Any]:
+    """Of chunks, by their number in the order in which they were handed over."""
+    return {
+        int(str(key).rpartition("-")[2]): task.priority
+        for key, task in dask_scheduler.tasks.items()
+    }

@@ -56,6 +56,7 @@ ORDER = [
     "events",
     "prepare",
     "workers",
+    "graph",
     "forked",
     "roster",
     "work",

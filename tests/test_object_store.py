@@ -18,6 +18,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import cloudpickle
+import dask
 import numpy as np
 import pytest
 from conftest import VIRAL_PROTEINS, chunk_bytes, command, tree
@@ -137,6 +139,17 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
     local = tree(reference.path)
     assert set(local) == set(after)
     assert {n for n in local if local[n][2] != after[n][2]} <= {"zarr.json"}
+
+
+def test_tasks_of_anybodys_graph_fill_a_bucket_and_hold_no_secret(url: str, s3: Server) -> None:
+    virnuc_dask.create_store(VIRAL_PROTEINS, url, model="demo", **QUICK)
+    tasks = virnuc_dask.tasks(url)
+    assert not any(s3.secret.encode() in cloudpickle.dumps(dict(task.dask)) for task in tasks)
+    reports = dask.compute(*tasks, scheduler="threads")
+    assert [report.computed for report in reports] == [True] * 10
+    assert virnuc_dask.tasks(url) == []
+    report = virnuc_dask.verify(url)
+    assert (report.checked, report.bad) == (10, {})
 
 
 def test_a_task_has_the_url_and_no_secret(url: str, s3: Server) -> None:

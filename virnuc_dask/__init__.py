@@ -2,6 +2,7 @@
 
 ``run`` embeds sequences into a Zarr store, ``resume`` goes on with one, ``open_store`` opens it
 lazily, ``open_residues`` a row's residues in it, and ``load_encoder`` gives the encoder alone.
+``create_store`` and ``tasks`` are for a Dask graph of your own.
 Importing this package loads neither torch nor distributed; the names are resolved when they are
 first used.
 """
@@ -15,34 +16,42 @@ if TYPE_CHECKING:
     from virnuc_dask.config import RunConfig, Translation
     from virnuc_dask.coordinator import resume, run
     from virnuc_dask.dataset import open_residues, open_store, verify
+    from virnuc_dask.embed import ChunkReport
     from virnuc_dask.encoder import load_encoder
     from virnuc_dask.events import RunSummary
     from virnuc_dask.formats import export
+    from virnuc_dask.graph import create_store, tasks
 
 __version__ = "0.1.0"
 __all__ = [
+    "ChunkReport",
     "RunConfig",
     "RunSummary",
     "Translation",
+    "create_store",
     "export",
     "load_encoder",
     "open_residues",
     "open_store",
     "resume",
     "run",
+    "tasks",
     "verify",
 ]
 
 _HOME = {
+    "ChunkReport": "embed",
     "RunConfig": "config",
     "RunSummary": "events",
     "Translation": "config",
+    "create_store": "graph",
     "export": "formats",
     "load_encoder": "encoder",
     "open_residues": "dataset",
     "open_store": "dataset",
     "resume": "coordinator",
     "run": "coordinator",
+    "tasks": "graph",
     "verify": "dataset",
 }
 

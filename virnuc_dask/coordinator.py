@@ -25,10 +25,10 @@ from virnuc_dask.cluster import check_scheduler, connect, resolve
 from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.errors import PlaceError, StoreError, UsageError
-from virnuc_dask.events import Listener, RunSummary
+from virnuc_dask.events import Listener, RunSummary, silence
 from virnuc_dask.files import expanded
 from virnuc_dask.packing import residues_to_encode
-from virnuc_dask.prepare import Inputs, prepare
+from virnuc_dask.prepare import Inputs, model_of, prepare
 from virnuc_dask.store import Store
 from virnuc_dask.upstream import fair_esm
 from virnuc_dask.work import Work
@@ -100,7 +100,7 @@ def run(
         The store is damaged.
     """
     started = time.monotonic()
-    emit = listener or _silence
+    emit = listener or silence
     chosen = Settings(model=model, **settings)
     cluster, config = _settle(client, cluster, config)
     opened, spec = prepare(inputs, store, chosen, emit, config.device)
@@ -133,17 +133,9 @@ def resume(
     """
     started = time.monotonic()
     opened = Store(store)
-    identity = opened.identity
-    spec = ModelSpec(
-        model or str(opened.provenance["model"]),
-        identity.weights_sha256,
-        opened.dimension,
-        identity.repr_layer,
-        identity.pooling,
-        identity.precision,
-    )
+    spec = model_of(opened, model)
     cluster, config = _settle(client, cluster, config)
-    return _fill(opened, spec, client, cluster, workers, config, listener or _silence, started)
+    return _fill(opened, spec, client, cluster, workers, config, listener or silence, started)
 
 
 def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:
@@ -358,7 +350,3 @@ def _signals(work: Work) -> Iterator[None]:
         for number, handler in before.items():
             signal.signal(number, handler)
         signals.put(None)
-
-
-def _silence(_event: events.Event) -> None:
-    pass

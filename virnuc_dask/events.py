@@ -21,6 +21,10 @@ class Event:
 Listener = Callable[[Event], None]
 
 
+def silence(_event: Event) -> None:
+    """Listener of whoever wants none."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reading(Event):
     """Input records read so far."""

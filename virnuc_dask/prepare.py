@@ -112,6 +112,26 @@ def prepare(
     return existing, spec
 
 
+def model_of(store: Store, reference: str | None = None) -> ModelSpec:
+    """The model that a store was made for.
+
+    Parameters
+    ----------
+    store : Store
+    reference : str, optional
+        Where the weights are now, if not where they were.
+    """
+    identity = store.identity
+    return ModelSpec(
+        reference or str(store.provenance["model"]),
+        identity.weights_sha256,
+        store.dimension,
+        identity.repr_layer,
+        identity.pooling,
+        identity.precision,
+    )
+
+
 @contextmanager
 def _explained(store: str | Path) -> Iterator[None]:
     """Say what is wrong with a store's disk; what a listener writes to is another matter."""

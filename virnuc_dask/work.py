@@ -11,6 +11,7 @@ from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
 
+from dask import delayed
 from distributed import Client, Future
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
@@ -102,7 +103,7 @@ class Work:
         self.took = dict.fromkeys(_TOTALS, 0.0)
         self._prefix = f"{KEYS}{uuid4().hex[:8]}-"
         # Bound here, not an argument: Dask searches each task's arguments for other tasks.
-        self._task = partial(embed_on_worker, needs)
+        self._task = delayed(partial(embed_on_worker, needs), pure=False)
 
     def drive(self, client: Client, missing: list[int]) -> None:
         """Have chunks computed until none is left, or a signal and its grace have passed.
@@ -144,24 +145,24 @@ class Work:
                 client.cancel([attempt.future for attempt in self._running.values()], force=True)
             self._running.clear()
 
-    def _take(self, client: Client, seconds: float) -> bool:
-        """Act on the next that happened, and say whether anything has within so many seconds."""
-        try:
-            item = self._inbox.get(timeout=seconds)
-        except Empty:
-            return False
-        if isinstance(item, Future):
-            self._ended(client, item)
-        elif item["action"] in _CHUNKS:
-            self._heard(item)
-        else:
-            self._worker_event(client, item)
-        return True
+    def _take(self, client: Client, seconds: float) -> None:
+        """Act on all that happened; if nothing has, wait for so many seconds until it does."""
+        while True:
+            try:
+                item = self._inbox.get(timeout=seconds)
+            except Empty:
+                return
+            seconds = 0.0
+            if isinstance(item, Future):
+                self._ended(client, item)
+            elif item["action"] in _CHUNKS:
+                self._heard(item)
+            else:
+                self._worker_event(client, item)
 
     def _take_back_unbegun(self, client: Client) -> None:
         """Keep from running what no worker can have begun with, for want of threads."""
-        while self._take(client, 0):
-            pass
+        self._take(client, 0.0)
         unheard = [key for key, attempt in self._running.items() if not attempt.worker]
         idle = self._roster.threads - (len(self._running) - len(unheard))
         # The first may have begun a moment ago.
@@ -178,17 +179,34 @@ class Work:
     def _submit(self, client: Client) -> None:
         while self._later and self._later[0][0] <= time.monotonic():
             self._todo.append(heappop(self._later)[1])
-        while self._todo and len(self._running) < self._roster.window:
-            chunk = self._todo.popleft()
-            self._submitted += 1
-            key = f"{self._prefix}{chunk}-{self._submitted}"
-            patience = self._pace.patience() if chunk in self._suspects else None
-            others = self._roster.candidates()
-            only: dict[str, Any] = {"workers": list(others), "allow_other_workers": True}
-            # Not `delayed`: optimising a graph of one task takes longer than all else here.
-            future = client.submit(self._task, chunk, patience, key=key, **(only if others else {}))
-            self._running[key] = _Attempt(chunk, future, time.monotonic(), others, patience)
+        while self._todo and (room := self._roster.window - len(self._running)) > 0:
+            # No more at once than can begin at once: within one graph Dask chooses what is first.
+            count = min(room, len(self._todo), max(1, self._roster.threads))
+            self._compute(client, [self._todo.popleft() for _ in range(count)])
+
+    def _compute(self, client: Client, chunks: list[int]) -> None:
+        """Have chunks computed. All in one call: each call costs more than a task."""
+        patience = self._pace.patience()
+        given = [patience if chunk in self._suspects else None for chunk in chunks]
+        tasks = [
+            self._task(chunk, with_children, dask_key_name=self._next_key(chunk))
+            for chunk, with_children in zip(chunks, given, strict=True)
+        ]
+        others = self._roster.candidates()
+        only: dict[str, Any] = {"workers": list(others), "allow_other_workers": True}
+        # By its default of 60 s for `fifo_timeout` the latest would overtake those that queue.
+        futures = client.compute(
+            tasks, optimize_graph=False, traverse=False, fifo_timeout=0, **(only if others else {})
+        )
+        now = time.monotonic()
+        for chunk, with_children, future in zip(chunks, given, futures, strict=True):
+            attempt = _Attempt(chunk, future, now, others, with_children)
+            self._running[str(future.key)] = attempt
             future.add_done_callback(self._inbox.put)
+
+    def _next_key(self, chunk: int) -> str:
+        self._submitted += 1
+        return f"{self._prefix}{chunk}-{self._submitted}"
 
     # --- chunks ---
 

@@ -222,13 +222,34 @@ def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:
     return "\n".join(f"  {worker}  {lack}" for worker, lacks in unfit.items() for lack in lacks)
 
 
+def embed_task(needs: Needs, chunk: int) -> ChunkReport:
+    """The task of a chunk in anybody's graph, on a worker or in any other process.
+
+    Raises
+    ------
+    UnfitWorkerError
+        The process lacks something that others may have.
+    """
+    if lacks := shortcomings(needs):
+        raise UnfitWorkerError(_where(), lacks)
+    path, identity = needs.path, needs.identity
+    return embed_chunk(path, chunk, identity, needs.spec, needs.device, store_id=needs.store_id)
+
+
+def _where() -> str:
+    try:
+        return str(get_worker().address)
+    except ValueError:
+        return "this process"
+
+
 def embed_on_worker(
     needs: Needs,
     chunk: int,
     patience: Patience | None = None,
     embed: Callable[..., ChunkReport] = embed_chunk,
 ) -> None:
-    """The task as a worker gets it.
+    """The task of a chunk in a run.
 
     What becomes of it goes to the coordinator by the scheduler, as events: ``started`` once it has
     the model and begins; for a suspect chunk ``goes on``, again and again; and ``done`` with the

@@ -1,0 +1,109 @@
+"""A store without a run: made, and then filled by tasks in anybody's own graph."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+from dask import delayed
+from dask.delayed import Delayed
+
+from virnuc_dask.config import Settings
+from virnuc_dask.events import Listener, silence
+from virnuc_dask.prepare import Inputs, model_of, prepare
+from virnuc_dask.store import Store
+from virnuc_dask.workers import Needs, embed_task
+
+
+def create_store(
+    inputs: Inputs,
+    store: str | Path,
+    *,
+    model: str,
+    device: str = "cpu",
+    listener: Listener | None = None,
+    **settings: Any,
+) -> None:
+    """Read sequences into a store, and embed none of them. `tasks`, `resume` and `run` do.
+
+    Parameters
+    ----------
+    inputs, store, model, listener, **settings
+        As for `run`. A store that is there must come from the same input and settings.
+    device : str
+        Torch device that will compute; the precision ``auto`` depends on it.
+
+    Raises
+    ------
+    InputError
+        The input cannot be read. No store is left behind.
+    UsageError
+        A setting that does not exist, or that the device does not have.
+    IdentityMismatchError
+        The store was made with other settings.
+    NotAStoreError
+        Something else is at the path.
+    ModelError
+        The model cannot be read.
+    """
+    prepare(inputs, store, Settings(model=model, **settings), listener or silence, device)
+
+
+def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -> list[Delayed]:
+    """A `dask.delayed` task for each chunk that a store lacks.
+
+    They may be parts of any graph, be computed by any of Dask's schedulers, and in any order, also
+    twice or beside a run. A task reads its sequences from the store, embeds them, and writes the
+    chunk; a chunk that is there by then is left alone. Once all are computed the store is complete,
+    and there are no more tasks. What rows depend on is the store's and not to be chosen.
+
+    Parameters
+    ----------
+    store : path
+        Of a store that `create_store` or `run` has made. Workers must see it at the same path.
+    model : str, optional
+        Where the weights are now, if not where they were; tasks refuse other weights.
+    device : str
+        Torch device that computes.
+
+    Returns
+    -------
+    list of dask.delayed.Delayed
+        In the order of the rows. Each becomes a `ChunkReport`, which is small; the embeddings stay
+        in the store.
+
+    Raises
+    ------
+    NotAStoreError, StoreError
+        There is no store, or it is damaged.
+
+    Notes
+    -----
+    A `run` does more than such tasks can. Of its settings in `RunConfig` they have none:
+
+    - ``attempts``, ``backoff``: a task that meets an error raises it at once. Dask tries again if
+      it is told to, as by ``client.compute(tasks, retries=2)``.
+    - ``deadline_factor``, ``deadline_floor``, ``deadline_first``: a task that hangs is waited for.
+    - ``suspect_after``: a row that kills its worker is not found. Dask gives its task up, with
+      `distributed.KilledWorker`, and maybe others that were on the worker; `resume` finds the row.
+    - ``in_flight``: all tasks are handed over at once. Of 18,000 on two workers the first was done
+      after half a minute, and each took 15 KB of the client and the scheduler. A slice of the list
+      is as good.
+    - ``shard``: that would be such a slice, of the chunks that are missing.
+    - ``grace``, ``verify``, ``performance_report``, and events: a task knows of no other.
+
+    Nor are workers asked beforehand whether they are fit: a task on one that lacks the package's
+    version, the store, the weights or the device raises `UnfitWorkerError`. After a CUDA error all
+    tasks of that process fail.
+    """
+    opened = Store(store)
+    needs = Needs.here(opened, model_of(opened, model), device, is_met=False)
+    # Bound, not an argument: Dask searches each task's arguments for other tasks.
+    task = delayed(partial(embed_task, needs), pure=False)
+    # Never the key of a task that was computed before: its chunk may have been removed since.
+    call = uuid4().hex[:8]
+    missing = np.flatnonzero(~opened.present()).tolist()
+    return [task(chunk, dask_key_name=f"embed-chunk-{chunk}-{call}") for chunk in missing]
