@@ -150,7 +150,7 @@ def make_again(store: Path) -> Path:
 def test_tasks_write_into_no_other_store(store: Path) -> None:
     tasks = virnuc_dask.tasks(store)
     before = tree(make_again(store))
-    with pytest.raises(UnfitWorkerError, match=r"this process: .*another store"):
+    with pytest.raises(UnfitWorkerError, match=r"process \d+ of .*another store"):
         dask.compute(*tasks, scheduler="threads")
     assert tree(store) == before
 
@@ -181,6 +181,44 @@ def test_a_worker_that_lacks_something_says_what(
         tasks[0].compute(scheduler="threads")
     moved = virnuc_dask.tasks(path, model=str(tmp_path / "moved.pt"))
     assert all(report.computed for report in dask.compute(*moved, scheduler="threads"))
+
+
+def test_a_path_of_weights_is_good_in_any_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_network(random_network(2, 64, 4), Path("own.pt"))
+    virnuc_dask.create_store(VIRAL_PROTEINS, "out.zarr", **(SETTINGS | {"model": "own.pt"}))
+    tasks = [virnuc_dask.tasks("out.zarr")[0], virnuc_dask.tasks("out.zarr", model="own.pt")[1]]
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir("elsewhere")
+    assert all(report.computed for report in dask.compute(*tasks, scheduler="threads"))
+
+
+def test_two_stores_may_share_a_graph(store: Path, uninterrupted: Store, tmp_path: Path) -> None:
+    other = tmp_path / "other.zarr"
+    virnuc_dask.create_store(VIRAL_PROTEINS, other, **SETTINGS, pooling="max")
+    tasks = [*virnuc_dask.tasks(store), *virnuc_dask.tasks(other)]
+    assert all(report.computed for report in dask.compute(*tasks, scheduler="threads"))
+    assert_ledger(Store(store), uninterrupted)
+    virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "max.zarr", workers=1, **SETTINGS, pooling="max")
+    assert_ledger(Store(other), Store(tmp_path / "max.zarr"))
+
+
+@pytest.mark.parametrize("device", ["auto", "gpu", "nonsense"])
+def test_a_device_that_does_not_exist_is_refused(device: str, store: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"device '{device}'"):
+        virnuc_dask.create_store(VIRAL_PROTEINS, tmp_path / "a.zarr", **SETTINGS, device=device)
+    with pytest.raises(UsageError, match=f"device '{device}'"):
+        virnuc_dask.tasks(store, device=device)
+    assert not (tmp_path / "a.zarr").exists()
+
+
+def test_a_device_without_the_precision_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.zarr"
+    virnuc_dask.create_store(VIRAL_PROTEINS, path, **SETTINGS, precision="int8")
+    with pytest.raises(UsageError, match="int8 is for CPUs"):
+        virnuc_dask.tasks(path, device="cuda")
 
 
 def test_what_cannot_be_a_store_is_said_before_anything_is_made(tmp_path: Path) -> None:

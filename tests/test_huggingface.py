@@ -23,6 +23,7 @@ from models import (
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
+import virnuc_dask
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.weights import load_checkpoint, weights_at_hand
@@ -179,6 +180,22 @@ def _mean_by_transformers(network: Any, sequence: str) -> NDArray[np.float32]:
     _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("", sequence)])
     with torch.inference_mode():
         return network(tokens).last_hidden_state[0, 1:-1].mean(0).numpy()
+
+
+def test_files_may_be_links_as_in_hugging_faces_cache(
+    folder: Path, tmp_path: Path, client: Any
+) -> None:
+    expected = load_encoder(str(folder)).encode(SEQUENCES)
+    snapshot = tmp_path / "snapshot"
+    snapshot.mkdir()
+    for number, file in enumerate(folder.iterdir()):
+        (snapshot / file.name).symlink_to(file.rename(tmp_path / f"blob{number}"))
+    inputs = tmp_path / "in.faa"
+    inputs.write_text("".join(f">{n}\n{s}\n" for n, s in enumerate(SEQUENCES)))
+    for number, model in enumerate((snapshot, snapshot / "model.safetensors")):
+        store = tmp_path / f"{number}.zarr"
+        assert virnuc_dask.run(inputs, store, model=str(model), client=client).exit_code == 0
+        assert relative_error(virnuc_dask.open_store(store).embedding.values, expected) < 1e-6
 
 
 def test_a_whole_file_goes_before_shards_as_in_transformers(folder: Path) -> None:

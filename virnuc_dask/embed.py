@@ -29,15 +29,16 @@ BEYOND_DOUBT = "MQIFVKTLTGKTITLEVEPS"
 
 @dataclass(frozen=True, slots=True)
 class ChunkReport:
-    """What a task tells the coordinator. The embeddings themselves stay in the store.
+    """What a task did. The embeddings themselves stay in the store.
 
     Attributes
     ----------
     chunk, rows : int
     counts : dict of str to int
-        Rows per state; empty if the chunk was found done.
+        Rows per state; empty if the chunk was found done. The store's `status` has all.
     computed : bool
-        False if another run had written the chunk meanwhile.
+        False if the chunk was there: another task had written it, or this one before its worker
+        died.
     read_s, wait_s, compute_s, write_s : float
         Seconds of each part; waited is for the device, which another chunk had.
     fill : float

@@ -127,7 +127,7 @@ class UnfitWorkerError(VirnucError):
     Parameters
     ----------
     worker : str
-        Its address.
+        Its address; of a process that is no worker, what it is called.
     lacks : tuple of str
     """
 

@@ -8,10 +8,12 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
+import torch
 from dask import delayed
 from dask.delayed import Delayed
 
-from virnuc_dask.config import Settings
+from virnuc_dask.config import Settings, precision_on
+from virnuc_dask.errors import UsageError
 from virnuc_dask.events import Listener, silence
 from virnuc_dask.prepare import Inputs, model_of, prepare
 from virnuc_dask.store import Store
@@ -31,10 +33,12 @@ def create_store(
 
     Parameters
     ----------
-    inputs, store, model, listener, **settings
+    inputs, store, listener, **settings
         As for `run`. A store that is there must come from the same input and settings.
+    model : str
+        ``demo`` (random weights), a fair-esm name, or the path of weights.
     device : str
-        Torch device that will compute; the precision ``auto`` depends on it.
+        Torch device that will compute, such as ``cuda``; the precision ``auto`` depends on it.
 
     Raises
     ------
@@ -46,19 +50,22 @@ def create_store(
         The store was made with other settings.
     NotAStoreError
         Something else is at the path.
+    StoreError
+        The disk is full or forbidden, or the store that is there is damaged.
     ModelError
         The model cannot be read.
     """
+    _check_device(device)
     prepare(inputs, store, Settings(model=model, **settings), listener or silence, device)
 
 
 def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -> list[Delayed]:
     """A `dask.delayed` task for each chunk that a store lacks.
 
-    They may be parts of any graph, be computed by any of Dask's schedulers, and in any order, also
+    They may be parts of any graph, and be computed by any of Dask's schedulers, in any order, also
     twice or beside a run. A task reads its sequences from the store, embeds them, and writes the
     chunk; a chunk that is there by then is left alone. Once all are computed the store is complete,
-    and there are no more tasks. What rows depend on is the store's and not to be chosen.
+    and there are no more tasks. Settings that rows depend on are those of the store.
 
     Parameters
     ----------
@@ -67,7 +74,7 @@ def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -
     model : str, optional
         Where the weights are now, if not where they were; tasks refuse other weights.
     device : str
-        Torch device that computes.
+        Torch device that computes, such as ``cuda``.
 
     Returns
     -------
@@ -79,10 +86,12 @@ def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -
     ------
     NotAStoreError, StoreError
         There is no store, or it is damaged.
+    UsageError
+        The device does not have the store's precision.
 
     Notes
     -----
-    A `run` does more than such tasks can. Of its settings in `RunConfig` they have none:
+    A `run` does more than such tasks can. Most of its settings in `RunConfig` mean nothing here:
 
     - ``attempts``, ``backoff``: a task that meets an error raises it at once. Dask tries again if
       it is told to, as by ``client.compute(tasks, retries=2)``.
@@ -90,20 +99,33 @@ def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -
     - ``suspect_after``: a row that kills its worker is not found. Dask gives its task up, with
       `distributed.KilledWorker`, and maybe others that were on the worker; `resume` finds the row.
     - ``in_flight``: all tasks are handed over at once. Of 18,000 on two workers the first was done
-      after half a minute, and each took 15 KB of the client and the scheduler. A slice of the list
-      is as good.
-    - ``shard``: that would be such a slice, of the chunks that are missing.
-    - ``grace``, ``verify``, ``performance_report``, and events: a task knows of no other.
+      after half a minute, and each took 15 KB of the client and the scheduler. For many more,
+      compute a slice of the list at a time.
+    - ``shard``: the list is of what is missing now, so slices of lists that were made at different
+      times may leave out a chunk. For processes that know nothing of each other take `run`.
+    - ``grace``, ``verify``: use `verify` before.
 
-    Nor are workers asked beforehand whether they are fit: a task on one that lacks the package's
-    version, the store, the weights or the device raises `UnfitWorkerError`. After a CUDA error all
-    tasks of that process fail.
+    Workers are not asked beforehand whether they are fit. They and the scheduler need this package.
+    A worker that has other versions of it, torch, zarr or fair-esm, or lacks the store, the weights
+    or the device, raises `UnfitWorkerError`. After a CUDA error all tasks of that process fail.
+
+    A process holds one model in memory. If stores of other models, layers or poolings have tasks in
+    the same graph, each may have to load its own again.
     """
+    _check_device(device)
     opened = Store(store)
+    precision_on(device, opened.identity.precision)
     needs = Needs.here(opened, model_of(opened, model), device, is_met=False)
     # Bound, not an argument: Dask searches each task's arguments for other tasks.
     task = delayed(partial(embed_task, needs), pure=False)
     # Never the key of a task that was computed before: its chunk may have been removed since.
     call = uuid4().hex[:8]
     missing = np.flatnonzero(~opened.present()).tolist()
-    return [task(chunk, dask_key_name=f"embed-chunk-{chunk}-{call}") for chunk in missing]
+    return [task(chunk, dask_key_name=f"embed-chunk-{call}-{chunk}") for chunk in missing]
+
+
+def _check_device(device: str) -> None:
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r}: {error}") from error

@@ -42,7 +42,7 @@ from virnuc_dask.residues import ALPHABET_POLICY, Block, InputSummary
 from virnuc_dask.sequences import read_blocks
 from virnuc_dask.store import Store, can_create
 from virnuc_dask.upstream import fair_esm
-from virnuc_dask.weights import PUBLISHED, describe, load_checkpoint, weights_at_hand
+from virnuc_dask.weights import PUBLISHED, describe, load_checkpoint, resolved, weights_at_hand
 
 Inputs = str | Path | Sequence[str | Path]
 
@@ -123,7 +123,7 @@ def model_of(store: Store, reference: str | None = None) -> ModelSpec:
     """
     identity = store.identity
     return ModelSpec(
-        reference or str(store.provenance["model"]),
+        resolved(reference or str(store.provenance["model"])),
         identity.weights_sha256,
         store.dimension,
         identity.repr_layer,

@@ -121,7 +121,15 @@ def load_checkpoint(reference: str) -> Checkpoint:
             f"model {reference!r}: neither a file nor a Hugging Face directory, nor one of"
             f" {DEMO}, {', '.join(PUBLISHED)}"
         )
-    return _read(str(file.resolve()), file)
+    return _read(resolved(reference), file)
+
+
+def resolved(reference: str) -> str:
+    """A model as other processes find it, in whatever directory: a path as an absolute one."""
+    if reference == DEMO or reference in PUBLISHED:
+        return reference
+    # Links stay: a file of weights may be one, to a name that tells nothing of its kind.
+    return str(Path(expanded(reference)).absolute())
 
 
 def weights_at_hand(reference: str) -> bool:

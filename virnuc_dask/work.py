@@ -180,7 +180,7 @@ class Work:
         while self._later and self._later[0][0] <= time.monotonic():
             self._todo.append(heappop(self._later)[1])
         while self._todo and (room := self._roster.window - len(self._running)) > 0:
-            # No more at once than can begin at once: within one graph Dask chooses what is first.
+            # One graph has as many as there are threads: what is first within it, Dask chooses.
             count = min(room, len(self._todo), max(1, self._roster.threads))
             self._compute(client, [self._todo.popleft() for _ in range(count)])
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
@@ -240,7 +241,7 @@ def _where() -> str:
     try:
         return str(get_worker().address)
     except ValueError:
-        return "this process"
+        return f"process {os.getpid()} of {socket.gethostname()}"
 
 
 def embed_on_worker(
