@@ -90,8 +90,8 @@ def _act(action: str) -> None:
             raise RuntimeError("CUDA error: device-side assert triggered")
         case "memory":
             held = []
-            while True:
-                held.append(b"\1" * 2**24)
+            while True:  # a limit of addresses is met at once, one of memory soon
+                held.append((b"\1" * 2**24, np.empty(2**28, np.uint8)))
         case "hang":
             while True:
                 time.sleep(60)
