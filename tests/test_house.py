@@ -35,6 +35,7 @@ ORDER = [
     "formats",
     "upstream",
     "huggingface",
+    "lora",
     "weights",
     "kernels",
     "queues",

@@ -21,7 +21,7 @@ from models import (
     upstream_mean,
 )
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save_file
 
 import virnuc_dask
 from virnuc_dask.encoder import load_encoder
@@ -65,7 +65,7 @@ def test_token_dropout_is_read(tmp_path: Path) -> None:
 def test_the_layouts_there_are(change: str, folder: Path) -> None:
     expected = load_encoder(str(folder)).encode(SEQUENCES)
     file = folder / "model.safetensors"
-    tensors = load_file(file)
+    tensors = load(file.read_bytes())
     if change == "bare":  # saved without the language-model head
         tensors = {n[4:]: t for n, t in tensors.items() if n.startswith("esm.")}
     elif change == "without frequencies":
@@ -83,7 +83,7 @@ def test_the_layouts_there_are(change: str, folder: Path) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": shards}))
         file.unlink()
     else:
-        assert tensors.keys() != load_file(file).keys()
+        assert tensors.keys() != load(file.read_bytes()).keys()
         save_file(tensors, file)
     assert np.array_equal(load_encoder(str(folder)).encode(SEQUENCES), expected)
 
@@ -133,7 +133,7 @@ def test_what_transformers_has_saved_is_the_same_model(
         name.replace("esm.", prefix)
         .replace("LayerNorm.weight", f"LayerNorm.{norm[0]}")
         .replace("LayerNorm.bias", f"LayerNorm.{norm[1]}"): tensor
-        for name, tensor in load_file(folder / "model.safetensors").items()
+        for name, tensor in load((folder / "model.safetensors").read_bytes()).items()
     }
     if not prefix:  # saved without the language-model head, and with a pooling layer
         tensors = {name: tensor for name, tensor in tensors.items() if "lm_head" not in name}
@@ -174,6 +174,107 @@ def test_what_the_transformers_that_is_here_saves_is_read(
     if dtype == torch.float32:
         pt = load_encoder(save_network(rounded, tmp_path / "model.pt"))
         assert encoders[0].spec.weights_sha256 == pt.spec.weights_sha256
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.safetensors"])
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize(
+    "kind", ["EsmForSequenceClassification", "EsmForTokenClassification", "EsmForMaskedLM"]
+)
+def test_a_fine_tuned_model_is_read_without_its_head(
+    kind: str, shards: int, file: str, rounded: ESM2, tmp_path: Path
+) -> None:
+    import transformers
+
+    published = save_huggingface(rounded, tmp_path / "published")
+    network = getattr(transformers, kind).from_pretrained(published)
+    with torch.no_grad():
+        for parameter in network.esm.parameters():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    network.save_pretrained(tmp_path / "saved")
+    _save_as(tmp_path / "saved", file, shards)
+    esm = transformers.EsmModel.from_pretrained(tmp_path / "saved").eval()
+    expected = np.stack([_mean_by_transformers(esm, sequence) for sequence in SEQUENCES])
+    encoder = load_encoder(str(tmp_path / "saved"))
+    assert relative_error(encoder.encode(SEQUENCES), expected) < 1e-5
+    heads = {name.split(".")[0] for name in load_checkpoint(str(tmp_path / "saved")).left_out}
+    assert heads == (set() if kind == "EsmForMaskedLM" else {"classifier"})
+    if shards == 1:
+        one = load_encoder(str(tmp_path / "saved" / file))
+        assert one.spec.weights_sha256 == encoder.spec.weights_sha256
+
+
+def _save_as(folder: Path, file: str, shards: int) -> None:
+    """What `save_pretrained` wrote, as its older versions would, or in several files."""
+    tensors = load((folder / "model.safetensors").read_bytes())
+    (folder / "model.safetensors").unlink()
+    stem, _, suffix = file.partition(".")
+
+    def save(found: dict[str, torch.Tensor], name: str) -> None:
+        if suffix == "bin":
+            torch.save(found, folder / name)
+        else:
+            save_file(found, folder / name)
+
+    if shards == 1:
+        save(tensors, file)
+        return
+    where = {}
+    for number in range(shards):
+        name = f"{stem}-{number + 1:05}-of-{shards:05}.{suffix}"
+        part = dict(list(tensors.items())[number::shards])
+        save(part, name)
+        where |= dict.fromkeys(part, name)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / f"{file}.index.json").write_text(json.dumps(index))
+
+
+@pytest.mark.parametrize("multiple", [8, 64])
+def test_a_vocabulary_may_be_padded_to_a_round_number(
+    multiple: int, rounded: ESM2, tmp_path: Path
+) -> None:
+    import transformers
+
+    published = save_huggingface(rounded, tmp_path / "published")
+    network = transformers.EsmForMaskedLM.from_pretrained(published)
+    network.resize_token_embeddings(33, pad_to_multiple_of=multiple)
+    network.save_pretrained(tmp_path / "padded")
+    assert json.loads((tmp_path / "padded" / "config.json").read_text())["vocab_size"] > 33
+    padded, plain = load_encoder(str(tmp_path / "padded")), load_encoder(published)
+    assert padded.spec.weights_sha256 == plain.spec.weights_sha256
+    assert np.array_equal(padded.encode(SEQUENCES), plain.encode(SEQUENCES))
+
+
+def test_a_trunk_within_another_module_is_found(folder: Path) -> None:
+    expected = load_encoder(str(folder)).encode(SEQUENCES)
+    file = folder / "model.safetensors"
+    tensors = load(file.read_bytes())
+    own = {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
+    save_file(own | {"module.regressor.weight": torch.ones(3)}, file)
+    assert np.array_equal(load_encoder(str(folder)).encode(SEQUENCES), expected)
+    assert "module.regressor.weight" in load_checkpoint(str(folder)).left_out
+    two = {f"other.{name}": tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | two, file)
+    with pytest.raises(ModelError, match=r"2 tensors embeddings\.word_embeddings"):
+        load_checkpoint(str(folder))
+    save_file({"classifier.weight": torch.ones(3)}, file)
+    with pytest.raises(ModelError, match=r"it has 0 tensors .*; it has classifier\.weight"):
+        load_checkpoint(str(folder))
+
+
+def test_what_is_missing_is_said_before_any_work(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    tensors = load(file.read_bytes())
+    few = {name: t for name, t in tensors.items() if not name.startswith("esm.encoder.layer.2.")}
+    save_file(few, file)
+    with pytest.raises(ModelError, match=r"lacks 16 tensor\(s\), such as layers\.2\.f.*; it has"):
+        load_checkpoint(str(folder))
+    wide = tensors | {"esm.encoder.layer.1.output.dense.bias": torch.ones(65)}
+    save_file(wide, file)
+    with pytest.raises(
+        ModelError, match=r"layers\.1\.fc2\.bias has the shape \(65,\), not \(64,\)"
+    ):
+        load_checkpoint(str(folder))
 
 
 def _mean_by_transformers(network: Any, sequence: str) -> NDArray[np.float32]:
@@ -254,13 +355,14 @@ def test_a_file_is_not_to_blame_if_there_is_no_fair_esm(
 
 def test_damaged_or_foreign_files_are_clear_errors(folder: Path, tmp_path: Path) -> None:
     file = folder / "model.safetensors"
-    whole = file.read_bytes()
+    whole, tensors = file.read_bytes(), load(file.read_bytes())
     for damaged in (b"", whole[:100], whole[:-1], b"\xff" * 100):
         file.write_bytes(damaged)
         with pytest.raises(ModelError, match="not an ESM-2 checkpoint, or damaged"):
             load_checkpoint(str(folder))
-    save_file({"esm.encoder.layer.0.surprise.weight": torch.ones(2)}, file)
-    with pytest.raises(ModelError, match=r"does not have: esm\.encoder\.layer\.0\.surprise"):
+    surprise = {"esm.encoder.layer.0.surprise.weight": torch.ones(2)}
+    save_file(tensors | surprise, file)
+    with pytest.raises(ModelError, match=r"does not have: encoder\.layer\.0\.surprise"):
         load_checkpoint(str(folder))
     file.unlink()
     with pytest.raises(ModelError, match=r"model\.safetensors"):

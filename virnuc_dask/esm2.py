@@ -28,7 +28,6 @@ from virnuc_dask.attention import (
     describe_attention,
 )
 from virnuc_dask.config import ModelSpec, Precision
-from virnuc_dask.errors import ModelError
 from virnuc_dask.kernels import Integers, Product
 from virnuc_dask.linear import DTYPES, Linear, make_linear
 from virnuc_dask.queues import to_device
@@ -236,7 +235,7 @@ def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
     """fair-esm's module, whose parameters are the checkpoint's own tensors, and its alphabet.
 
     They stay on the host and in their dtype: of a large model a GPU holds what it needs, and not
-    all of it twice. Its contact head, which nothing here uses, may be left without parameters.
+    all of it twice. Its heads, which nothing here uses, may be left without parameters.
     """
     alphabet_class, network_class = fair_esm()
     alphabet = alphabet_class.from_architecture("ESM-1b")
@@ -248,21 +247,8 @@ def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
             alphabet,
             checkpoint.token_dropout,
         )
-    tensors = {
-        name.removeprefix("encoder.").removeprefix("sentence_encoder."): tensor
-        for name, tensor in checkpoint.data["model"].items()
-    }
-    try:
-        missing, unexpected = network.load_state_dict(tensors, strict=False, assign=True)
-    except RuntimeError as error:  # tensors of other shapes
-        raise ModelError(f"model {checkpoint.reference}: {error}") from error
-    missing = [name for name in missing if not name.startswith("contact_head.")]
-    for names, problem in ((missing, "lacks"), (unexpected, "has, and ESM-2 has not,")):
-        if names:
-            raise ModelError(
-                f"model {checkpoint.reference}: it {problem} {len(names)} tensor(s): "
-                + ", ".join(sorted(names)[:3])
-            )
+    # Which names and shapes there are was looked at when the checkpoint was read.
+    network.load_state_dict(checkpoint.tensors(), strict=False, assign=True)
     return network.requires_grad_(False), alphabet
 
 

@@ -34,6 +34,15 @@ class Reading(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class ModelRead(Event):
+    """The model, and which tensors of its files are not ESM-2's, such as a classifier's."""
+
+    model: str
+    weights_sha256: str
+    left_out: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class InputRead(Event):
     """The input, whole, after cleaning. Counts of letters and records as in `InputSummary`."""
 

@@ -1,9 +1,10 @@
-"""ESM-2 in Hugging Face's layout, ``config.json`` and safetensors, as fair-esm's files have it."""
+"""ESM-2 in Hugging Face's layout, ``config.json`` and weights, as fair-esm's files have it."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from torch import Tensor
 
 from virnuc_dask.upstream import fair_esm
 
-_INDEX, _WEIGHTS = "model.safetensors.index.json", "model.safetensors"
+# As transformers chooses: others may be left there from what was saved before.
+_WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_SUFFIXES = (".safetensors", ".bin")
+# Tokens of ESM-2's alphabet; a fine-tuned model may have more, to make a round number.
+_TOKENS = 33
 
 # Names within a layer, there and here.
 _IN_LAYER = {
@@ -36,19 +46,23 @@ _FREQUENCIES = (
     "rotary_embeddings.inv_freq",
     "encoder.layer.*.attention.self.rotary_embeddings.inv_freq",
 )
-# What no embedding depends on.
-_UNUSED = ("lm_head.", "contact_head.", "pooler.", "embeddings.position_")
+# What no embedding depends on, in ESM-2's trunk; and how the names of the trunk begin.
+UNUSED = ("contact_head.", "pooler.", "embeddings.position_")
+_TRUNK = ("embeddings.", "encoder.", "rotary_embeddings.", *UNUSED)
+_EMBEDDING = "embeddings.word_embeddings.weight"
 # Values of `rope_parameters` and `rope_scaling` that change nothing.
 _PLAIN_ROTATION = {"rope_theta": 10_000, "rope_type": "default", "type": "default"}
 
 
 def is_huggingface(path: Path) -> bool:
     """Whether a path is a directory or a file in Hugging Face's layout."""
-    return path.suffix == ".safetensors" or (path / "config.json").is_file()
+    if path.suffix in _SUFFIXES:
+        return (path.parent / "config.json").is_file()
+    return (path / "config.json").is_file()
 
 
-def read_huggingface(path: Path) -> dict[str, Any]:
-    """Read an ESM-2 from its directory, or from a ``.safetensors`` file with a ``config.json``.
+def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Read an ESM-2, from a directory or a file of weights with a ``config.json`` beside it.
 
     Parameters
     ----------
@@ -56,8 +70,10 @@ def read_huggingface(path: Path) -> dict[str, Any]:
 
     Returns
     -------
-    dict
+    data : dict
         ``cfg`` and ``model`` as in fair-esm's files.
+    left_out : tuple of str
+        Tensors outside of ESM-2, such as a classifier's.
 
     Raises
     ------
@@ -70,16 +86,27 @@ def read_huggingface(path: Path) -> dict[str, Any]:
     config = json.loads((folder / "config.json").read_text())
     _check(config, folder)
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
+    found: dict[str, Tensor] = {}
+    for file in [path] if path.is_file() else _files(folder):
+        found |= read_tensors(file)
+    prefix = _prefix(found)
     tensors: dict[str, Tensor] = {}
     # Some files leave out what follows from the configuration. What a file has counts: published
     # frequencies are rounded to float16, and transformers uses what it finds, too.
     frequencies = _inverse_frequencies(config["hidden_size"] // heads)
-    for file in [path] if path.is_file() else _files(folder):
-        for name, tensor in load_file(file).items():
-            if name.removeprefix("esm.") in _FREQUENCIES:
-                frequencies = tensor
-            elif renamed := _fair_esm_name(name):
-                tensors[renamed] = tensor
+    left_out = []
+    for name, tensor in found.items():
+        short = name.removeprefix(prefix)
+        if not (name.startswith(prefix) and short.startswith(_TRUNK)):
+            left_out.append(name)
+        elif short in _FREQUENCIES:
+            frequencies = tensor
+        elif renamed := fair_esm_name(short):
+            tensors[renamed] = tensor
+    embedding = tensors["embed_tokens.weight"]
+    if len(embedding) != config["vocab_size"]:
+        raise ValueError(f"it has {len(embedding)} tokens, of which config.json knows nothing")
+    tensors["embed_tokens.weight"] = embedding[:_TOKENS]
     for layer in range(layers):
         tensors.setdefault(f"layers.{layer}.self_attn.rot_emb.inv_freq", frequencies)
     settings = argparse.Namespace(
@@ -88,21 +115,38 @@ def read_huggingface(path: Path) -> dict[str, Any]:
         encoder_attention_heads=heads,
         token_dropout=config["token_dropout"],
     )
-    return {"cfg": {"model": settings}, "model": tensors | idle_head(tensors)}
+    # Of its own head every ESM-2 may have or lack the parts.
+    others = tuple(sorted(name for name in left_out if not name.startswith("lm_head.")))
+    return {"cfg": {"model": settings}, "model": tensors}, others
 
 
-def idle_head(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A language-model head, which fair-esm's module wants and nothing here uses."""
-    embedding = tensors["embed_tokens.weight"]
-    tokens, dimension = embedding.shape
-    return {
-        "lm_head.weight": embedding,
-        "lm_head.bias": torch.zeros(tokens),
-        "lm_head.dense.weight": torch.eye(dimension),
-        "lm_head.dense.bias": torch.zeros(dimension),
-        "lm_head.layer_norm.weight": torch.ones(dimension),
-        "lm_head.layer_norm.bias": torch.zeros(dimension),
-    }
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Tensors of a file by name; no code from it is run."""
+    if file.suffix == ".safetensors":
+        return load_file(file)
+    found = torch_load(file)
+    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+        raise ValueError(f"{file.name} holds other things than tensors")
+    return found
+
+
+def torch_load(file: Path) -> Any:
+    """What torch has saved, mapped into memory where its format allows it; no code is run."""
+    try:
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except RuntimeError as error:
+        if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
+            raise
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _prefix(names: Iterable[str]) -> str:
+    """What stands before the names of ESM-2's own tensors: ``esm.`` or less or more."""
+    found = [name.removesuffix(_EMBEDDING) for name in names if name.endswith(_EMBEDDING)]
+    if len(found) != 1:
+        some = ", ".join(sorted(names)[:3])
+        raise ValueError(f"it has {len(found)} tensors {_EMBEDDING}, an ESM-2 one; it has {some}")
+    return found[0]
 
 
 def _check(config: dict[str, Any], folder: Path) -> None:
@@ -116,11 +160,12 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         ("layer_norm_eps", 1e-5),
         ("rope_theta", 10_000),
         ("intermediate_size", 4 * config["hidden_size"]),
-        ("vocab_size", 33),
     ):
         found = config.get(name, expected)
         if (found or False) != expected:
             raise ValueError(f"config.json has {name} {found!r}, an ESM-2 {expected!r}")
+    if config["vocab_size"] < _TOKENS:
+        raise ValueError(f"config.json has vocab_size {config['vocab_size']}, an ESM-2 {_TOKENS}")
     if config["token_dropout"] and config.get("mask_token_id") not in (None, 32):
         raise ValueError("config.json has another mask_token_id than ESM-2's alphabet")
     for name in ("rope_parameters", "rope_scaling"):
@@ -136,20 +181,20 @@ def _check(config: dict[str, Any], folder: Path) -> None:
 
 
 def _files(folder: Path) -> list[Path]:
-    whole, index = folder / _WEIGHTS, folder / _INDEX
-    # As transformers chooses: one of the two may be left there from what was saved before.
-    if whole.is_file() or not index.is_file():
-        return [whole]
-    names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    here = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    if not here:
+        raise ValueError(f"there is no {', '.join(_WEIGHTS)}")
+    if here[0].suffix != ".json":
+        return here[:1]
+    names = sorted(set(json.loads(here[0].read_text())["weight_map"].values()))
     if any(Path(name).name != name for name in names):
-        raise ValueError(f"{_INDEX} names files outside its directory")
+        raise ValueError(f"{here[0].name} names files outside its directory")
     return [folder / name for name in names]
 
 
-def _fair_esm_name(name: str) -> str | None:
-    """The name in fair-esm's files; None for what is not needed."""
-    short = name.removeprefix("esm.")
-    if short.startswith(_UNUSED):
+def fair_esm_name(short: str) -> str | None:
+    """The name in fair-esm's files of a tensor of the trunk; None for what is not needed."""
+    if short.startswith(UNUSED):
         return None
     # Newer files keep the names that TensorFlow gave a norm's two parts.
     module, _, kind = short.replace(".gamma", ".weight").replace(".beta", ".bias").rpartition(".")
@@ -157,7 +202,7 @@ def _fair_esm_name(name: str) -> str | None:
         return f"{_OUTSIDE[module]}.{kind}"
     number, _, part = module.removeprefix("encoder.layer.").partition(".")
     if not module.startswith("encoder.layer.") or part not in _IN_LAYER:
-        raise ValueError(f"a tensor that ESM-2 does not have: {name}")
+        raise ValueError(f"a tensor that ESM-2 does not have: {short}")
     return f"layers.{int(number)}.{_IN_LAYER[part]}.{kind}"
 
 

@@ -63,7 +63,7 @@ def prepare(
     store : path
     settings : Settings
     emit : callable
-        Gets `Reading` and `InputRead` events.
+        Gets `ModelRead`, `Reading` and `InputRead` events.
     device : str
         That the workers will compute on; ``auto`` precision depends on it.
 
@@ -82,9 +82,10 @@ def prepare(
     precision = precision_on(device, settings.precision)
     if existing and settings.precision == AUTO:
         precision = existing.identity.precision
-    spec = describe(
-        load_checkpoint(settings.model), precision, settings.repr_layer, settings.pooling
-    )
+    checkpoint = load_checkpoint(settings.model)
+    spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling)
+    emit(events.ModelRead(spec.reference, spec.weights_sha256, checkpoint.left_out))
+    del checkpoint  # the weights may be large, and reading takes long
     files, summary = _listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
     if existing is None:

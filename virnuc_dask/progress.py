@@ -211,6 +211,12 @@ def _reading(event: events.Reading) -> str:
 def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
     """Lines that are worth keeping on the screen."""
     match event:
+        case events.ModelRead() if event.left_out and not quiet:
+            heads = ", ".join(sorted({name.split(".")[0] for name in event.left_out}))
+            yield (
+                f"note: {event.model} holds {_count(len(event.left_out), 'tensor')} beyond ESM-2's,"
+                f" of {heads}; left out"
+            )
         case events.InputRead():
             if not quiet:
                 yield from input_notes(event)

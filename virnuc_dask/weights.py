@@ -19,7 +19,8 @@ from torch import Tensor
 from virnuc_dask.config import POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
 from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.files import expanded
-from virnuc_dask.huggingface import idle_head, is_huggingface, read_huggingface
+from virnuc_dask.huggingface import is_huggingface, read_huggingface, torch_load
+from virnuc_dask.lora import Adapter, base_of, is_adapter, read_adapter
 
 # fair-esm's names, and the dimension of each model's embeddings.
 PUBLISHED = {
@@ -30,6 +31,8 @@ PUBLISHED = {
     "esm2_t36_3B_UR50D": 2560,
     "esm2_t48_15B_UR50D": 5120,
 }
+# How names of fair-esm's other models begin.
+_OTHER_MODELS = ("esm1", "esm_msa1", "esm_if1", "esmfold")
 _URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 
 # Random weights that need no download, for trying the pipeline. Never for science.
@@ -38,7 +41,7 @@ _DEMO_LAYERS, _DEMO_DIMENSION, _DEMO_HEADS = 4, 64, 4
 
 # Heads that no embedding depends on. Left out of the digest, so that weights with and without
 # fair-esm's contact regression are the same weights.
-_HEADS = ("lm_head.", "contact_head.")
+HEADS = ("lm_head.", "contact_head.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,11 +53,16 @@ class Checkpoint:
     reference : str
         What `load_checkpoint` was asked for; a file as an absolute path.
     data : dict
-        In the layout of fair-esm's files: ``cfg`` and ``model``.
+        In the layout of fair-esm's files: ``cfg`` and ``model``; of an adapter's base model.
+    adapter : Adapter, optional
+    left_out : tuple of str
+        Tensors outside of ESM-2, such as a classifier's.
     """
 
     reference: str
     data: dict[str, Any]
+    adapter: Adapter | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def layers(self) -> int:
@@ -76,20 +84,38 @@ class Checkpoint:
         """Whether the token embeddings are scaled by 0.88."""
         return bool(self.data["cfg"]["model"].token_dropout)
 
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights of the network by name, an adapter merged."""
+        tensors = self.base()
+        return tensors if self.adapter is None else self.adapter.merged(tensors)
+
     def sha256(self) -> str:
-        """Digest of all that an embedding depends on: tensors by name, shape and value."""
+        """Digest of all that an embedding depends on: tensors by name, shape and value.
+
+        Of an adapter it is of the parts: what they make differs in its last bits with the machine.
+        """
         # No tensor tells this setting; the others follow from the tensors' names and shapes.
         digest = sha256(f"token_dropout {self.token_dropout}\n".encode())
-        names = {
+        _feed(digest, self.base())
+        if self.adapter is not None:
+            digest.update(b"adapter\n")
+            _feed(digest, self.adapter.parts())
+        return digest.hexdigest()
+
+    def base(self) -> dict[str, Tensor]:
+        """Weights by name, without what an adapter changes."""
+        return {
             name.removeprefix("encoder.").removeprefix("sentence_encoder."): tensor
             for name, tensor in self.data["model"].items()
         }
-        for name in sorted(names):
-            if not name.startswith(_HEADS):
-                values = names[name].detach().to(torch.float32).contiguous().numpy()
-                digest.update(f"{name} {values.shape}\n".encode())
-                digest.update(values)
-        return digest.hexdigest()
+
+
+def _feed(digest: Any, tensors: dict[str, Tensor]) -> None:
+    for name in sorted(tensors):
+        if not name.startswith(HEADS):
+            values = tensors[name].detach().to(torch.float32).contiguous().numpy()
+            digest.update(f"{name} {values.shape}\n".encode())
+            digest.update(values)
 
 
 def load_checkpoint(reference: str) -> Checkpoint:
@@ -99,8 +125,8 @@ def load_checkpoint(reference: str) -> Checkpoint:
     ----------
     reference : str
         ``demo``; a fair-esm name, read from torch's hub cache or downloaded to it; or the path of
-        a fair-esm ``.pt`` file, which needs no contact regression, or of a directory or a
-        ``.safetensors`` file in Hugging Face's layout.
+        a fair-esm ``.pt`` file, which needs no contact regression, of a directory or a file of
+        weights in Hugging Face's layout, or of a directory with a LoRA adapter of PEFT's.
 
     Raises
     ------
@@ -117,6 +143,11 @@ def load_checkpoint(reference: str) -> Checkpoint:
         return _read(reference, file)
     file = Path(expanded(reference))
     if not _exists(file):
+        if reference.startswith(_OTHER_MODELS):
+            raise ModelError(
+                f"model {reference!r}: only ESM-2 is supported: {', '.join(PUBLISHED)}, and what"
+                " was made of them"
+            )
         raise ModelError(
             f"model {reference!r}: neither a file nor a Hugging Face directory, nor one of"
             f" {DEMO}, {', '.join(PUBLISHED)}"
@@ -136,7 +167,10 @@ def weights_at_hand(reference: str) -> bool:
     """Whether a model can be read without a download."""
     if reference in PUBLISHED:
         return _cached(reference).is_file()
-    return reference == DEMO or _exists(Path(expanded(reference)))
+    folder = Path(expanded(reference))
+    if is_adapter(folder) and not is_huggingface(folder):
+        return weights_at_hand(_published_base(folder))
+    return reference == DEMO or _exists(folder)
 
 
 def describe(
@@ -173,7 +207,7 @@ def _cached(name: str) -> Path:
 
 def _exists(file: Path) -> bool:
     try:
-        return file.is_file() or is_huggingface(file)
+        return file.is_file() or is_huggingface(file) or is_adapter(file)
     except (OSError, ValueError):  # a name too long for a file, or with a NUL
         return False
 
@@ -184,8 +218,7 @@ _reading = threading.Lock()
 
 def _read(reference: str, file: Path) -> Checkpoint:
     try:
-        data = read_huggingface(file) if is_huggingface(file) else _read_tensors(file)
-        checkpoint = Checkpoint(reference, data)
+        checkpoint = _parse(reference, file)
         problem = _problem(checkpoint)
     except pickle.UnpicklingError as error:
         # Not torch's text, which advises to read the file without the protection.
@@ -204,16 +237,44 @@ def _read(reference: str, file: Path) -> Checkpoint:
     return checkpoint
 
 
-def _read_tensors(file: Path) -> Any:
+def _parse(reference: str, file: Path) -> Checkpoint:
+    if not is_adapter(file):
+        data, left_out = read_huggingface(file) if is_huggingface(file) else (_unpickle(file), ())
+        return Checkpoint(reference, data, None, left_out)
+    adapter = read_adapter(file)
+    if is_huggingface(file):  # beside its base
+        data, left_out = read_huggingface(file)
+    else:
+        base = load_checkpoint(_published_base(file))
+        data, left_out = base.data, base.left_out
+    checkpoint = Checkpoint(reference, data, adapter, (*left_out, *adapter.left_out))
+    adapter.check(checkpoint.base())
+    return checkpoint
+
+
+def _published_base(folder: Path) -> str:
+    """The base of an adapter that has none beside it. Its name is data, and never a path.
+
+    Raises
+    ------
+    ModelError
+        Not a published model.
+    """
+    base = base_of(folder)
+    name = base.removeprefix("facebook/")
+    if name not in PUBLISHED:
+        raise ModelError(
+            f"model {folder}: an adapter whose base model, {base!r}, is none of fair-esm's; put the"
+            " base's config.json and weights beside it"
+        )
+    return name
+
+
+def _unpickle(file: Path) -> Any:
     # fair-esm's own loader unpickles whatever a file holds. Its files need one class beyond
     # tensors, and nothing else is let in.
     with _reading, torch.serialization.safe_globals([argparse.Namespace]):
-        try:
-            return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as error:
-            if "mmap" not in str(error):  # files of torch before 1.6 cannot be mapped
-                raise
-            return torch.load(file, map_location="cpu", weights_only=True)
+        return torch_load(file)
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
@@ -233,7 +294,41 @@ def _problem(checkpoint: Checkpoint) -> str | None:
     # Each head's features are rotated in pairs.
     if min(layers, dimension, heads) < 1 or dimension % (2 * heads):
         return f"{layers} layers, {dimension} features and {heads} heads do not go together"
+    found = checkpoint.base()
+    wanted = _shapes(layers, dimension, heads)
+    if missing := sorted(wanted.keys() - found.keys()):
+        return (
+            f"of an ESM-2 with {layers} layers and {dimension} features it lacks"
+            f" {len(missing)} tensor(s), such as {', '.join(missing[:3])}; it has"
+            f" {', '.join(sorted(found)[:3])}"
+        )
+    if surplus := sorted(n for n in found.keys() - wanted.keys() if not n.startswith(HEADS)):
+        return f"it has {len(surplus)} tensor(s) that ESM-2 has not: {', '.join(surplus[:3])}"
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            return f"{name} has the shape {tuple(found[name].shape)}, not {shape}"
     return None
+
+
+def _shapes(layers: int, dimension: int, heads: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all that an embedding depends on, by name."""
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (33, dimension)}
+    for number in range(layers):
+        layer = f"layers.{number}."
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes[f"{layer}self_attn.{name}.weight"] = (dimension, dimension)
+            shapes[f"{layer}self_attn.{name}.bias"] = (dimension,)
+        for name, out, into in (
+            ("fc1", 4 * dimension, dimension),
+            ("fc2", dimension, 4 * dimension),
+        ):
+            shapes[f"{layer}{name}.weight"] = (out, into)
+            shapes[f"{layer}{name}.bias"] = (out,)
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes[f"{layer}{name}.weight"] = shapes[f"{layer}{name}.bias"] = (dimension,)
+        shapes[f"{layer}self_attn.rot_emb.inv_freq"] = (dimension // heads // 2,)
+    shapes["emb_layer_norm_after.weight"] = shapes["emb_layer_norm_after.bias"] = (dimension,)
+    return shapes
 
 
 def _download(name: str, file: Path) -> None:
@@ -267,38 +362,23 @@ def _demo_weights() -> dict[str, Any]:
     """
     random = np.random.Generator(np.random.PCG64(20_230_316))
     dimension = _DEMO_DIMENSION
-    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (33, dimension)}
-    for number in range(_DEMO_LAYERS):
-        layer = f"layers.{number}."
-        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
-            shapes[f"{layer}self_attn.{name}.weight"] = (dimension, dimension)
-            shapes[f"{layer}self_attn.{name}.bias"] = (dimension,)
-        for name, out, into in (
-            ("fc1", 4 * dimension, dimension),
-            ("fc2", dimension, 4 * dimension),
-        ):
-            shapes[f"{layer}{name}.weight"] = (out, into)
-            shapes[f"{layer}{name}.bias"] = (out,)
-        for name in ("self_attn_layer_norm", "final_layer_norm"):
-            shapes[f"{layer}{name}.weight"] = shapes[f"{layer}{name}.bias"] = (dimension,)
-    shapes["emb_layer_norm_after.weight"] = shapes["emb_layer_norm_after.bias"] = (dimension,)
-
+    head = dimension // _DEMO_HEADS
+    exponents = np.arange(0, head, 2) / head
+    frequencies = torch.from_numpy((1.0 / 10_000.0**exponents).astype(np.float32))
     tensors: dict[str, Tensor] = {}
-    for name, shape in shapes.items():
+    for name, shape in _shapes(_DEMO_LAYERS, dimension, _DEMO_HEADS).items():
+        if name.endswith("inv_freq"):
+            tensors[name] = frequencies
+            continue
         bound = (3 / shape[-1]) ** 0.5 if len(shape) == 2 else 0.1
         values = random.uniform(-bound, bound, shape).astype(np.float32)
         if "norm" in name and name.endswith("weight"):
             values += 1
         tensors[name] = torch.from_numpy(values)
-    head = dimension // _DEMO_HEADS
-    exponents = np.arange(0, head, 2) / head
-    frequencies = torch.from_numpy((1.0 / 10_000.0**exponents).astype(np.float32))
-    for number in range(_DEMO_LAYERS):
-        tensors[f"layers.{number}.self_attn.rot_emb.inv_freq"] = frequencies
     settings = argparse.Namespace(
         encoder_layers=_DEMO_LAYERS,
         encoder_embed_dim=dimension,
         encoder_attention_heads=_DEMO_HEADS,
         token_dropout=True,
     )
-    return {"cfg": {"model": settings}, "model": tensors | idle_head(tensors)}
+    return {"cfg": {"model": settings}, "model": tensors}
