@@ -86,6 +86,12 @@ def test_an_unknown_name_says_which_are_known() -> None:
         load_checkpoint("esm2_t7")
 
 
+@pytest.mark.parametrize("name", ["esm1b_t33_650M_UR50S", "esm1v_t33_650M_UR90S_1"])
+def test_other_models_of_fair_esm_are_refused_by_name(name: str) -> None:
+    with pytest.raises(ModelError, match=rf"'{name}': only ESM-2 is supported: esm2_t6_8M"):
+        load_checkpoint(name)
+
+
 def test_the_old_file_format_is_read(tmp_path: Path) -> None:
     network = random_network(2, 32, 2)
     torch.save(checkpoint_data(network), tmp_path / "old.pt", _use_new_zipfile_serialization=False)
