@@ -15,6 +15,8 @@ from esm.model.esm2 import ESM2
 from numpy.typing import NDArray
 from safetensors.torch import save_file
 
+from virnuc_dask.weights import load_checkpoint
+
 LETTERS = "ACDEFGHIKLMNPQRSTVWYXBUZO"
 
 
@@ -30,6 +32,16 @@ def random_network(
                 parameter.mul_(2)
             if name.endswith("bias") or "norm" in name:
                 parameter.add_(0.2 * torch.randn_like(parameter))
+    return network.requires_grad_(False)
+
+
+def upstream_network(reference: str) -> ESM2:
+    """fair-esm's own module, with the weights that a reference names."""
+    found = load_checkpoint(reference)
+    sizes = found.layers, found.dimension, found.heads
+    network = ESM2(*sizes, "ESM-1b", found.token_dropout).eval()
+    missing, surplus = network.load_state_dict(found.tensors(), strict=False)
+    assert all(name.startswith(("lm_head.", "contact_head.")) for name in (*missing, *surplus))
     return network.requires_grad_(False)
 
 
