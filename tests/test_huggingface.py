@@ -252,13 +252,13 @@ def test_a_trunk_within_another_module_is_found(folder: Path) -> None:
     own = {f"module.backbone.{name}": tensor for name, tensor in tensors.items()}
     save_file(own | {"module.regressor.weight": torch.ones(3)}, file)
     assert np.array_equal(load_encoder(str(folder)).encode(SEQUENCES), expected)
-    assert "module.regressor.weight" in load_checkpoint(str(folder)).left_out
+    assert load_checkpoint(str(folder)).left_out == ("module.regressor.weight",)
     two = {f"other.{name}": tensor.clone() for name, tensor in tensors.items()}
     save_file(tensors | two, file)
-    with pytest.raises(ModelError, match=r"2 tensors embeddings\.word_embeddings"):
+    with pytest.raises(ModelError, match=r"2 tensors embeddings\.word_embeddings\.weight, not one"):
         load_checkpoint(str(folder))
     save_file({"classifier.weight": torch.ones(3)}, file)
-    with pytest.raises(ModelError, match=r"it has 0 tensors .*; it has classifier\.weight"):
+    with pytest.raises(ModelError, match=r"it has 0 tensors .*; the first are classifier\.weight"):
         load_checkpoint(str(folder))
 
 
@@ -317,6 +317,8 @@ def test_a_whole_file_goes_before_shards_as_in_transformers(folder: Path) -> Non
         ("layer_norm_eps", 1e-12),
         ("intermediate_size", 100),
         ("vocab_size", 64),
+        ("vocab_size", 32),
+        ("vocab_size", 446),
         ("num_hidden_layers", 4),
         ("hidden_size", None),
         ("rope_theta", 20_000.0),
@@ -331,8 +333,41 @@ def test_a_whole_file_goes_before_shards_as_in_transformers(folder: Path) -> Non
 def test_a_model_that_would_be_misread_is_refused(field: str, value: object, folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {field: value}))
-    with pytest.raises(ModelError, match=str(folder)):
-        load_encoder(str(folder))
+    expected = {"num_hidden_layers": "lacks 16", "hidden_size": "damaged"}.get(field, field)
+    with pytest.raises(ModelError, match=expected) as caught:
+        load_checkpoint(str(folder))
+    assert str(folder) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["position_embedding_type", "layer_norm_eps"])
+def test_what_has_another_default_in_transformers_must_be_said(field: str, folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    del config[field]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"{field} None"):
+        load_checkpoint(str(folder))
+
+
+def test_a_file_that_does_not_exist_is_no_other_file(folder: Path) -> None:
+    for name in ("merged.safetensors", "best.bin"):
+        with pytest.raises(ModelError, match="neither a file nor"):
+            load_checkpoint(str(folder / name))
+
+
+def test_a_file_whose_directory_is_wanted_says_so(folder: Path, tmp_path: Path) -> None:
+    alone = (folder / "model.safetensors").rename(tmp_path / "model.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text("{}")
+    for file in (alone, index):
+        with pytest.raises(ModelError, match=r"give the directory, with its config\.json"):
+            load_checkpoint(str(file))
+
+
+def test_names_from_strangers_do_not_reach_the_terminal_as_they_are(folder: Path) -> None:
+    tensors = load((folder / "model.safetensors").read_bytes())
+    save_file(tensors | {"esm.\x1b[2Jevil": torch.ones(2)}, folder / "model.safetensors")
+    with pytest.raises(ModelError, match=r"a tensor that ESM-2 does not have: .\[2Jevil"):
+        load_checkpoint(str(folder))
 
 
 def test_another_alphabet_is_refused(folder: Path) -> None:

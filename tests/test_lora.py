@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,19 @@ import peft
 import pytest
 import torch
 import transformers
+from conftest import VIRAL_PROTEINS
 from esm.data import Alphabet
 from models import random_network, random_sequences, relative_error, save_huggingface, save_network
 from safetensors.torch import load, save_file
 
 import virnuc_dask
+from virnuc_dask import events
+from virnuc_dask.config import Settings
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import ModelError
-from virnuc_dask.weights import load_checkpoint, weights_at_hand
+from virnuc_dask.prepare import plan
+from virnuc_dask.progress import _notice
+from virnuc_dask.weights import load_checkpoint, published_part
 
 SEQUENCES = random_sequences([1, 17, 60, 200])
 ALL_LINEAR = ["query", "key", "value", "dense"]
@@ -83,13 +87,24 @@ def test_an_adapter_is_merged_as_peft_does(
 ) -> None:
     expected = by_peft(adapt(base, tmp_path, **settings))
     reference = beside(base, tmp_path)
-    assert weights_at_hand(reference)
+    assert published_part(reference) is None  # nothing is to be downloaded
     encoder, plain = load_encoder(reference), load_encoder(str(base))
     assert relative_error(encoder.encode(SEQUENCES), expected) < 1e-5
     assert relative_error(plain.encode(SEQUENCES), expected) > 1e-3
     assert encoder.spec.weights_sha256 != plain.spec.weights_sha256
     heads = {name.split(".")[0] for name in load_checkpoint(reference).left_out}
     assert heads == ({"classifier"} if "kind" in settings else set())
+
+
+def test_an_embedding_that_is_saved_too_may_be_padded(base: Path, tmp_path: Path) -> None:
+    padded = tmp_path / "padded"
+    network = transformers.EsmModel.from_pretrained(base)
+    network.resize_token_embeddings(33, pad_to_multiple_of=64)
+    network.save_pretrained(padded)
+    settings = {"modules_to_save": ["word_embeddings"]}
+    expected = by_peft(adapt(padded, tmp_path / "adapter", **settings))
+    encoder = load_encoder(beside(padded, tmp_path / "adapter"))
+    assert relative_error(encoder.encode(SEQUENCES), expected) < 1e-5
 
 
 def test_the_digest_is_of_all_that_is_merged(base: Path, tmp_path: Path) -> None:
@@ -133,10 +148,13 @@ def test_a_published_base_is_taken_from_where_it_is(
     named = {"base_model_name_or_path": "facebook/esm2_t6_8M_UR50D"}
     file.write_text(json.dumps(config | named))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    assert not weights_at_hand(str(tmp_path / "adapter"))
+    for name in ("config.json", "README.md"):  # as such repositories often have
+        (tmp_path / "adapter" / name).write_text((here / "config.json").read_text())
+    assert published_part(str(tmp_path / "adapter")) == "esm2_t6_8M_UR50D"
+    planned = plan(VIRAL_PROTEINS, Settings(model=str(tmp_path / "adapter")))  # no download
+    assert (planned.residues_per_s, planned.embedding_bytes) == (None, 300 * 320 * 4)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     save_network(network, tmp_path / "hub" / "checkpoints" / "esm2_t6_8M_UR50D.pt")
-    assert weights_at_hand(str(tmp_path / "adapter"))
     encoder = load_encoder(str(tmp_path / "adapter"))
     assert relative_error(encoder.encode(SEQUENCES), expected) < 1e-5
 
@@ -150,6 +168,9 @@ def test_a_published_base_is_taken_from_where_it_is(
         ({"layer_replication": [[0, 2], [1, 3]]}, "layer_replication"),
         ({"alpha_pattern": {"(a+)+$": 3}}, "alpha_pattern"),
         ({"lora_alpha": None}, "damaged"),
+        ({"kasa_config": {"beta": 0.1}}, "kasa_config"),
+        ({"use_something_of_the_future": True}, "use_something_of_the_future True"),
+        ({"use_dora": True}, "the adapter has lora_A, lora_B for"),
     ],
 )
 def test_what_cannot_be_merged_is_refused(
@@ -171,20 +192,72 @@ def test_an_adapter_of_another_base_is_refused(base: Path, tmp_path: Path) -> No
         load_checkpoint(beside(other, tmp_path / "adapter"))
 
 
-def test_an_adapter_that_is_not_whole_is_refused(base: Path, tmp_path: Path) -> None:
+def first(tensors: dict[str, torch.Tensor], kind: str) -> str:
+    return next(name for name in tensors if name.endswith(f"{kind}.weight"))
+
+
+def without(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    return {name: t for name, t in tensors.items() if name != first(tensors, kind)}
+
+
+def other_trunk(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """A second ESM-2 beside the first, whose names are the same from some point on."""
+    return tensors | {name.replace("encoder", "other.encoder", 1): t for name, t in tensors.items()}
+
+
+def fair_esms_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.replace("encoder.layer", "layers"): t for name, t in tensors.items()}
+
+
+def with_another(name: str, tensor: torch.Tensor) -> Any:
+    return lambda tensors: tensors | {f"base_model.model.{name}": tensor}
+
+
+QUERY = "encoder.layer.0.attention.self.query"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda tensors: without(tensors, "lora_A"), r"the adapter has lora_B for encoder\.layer"),
+        (lambda tensors: without(tensors, "lora_B"), r"the adapter has lora_A for encoder\.layer"),
+        (
+            lambda tensors: tensors | {first(tensors, "lora_A"): torch.ones(3, 64)},
+            "do not go together",
+        ),
+        (
+            lambda tensors: tensors | {first(tensors, "lora_A"): torch.ones(4, 64).long()},
+            r"down is of torch\.int64",
+        ),
+        (other_trunk, "changes 2 ESM-2 models"),
+        (fair_esms_names, r"changes 0 ESM-2 models; it has layers\.0"),
+        (with_another(f"{QUERY}.odd", torch.ones(2)), r"another base model: layers\.0\.\S+\.odd"),
+        (
+            with_another("embeddings.word_embeddings.lora_embedding_A", torch.ones(4, 33)),
+            "word_embeddings.lora_embedding_A, which cannot",
+        ),
+        (
+            with_another(f"{QUERY}.lora_magnitude_vector", torch.ones(64)),
+            "lora_magnitude_vector for",
+        ),
+    ],
+)
+def test_an_adapter_that_is_odd_is_refused(
+    change: Any, message: str, base: Path, tmp_path: Path
+) -> None:
     adapt(base, tmp_path)
     reference = beside(base, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
-    tensors = load(file.read_bytes())
-    few = dict(list(tensors.items())[1:])
-    save_file(few, file)
-    with pytest.raises(ModelError, match="cannot be merged"):
+    changed = {name: tensor.clone() for name, tensor in change(load(file.read_bytes())).items()}
+    save_file(changed, file)
+    with pytest.raises(ModelError, match=message):
         load_checkpoint(reference)
-    odd = {"base_model.model.encoder.layer.0.attention.self.query.odd": torch.ones(2)}
-    save_file(tensors | odd, file)
-    with pytest.raises(ModelError, match=r"another base model: layers\.0\.self_attn\.q_proj\.odd"):
-        load_checkpoint(reference)
-    file.unlink()
+
+
+def test_an_adapter_without_its_weights_is_refused(base: Path, tmp_path: Path) -> None:
+    adapt(base, tmp_path)
+    reference = beside(base, tmp_path)
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "elsewhere.safetensors")
     with pytest.raises(ModelError, match=r"neither adapter_model\.safetensors nor"):
         load_checkpoint(reference)
 
@@ -194,24 +267,21 @@ class Canary:
         return Path.touch, (Path("canary"),)
 
 
-@pytest.mark.parametrize("name", ["adapter_model.bin", "pytorch_model.bin"])
+@pytest.mark.parametrize("stem", ["adapter_model", "pytorch_model"])
 def test_a_strangers_pickle_runs_nothing(
-    name: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stem: str, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "model"
     adapt(base, folder)
     reference = beside(base, folder)
-    (folder / name).unlink(missing_ok=True)
-    (folder / name).with_suffix(".safetensors").unlink(missing_ok=True)
-    (folder / "model.safetensors").unlink(missing_ok=name == "pytorch_model.bin")
-    torch.save({"embeddings.word_embeddings.weight": Canary()}, folder / name)
+    healthy = {"adapter_model": "adapter_model", "pytorch_model": "model"}[stem]
+    (folder / f"{healthy}.safetensors").unlink()
+    torch.save({"embeddings.word_embeddings.weight": Canary()}, folder / f"{stem}.bin")
     with pytest.raises(ModelError, match="refused"):
         load_checkpoint(reference)
     assert not (tmp_path / "canary").exists()
-    with pytest.raises(pickle.UnpicklingError):
-        torch.load(folder / name, weights_only=True)
-    torch.load(folder / name, weights_only=False)
+    torch.load(folder / f"{stem}.bin", weights_only=False)
     assert (tmp_path / "canary").exists()  # it would have sung
 
 
@@ -227,8 +297,11 @@ def test_a_run_says_what_it_leaves_out_and_workers_merge_too(
         inputs, tmp_path / "out.zarr", model=reference, client=client, listener=seen.append
     )
     assert summary.exit_code == 0
-    (read,) = (event for event in seen if isinstance(event, virnuc_dask.events.ModelRead))
-    assert {name.split(".")[0] for name in read.left_out} == {"classifier"}
+    (read,) = (event for event in seen if isinstance(event, events.ModelRead))
+    assert list(_notice(read)) == [
+        f"note: the LoRA adapter in {reference} is merged with its base model",
+        f"note: {reference} also holds 4 tensors that ESM-2 has not (classifier); left out",
+    ]
     expected = load_encoder(reference).encode(SEQUENCES)
     found = virnuc_dask.open_store(tmp_path / "out.zarr").embedding.values
     assert relative_error(found, expected) < 1e-5

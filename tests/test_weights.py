@@ -104,7 +104,7 @@ def test_the_digest_is_of_what_an_embedding_depends_on(tmp_path: Path) -> None:
     published = checkpoint_data(network)
     plain = {**published, "model": dict(network.state_dict())}  # with contact head, no prefixes
     other_head = checkpoint_data(network)
-    other_head["model"]["encoder.lm_head.bias"] = torch.ones(33)
+    other_head["model"]["encoder.lm_head.bias"] = torch.ones(40)
     unscaled = checkpoint_data(network)
     unscaled["cfg"]["model"].token_dropout = False
     other = checkpoint_data(network)

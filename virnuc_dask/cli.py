@@ -28,14 +28,13 @@ from virnuc_dask.options import (
     tls_options,
     work_options,
 )
-from virnuc_dask.streams import lost_output
+from virnuc_dask.streams import lost_output, printable
 
 if TYPE_CHECKING:
     from virnuc_dask.events import RunSummary
 
 _DASK = ("dask", "distributed")
 _LISTED = 10
-_SHOWN = 80
 
 
 class _Group(click.Group):
@@ -133,7 +132,7 @@ def plan(inputs: tuple[str, ...], workers: int | None, as_json: bool, **options:
     for name, value in made.lines():
         print(f"{name:<16} {value}")
     for name in made.without_row[:_LISTED]:
-        print(f"  without frame: {_shown(name)}")
+        print(f"  without frame: {printable(name)}")
     if len(made.without_row) > _LISTED:
         print(f"  all {len(made.without_row):,}: --json")
 
@@ -169,7 +168,7 @@ def status(store: str, rows: bool, as_json: bool) -> None:
         for state, number in document["states"].items():
             print(f"{state:<18} {number:,}")
         for row in document["quarantined"]:
-            print(f"row {row['row']}\t{_shown(row['id'])}\t{row['reason']}")
+            print(f"row {row['row']}\t{printable(row['id'])}\t{row['reason']}")
     if done < found.chunks:
         print(f"finish with: virnuc-dask resume {store}")
 
@@ -247,8 +246,8 @@ def verify(
     if drift:
         print(
             f"{drift.rows:,} rows computed again in float32: stored in {drift.precision}, lowest"
-            f" cosine {drift.cosine:.6f} (row {drift.worst_row}, {_shown(drift.worst_id)}), largest"
-            f" difference {drift.largest:.2g}"
+            f" cosine {drift.cosine:.6f} (row {drift.worst_row}, {printable(drift.worst_id)}),"
+            f" largest difference {drift.largest:.2g}"
         )
         if not drift.good:
             print("that is not what these sequences give; run again, into another store")
@@ -300,11 +299,6 @@ def _about_dask_configuration(error: BaseException) -> str | None:
     return f"Dask does not take its configuration{where}: {problem}"
 
 
-def _shown(name: str) -> str:
-    """An identifier for people: it comes from outside, and may be a megabyte of control codes."""
-    return "".join(letter if letter.isprintable() else "\ufffd" for letter in name[:_SHOWN])
-
-
 def _display(store: str, options: dict[str, Any]) -> tuple[str, Path | None]:
     """How a run is shown, and the file that it is recorded in."""
     from virnuc_dask.files import expanded
@@ -348,7 +342,7 @@ def _show_summary(summary: RunSummary) -> None:
         print(line)
     if summary.quarantined:
         for row, name, reason in islice(quarantined(summary.store), _LISTED):
-            print(f"  row {row}  {_shown(name)}  {reason}")
+            print(f"  row {row}  {printable(name)}  {reason}")
         if summary.quarantined > _LISTED:
             print(f"  all {summary.quarantined:,}: virnuc-dask status --rows {summary.store}")
     if summary.stopped:

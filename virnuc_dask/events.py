@@ -35,10 +35,11 @@ class Reading(Event):
 
 @dataclass(frozen=True, slots=True)
 class ModelRead(Event):
-    """The model, and which tensors of its files are not ESM-2's, such as a classifier's."""
+    """The model; whether an adapter is merged; tensors that are not ESM-2's, as a classifier's."""
 
     model: str
     weights_sha256: str
+    has_adapter: bool
     left_out: tuple[str, ...]
 
 

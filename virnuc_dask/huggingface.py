@@ -22,8 +22,8 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _SUFFIXES = (".safetensors", ".bin")
-# Tokens of ESM-2's alphabet; a fine-tuned model may have more, to make a round number.
-_TOKENS = 33
+# Tokens of ESM-2's alphabet; a fine-tuned model may have more, to make a multiple of 8 to 128.
+TOKENS, _MOST_TOKENS = 33, 128
 
 # Names within a layer, there and here.
 _IN_LAYER = {
@@ -49,16 +49,22 @@ _FREQUENCIES = (
 # What no embedding depends on, in ESM-2's trunk; and how the names of the trunk begin.
 UNUSED = ("contact_head.", "pooler.", "embeddings.position_")
 _TRUNK = ("embeddings.", "encoder.", "rotary_embeddings.", *UNUSED)
-_EMBEDDING = "embeddings.word_embeddings.weight"
+_WORDS = "embeddings.word_embeddings.weight"
+EMBEDDING = "embed_tokens.weight"
 # Values of `rope_parameters` and `rope_scaling` that change nothing.
 _PLAIN_ROTATION = {"rope_theta": 10_000, "rope_type": "default", "type": "default"}
 
 
 def is_huggingface(path: Path) -> bool:
     """Whether a path is a directory or a file in Hugging Face's layout."""
-    if path.suffix in _SUFFIXES:
+    if path.suffix in _SUFFIXES and path.is_file():
         return (path.parent / "config.json").is_file()
     return (path / "config.json").is_file()
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a directory holds weights, under a name that they have there."""
+    return any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
@@ -94,19 +100,21 @@ def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     # Some files leave out what follows from the configuration. What a file has counts: published
     # frequencies are rounded to float16, and transformers uses what it finds, too.
     frequencies = _inverse_frequencies(config["hidden_size"] // heads)
-    left_out = []
+    left_out, around = [], prefix.removesuffix("esm.")
     for name, tensor in found.items():
         short = name.removeprefix(prefix)
-        if not (name.startswith(prefix) and short.startswith(_TRUNK)):
-            left_out.append(name)
+        is_own = name.startswith(prefix) and short.startswith(_TRUNK)
+        # Where ESM-2's own tensors have a place of their own, all that is there must be known.
+        if not (is_own or (prefix != around and name.startswith(prefix))):
+            left_out.append(name.removeprefix(around))
         elif short in _FREQUENCIES:
             frequencies = tensor
         elif renamed := fair_esm_name(short):
             tensors[renamed] = tensor
-    embedding = tensors["embed_tokens.weight"]
+    embedding = tensors[EMBEDDING]
     if len(embedding) != config["vocab_size"]:
-        raise ValueError(f"it has {len(embedding)} tokens, of which config.json knows nothing")
-    tensors["embed_tokens.weight"] = embedding[:_TOKENS]
+        raise ValueError(f"it has {len(embedding)} tokens, vocab_size is {config['vocab_size']}")
+    tensors[EMBEDDING] = embedding[:TOKENS]
     for layer in range(layers):
         tensors.setdefault(f"layers.{layer}.self_attn.rot_emb.inv_freq", frequencies)
     settings = argparse.Namespace(
@@ -126,7 +134,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     found = torch_load(file)
     if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
-        raise ValueError(f"{file.name} holds other things than tensors")
+        raise ValueError(f"{file.name} holds more than tensors")
     return found
 
 
@@ -142,10 +150,10 @@ def torch_load(file: Path) -> Any:
 
 def _prefix(names: Iterable[str]) -> str:
     """What stands before the names of ESM-2's own tensors: ``esm.`` or less or more."""
-    found = [name.removesuffix(_EMBEDDING) for name in names if name.endswith(_EMBEDDING)]
+    found = [name.removesuffix(_WORDS) for name in names if name.endswith(_WORDS)]
     if len(found) != 1:
         some = ", ".join(sorted(names)[:3])
-        raise ValueError(f"it has {len(found)} tensors {_EMBEDDING}, an ESM-2 one; it has {some}")
+        raise ValueError(f"it has {len(found)} tensors {_WORDS}, not one; the first are {some}")
     return found[0]
 
 
@@ -161,12 +169,14 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         ("rope_theta", 10_000),
         ("intermediate_size", 4 * config["hidden_size"]),
     ):
-        found = config.get(name, expected)
+        # What a file leaves out may be another's default, but for these two.
+        missing = None if name in ("position_embedding_type", "layer_norm_eps") else expected
+        found = config.get(name, missing)
         if (found or False) != expected:
             raise ValueError(f"config.json has {name} {found!r}, an ESM-2 {expected!r}")
-    if config["vocab_size"] < _TOKENS:
-        raise ValueError(f"config.json has vocab_size {config['vocab_size']}, an ESM-2 {_TOKENS}")
-    if config["token_dropout"] and config.get("mask_token_id") not in (None, 32):
+    if not TOKENS <= config["vocab_size"] <= _MOST_TOKENS:
+        raise ValueError(f"config.json has vocab_size {config['vocab_size']}, an ESM-2 {TOKENS}")
+    if config.get("mask_token_id") not in (None, 32):
         raise ValueError("config.json has another mask_token_id than ESM-2's alphabet")
     for name in ("rope_parameters", "rope_scaling"):
         for key, value in (config.get(name) or {}).items():
@@ -183,7 +193,7 @@ def _check(config: dict[str, Any], folder: Path) -> None:
 def _files(folder: Path) -> list[Path]:
     here = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
     if not here:
-        raise ValueError(f"there is no {', '.join(_WEIGHTS)}")
+        raise ValueError(f"found none of {', '.join(_WEIGHTS)}")
     if here[0].suffix != ".json":
         return here[:1]
     names = sorted(set(json.loads(here[0].read_text())["weight_map"].values()))

@@ -15,23 +15,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from virnuc_dask.huggingface import UNUSED, fair_esm_name, read_tensors
+from virnuc_dask.huggingface import EMBEDDING, TOKENS, UNUSED, fair_esm_name, read_tensors
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # Where a name within the base model's trunk begins.
 _TRUNK = re.compile(r"(?:^|\.)((?:encoder|embeddings)\..+)$")
 _PARTS = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
-# Settings under which weights are something else than `Update.applied` makes of them.
-_UNKNOWN = (
-    "fan_in_fan_out",
-    "layer_replication",
-    "lora_bias",
-    "target_parameters",
-    "trainable_token_indices",
-    "alora_invocation_tokens",
-    "use_qalora",
-)
+# Settings that `Update.applied` knows, or that merging does not depend on. Each version of PEFT has
+# more: another is refused, unless it is off.
+_KNOWN = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
 # Initialisations that leave the base model as it is.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
@@ -70,8 +89,6 @@ class Adapter:
 
     Attributes
     ----------
-    base : str
-        The base model, as the adapter names it.
     updates : dict of str to Update
     replaced : dict of str to Tensor
         Weights that were trained as they are, such as biases.
@@ -79,7 +96,6 @@ class Adapter:
         Tensors outside of ESM-2, such as a classifier's.
     """
 
-    base: str
     updates: dict[str, Update]
     replaced: dict[str, Tensor]
     left_out: tuple[str, ...]
@@ -92,15 +108,22 @@ class Adapter:
         ValueError
             The base model has no such weight, or one of another shape.
         """
+        for name, tensor in self.parts().items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"the adapter's {name} is of {tensor.dtype}")
         shapes = {name: tuple(tensor.shape) for name, tensor in self.replaced.items()}
         for name, update in self.updates.items():
-            shapes[name] = (update.up.shape[0], update.down.shape[1])
+            rank, into = update.down.shape
+            out, other = update.up.shape
+            if rank != other or (update.magnitude is not None and update.magnitude.numel() != out):
+                raise ValueError(f"the adapter's parts of {name} do not go together")
+            shapes[name] = (out, into)
         for name, shape in shapes.items():
             if name not in base or tuple(base[name].shape) != shape:
                 raise ValueError(f"the adapter is for another base model: {name} {shape}")
 
     def merged(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The base model's weights, changed."""
+        """The base model's weights, changed. Those that are stay in memory, as float32."""
         changed = base | self.replaced
         for name, update in self.updates.items():
             changed[name] = update.applied(changed[name])
@@ -143,35 +166,48 @@ def read_adapter(folder: Path) -> Adapter:
     if not files:
         raise ValueError(f"the adapter has neither {' nor '.join(_WEIGHTS)}")
     parts: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, str] = {}
     replaced: dict[str, Tensor] = {}
-    left_out = []
+    left_out, trunks = [], set()
     for name, tensor in read_tensors(files[0]).items():
-        found = _TRUNK.search(name)
         own = name.removeprefix("base_model.model.")
+        found = _TRUNK.search(own)
         if found is None:
             if not own.removeprefix("esm.").startswith(UNUSED):
                 left_out.append(own)
-        elif match := _PARTS.fullmatch(name):
-            parts.setdefault(match[1], {})[match[2]] = tensor
+            continue
+        trunks.add(own[: found.start(1)])
+        if match := _PARTS.fullmatch(found[1]):
+            target = fair_esm_name(f"{match[1]}.weight")
+            parts.setdefault(str(target), {})[match[2]] = tensor
+            modules[str(target)] = own[: found.start(1)] + match[1]
+        elif ".lora_" in own:
+            raise ValueError(f"the adapter has {own}, which cannot be merged")
         elif renamed := fair_esm_name(found[1].replace(".base_layer.", ".")):
-            replaced[renamed] = tensor
+            # A vocabulary may be padded, here as in the base.
+            replaced[renamed] = tensor[:TOKENS] if renamed == EMBEDDING else tensor
+    if len(trunks) != 1:
+        raise ValueError(
+            f"the adapter changes {len(trunks)} ESM-2 models; it has {', '.join(left_out[:3])}"
+        )
     updates = {}
-    for module, given in parts.items():
-        found = _TRUNK.search(module)
-        renamed = fair_esm_name(f"{found[1]}.weight") if found else None
-        if renamed is None or not {"lora_A", "lora_B"} <= given.keys():
-            raise ValueError(f"the adapter changes {module}, which cannot be merged")
+    for target, given in parts.items():
+        wanted = {"lora_A", "lora_B"} | (
+            {"lora_magnitude_vector"} if config.get("use_dora") else set()
+        )
+        if given.keys() != wanted:
+            raise ValueError(f"the adapter has {', '.join(sorted(given))} for {modules[target]}")
         down, up = given["lora_A"], given["lora_B"]
-        scale = _scale(config, module.removeprefix("base_model.model."), down.shape[0])
-        updates[renamed] = Update(down, up, scale, given.get("lora_magnitude_vector"))
-    return Adapter(base_of(folder), updates, replaced, tuple(left_out))
+        scale = _scale(config, modules[target], down.shape[0])
+        updates[target] = Update(down, up, scale, given.get("lora_magnitude_vector"))
+    return Adapter(updates, replaced, tuple(left_out))
 
 
 def _check_config(config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"an adapter of the kind {config.get('peft_type')!r}; only LoRA is merged")
-    for name in _UNKNOWN:
-        if config.get(name):
+    for name in config.keys() - _KNOWN:
+        if config[name]:
             raise ValueError(f"{_CONFIG} has {name} {config[name]!r}, which cannot be merged")
     if config.get("init_lora_weights") not in _INITIALISATIONS:
         raise ValueError(

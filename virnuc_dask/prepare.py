@@ -42,7 +42,14 @@ from virnuc_dask.residues import ALPHABET_POLICY, Block, InputSummary
 from virnuc_dask.sequences import read_blocks
 from virnuc_dask.store import Store, can_create
 from virnuc_dask.upstream import fair_esm
-from virnuc_dask.weights import PUBLISHED, describe, load_checkpoint, resolved, weights_at_hand
+from virnuc_dask.weights import (
+    PUBLISHED,
+    describe,
+    load_checkpoint,
+    published_part,
+    resolved,
+    weights_at_hand,
+)
 
 Inputs = str | Path | Sequence[str | Path]
 
@@ -84,7 +91,8 @@ def prepare(
         precision = existing.identity.precision
     checkpoint = load_checkpoint(settings.model)
     spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling)
-    emit(events.ModelRead(spec.reference, spec.weights_sha256, checkpoint.left_out))
+    has_adapter = checkpoint.adapter is not None
+    emit(events.ModelRead(spec.reference, spec.weights_sha256, has_adapter, checkpoint.left_out))
     del checkpoint  # the weights may be large, and reading takes long
     files, summary = _listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
@@ -255,9 +263,11 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
     _check(settings, summary, files)
     lengths = summary.all_lengths()
     rate: float | None = None
-    dimension = PUBLISHED.get(settings.model)
-    if dimension is None or weights_at_hand(settings.model):
+    published = published_part(settings.model)
+    if published is None or weights_at_hand(published):
         rate, dimension = _trial(settings, sample)
+    else:
+        dimension = PUBLISHED[published]
     encoded = _encoded(settings, lengths)
     rows = settings.rows_per_chunk or rows_per_chunk(summary.records, encoded)
     width = 4 if settings.dtype == "float32" else 2

@@ -21,6 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from virnuc_dask import events
 from virnuc_dask.config import Status
 from virnuc_dask.events import Event, Listener, RunSummary
+from virnuc_dask.streams import printable
 
 # Plain output gets one line in this many seconds, so that a log of a long run stays readable.
 _PLAIN_EVERY_S = 10.0
@@ -211,12 +212,15 @@ def _reading(event: events.Reading) -> str:
 def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
     """Lines that are worth keeping on the screen."""
     match event:
-        case events.ModelRead() if event.left_out and not quiet:
-            heads = ", ".join(sorted({name.split(".")[0] for name in event.left_out}))
-            yield (
-                f"note: {event.model} holds {_count(len(event.left_out), 'tensor')} beyond ESM-2's,"
-                f" of {heads}; left out"
-            )
+        case events.ModelRead() if not quiet:
+            if event.has_adapter:
+                yield f"note: the LoRA adapter in {event.model} is merged with its base model"
+            if event.left_out:
+                heads = ", ".join(sorted({name.split(".")[0] for name in event.left_out}))
+                yield (
+                    f"note: {event.model} also holds {_count(len(event.left_out), 'tensor')} that"
+                    f" ESM-2 has not ({printable(heads)}); left out"
+                )
         case events.InputRead():
             if not quiet:
                 yield from input_notes(event)

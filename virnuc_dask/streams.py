@@ -88,3 +88,8 @@ def _as_can_be(error: UnicodeError) -> tuple[str | bytes, int]:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:
         return codecs.backslashreplace_errors(error)
+
+
+def printable(text: str, most: int = 80) -> str:
+    """A text for people that comes from outside, and may be a megabyte of control codes."""
+    return "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:most])

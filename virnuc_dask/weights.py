@@ -19,8 +19,9 @@ from torch import Tensor
 from virnuc_dask.config import POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
 from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.files import expanded
-from virnuc_dask.huggingface import is_huggingface, read_huggingface, torch_load
+from virnuc_dask.huggingface import has_weights, is_huggingface, read_huggingface, torch_load
 from virnuc_dask.lora import Adapter, base_of, is_adapter, read_adapter
+from virnuc_dask.streams import printable
 
 # fair-esm's names, and the dimension of each model's embeddings.
 PUBLISHED = {
@@ -41,7 +42,7 @@ _DEMO_LAYERS, _DEMO_DIMENSION, _DEMO_HEADS = 4, 64, 4
 
 # Heads that no embedding depends on. Left out of the digest, so that weights with and without
 # fair-esm's contact regression are the same weights.
-HEADS = ("lm_head.", "contact_head.")
+_HEADS = ("lm_head.", "contact_head.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,19 +104,23 @@ class Checkpoint:
         return digest.hexdigest()
 
     def base(self) -> dict[str, Tensor]:
-        """Weights by name, without what an adapter changes."""
+        """Weights by name, without what an adapter changes, and without heads."""
+        names = {
+            name: name.removeprefix("encoder.").removeprefix("sentence_encoder.")
+            for name in self.data["model"]
+        }
         return {
-            name.removeprefix("encoder.").removeprefix("sentence_encoder."): tensor
-            for name, tensor in self.data["model"].items()
+            short: self.data["model"][name]
+            for name, short in names.items()
+            if not short.startswith(_HEADS)
         }
 
 
 def _feed(digest: Any, tensors: dict[str, Tensor]) -> None:
     for name in sorted(tensors):
-        if not name.startswith(HEADS):
-            values = tensors[name].detach().to(torch.float32).contiguous().numpy()
-            digest.update(f"{name} {values.shape}\n".encode())
-            digest.update(values)
+        values = tensors[name].detach().to(torch.float32).contiguous().numpy()
+        digest.update(f"{name} {values.shape}\n".encode())
+        digest.update(values)
 
 
 def load_checkpoint(reference: str) -> Checkpoint:
@@ -167,10 +172,20 @@ def weights_at_hand(reference: str) -> bool:
     """Whether a model can be read without a download."""
     if reference in PUBLISHED:
         return _cached(reference).is_file()
+    return reference == DEMO or _exists(Path(expanded(reference)))
+
+
+def published_part(reference: str) -> str | None:
+    """What a model has of fair-esm's, which may have to be downloaded: itself, or its base."""
     folder = Path(expanded(reference))
-    if is_adapter(folder) and not is_huggingface(folder):
-        return weights_at_hand(_published_base(folder))
-    return reference == DEMO or _exists(folder)
+    if reference in PUBLISHED:
+        return reference
+    if not _exists(folder) or not is_adapter(folder) or has_weights(folder):
+        return None
+    try:
+        return _published_base(folder)
+    except (ModelError, ValueError, AttributeError):
+        return None  # reading it says what is wrong
 
 
 def describe(
@@ -228,21 +243,23 @@ def _read(reference: str, file: Path) -> Checkpoint:
     except (MemoryError, UsageError):
         raise  # say nothing about what is in the file
     except Exception as error:  # damaged bytes raise whatever they happen to mean
-        detail = (str(error).splitlines() or [""])[0][:200]
+        detail = printable((str(error).splitlines() or [""])[0], 300)
         raise ModelError(
             f"model {file}: not an ESM-2 checkpoint, or damaged ({type(error).__name__}: {detail})"
         ) from error
     if problem:
-        raise ModelError(f"model {file}: not an ESM-2 checkpoint: {problem}")
+        raise ModelError(f"model {file}: not an ESM-2 checkpoint: {printable(problem, 300)}")
     return checkpoint
 
 
 def _parse(reference: str, file: Path) -> Checkpoint:
+    if file.suffix in (".safetensors", ".json") and file.is_file() and not is_huggingface(file):
+        raise ValueError("give the directory, with its config.json")
     if not is_adapter(file):
         data, left_out = read_huggingface(file) if is_huggingface(file) else (_unpickle(file), ())
         return Checkpoint(reference, data, None, left_out)
     adapter = read_adapter(file)
-    if is_huggingface(file):  # beside its base
+    if has_weights(file):  # beside its base, or within
         data, left_out = read_huggingface(file)
     else:
         base = load_checkpoint(_published_base(file))
@@ -302,7 +319,7 @@ def _problem(checkpoint: Checkpoint) -> str | None:
             f" {len(missing)} tensor(s), such as {', '.join(missing[:3])}; it has"
             f" {', '.join(sorted(found)[:3])}"
         )
-    if surplus := sorted(n for n in found.keys() - wanted.keys() if not n.startswith(HEADS)):
+    if surplus := sorted(found.keys() - wanted.keys()):
         return f"it has {len(surplus)} tensor(s) that ESM-2 has not: {', '.join(surplus[:3])}"
     for name, shape in wanted.items():
         if found[name].shape != shape:
