@@ -266,6 +266,7 @@ def test_events_say_everything_as_json(tmp_path: Path, client: Any) -> None:
     virnuc_dask.run(path, tmp_path / "a.zarr", client=client, listener=seen.append)
     kinds = [event.to_json()["event"] for event in seen]
     assert kinds == [
+        "model_read",
         "reading",
         "input_read",
         "run_started",
