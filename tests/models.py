@@ -136,6 +136,17 @@ def upstream_mean(
     return np.stack([upstream(network, [s], layer)[0][1:-1].mean(0) for s in sequences])
 
 
+def transformers_mean(network: Any, sequences: list[str]) -> NDArray[np.float32]:
+    """The same by an `EsmModel` of transformers."""
+    convert = Alphabet.from_architecture("ESM-1b").get_batch_converter()
+    means = []
+    for sequence in sequences:
+        _, _, tokens = convert([("", sequence)])
+        with torch.inference_mode():
+            means.append(network(tokens).last_hidden_state[0, 1:-1].mean(0).numpy())
+    return np.stack(means)
+
+
 def random_sequences(lengths: list[int], seed: int = 0) -> list[str]:
     random = np.random.default_rng(seed)
     return ["".join(random.choice(list(LETTERS), length)) for length in lengths]

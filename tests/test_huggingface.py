@@ -18,9 +18,9 @@ from models import (
     relative_error,
     save_huggingface,
     save_network,
+    transformers_mean,
     upstream_mean,
 )
-from numpy.typing import NDArray
 from safetensors.torch import load, save_file
 
 import virnuc_dask
@@ -166,7 +166,7 @@ def test_what_the_transformers_that_is_here_saves_is_read(
     network.save_pretrained(sharded, max_shard_size="100KB")
     assert len(list(sharded.glob("*.safetensors"))) > 1
     esm = transformers.EsmModel.from_pretrained(whole, dtype=torch.float32).eval()
-    expected = np.stack([_mean_by_transformers(esm, sequence) for sequence in SEQUENCES])
+    expected = transformers_mean(esm, SEQUENCES)
     encoders = [load_encoder(str(p)) for p in (whole, sharded, whole / "model.safetensors")]
     for encoder in encoders:
         assert relative_error(encoder.encode(SEQUENCES), expected) < 1e-5
@@ -194,7 +194,7 @@ def test_a_fine_tuned_model_is_read_without_its_head(
     network.save_pretrained(tmp_path / "saved")
     _save_as(tmp_path / "saved", file, shards)
     esm = transformers.EsmModel.from_pretrained(tmp_path / "saved").eval()
-    expected = np.stack([_mean_by_transformers(esm, sequence) for sequence in SEQUENCES])
+    expected = transformers_mean(esm, SEQUENCES)
     encoder = load_encoder(str(tmp_path / "saved"))
     assert relative_error(encoder.encode(SEQUENCES), expected) < 1e-5
     heads = {name.split(".")[0] for name in load_checkpoint(str(tmp_path / "saved")).left_out}
@@ -275,12 +275,6 @@ def test_what_is_missing_is_said_before_any_work(folder: Path) -> None:
         ModelError, match=r"layers\.1\.fc2\.bias has the shape \(65,\), not \(64,\)"
     ):
         load_checkpoint(str(folder))
-
-
-def _mean_by_transformers(network: Any, sequence: str) -> NDArray[np.float32]:
-    _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("", sequence)])
-    with torch.inference_mode():
-        return network(tokens).last_hidden_state[0, 1:-1].mean(0).numpy()
 
 
 def test_files_may_be_links_as_in_hugging_faces_cache(

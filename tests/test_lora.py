@@ -12,8 +12,14 @@ import pytest
 import torch
 import transformers
 from conftest import VIRAL_PROTEINS
-from esm.data import Alphabet
-from models import random_network, random_sequences, relative_error, save_huggingface, save_network
+from models import (
+    random_network,
+    random_sequences,
+    relative_error,
+    save_huggingface,
+    save_network,
+    transformers_mean,
+)
 from safetensors.torch import load, save_file
 
 import virnuc_dask
@@ -58,13 +64,7 @@ def beside(base: Path, folder: Path) -> str:
 def by_peft(model: Any) -> np.ndarray[Any, Any]:
     """What its model makes of the sequences, merged by itself."""
     network = model.merge_and_unload()
-    network = getattr(network, "esm", network).eval()
-    means = []
-    for sequence in SEQUENCES:
-        _, _, tokens = Alphabet.from_architecture("ESM-1b").get_batch_converter()([("", sequence)])
-        with torch.inference_mode():
-            means.append(network(tokens).last_hidden_state[0, 1:-1].mean(0).numpy())
-    return np.stack(means)
+    return transformers_mean(getattr(network, "esm", network).eval(), SEQUENCES)
 
 
 @pytest.mark.parametrize(

@@ -191,10 +191,10 @@ def read_adapter(folder: Path) -> Adapter:
             f"the adapter changes {len(trunks)} ESM-2 models; it has {', '.join(left_out[:3])}"
         )
     updates = {}
+    wanted = {"lora_A", "lora_B"}
+    if config.get("use_dora"):
+        wanted.add("lora_magnitude_vector")
     for target, given in parts.items():
-        wanted = {"lora_A", "lora_B"} | (
-            {"lora_magnitude_vector"} if config.get("use_dora") else set()
-        )
         if given.keys() != wanted:
             raise ValueError(f"the adapter has {', '.join(sorted(given))} for {modules[target]}")
         down, up = given["lora_A"], given["lora_B"]

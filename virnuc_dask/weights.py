@@ -105,15 +105,11 @@ class Checkpoint:
 
     def base(self) -> dict[str, Tensor]:
         """Weights by name, without what an adapter changes, and without heads."""
-        names = {
-            name: name.removeprefix("encoder.").removeprefix("sentence_encoder.")
-            for name in self.data["model"]
+        tensors = {
+            name.removeprefix("encoder.").removeprefix("sentence_encoder."): tensor
+            for name, tensor in self.data["model"].items()
         }
-        return {
-            short: self.data["model"][name]
-            for name, short in names.items()
-            if not short.startswith(_HEADS)
-        }
+        return {name: t for name, t in tensors.items() if not name.startswith(_HEADS)}
 
 
 def _feed(digest: Any, tensors: dict[str, Tensor]) -> None:
