@@ -211,6 +211,10 @@ def test_a_device_that_does_not_exist_is_refused(device: str, store: Path, tmp_p
         virnuc_dask.create_store(VIRAL_PROTEINS, tmp_path / "a.zarr", **SETTINGS, device=device)
     with pytest.raises(UsageError, match=f"device '{device}'"):
         virnuc_dask.tasks(store, device=device)
+    if device != "auto":  # which means something there
+        config = virnuc_dask.RunConfig(device=device)
+        with pytest.raises(UsageError, match=f"device '{device}'"):
+            virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "a.zarr", config=config, **SETTINGS)
     assert not (tmp_path / "a.zarr").exists()
 
 

@@ -8,14 +8,12 @@ from typing import Any
 from uuid import uuid4
 
 import numpy as np
-import torch
 from dask import delayed
 from dask.delayed import Delayed
 
 from virnuc_dask.config import Settings, precision_on
-from virnuc_dask.errors import UsageError
 from virnuc_dask.events import Listener, silence
-from virnuc_dask.prepare import Inputs, model_of, prepare
+from virnuc_dask.prepare import Inputs, check_device, model_of, prepare
 from virnuc_dask.store import Store
 from virnuc_dask.workers import Needs, embed_task
 
@@ -55,7 +53,6 @@ def create_store(
     ModelError
         The model cannot be read.
     """
-    _check_device(device)
     prepare(inputs, store, Settings(model=model, **settings), listener or silence, device)
 
 
@@ -112,7 +109,7 @@ def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -
     A process holds one model in memory. If stores of other models, layers or poolings have tasks in
     the same graph, each may have to load its own again.
     """
-    _check_device(device)
+    check_device(device)
     opened = Store(store)
     precision_on(device, opened.identity.precision)
     needs = Needs.here(opened, model_of(opened, model), device, is_met=False)
@@ -122,10 +119,3 @@ def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -
     call = uuid4().hex[:8]
     missing = np.flatnonzero(~opened.present()).tolist()
     return [task(chunk, dask_key_name=f"embed-chunk-{call}-{chunk}") for chunk in missing]
-
-
-def _check_device(device: str) -> None:
-    try:
-        torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"device {device!r}: {error}") from error

@@ -77,7 +77,7 @@ def prepare(
     Raises
     ------
     UsageError
-        The device does not have the precision.
+        The device does not exist, or does not have the precision.
     InputError
         The input cannot be read. No store is left behind.
     IdentityMismatchError
@@ -85,6 +85,7 @@ def prepare(
     NotAStoreError, StoreError, ModelError
     """
     # What can fail without reading the input fails first.
+    check_device(device)
     existing = None if can_create(store) else Store(store)
     precision = precision_on(device, settings.precision)
     if existing and settings.precision == AUTO:
@@ -119,6 +120,21 @@ def prepare(
         raise IdentityMismatchError(str(store), differences)
     emit(_input_read(summary))
     return existing, spec
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch has no name for. Whether it is there, each worker finds out.
+
+    Raises
+    ------
+    UsageError
+    """
+    import torch
+
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r}: {error}") from error
 
 
 def model_of(store: Store, reference: str | None = None) -> ModelSpec:
