@@ -29,6 +29,7 @@ import numpy as np
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from numpy.typing import NDArray
 
+from benchmarks.encoder import cosine
 from tests.models import upstream_mean, upstream_network
 from virnuc_dask.config import POOLINGS, Translation
 from virnuc_dask.encoder import load_encoder
@@ -69,13 +70,13 @@ class Deviation:
     def of(cls, found: Rows, expected: Rows) -> Deviation:
         """Compare rows, shape (n, D) each; n above `NEIGHBOURS`."""
         mean = expected.mean(0)
-        plain = _cosines(found, expected)
+        plain = cosine(found, expected)
         shared = _shared(_nearest(found - mean), _nearest(expected - mean))
         return cls(
             float(np.abs(found - expected).max()),
             float(plain.min()),
             float(np.median(plain)),
-            float(_cosines(found - mean, expected - mean).min()),
+            float(cosine(found - mean, expected - mean).min()),
             float(shared.mean()),
             float(shared.min()),
         )
@@ -86,12 +87,6 @@ class Deviation:
             f"{self.largest:.3g} | {self.lowest:.6f} | {self.median:.6f} | {self.centred:.6f} |"
             f" {self.neighbours:.1%} | {self.worst:.0%}"
         )
-
-
-def _cosines(one: Rows, other: Rows) -> NDArray[np.float64]:
-    a, b = one.astype(np.float64), other.astype(np.float64)
-    norms = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
-    return np.asarray((a * b).sum(1) / norms, np.float64)
 
 
 def _nearest(rows: Rows) -> NDArray[np.int64]:
