@@ -20,8 +20,8 @@ import virnuc_dask
 from virnuc_dask import dataset, events
 from virnuc_dask.config import RunConfig, Settings
 from virnuc_dask.errors import InputError, ModelError, UsageError
+from virnuc_dask.estimates import plan
 from virnuc_dask.events import Listener
-from virnuc_dask.prepare import plan
 from virnuc_dask.weights import load_checkpoint
 
 
@@ -247,14 +247,18 @@ def test_the_plan_is_what_the_run_then_does(tmp_path: Path, client: Any) -> None
     data = virnuc_dask.open_store(tmp_path / "a.zarr")
     assert made.embedding_bytes == data.embedding.nbytes
     assert made.sequence_bytes == data.residues.nbytes
-    assert made.residues_per_s is not None
+    assert made.is_measured
     assert made.residues_per_s > 0
+    assert made.model == summary.model
+    assert made.chunk_seconds == pytest.approx(2 * made.seconds / made.chunks)
 
 
 def test_a_plan_needs_no_download(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     made = plan(VIRAL_PROTEINS, Settings(model="esm2_t33_650M_UR50D"))
-    assert made.seconds is None
+    assert not made.is_measured
+    assert made.seconds > 0
+    assert made.model.weights_sha256 == ""
     assert made.embedding_bytes == 300 * 1280 * 4
     assert os.listdir(tmp_path) == []
 
@@ -266,7 +270,7 @@ def test_events_say_everything_as_json(tmp_path: Path, client: Any) -> None:
     virnuc_dask.run(path, tmp_path / "a.zarr", client=client, listener=seen.append)
     kinds = [event.to_json()["event"] for event in seen]
     assert kinds == [
-        "model_read",
+        "model_chosen",
         "reading",
         "input_read",
         "run_started",

@@ -27,7 +27,7 @@ from virnuc_dask import events
 from virnuc_dask.config import Settings
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import ModelError
-from virnuc_dask.prepare import plan
+from virnuc_dask.estimates import plan
 from virnuc_dask.progress import _notice
 from virnuc_dask.weights import load_checkpoint, published_part
 
@@ -152,7 +152,7 @@ def test_a_published_base_is_taken_from_where_it_is(
         (tmp_path / "adapter" / name).write_text((here / "config.json").read_text())
     assert published_part(str(tmp_path / "adapter")) == "esm2_t6_8M_UR50D"
     planned = plan(VIRAL_PROTEINS, Settings(model=str(tmp_path / "adapter")))  # no download
-    assert (planned.residues_per_s, planned.embedding_bytes) == (None, 300 * 320 * 4)
+    assert (planned.is_measured, planned.embedding_bytes) == (False, 300 * 320 * 4)
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     save_network(network, tmp_path / "hub" / "checkpoints" / "esm2_t6_8M_UR50D.pt")
     encoder = load_encoder(str(tmp_path / "adapter"))
@@ -297,8 +297,10 @@ def test_a_run_says_what_it_leaves_out_and_workers_merge_too(
         inputs, tmp_path / "out.zarr", model=reference, client=client, listener=seen.append
     )
     assert summary.exit_code == 0
-    (read,) = (event for event in seen if isinstance(event, events.ModelRead))
+    (read,) = (event for event in seen if isinstance(event, events.ModelChosen))
     assert list(_notice(read)) == [
+        f"model: {reference}, weights {summary.model.weights_sha256[:12]}, layer 2, mean pooling,"
+        " float32 on cpu",
         f"note: the LoRA adapter in {reference} is merged with its base model",
         f"note: {reference} also holds 4 tensors that ESM-2 has not (classifier); left out",
     ]

@@ -26,6 +26,7 @@ from virnuc_dask.encoder import Encoder, load_encoder
 from virnuc_dask.errors import UsageError
 from virnuc_dask.esm2 import Network
 from virnuc_dask.memory import is_out_of_memory
+from virnuc_dask.models import Estimate
 from virnuc_dask.store import Store
 
 IDENTITY = Identity(
@@ -88,7 +89,7 @@ def test_delays_double_and_spread() -> None:
 
 def test_a_deadline_follows_the_running_median() -> None:
     config = RunConfig(deadline_factor=10, deadline_floor=2, deadline_first=500)
-    pace = retry.Pace(config)
+    pace = retry.Pace(config, Estimate(100.0, 5.0))
     for seconds in (1.0, 3.0):
         pace.took(1_000, seconds)
         assert pace.patience().allowed(1_000) == 500
@@ -100,6 +101,19 @@ def test_a_deadline_follows_the_running_median() -> None:
     for _ in range(200):
         pace.took(1_000, 0.5)
     assert pace.patience().allowed(1_000) == pytest.approx(5)
+
+
+def test_before_a_median_is_known_deadlines_follow_from_the_estimate() -> None:
+    estimate = Estimate(residues_per_s=100.0, load_s=50.0)
+    pace = retry.Pace(RunConfig(deadline_factor=10, deadline_floor=2), estimate)
+    # Never less than ten minutes, and a hundred times what a chunk is thought to take.
+    assert pace.patience() == retry.Patience(650.0, 600.0, 1.0)
+    assert pace.patience().allowed(10_000) == 10_000
+    for _ in range(3):
+        pace.took(1_000, 1.0)
+    assert pace.patience() == retry.Patience(650.0, 2, 0.01)
+    patient = retry.Pace(RunConfig(deadline_floor=900), estimate).patience()
+    assert (patient.start, patient.least) == (900, 900)
 
 
 @pytest.mark.parametrize(

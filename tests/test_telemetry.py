@@ -30,7 +30,7 @@ def test_every_chunk_is_accounted_for_beside_the_store(
     found = lines(file)
     assert len({line["run"] for line in found}) == 1
     kinds = [line["event"] for line in found]
-    assert kinds[:2] == ["model_read", "input_read"]
+    assert kinds[:2] == ["model_chosen", "input_read"]
     assert kinds[-1] == "run_summary"
     done = [line for line in found if line["event"] == "chunk_done"]
     assert sorted(line["chunk"] for line in done) == [0, 1, 2, 3]

@@ -21,7 +21,7 @@ import virnuc_dask
 from virnuc_dask import dataset
 from virnuc_dask.config import Settings, Translation
 from virnuc_dask.errors import IdentityMismatchError, InputError, StoreError, UsageError
-from virnuc_dask.prepare import plan
+from virnuc_dask.estimates import plan
 from virnuc_dask.store import Store
 from virnuc_dask.translate import cut_windows, translate
 

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
@@ -18,8 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from virnuc_dask import __version__
-from virnuc_dask.config import RunConfig, Settings
-from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.config import AUTO, RunConfig, Settings
+from virnuc_dask.errors import RandomWeightsWarning, UsageError, VirnucError
 from virnuc_dask.interrupts import SAID, cleaning_up
 from virnuc_dask.options import (
     display_options,
@@ -114,14 +115,23 @@ def resume(store: str, **options: Any) -> None:
 @main.command()
 @click.argument("inputs", nargs=-1, required=True)
 @identity_options
-@click.option("--workers", type=click.IntRange(1), help="For the estimate.  [default: one a core]")
+@click.option(
+    "--device", default=AUTO, show_default=True, help="That will compute, such as cuda. auto: cpu."
+)
+@click.option(
+    "--workers",
+    type=click.IntRange(1),
+    help="For the estimate.  [default: one a core, or one for another device]",
+)
 @click.option("--strict", is_flag=True, help="Refuse input with letters that are no residues.")
 @click.option("--json", "as_json", is_flag=True)
-def plan(inputs: tuple[str, ...], workers: int | None, as_json: bool, **options: Any) -> None:
+def plan(
+    inputs: tuple[str, ...], device: str, workers: int | None, as_json: bool, **options: Any
+) -> None:
     """Say what embedding INPUTS would take: records, letters, chunks, bytes, time."""
-    from virnuc_dask.prepare import plan as make
+    from virnuc_dask.estimates import plan as make
 
-    made = make(inputs, Settings(**settings_of(options)), workers=workers)
+    made = make(inputs, Settings(**settings_of(options)), device=device, workers=workers)
     if as_json:
         print(json.dumps(made.to_json()))
         return
@@ -162,8 +172,9 @@ def status(store: str, rows: bool, as_json: bool) -> None:
     print(chunk_map(found.present, sys.stdout.encoding))
     print(
         f"{done:,} of {found.chunks:,} chunks, {found.rows_done:,} of {found.records:,} rows"
-        f" ({found.rows_done / found.records:.1%}), model {found.model}"
+        f" ({found.rows_done / found.records:.1%})"
     )
+    print(f"model: {printable(found.model.described(found.device), 1000)}")
     if rows:
         for state, number in document["states"].items():
             print(f"{state:<18} {number:,}")
@@ -322,6 +333,7 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
     from virnuc_dask.progress import display, recorded
 
     kind, telemetry = shown
+    warnings.simplefilter("ignore", RandomWeightsWarning)  # the first line says it
     # What the user should know of a lost worker or scheduler comes as an event or an error; these
     # would add a traceback of whatever message was on its way. The second has a level of its own.
     for name in ("distributed", "distributed.client"):

@@ -36,6 +36,8 @@ from virnuc_dask.local import allow_open_files, apart, have_home, started
 THREADS_PER_WORKER = 2
 THREADS_PER_GPU = 3
 _START_S = 120
+# Workers that a scheduler elsewhere is taken to have before anybody has asked it.
+_ELSEWHERE = 16
 _DEFAULT = RunConfig()
 # Clusters that are started and closed here.
 OWN = ("local", "local-cuda")
@@ -79,8 +81,7 @@ def connect(
         start = (
             partial(_start_gpus, workers)
             if cluster == "local-cuda"
-            # Of another device than cores there may be one.
-            else partial(_start_cores, workers or (CPU_COUNT if config.device in _CORES else 1))
+            else partial(_start_cores, expected_workers(cluster, workers, config))
         )
         with (
             apart({**MALLOC, **CALM, **_KEEP_PLACES, **_method()}),
@@ -132,6 +133,16 @@ def resolve(cluster: str) -> str:
     if cluster == "local-cuda":
         _gpu_cluster()
     return cluster
+
+
+def expected_workers(cluster: str, workers: int | None, config: RunConfig) -> int:
+    """How many workers a cluster will have; of a scheduler elsewhere nobody knows beforehand."""
+    if workers is not None:
+        return workers
+    if cluster == "local":
+        # Of another device than cores there may be one.
+        return CPU_COUNT if config.device in _CORES else 1
+    return max(1, len(visible_gpus())) if cluster == "local-cuda" else _ELSEWHERE
 
 
 def visible_gpus() -> list[str]:

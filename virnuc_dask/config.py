@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from enum import IntEnum
-from math import log2
 from typing import Any, Literal, get_args
 
 from virnuc_dask.errors import UsageError
@@ -60,11 +59,9 @@ class Status(IntEnum):
         return self.name.lower()
 
 
-# A worker's checkpoint holds about this many residues, so that a chunk of reads and a chunk of
-# long proteins cost about the same, and never more than VirNucPro's 10,000 sequences.
-RESIDUES_PER_CHUNK = 2**17
-MIN_ROWS_PER_CHUNK = 32
-MAX_ROWS_PER_CHUNK = 8192
+# A model of random weights that needs no download, for trying the pipeline. Never for science.
+DEMO = "demo"
+RANDOM_WEIGHTS = "random weights: these embeddings mean nothing"
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +90,26 @@ class ModelSpec:
     repr_layer: int
     pooling: Pooling = "mean"
     precision: Precision = "float32"
+
+    @property
+    def has_random_weights(self) -> bool:
+        """Whether this is the demo model, whose embeddings mean nothing."""
+        return self.reference == DEMO
+
+    def described(self, device: str) -> str:
+        """All that a person should know of it, in a line.
+
+        Parameters
+        ----------
+        device : str
+            On which it computes; empty if that is not known.
+        """
+        weights = f"weights {self.weights_sha256[:12]}" if self.weights_sha256 else "not here yet"
+        random = f" ({RANDOM_WEIGHTS})" if self.has_random_weights else ""
+        parts = [self.reference + random, weights, f"layer {self.repr_layer}"]
+        parts.append(f"{self.pooling} pooling")
+        parts.append(f"{self.precision} on {device}" if device else self.precision)
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,8 +224,8 @@ class Settings:
     long : {'truncate', 'window', 'skip'}
         What becomes of longer sequences.
     rows_per_chunk : int, optional
-        Rows that are computed and saved together. Default: what the store has, or about 2^17
-        residues.
+        Rows that are computed and saved together. Default: what the store has; for a new one see
+        `models.Estimate.rows_per_chunk`.
     per_residue : bool
         Store the representation of each residue too, as float16.
     translation : Translation, optional
@@ -271,9 +288,9 @@ class RunConfig:
         the worker replaced. Usual is the running median, per residue.
     deadline_floor : float
         Seconds that any attempt may take.
-    deadline_first : float
+    deadline_first : float, optional
         Seconds that an attempt may take while too few chunks are done to know what is usual, and
-        that a worker may take to load the model.
+        that a worker may take to load the model. Default: by the model's size and the device.
     grace : float
         Seconds that running chunks get to finish after SIGINT or SIGTERM.
     in_flight : int, optional
@@ -299,7 +316,7 @@ class RunConfig:
     suspect_after: int = 2
     deadline_factor: float = 20.0
     deadline_floor: float = 60.0
-    deadline_first: float = 3600.0
+    deadline_first: float | None = None
     grace: float = 30.0
     in_flight: int | None = None
     verify: bool = False
@@ -381,18 +398,3 @@ def precision_on(device: str, precision: Precision | Literal["auto"]) -> Precisi
     if precision == "float16" and on_cpu:
         raise UsageError("precision float16 is for GPUs; a CPU has bfloat16 and int8")
     return precision
-
-
-def rows_per_chunk(records: int, encoded_residues: int) -> int:
-    """Rows per chunk for an input: the power of two near 2^17 residues, within 32 and 8,192.
-
-    Parameters
-    ----------
-    records : int
-        Records in the input.
-    encoded_residues : int
-        Residues that will go through the encoder.
-    """
-    mean = max(1.0, encoded_residues / max(1, records))
-    rows = 2 ** round(log2(RESIDUES_PER_CHUNK / mean))
-    return int(min(MAX_ROWS_PER_CHUNK, max(MIN_ROWS_PER_CHUNK, rows)))

@@ -21,7 +21,7 @@ import numpy as np
 from distributed import Client, performance_report
 
 from virnuc_dask import events
-from virnuc_dask.cluster import check_scheduler, connect, resolve
+from virnuc_dask.cluster import check_scheduler, connect, expected_workers, resolve
 from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.errors import PlaceError, StoreError, UsageError
@@ -103,7 +103,8 @@ def run(
     emit = listener or silence
     chosen = Settings(model=model, **settings)
     cluster, config = _settle(client, cluster, config)
-    opened, spec = prepare(inputs, store, chosen, emit, config.device)
+    expected = _expected_workers(client, cluster, workers, config)
+    opened, spec = prepare(inputs, store, chosen, emit, config.device, expected)
     return _fill(opened, spec, client, cluster, workers, config, emit, started)
 
 
@@ -135,7 +136,9 @@ def resume(
     opened = Store(store)
     spec = model_of(opened, model)
     cluster, config = _settle(client, cluster, config)
-    return _fill(opened, spec, client, cluster, workers, config, listener or silence, started)
+    emit = listener or silence
+    emit(events.ModelChosen(spec, config.device))
+    return _fill(opened, spec, client, cluster, workers, config, emit, started)
 
 
 def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:
@@ -146,6 +149,16 @@ def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tu
     Shard.parse(config.shard, os.environ)
     device = "cuda" if cluster == "local-cuda" else "cpu"
     return cluster, replace(config, device=device) if config.device == AUTO else config
+
+
+def _expected_workers(
+    client: Client | None, cluster: str, workers: int | None, config: RunConfig
+) -> int:
+    """Workers that will compute, about: in all runs that share the store."""
+    runs = Shard.parse(config.shard, os.environ).count
+    if client is not None:
+        return runs * max(1, len(client.nthreads()))
+    return runs * expected_workers(cluster, workers, config)
 
 
 def _fill(
@@ -184,8 +197,6 @@ def _fill(
             len(missing),
             store.rows_in(missing),
             sum(costs[chunk] for chunk in missing),
-            spec.reference,
-            spec.dimension,
         )
     )
     needs = Needs.here(
@@ -260,8 +271,7 @@ def _dashboard(client: Client) -> str | None:
 
 def _check_workers(client: Client, needs: Needs, work: Work) -> None:
     began = time.monotonic()
-    patience = max(work.config.deadline_first, work.config.deadline_floor)
-    fit = preflight(client, needs, patience, lambda: work.signal is not None)
+    fit = preflight(client, needs, work.pace.patience().start, lambda: work.signal is not None)
     work.emit(events.WorkersChecked(len(fit), time.monotonic() - began))
 
 
@@ -278,6 +288,8 @@ def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSum
         counts[Status.PENDING.meaning] = pending
     return RunSummary(
         str(store.path),
+        work.spec,
+        work.device,
         store.records,
         store.chunk_count,
         dict(counts),

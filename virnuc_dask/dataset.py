@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.config import Status
+from virnuc_dask.config import ModelSpec, Status
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.integrity import check_chunk, check_sequences, leftovers
 from virnuc_dask.packing import encoded_lengths
@@ -94,7 +94,11 @@ class StoreStatus:
 
     Attributes
     ----------
-    path, model : str
+    path : str
+    model : ModelSpec
+        Its reference is where the weights were when the store was made.
+    device : str
+        That the store was made for; empty if it does not say so.
     records, chunks, rows_per_chunk, dimension : int
     present : ndarray, bool, shape (chunks,)
     rows_done : int
@@ -102,7 +106,8 @@ class StoreStatus:
     """
 
     path: str
-    model: str
+    model: ModelSpec
+    device: str
     records: int
     chunks: int
     rows_per_chunk: int
@@ -124,7 +129,8 @@ def status(store: str | Path) -> StoreStatus:
     present = opened.present()
     return StoreStatus(
         str(opened.path),
-        str(opened.provenance.get("model", "unknown")),
+        opened.model,
+        opened.device,
         opened.records,
         opened.chunk_count,
         opened.identity.rows_per_chunk,

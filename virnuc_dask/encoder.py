@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from virnuc_dask import faults
-from virnuc_dask.config import ModelSpec, Pooling, Precision, precision_on
+from virnuc_dask.config import DEMO, ModelSpec, Pooling, Precision, precision_on
 from virnuc_dask.errors import InputError
 from virnuc_dask.esm2 import Network
 from virnuc_dask.memory import fitting_tokens, grown, is_out_of_memory, release_memory
@@ -31,7 +31,7 @@ from virnuc_dask.packing import (
 from virnuc_dask.queues import Queue, to_device
 from virnuc_dask.residues import clean_sequence
 from virnuc_dask.turns import Turn
-from virnuc_dask.weights import DEMO, Checkpoint, describe, load_checkpoint
+from virnuc_dask.weights import Checkpoint, describe, load_checkpoint
 
 
 def load_encoder(

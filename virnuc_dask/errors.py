@@ -57,6 +57,10 @@ class ModelError(UsageError):
     """A model that is unknown, unreadable, or not the one it should be."""
 
 
+class RandomWeightsWarning(UserWarning):
+    """Embeddings of the demo model, which mean nothing."""
+
+
 class StoreError(VirnucError):
     """A store that is damaged, or cannot be read or written."""
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from virnuc_dask.config import Status
+from virnuc_dask.config import ModelSpec, Status
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,13 +34,17 @@ class Reading(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class ModelRead(Event):
-    """The model; whether an adapter is merged; tensors that are not ESM-2's, as a classifier's."""
+class ModelChosen(Event):
+    """The model, and what it computes on: always the first event.
 
-    model: str
-    weights_sha256: str
-    has_adapter: bool
-    left_out: tuple[str, ...]
+    Where the weights were read, also whether an adapter is merged, and which tensors are not
+    ESM-2's, as a classifier's.
+    """
+
+    model: ModelSpec
+    device: str
+    has_adapter: bool = False
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +77,6 @@ class RunStarted(Event):
     chunks_to_compute: int
     rows_to_compute: int
     residues_to_encode: int
-    model: str
-    dimension: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +193,9 @@ class RunSummary(Event):
     Attributes
     ----------
     store : str
+    model : ModelSpec
+    device : str
+        That the workers computed on.
     records, chunks : int
         Rows and chunks of the store.
     counts : dict of str to int
@@ -220,6 +225,8 @@ class RunSummary(Event):
     """
 
     store: str
+    model: ModelSpec
+    device: str
     records: int
     chunks: int
     counts: dict[str, int]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,11 +16,12 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask import __version__
 from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.files import expanded, sync
 from virnuc_dask.integrity import check_sequences
-from virnuc_dask.store import TRANSLATED, Store
+from virnuc_dask.store import ATTRIBUTE, TRANSLATED, Store
 from virnuc_dask.streams import Descriptor
 
 # A cell that begins with one of these is a formula to a spreadsheet. See OWASP, "CSV injection".
@@ -54,7 +56,9 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     """Write a store's rows, in their order, into one file.
 
     Columns are `sequence_id`, `length`, `status`, of translated rows `read`, `window`, `frame` and
-    `start`, and the embedding.
+    `start`, and the embedding. What they are, model, weights, layer, pooling, precision and
+    versions, is JSON text: in Parquet's schema and HDF5's root under ``virnuc_dask``, in NumPy's
+    archive an array of that name, and beside CSV and TSV a file, ``OUT.json``.
 
     Parameters
     ----------
@@ -79,8 +83,8 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     Raises
     ------
     UsageError
-        The suffix is not known, the package for it is not there, `out` exists or is a URL, or an
-        identifier is too long for NumPy.
+        The suffix is not known, the package for it is not there, `out` or the file beside it
+        exists, `out` is a URL, or an identifier is too long for NumPy.
     StoreError
         The store is not complete, or damaged.
     OSError
@@ -88,8 +92,10 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     """
     opened, path = Store(store), Path(expanded(out))
     write = _writer(str(out), guard)
-    if path.exists():
-        raise UsageError(f"{path} exists; give another name, or remove it")
+    beside = _beside(path)
+    for file in (path, beside):
+        if file and file.exists():
+            raise UsageError(f"{file} exists; give another name, or remove it")
     missing = int((~opened.present()).sum())
     if missing and not partial:
         raise StoreError(
@@ -100,19 +106,37 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
         raise StoreError(f"{store}: {problem}; run again from the input, into another store")
     # Not with all of its name, which may be as long as a name can be.
     unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
+    about = unfinished.with_suffix(".json")
     try:
         rows = write(unfinished, opened, _read(opened))
+        if beside:
+            about.write_text(_about(opened) + "\n")
+            sync(about)
         # Its name is for what survives a power cut.
         sync(unfinished)
+        if beside:
+            about.rename(beside)
         unfinished.rename(path)
         sync(path.parent)
     except OSError as error:
-        if error.filename is not None and Path(error.filename) != unfinished:
+        if error.filename is not None and Path(error.filename) not in (unfinished, about):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        unfinished.unlink(missing_ok=True)
+        for file in (unfinished, about):
+            file.unlink(missing_ok=True)
     return rows
+
+
+def _beside(path: Path) -> Path | None:
+    """The file that says what a table of text is, which has no place for it."""
+    is_text = any(suffix.lower() in _DELIMITERS for suffix in path.suffixes[-2:])
+    return path.with_name(f"{path.name}.json") if is_text else None
+
+
+def _about(store: Store) -> str:
+    """What the rows of an export are, as JSON text."""
+    return json.dumps({**store.about(), "exported_by": f"virnuc_dask {__version__}"})
 
 
 _Writer = Callable[[Path, Store, Iterable[_Part]], int]
@@ -232,6 +256,7 @@ def _write_parquet(path: Path, store: Store, parts: Iterable[_Part]) -> int:
                 mask=pyarrow.array(~part.has_embedding),
             )
             rows = pyarrow.table({**part.columns, "embedding": lists})
+            rows = rows.replace_schema_metadata({ATTRIBUTE: _about(store)})
             if table is None:
                 table = stack.enter_context(parquet.ParquetWriter(file, rows.schema))
             table.write_table(rows)
@@ -254,9 +279,10 @@ def _write_npz(path: Path, store: Store, parts: Iterable[_Part]) -> int:
                 file.write(np.where(part.has_embedding[:, None], part.embedding, np.nan))
                 for name, values in part.columns.items():
                     others.setdefault(name, []).append(np.array(values))
+        others[ATTRIBUTE] = [np.array(_about(store))]
         for name, pieces in others.items():
             # Text of fixed width, which takes no pickle to read.
-            whole = np.concatenate(pieces)
+            whole = np.concatenate(pieces) if pieces[0].ndim else pieces[0]
             with _array_in(archive, name, whole.shape, whole.dtype) as file:
                 file.write(whole)
     return store.records
@@ -290,11 +316,12 @@ class _Sink(Descriptor):
             raise self.error
 
 
-def _write_hdf5(path: Path, _store: Store, parts: Iterable[_Part]) -> int:
+def _write_hdf5(path: Path, store: Store, parts: Iterable[_Part]) -> int:
     import h5py
 
     written = 0
     with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
+        file.attrs[ATTRIBUTE] = _about(store)
         for part in parts:
             for number in np.flatnonzero(part.has_embedding).tolist():
                 row = part.first + number

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from virnuc_dask.config import Identity, Status
+from virnuc_dask.config import DEMO, RANDOM_WEIGHTS, Identity, Status
 from virnuc_dask.errors import NotAStoreError, StoreError
 from virnuc_dask.files import ROOT
 from virnuc_dask.packing import encoded_lengths
@@ -191,6 +191,8 @@ class Ingest:
         )
         if identity.per_residue:
             self._create_residue_arrays(identity, dimension)
+        if provenance["model"] == DEMO:
+            self._group.attrs["comment"] = RANDOM_WEIGHTS
         more = " residue_slot" if identity.per_residue else ""
         more += "".join(f" {name}" for name in self._origin)
         self._group.attrs.update(

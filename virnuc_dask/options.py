@@ -81,7 +81,7 @@ identity_options = _options(
     click.option(
         "--rows-per-chunk",
         type=click.IntRange(1, 10_000),
-        help="Rows that are computed and saved together.  [default: about 131,072 residues]",
+        help="Rows that are computed and saved together.  [default: what takes up to 40 s]",
     ),
     click.option("--per-residue", is_flag=True, help="Store each residue's too, as float16."),
     click.option(
@@ -206,10 +206,11 @@ work_options = _options(
         click.FloatRange(0),
         "Seconds that any chunk may take.",
     ),
-    _setting(
-        "deadline_first",
-        click.FloatRange(0),
-        "Seconds that a chunk may take before a median is known, and a worker to load the model.",
+    click.option(
+        "--deadline-first",
+        type=click.FloatRange(0),
+        help="Seconds that a chunk may take before a median is known, and a worker to load the"
+        " model.  [default: by the model's size and the device]",
     ),
     _setting(
         "grace",

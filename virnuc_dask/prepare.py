@@ -3,64 +3,65 @@
 from __future__ import annotations
 
 import platform
-import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from dask.system import CPU_COUNT
 from numpy.typing import NDArray
 
 from virnuc_dask import __version__, events, retry
 from virnuc_dask.config import (
     AUTO,
+    DEMO,
     FORMAT,
+    RANDOM_WEIGHTS,
     Identity,
     ModelSpec,
     Settings,
     precision_on,
-    rows_per_chunk,
 )
 from virnuc_dask.errors import (
     IdentityMismatchError,
     InputError,
     PlaceError,
+    RandomWeightsWarning,
     StoreError,
     UsageError,
 )
 from virnuc_dask.events import Listener
 from virnuc_dask.files import expanded
 from virnuc_dask.ingest import Ingest
+from virnuc_dask.models import Estimate
 from virnuc_dask.packing import encoded_lengths, residues_to_encode
 from virnuc_dask.places import place_of
-from virnuc_dask.residues import ALPHABET_POLICY, Block, InputSummary
+from virnuc_dask.residues import ALPHABET_POLICY, InputSummary
 from virnuc_dask.sequences import read_blocks
 from virnuc_dask.store import Store, can_create
-from virnuc_dask.upstream import fair_esm
 from virnuc_dask.weights import (
-    PUBLISHED,
     describe,
     load_checkpoint,
-    published_part,
     resolved,
-    weights_at_hand,
 )
 
 Inputs = str | Path | Sequence[str | Path]
 
-# Residues that are encoded to estimate the speed: a second or two with a small model.
-_TRIAL_RESIDUES = 2**14
 # Share of the records from which on an input is taken for what they look like.
 _MOST = 0.9
 
 
 def prepare(
-    inputs: Inputs, store: str | Path, settings: Settings, emit: Listener, device: str = "cpu"
+    inputs: Inputs,
+    store: str | Path,
+    settings: Settings,
+    emit: Listener,
+    device: str = "cpu",
+    workers: int = 1,
 ) -> tuple[Store, ModelSpec]:
     """Make a store of an input, or make sure that a store there was made from it.
 
@@ -70,9 +71,11 @@ def prepare(
     store : path
     settings : Settings
     emit : callable
-        Gets `ModelRead`, `Reading` and `InputRead` events.
+        Gets `ModelChosen`, `Reading` and `InputRead` events.
     device : str
-        That the workers will compute on; ``auto`` precision depends on it.
+        That the workers will compute on; ``auto`` precision depends on it, and the size of chunks.
+    workers : int
+        How many there will be, about: each is to have several chunks.
 
     Raises
     ------
@@ -93,9 +96,11 @@ def prepare(
     checkpoint = load_checkpoint(settings.model)
     spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling)
     has_adapter = checkpoint.adapter is not None
-    emit(events.ModelRead(spec.reference, spec.weights_sha256, has_adapter, checkpoint.left_out))
+    emit(events.ModelChosen(spec, device, has_adapter, checkpoint.left_out))
+    if spec.has_random_weights:
+        warnings.warn(f"model {DEMO!r} has {RANDOM_WEIGHTS}", RandomWeightsWarning, stacklevel=3)
     del checkpoint  # the weights may be large, and reading takes long
-    files, summary = _listed(inputs), InputSummary()
+    files, summary = listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
     if existing is None:
         with _explained(store):
@@ -105,20 +110,22 @@ def prepare(
                 with _explained(store):
                     ingest.append(block)
                 emit(events.Reading(summary.records, summary.residues))
-            _check(settings, summary, files)
-            wanted = _identity(settings, spec, summary)
+            check_input(settings, summary, files)
+            rows = rows_per_chunk(settings, spec, summary, device, workers)
+            wanted = identity_of(settings, spec, summary, rows)
             with _explained(store):
-                ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary))
+                ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary, device))
         # Ours, or that of a run which was faster.
         existing = Store(store)
     else:
         for _ in blocks:
             emit(events.Reading(summary.records, summary.residues))
-        _check(settings, summary, files)
-        wanted = _identity(settings, spec, summary, existing.identity.rows_per_chunk)
+        check_input(settings, summary, files)
+        rows = settings.rows_per_chunk or existing.identity.rows_per_chunk
+        wanted = identity_of(settings, spec, summary, rows)
     if differences := existing.identity.differences(wanted):
         raise IdentityMismatchError(str(store), differences)
-    emit(_input_read(summary))
+    emit(input_read(summary))
     return existing, spec
 
 
@@ -146,15 +153,7 @@ def model_of(store: Store, reference: str | None = None) -> ModelSpec:
     reference : str, optional
         Where the weights are now, if not where they were.
     """
-    identity = store.identity
-    return ModelSpec(
-        resolved(reference or str(store.provenance["model"])),
-        identity.weights_sha256,
-        store.dimension,
-        identity.repr_layer,
-        identity.pooling,
-        identity.precision,
-    )
+    return replace(store.model, reference=resolved(reference or store.model.reference))
 
 
 @contextmanager
@@ -168,144 +167,7 @@ def _explained(store: str | Path) -> Iterator[None]:
         raise StoreError(place_of(store).explain(error)) from error
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a run would take.
-
-    Attributes
-    ----------
-    input : InputRead
-    longest, median : int
-        Residues.
-    long_records : int
-        Records longer than `max_residues`.
-    encoded_residues : int
-        Residues that would go through the encoder.
-    chunks, rows_per_chunk : int
-    embedding_bytes : int
-        Before compression, which gains little on embeddings.
-    sequence_bytes : int
-        Residues, before compression.
-    residue_embedding_bytes : int
-        Representations of single residues, before compression.
-    residues_per_s : float, optional
-        Of one worker, measured here on a sample; None if the weights are not on this machine, or
-        the sample has nothing to encode.
-    workers : int
-        That the estimate counts on.
-    without_row : list of str
-        Identifiers of the nucleotide records that give no row.
-    """
-
-    input: events.InputRead
-    longest: int
-    median: int
-    long_records: int
-    encoded_residues: int
-    chunks: int
-    rows_per_chunk: int
-    embedding_bytes: int
-    sequence_bytes: int
-    residue_embedding_bytes: int
-    residues_per_s: float | None
-    workers: int
-    without_row: list[str]
-
-    @property
-    def seconds(self) -> float | None:
-        """Estimated time on this machine."""
-        if not self.encoded_residues:
-            return 0.0
-        if self.residues_per_s is None:
-            return None
-        return self.encoded_residues / (self.residues_per_s * self.workers)
-
-    def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
-        return asdict(self) | {"seconds": self.seconds}
-
-    def lines(self) -> Iterator[tuple[str, str]]:
-        """What a person wants to know, as (name, value)."""
-        if self.input.reads:
-            yield "reads", f"{self.input.reads:,} ({self.input.nucleotides:,} nucleotides)"
-            yield "without frame", f"{self.input.without_row:,} reads"
-        yield "rows" if self.input.reads else "records", f"{self.input.records:,}"
-        yield "residues", f"{self.input.residues:,} (median {self.median:,}, most {self.longest:,})"
-        if self.input.empty or self.input.invalid:
-            yield "quarantined", f"{self.input.invalid:,} invalid, {self.input.empty:,} empty"
-        yield "long records", f"{self.long_records:,}"
-        yield "to encode", f"{self.encoded_residues:,} residues"
-        yield "chunks", f"{self.chunks:,} of {self.rows_per_chunk:,} rows"
-        parts = (self.embedding_bytes, self.sequence_bytes, self.residue_embedding_bytes)
-        size = sum(parts) / 1e6
-        yield "store", f"about {size:,.1f} MB before compression"
-        if not self.encoded_residues:
-            yield "time", "none: there is nothing to encode"
-        elif self.seconds is None or self.residues_per_s is None:
-            yield "time", "unknown: the weights are not on this machine"
-        else:
-            yield (
-                "time",
-                f"about {self.seconds / 60:,.1f} min with {self.workers} workers here"
-                f" ({self.residues_per_s:,.0f} residues/s each, one thread)",
-            )
-
-
-def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | None = None) -> Plan:
-    """Read an input and say what embedding it would take. Writes nothing.
-
-    Parameters
-    ----------
-    inputs : path or sequence of path
-    settings : Settings, optional
-    workers : int, optional
-        Workers for the estimate; default: one for each core.
-
-    Raises
-    ------
-    InputError, ModelError
-    UsageError
-        There is no fair-esm.
-    """
-    fair_esm()
-    settings = settings or Settings()
-    summary = InputSummary()
-    sample: Block | None = None
-    files = _listed(inputs)
-    blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
-    for block in blocks:
-        if sample is None and len(block.lengths):
-            sample = _first_rows(block, _TRIAL_RESIDUES)
-    _check(settings, summary, files)
-    lengths = summary.all_lengths()
-    rate: float | None = None
-    published = published_part(settings.model)
-    if published is None or weights_at_hand(published):
-        rate, dimension = _trial(settings, sample)
-    else:
-        dimension = PUBLISHED[published]
-    encoded = _encoded(settings, lengths)
-    rows = settings.rows_per_chunk or rows_per_chunk(summary.records, encoded)
-    width = 4 if settings.dtype == "float32" else 2
-    kept = encoded_lengths(lengths, settings.max_residues, settings.long)
-    return Plan(
-        _input_read(summary),
-        int(lengths.max()),
-        int(np.median(lengths)),
-        int((lengths > settings.max_residues).sum()),
-        encoded,
-        -(-summary.records // rows),
-        rows,
-        summary.records * dimension * width,
-        summary.residues,
-        int(kept.sum()) * dimension * 2 if settings.per_residue else 0,
-        rate,
-        workers or CPU_COUNT,
-        summary.without_row,
-    )
-
-
-def _check(settings: Settings, summary: InputSummary, files: Sequence[str | Path]) -> None:
+def check_input(settings: Settings, summary: InputSummary, files: Sequence[str | Path]) -> None:
     """Refuse what gives no row, proteins that are to be translated, nucleotides that are not."""
     if settings.molecule == AUTO:
         _check_molecule(summary)
@@ -337,7 +199,8 @@ def _check_molecule(summary: InputSummary) -> None:
         )
 
 
-def _input_read(summary: InputSummary) -> events.InputRead:
+def input_read(summary: InputSummary) -> events.InputRead:
+    """The input as an event."""
     return events.InputRead(
         summary.records,
         summary.residues,
@@ -355,14 +218,15 @@ def _input_read(summary: InputSummary) -> events.InputRead:
 
 
 def _provenance(
-    files: Sequence[str | Path], spec: ModelSpec, summary: InputSummary
+    files: Sequence[str | Path], spec: ModelSpec, summary: InputSummary, device: str
 ) -> dict[str, Any]:
     """How the store came to be, for people; nothing is ever decided by it."""
     packages = ("fair-esm", "torch", "zarr", "dask", "numpy")
     return {
         "model": spec.reference,
+        "device": device,
         "inputs": [str(file) for file in files],
-        "input": {k: v for k, v in _input_read(summary).to_json().items() if k != "event"},
+        "input": {k: v for k, v in input_read(summary).to_json().items() if k != "event"},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": platform.machine(),
@@ -373,29 +237,34 @@ def _provenance(
 # --- parts ---------------------------------------------------------------------------------------
 
 
-def _listed(inputs: Inputs) -> list[str]:
+def listed(inputs: Inputs) -> list[str]:
     """Inputs one by one; ``-`` is standard input, whatever is there."""
     names = [inputs] if isinstance(inputs, (str, Path)) else inputs
     return [name if name == "-" else expanded(name) for name in names]
 
 
-def _first_rows(block: Block, residues: int) -> Block:
-    """The first rows of a block with about this many residues, at least one row."""
-    rows = max(1, int(np.searchsorted(np.cumsum(block.lengths), residues)))
-    lengths = block.lengths[:rows]
-    return Block(block.ids[:rows], lengths, block.residues[: int(lengths.sum())])
-
-
-def _encoded(settings: Settings, lengths: NDArray[np.int32]) -> int:
+def encoded_residues(settings: Settings, lengths: NDArray[np.int32]) -> int:
     """Residues that go through the encoder."""
     return int(residues_to_encode(lengths, settings.max_residues, settings.long).sum())
 
 
-def _identity(
-    settings: Settings, spec: ModelSpec, summary: InputSummary, rows: int | None = None
-) -> Identity:
-    """What row values depend on; `rows` per chunk where the user chose none."""
-    encoded = _encoded(settings, summary.all_lengths())
+def rows_per_chunk(
+    settings: Settings, spec: ModelSpec, summary: InputSummary, device: str, workers: int
+) -> int:
+    """Rows per chunk of a new store."""
+    if settings.rows_per_chunk:
+        return settings.rows_per_chunk
+    lengths = summary.all_lengths()
+    encoded = encoded_residues(settings, lengths)
+    kept = 0
+    if settings.per_residue:
+        kept = int(encoded_lengths(lengths, settings.max_residues, settings.long).sum())
+    estimate = Estimate.of(spec, device, encoded / summary.records)
+    return estimate.rows_per_chunk(summary.records, encoded, workers, 2 * kept * spec.dimension)
+
+
+def identity_of(settings: Settings, spec: ModelSpec, summary: InputSummary, rows: int) -> Identity:
+    """What row values depend on."""
     return Identity(
         format=FORMAT,
         input_sha256=summary.sha256,
@@ -408,34 +277,7 @@ def _identity(
         alphabet=ALPHABET_POLICY,
         max_residues=settings.max_residues,
         long=settings.long,
-        rows_per_chunk=settings.rows_per_chunk or rows or rows_per_chunk(summary.records, encoded),
+        rows_per_chunk=rows,
         per_residue=settings.per_residue,
         translation=str(settings.translation) if settings.translation else None,
     )
-
-
-def _trial(settings: Settings, block: Block | None) -> tuple[float | None, int]:
-    """Residues per second of one worker with one thread, and the embedding's dimension."""
-    import torch
-
-    from virnuc_dask.embed import embed_rows
-    from virnuc_dask.encoder import load_encoder
-
-    encoder = load_encoder(
-        settings.model,
-        precision=precision_on("cpu", settings.precision),
-        repr_layer=settings.repr_layer,
-        pooling=settings.pooling,
-    )
-    identity = _identity(settings, encoder.spec, InputSummary())
-    encoded = 0 if block is None else _encoded(settings, block.lengths)
-    if block is None or not encoded:
-        return None, encoder.dimension
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        started = time.perf_counter()
-        embed_rows(encoder, block.lengths, block.residues, identity)
-        return encoded / (time.perf_counter() - started), encoder.dimension
-    finally:
-        torch.set_num_threads(threads)

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from virnuc_dask import events
 from virnuc_dask.config import Status
 from virnuc_dask.events import Event, Listener, RunSummary
-from virnuc_dask.streams import printable
+from virnuc_dask.streams import counted, duration, printable
 
 # Plain output gets one line in this many seconds, so that a log of a long run stays readable.
 _PLAIN_EVERY_S = 10.0
@@ -132,11 +132,11 @@ class _Tally:
     def text(self) -> str:
         seconds = max(1e-6, time.monotonic() - (self._began or time.monotonic()))
         rate = self.computed_residues / seconds
-        left = f"ETA {_duration(max(0, self.residues_left) / rate)}" if rate else "ETA ?"
+        left = f"ETA {duration(max(0, self.residues_left) / rate)}" if rate else "ETA ?"
         return (
             f"{self.rows:,}/{self.total:,} rows  {self.computed_rows / seconds:,.0f} seq/s"
             f"  {rate:,.0f} res/s  {left}"
-            f"  {_count(self.workers, 'worker')}"
+            f"  {counted(self.workers, 'worker')}"
             f"  {self.retries} retried  {self.quarantined} quarantined"
         )
 
@@ -212,37 +212,29 @@ def _reading(event: events.Reading) -> str:
 def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
     """Lines that are worth keeping on the screen."""
     match event:
-        case events.ModelRead() if not quiet:
-            if event.has_adapter:
-                yield f"note: the LoRA adapter in {event.model} is merged with its base model"
-            if event.left_out:
-                heads = ", ".join(sorted({name.split(".")[0] for name in event.left_out}))
-                yield (
-                    f"note: {event.model} also holds {_count(len(event.left_out), 'tensor')} that"
-                    f" ESM-2 has not ({printable(heads)}); left out"
-                )
+        case events.ModelChosen():
+            yield from _model_notes(event, quiet=quiet)
         case events.InputRead():
             if not quiet:
                 yield from input_notes(event)
         case events.RunStarted() if not quiet:
             yield (
-                f"{event.store}: {_count(event.records, 'record')} in"
-                f" {_count(event.chunks, 'chunk')}, {event.present_chunks:,} done,"
-                f" {event.chunks_to_compute:,} to"
-                f" compute with {event.model}"
+                f"{event.store}: {counted(event.records, 'record')} in"
+                f" {counted(event.chunks, 'chunk')}, {event.present_chunks:,} done,"
+                f" {event.chunks_to_compute:,} to compute"
             )
         case events.Connected() if not quiet:
             yield f"dashboard: {event.dashboard}"
         case events.WorkersChecked() if not quiet:
             yield (
-                f"{_count(event.workers, 'worker')} checked in {_duration(event.seconds)}:"
+                f"{counted(event.workers, 'worker')} checked in {duration(event.seconds)}:"
                 " versions, store, weights, device"
             )
         case events.WorkerUnfit():
             yield f"worker {event.worker} is left alone: {'; '.join(event.lacks)}"
         case events.WorkerLost():
             yield (
-                f"worker {event.worker} was lost; {_count(len(event.chunks), 'chunk')} of it"
+                f"worker {event.worker} was lost; {counted(len(event.chunks), 'chunk')} of it"
                 " will be computed elsewhere"
             )
         case events.ChunkOverdue():
@@ -263,9 +255,23 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
             yield f"cannot go on: {event.reason}"
         case events.Stopping():
             yield (
-                f"stopping: {_count(event.running, 'running chunk')} may finish within"
+                f"stopping: {counted(event.running, 'running chunk')} may finish within"
                 f" {event.seconds:.0f} s; a second signal leaves at once"
             )
+
+
+def _model_notes(event: events.ModelChosen, *, quiet: bool) -> Iterator[str]:
+    model = event.model
+    if not quiet or model.has_random_weights:
+        yield f"model: {printable(model.described(event.device), 1000)}"
+    if event.has_adapter and not quiet:
+        yield f"note: the LoRA adapter in {model.reference} is merged with its base model"
+    if event.left_out and not quiet:
+        heads = ", ".join(sorted({name.split(".")[0] for name in event.left_out}))
+        yield (
+            f"note: {model.reference} also holds {counted(len(event.left_out), 'tensor')} that"
+            f" ESM-2 has not ({printable(heads)}); left out"
+        )
 
 
 def input_notes(event: events.InputRead) -> Iterator[str]:
@@ -273,10 +279,10 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
     for file in event.empty_files:
         yield f"note: {file} holds no record"
     if event.empty:
-        yield f"note: {_count(event.empty, 'record')} without a residue; quarantined as empty"
+        yield f"note: {counted(event.empty, 'record')} without a residue; quarantined as empty"
     if event.invalid:
         yield (
-            f"note: {_count(event.invalid, 'record')} with letters that are no residues;"
+            f"note: {counted(event.invalid, 'record')} with letters that are no residues;"
             " quarantined as invalid_residues (--strict refuses such input)"
         )
     changed = {
@@ -288,8 +294,8 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
         yield "note: " + ", ".join(f"{n:,} {what}" for what, n in changed.items() if n)
     if event.without_row:
         yield (
-            f"note: {event.without_row:,} of {_count(event.reads, 'read')} gave no row: no frame is"
-            " open, or long enough"
+            f"note: {event.without_row:,} of {counted(event.reads, 'read')} gave no row: no frame"
+            " is open, or long enough"
         )
 
 
@@ -317,15 +323,16 @@ def _summary_rows(summary: RunSummary) -> Iterator[tuple[str, str]]:
         yield (
             "speed",
             f"{summary.computed_rows / seconds:,.0f} sequences/s,"
-            f" {summary.computed_residues / seconds:,.0f} residues/s over {_duration(seconds)}",
+            f" {summary.computed_residues / seconds:,.0f} residues/s over {duration(seconds)}",
         )
     if summary.busy:
         yield "busy", f"{summary.busy:.0%} of the workers' time was computing"
     if summary.retries or summary.workers_lost:
         yield (
             "trouble",
-            f"{_count(summary.workers_lost, 'worker')} lost, {summary.retries} retried",
+            f"{counted(summary.workers_lost, 'worker')} lost, {summary.retries} retried",
         )
+    yield "model", printable(summary.model.described(summary.device), 1000)
     yield "store", summary.store
 
 
@@ -342,15 +349,3 @@ def chunk_map(present: NDArray[np.bool_], encoding: str, cells: int = _MAP_CELLS
         edges = np.linspace(0, len(present), cells + 1).astype(int)
         shares = np.array([present[a:b].mean() for a, b in pairwise(edges)])
     return "".join(full if share == 1 else none if share == 0 else part for share in shares)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
-
-
-def _duration(seconds: float) -> str:
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    hours, rest = divmod(whole, 3600)
-    return f"{hours} h {rest // 60:02d} min" if hours else f"{rest // 60} min {rest % 60:02d} s"

@@ -12,6 +12,7 @@ from typing import TypeGuard
 
 from virnuc_dask.config import RunConfig
 from virnuc_dask.errors import DeviceLostError
+from virnuc_dask.models import Estimate
 
 # What every other chunk would meet too.
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENXIO}
@@ -21,6 +22,9 @@ LOOK_EVERY_S = 0.2
 NOBODY_LOOKED_S = 1.0
 # Chunks after which it is known how long one takes, and those that count.
 _ENOUGH, _RECENT = 3, 99
+# Until then: seconds that anything may take, and times the estimate, which a device that emulates a
+# precision or is shared with others may miss by far.
+_UNKNOWN_S, _DOUBT = 600.0, 100.0
 
 
 def is_hopeless(error: BaseException) -> TypeGuard[OSError]:
@@ -92,10 +96,13 @@ FOREVER = Patience()
 
 
 class Pace:
-    """How long an attempt may take, from how long others took: a running median per residue."""
+    """How long an attempt may take, from how long others took: a running median per residue.
 
-    def __init__(self, config: RunConfig) -> None:
-        self._config = config
+    As long as none is known, it follows from an estimate.
+    """
+
+    def __init__(self, config: RunConfig, estimate: Estimate) -> None:
+        self._config, self._estimate = config, estimate
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
     def took(self, residues: int, seconds: float) -> None:
@@ -104,8 +111,10 @@ class Pace:
 
     def patience(self) -> Patience:
         """What is to be waited for from now on."""
-        least = self._config.deadline_floor
-        start = max(least, self._config.deadline_first)
-        if len(self._recent) < _ENOUGH:
+        least, first = self._config.deadline_floor, self._config.deadline_first
+        start = max(least, _UNKNOWN_S + self._estimate.load_s if first is None else first)
+        if len(self._recent) >= _ENOUGH:
+            return Patience(start, least, self._config.deadline_factor * median(self._recent))
+        if first is not None:
             return Patience(start, start)
-        return Patience(start, least, self._config.deadline_factor * median(self._recent))
+        return Patience(start, max(least, _UNKNOWN_S), _DOUBT / self._estimate.residues_per_s)

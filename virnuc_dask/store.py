@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from virnuc_dask.config import FORMAT, Identity
+from virnuc_dask.config import FORMAT, RANDOM_WEIGHTS, Identity, ModelSpec
 from virnuc_dask.errors import NotAStoreError, StoreError, StoreReplacedError
 from virnuc_dask.files import Directory
 from virnuc_dask.objects import Bucket
@@ -139,6 +139,34 @@ class Store:
             return False
 
     # --- the plan ---
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model of its rows; the reference is where the weights were when it was made."""
+        return ModelSpec(
+            str(self.provenance.get("model", "unknown")),
+            self.identity.weights_sha256,
+            self.dimension,
+            self.identity.repr_layer,
+            self.identity.pooling,
+            self.identity.precision,
+        )
+
+    @property
+    def device(self) -> str:
+        """The device that it was made for; empty if it does not say so, as older stores."""
+        return str(self.provenance.get("device", ""))
+
+    def about(self) -> dict[str, Any]:
+        """What a reader of its rows should know, as plain JSON values, for exports."""
+        random = {"comment": RANDOM_WEIGHTS} if self.model.has_random_weights else {}
+        return {
+            **random,
+            "model": self.model.reference,
+            "device": self.device,
+            **self.identity.to_json(),
+            "versions": self.provenance.get("versions", {}),
+        }
 
     @property
     def records(self) -> int:

@@ -16,28 +16,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from virnuc_dask.config import POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
+from virnuc_dask.config import DEMO, POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
 from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.huggingface import has_weights, is_huggingface, read_huggingface, torch_load
 from virnuc_dask.lora import Adapter, base_of, is_adapter, read_adapter
+from virnuc_dask.models import PUBLISHED
 from virnuc_dask.streams import printable
 
-# fair-esm's names, and the dimension of each model's embeddings.
-PUBLISHED = {
-    "esm2_t6_8M_UR50D": 320,
-    "esm2_t12_35M_UR50D": 480,
-    "esm2_t30_150M_UR50D": 640,
-    "esm2_t33_650M_UR50D": 1280,
-    "esm2_t36_3B_UR50D": 2560,
-    "esm2_t48_15B_UR50D": 5120,
-}
 # How names of fair-esm's other models begin.
 _OTHER_MODELS = ("esm1", "esm_msa1", "esm_if1", "esmfold")
 _URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 
-# Random weights that need no download, for trying the pipeline. Never for science.
-DEMO = "demo"
 _DEMO_LAYERS, _DEMO_DIMENSION, _DEMO_HEADS = 4, 64, 4
 
 # Heads that no embedding depends on. Left out of the digest, so that weights with and without

@@ -30,6 +30,7 @@ from virnuc_dask.errors import (
     VirnucError,
 )
 from virnuc_dask.events import Listener
+from virnuc_dask.models import Estimate
 from virnuc_dask.retry import LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
 from virnuc_dask.roster import KEYS, Roster
 from virnuc_dask.store import Store
@@ -77,7 +78,7 @@ class Work:
         costs: dict[int, int],
     ) -> None:
         self.store, self.config, self.emit = store, config, emit
-        self.costs = costs
+        self.costs, self.spec, self.device = costs, needs.spec, needs.device
         self.reports: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.counted: set[int] = set()
@@ -90,7 +91,9 @@ class Work:
         self._attempts: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
         self._suspects: set[int] = set()
-        self._pace = retry.Pace(config)
+        self.pace = retry.Pace(
+            config, Estimate.of(needs.spec, needs.device, sum(costs.values()) / store.records)
+        )
         self._looked = 0.0
         self._submitted = 0
         self._todo: deque[int] = deque()
@@ -186,7 +189,7 @@ class Work:
 
     def _compute(self, client: Client, chunks: list[int]) -> None:
         """Have chunks computed. All in one call: each call costs more than a task."""
-        patience = self._pace.patience()
+        patience = self.pace.patience()
         given = [patience if chunk in self._suspects else None for chunk in chunks]
         tasks = [
             self._task(chunk, with_children, dask_key_name=self._next_key(chunk))
@@ -237,7 +240,7 @@ class Work:
             quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
             if report.chunk not in self._suspects:
                 # Not what it waited for other chunks, of which one may have been about to fail.
-                self._pace.took(residues, report.read_s + report.compute_s + report.write_s)
+                self.pace.took(residues, report.read_s + report.compute_s + report.write_s)
         took = {name: getattr(report, name) for name in _TOOK}
         self.emit(
             events.ChunkDone(
@@ -362,7 +365,7 @@ class Work:
         now = time.monotonic()
         if (passed := now - self._looked) < LOOK_EVERY_S:
             return
-        self._looked, patience = now, self._pace.patience()
+        self._looked, patience = now, self.pace.patience()
         if passed > NOBODY_LOOKED_S:
             for attempt in self._running.values():
                 attempt.since += passed

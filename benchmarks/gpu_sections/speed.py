@@ -26,6 +26,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
+from math import log2
 from statistics import median
 from typing import Any
 from unittest.mock import patch
@@ -41,7 +42,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.encoder import SHAPES, flop, padded_batches, random_sequences
 from benchmarks.gpu_sections.report import Options, Report, run_section
 from tests.models import checkpoint_data, random_network
-from virnuc_dask.config import ModelSpec, Precision, rows_per_chunk
+from virnuc_dask.config import ModelSpec, Precision
 from virnuc_dask.encoder import Encoder
 from virnuc_dask.packing import Segments, cut_segments
 from virnuc_dask.weights import Checkpoint
@@ -382,7 +383,8 @@ class Bench:
         if self.options.dry_run:
             return 2
         sample = self._sequences(lengths, 2000)
-        return rows_per_chunk(len(sample), sum(map(len, sample)))
+        # About 2^17 residues, as in the tables of before.
+        return int(2 ** round(log2(2**17 * len(sample) / sum(map(len, sample)))))
 
     # --- kernels ---
 
