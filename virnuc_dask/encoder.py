@@ -31,11 +31,11 @@ from virnuc_dask.packing import (
 from virnuc_dask.queues import Queue, to_device
 from virnuc_dask.residues import clean_sequence
 from virnuc_dask.turns import Turn
-from virnuc_dask.weights import DEMO, Checkpoint, describe, load_checkpoint
+from virnuc_dask.weights import Checkpoint, describe, load_checkpoint
 
 
 def load_encoder(
-    model: str = DEMO,
+    model: str,
     device: str = "cpu",
     precision: Precision = "float32",
     *,
@@ -47,7 +47,7 @@ def load_encoder(
     Parameters
     ----------
     model : str
-        ``demo`` (random weights), a fair-esm name, or the path of weights.
+        A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     device : str
         A torch device.
     precision : {'float32', 'bfloat16', 'float16', 'int8'}

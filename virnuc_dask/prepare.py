@@ -251,13 +251,13 @@ class Plan:
             )
 
 
-def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | None = None) -> Plan:
+def plan(inputs: Inputs, settings: Settings, *, workers: int | None = None) -> Plan:
     """Read an input and say what embedding it would take. Writes nothing.
 
     Parameters
     ----------
     inputs : path or sequence of path
-    settings : Settings, optional
+    settings : Settings
     workers : int, optional
         Workers for the estimate; default: one for each core.
 
@@ -268,7 +268,6 @@ def plan(inputs: Inputs, settings: Settings | None = None, *, workers: int | Non
         There is no fair-esm.
     """
     fair_esm()
-    settings = settings or Settings()
     summary = InputSummary()
     sample: Block | None = None
     files = _listed(inputs)
