@@ -64,7 +64,8 @@ def demo(arguments: list[str]) -> int:
         subprocess.run(script, stdout=file, check=True)
     proteins = "examples/viral_proteins.faa.gz"
     print("\nEmbedding the phage lambda's open reading frames and 300 viral proteins.")
-    command = ["run", peptides.name, proteins, store.name, "--rows-per-chunk", "32", *arguments]
+    command = ["run", peptides.name, proteins, store.name, "--model", "demo"]
+    command += ["--rows-per-chunk", "32", *arguments]
     code = show("-m", "virnuc_dask", *command)
     if code not in (0, 3):
         return code

@@ -95,7 +95,7 @@ def ours(source: str) -> Callable[[], object]:
     from virnuc_dask.prepare import prepare
 
     how = Translation() if source.endswith("fq") else None
-    settings = Settings(repr_layer=0, translation=how)
+    settings = Settings("demo", repr_layer=0, translation=how)
 
     def work() -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -105,7 +105,7 @@ def ours(source: str) -> Callable[[], object]:
     with tempfile.TemporaryDirectory() as folder:
         few = Path(folder, "few.faa")
         few.write_text(">a\nMKTAYIAKQR\n")
-        prepare(few, Path(folder, "few.zarr"), Settings(repr_layer=0), lambda _event: None)
+        prepare(few, Path(folder, "few.zarr"), Settings("demo", repr_layer=0), lambda _event: None)
     return work
 
 

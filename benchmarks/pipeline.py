@@ -347,7 +347,7 @@ def one_row_chunks(folder: Path, chunks: int) -> Store:
     path = folder / "many.faa"
     with path.open("w") as file:
         file.writelines(f">{number}\nMK\n" for number in range(chunks))
-    settings = Settings(rows_per_chunk=1, repr_layer=0)
+    settings = Settings("demo", rows_per_chunk=1, repr_layer=0)
     store, _ = prepare(path, folder / "many.zarr", settings, lambda _event: None)
     return store
 

@@ -91,7 +91,7 @@ def make_store(tmp_path: Path) -> Maker:
         from virnuc_dask.embed import embed_chunk
         from virnuc_dask.prepare import prepare
 
-        chosen = Settings(**({"rows_per_chunk": 32, "repr_layer": 0} | settings))
+        chosen = Settings(**({"model": "demo", "rows_per_chunk": 32, "repr_layer": 0} | settings))
         store, model = prepare(inputs, tmp_path / name, chosen, lambda _event: None)
         for chunk in range(store.chunk_count if embed else 0):
             embed_chunk(str(store.path), chunk, store.identity, model)

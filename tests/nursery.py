@@ -39,7 +39,7 @@ def embed_chunks(path, chunks):
 
 
 def make(source, path, settings):
-    prepare.prepare(source, path, Settings(**settings), lambda event: None)
+    prepare.prepare(source, path, Settings("demo", **settings), lambda event: None)
 
 
 # Once, so that no other files are left to be read.

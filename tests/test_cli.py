@@ -19,7 +19,7 @@ from virnuc_dask.cli import main
 
 
 def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Path) -> None:
-    done = cli("run", awkward, "out.zarr", "--workers", 1, "--max-residues", 50)
+    done = cli("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--max-residues", 50)
     assert done.returncode == 3
     for part in ("embedded", "truncated", "quarantined: empty", "out.zarr", "sequences/s"):
         assert part in done.stdout
@@ -27,19 +27,51 @@ def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Pa
     assert "row 3  stop  invalid_residues" in done.stdout
     assert "2 records with letters that are no residues" in done.stderr
     assert "Traceback" not in done.stderr
-    again = cli("run", awkward, "out.zarr", "--max-residues", 50)
+    again = cli("run", awkward, "out.zarr", "--model=demo", "--max-residues", 50)
     assert again.returncode == 3
     assert "1 of 1, 0 computed now" in again.stdout
 
 
+@pytest.mark.parametrize(("name", "store"), [("run", ["out.zarr"]), ("plan", [])])
+@pytest.mark.parametrize("options", [(), ("--model", ""), ("--json",)])
+def test_a_model_must_be_named(
+    name: str, store: list[str], options: tuple[str, ...], cli: Cli, awkward: Path, tmp_path: Path
+) -> None:
+    refused = cli(name, awkward, *store, *options)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: which model?")
+    for part in ("--model", "esm2_t33_650M_UR50D", "demo", "random weights"):
+        assert part in refused.stderr
+    assert os.listdir(tmp_path) == ["awkward.faa"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "in.faa"), "Missing argument 'INPUTS...'"),
+        (("run", "in.faa", "out.zarr", "--pooling", "sum"), "'sum' is not one of"),
+        (("plan", "in.faa", "--frames", "orf"), "--frames is for --translate six-frame"),
+    ],
+)
+def test_what_else_is_wrong_comes_before_the_model(
+    arguments: tuple[str, ...], message: str, cli: Cli
+) -> None:
+    refused = cli(*arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert "which model?" not in refused.stderr
+
+
 def test_standard_input_is_read(cli: Cli, awkward: Path) -> None:
-    done = cli("run", "-", "out.zarr", "--workers", 1, "--json", input=awkward.read_text())
+    done = cli(
+        "run", "-", "out.zarr", "--model=demo", "--workers", 1, "--json", input=awkward.read_text()
+    )
     assert done.returncode == 3
     assert json.loads(done.stdout.splitlines()[-1])["records"] == 7
 
 
 def test_json_is_json_and_nothing_else_on_stdout(cli: Cli, awkward: Path) -> None:
-    done = cli("run", awkward, "out.zarr", "--workers", 1, "--json")
+    done = cli("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--json")
     documents = [json.loads(line) for line in done.stdout.splitlines()]
     assert [document["event"] for document in documents][-2:] == ["chunk_done", "run_summary"]
     assert documents[-1]["exit_code"] == done.returncode == 3
@@ -69,7 +101,7 @@ def empty(path: Path) -> None:
 def test_bad_input_is_one_clear_line_and_exit_code_2(damage: Any, cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "bad.fa"
     damage(path)
-    done = cli("run", path, "out.zarr")
+    done = cli("run", path, "out.zarr", "--model=demo")
     assert done.returncode == 2
     assert done.stdout == ""
     (line,) = done.stderr.splitlines()
@@ -80,14 +112,16 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(damage: Any, cli: Cli, tmp_
 
 
 def test_strict_refuses_with_file_line_and_record(cli: Cli, awkward: Path) -> None:
-    done = cli("run", awkward, "out.zarr", "--strict")
+    done = cli("run", awkward, "out.zarr", "--model=demo", "--strict")
     assert done.returncode == 2
     assert f"{awkward}, line 6, record 'stop': an internal stop '*'" in done.stderr
 
 
 def test_another_identity_is_refused_by_name(make_store: Maker, cli: Cli) -> None:
     make_store(VIRAL_PROTEINS, embed=False)
-    done = cli("run", VIRAL_PROTEINS, "out.zarr", "--pooling", "max", "--repr-layer", 0)
+    done = cli(
+        "run", VIRAL_PROTEINS, "out.zarr", "--model=demo", "--pooling", "max", "--repr-layer", 0
+    )
     assert done.returncode == 2
     assert "pooling: the store has 'mean', this run asks for 'max'" in done.stderr
     assert "repr_layer" not in done.stderr
@@ -126,11 +160,12 @@ def test_verify_names_damage_and_repair_mends_it(make_store: Maker, cli: Cli) ->
 
 
 def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
-    done = cli("plan", VIRAL_PROTEINS)
+    done = cli("plan", VIRAL_PROTEINS, "--model=demo")
     assert done.returncode == 0
     assert "300" in done.stdout
     assert "137,862 (median 276, most 3,164)" in done.stdout
-    assert json.loads(cli("plan", VIRAL_PROTEINS, "--json").stdout)["long_records"] == 29
+    found = json.loads(cli("plan", VIRAL_PROTEINS, "--model=demo", "--json").stdout)
+    assert found["long_records"] == 29
     assert os.listdir(tmp_path) == []
 
 
@@ -139,8 +174,8 @@ def test_another_esm_is_one_clear_line_and_only_where_fair_esm_is_needed(
 ) -> None:
     make_store(awkward)
     for arguments in (
-        ("run", awkward, "new.zarr"),
-        ("plan", awkward),
+        ("run", awkward, "new.zarr", "--model=demo"),
+        ("plan", awkward, "--model=demo"),
         ("resume", "out.zarr"),
         ("verify", "out.zarr", "--sample", 1),
     ):
@@ -186,8 +221,8 @@ def test_what_is_in_fair_esms_place_is_named(
 def test_nucleotides_are_refused(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "dna.fa.gz"
     path.write_bytes(gzip.compress(b">a\nACGTTGCA\n>b\nACGTNACGT\n"))
-    assert "look like nucleotides" in cli("plan", path).stderr
-    assert cli("plan", path, "--molecule", "protein").returncode == 0
+    assert "look like nucleotides" in cli("plan", path, "--model=demo").stderr
+    assert cli("plan", path, "--model=demo", "--molecule", "protein").returncode == 0
 
 
 def test_a_terminal_gets_a_live_bar(awkward: Path, tmp_path: Path) -> None:
@@ -195,7 +230,7 @@ def test_a_terminal_gets_a_live_bar(awkward: Path, tmp_path: Path) -> None:
 
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        command("run", awkward, tmp_path / "out.zarr", "--workers", 1),
+        command("run", awkward, tmp_path / "out.zarr", "--model=demo", "--workers", 1),
         stderr=follower,
         stdout=subprocess.PIPE,
         env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},

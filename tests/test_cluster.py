@@ -121,7 +121,8 @@ def test_workers_are_forked_from_what_was_loaded_for_them_alone(
     usual = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
     usual["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, nothing is forked
     run = Run(
-        *("run", peptides, tmp_path / "out.zarr", "--repr-layer", 0, "--workers", 1),
+        *("run", peptides, tmp_path / "out.zarr"),
+        *("--model=demo", "--repr-layer", 0, "--workers", 1),
         program=[str(Path(sys.executable).with_name("virnuc-dask"))],
         env=usual | threads | temporary,
         cwd=folder,
@@ -141,7 +142,7 @@ def test_workers_are_forked_from_what_was_loaded_for_them_alone(
 
 def test_gpus_that_are_not_there_are_a_clear_error(awkward: Path, tmp_path: Path, cli: Cli) -> None:
     refused = cli(
-        *("run", awkward, "out.zarr", "--cluster", "local-cuda"),
+        *("run", awkward, "out.zarr", "--model=demo", "--cluster", "local-cuda"),
         env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
     )
     assert refused.returncode == 2
@@ -165,7 +166,7 @@ def test_auto_is_what_there_is() -> None:
 def test_a_device_that_is_not_there_is_said_before_any_chunk(
     awkward: Path, tmp_path: Path, cli: Cli
 ) -> None:
-    refused = cli("run", awkward, "out.zarr", "--device", "cuda:99")
+    refused = cli("run", awkward, "out.zarr", "--model=demo", "--device", "cuda:99")
     assert refused.returncode == 2
     assert "error: 1 of 1 workers cannot do this run; nothing was computed" in refused.stderr
     assert "cannot load the model on cuda:99" in refused.stderr
@@ -184,10 +185,11 @@ def test_gpus_embed_and_a_killed_worker_costs_nothing(peptides: Path, tmp_path: 
             os.kill(event.pid, signal.SIGKILL)
         seen.append(event)
 
-    options = {"cluster": "local-cuda", "precision": "float32", "rows_per_chunk": 64}
-    summary = virnuc_dask.run(peptides, tmp_path / "gpu.zarr", listener=listen, **options)
+    settings = {"model": "demo", "precision": "float32", "rows_per_chunk": 64}
+    path = tmp_path / "gpu.zarr"
+    summary = virnuc_dask.run(peptides, path, cluster="local-cuda", listener=listen, **settings)
     assert (summary.exit_code, summary.workers_lost) == (0, 1)
-    virnuc_dask.run(peptides, tmp_path / "cpu.zarr", precision="float32", rows_per_chunk=64)
+    virnuc_dask.run(peptides, tmp_path / "cpu.zarr", **settings)
     found, expected = (
         virnuc_dask.open_store(tmp_path / f"{name}.zarr").embedding.values
         for name in ("gpu", "cpu")
@@ -201,7 +203,7 @@ def test_a_run_on_gpus_is_killed_and_the_same_command_goes_on(
     peptides: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.zarr"
-    command = ("--cluster", "local-cuda", "--rows-per-chunk", 8)
+    command = ("--model=demo", "--cluster", "local-cuda", "--rows-per-chunk", 8)
     first = Run("run", peptides, path, *command)
     pids = set()
     for event in first:
@@ -293,7 +295,7 @@ def test_tls_works_and_nothing_goes_without_it(
     cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
     tls = ("--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key)
     with dask_cluster(tmp_path, "--protocol", "tls", *tls) as file:
-        common = ("run", awkward, "out.zarr", "--repr-layer", 0, "--cluster", file)
+        common = ("run", awkward, "out.zarr", "--model=demo", "--repr-layer", 0, "--cluster", file)
         refused = cli(*common)
         assert refused.returncode == 2
         assert "TLS" in refused.stderr
@@ -470,7 +472,9 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
     (there / "__init__.py").write_text("raise ImportError('no virnuc_dask here')")
     bare = os.environ | {"PYTHONPATH": str(there.parent)}
     with dask_cluster(tmp_path, scheduler_env=bare) as file:
-        refused = cli("run", awkward, "out.zarr", "--repr-layer", 0, "--cluster", file)
+        refused = cli(
+            "run", awkward, "out.zarr", "--model=demo", "--repr-layer", 0, "--cluster", file
+        )
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == (
         "error: the scheduler cannot take this work; it needs virnuc_dask too:"
@@ -699,7 +703,7 @@ def test_runs_with_no_contact_fill_one_store(
     """Two shards at once, that both find no store; one of them overlaps a third."""
     whole = make_store(peptides, "whole.zarr")
     path = tmp_path / "out.zarr"
-    common = ("--rows-per-chunk", 32, "--repr-layer", 0, "--workers", 1)
+    common = ("--model=demo", "--rows-per-chunk", 32, "--repr-layer", 0, "--workers", 1)
     runs = [Run("run", peptides, path, *common, "--shard", f"{n}/3") for n in (1, 3)]
     assert [run.finish() for run in runs] == [0, 0]
     store = Store(path)

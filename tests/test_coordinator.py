@@ -28,7 +28,9 @@ from virnuc_dask.weights import load_checkpoint
 def test_rows_are_what_the_encoder_gives_in_the_order_of_the_input(
     tmp_path: Path, peptides: Path, client: Any
 ) -> None:
-    summary = virnuc_dask.run(peptides, tmp_path / "a.zarr", client=client, rows_per_chunk=500)
+    summary = virnuc_dask.run(
+        peptides, tmp_path / "a.zarr", model="demo", client=client, rows_per_chunk=500
+    )
     assert (summary.exit_code, summary.complete) == (0, True)
     assert summary.counts == {"embedded": 2048, "truncated": 1}
     assert summary.computed_chunks == summary.chunks == 5
@@ -46,7 +48,12 @@ def test_rows_are_what_the_encoder_gives_in_the_order_of_the_input(
 def test_awkward_records_all_have_a_state(tmp_path: Path, awkward: Path, client: Any) -> None:
     seen: list[events.Event] = []
     summary = virnuc_dask.run(
-        awkward, tmp_path / "a.zarr", client=client, max_residues=50, listener=seen.append
+        awkward,
+        tmp_path / "a.zarr",
+        model="demo",
+        client=client,
+        max_residues=50,
+        listener=seen.append,
     )
     assert summary.counts == {"embedded": 3, "truncated": 1, "empty": 1, "invalid_residues": 2}
     assert sum(summary.counts.values()) == summary.records == 7
@@ -72,14 +79,16 @@ def test_awkward_records_all_have_a_state(tmp_path: Path, awkward: Path, client:
 def test_long_sequences_follow_the_policy(
     long: str, state: str, tmp_path: Path, client: Any
 ) -> None:
-    summary = virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "a.zarr", client=client, long=long)
+    summary = virnuc_dask.run(
+        VIRAL_PROTEINS, tmp_path / "a.zarr", model="demo", client=client, long=long
+    )
     assert summary.counts == {"embedded": 271, state: 29}
     assert dataset.verify(tmp_path / "a.zarr").exit_code == 0
 
 
 def test_float16_is_stored_as_float16(tmp_path: Path, awkward: Path, client: Any) -> None:
-    virnuc_dask.run(awkward, tmp_path / "a.zarr", client=client, dtype="float16")
-    virnuc_dask.run(awkward, tmp_path / "b.zarr", client=client, pooling="max")
+    virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", client=client, dtype="float16")
+    virnuc_dask.run(awkward, tmp_path / "b.zarr", model="demo", client=client, pooling="max")
     assert virnuc_dask.open_store(tmp_path / "a.zarr").embedding.dtype == np.float16
     assert virnuc_dask.open_store(tmp_path / "b.zarr").embedding.dtype == np.float32
 
@@ -88,9 +97,10 @@ def test_a_second_run_and_a_resume_write_nothing(
     tmp_path: Path, awkward: Path, client: Any
 ) -> None:
     path = tmp_path / "a.zarr"
-    virnuc_dask.run(awkward, path, client=client)
+    virnuc_dask.run(awkward, path, model="demo", client=client)
     before = tree(path)
-    again = virnuc_dask.run(awkward, path, cluster="no such cluster")  # none is needed
+    # None is needed.
+    again = virnuc_dask.run(awkward, path, model="demo", cluster="no such cluster")
     resumed = virnuc_dask.resume(path, cluster="no such cluster")
     assert again.computed_chunks == resumed.computed_chunks == 0
     assert again.counts == resumed.counts
@@ -166,7 +176,7 @@ def test_workers_refuse_other_weights_under_the_same_name(
 def test_a_client_is_left_open_and_its_cluster_without_tasks(
     tmp_path: Path, awkward: Path, client: Any
 ) -> None:
-    virnuc_dask.run(awkward, tmp_path / "a.zarr", client=client)
+    virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", client=client)
     assert client.status == "running"
     deadline = time.monotonic() + 10  # the client tells the scheduler in its own time
     while client.run_on_scheduler(lambda dask_scheduler: [*dask_scheduler.tasks]):
@@ -181,14 +191,16 @@ def test_a_client_can_be_at_one_run_only(tmp_path: Path, awkward: Path, client: 
     def listen(event: events.Event) -> None:
         if isinstance(event, events.ChunkDone) and not refused:
             with pytest.raises(UsageError, match="at another run") as error:
-                virnuc_dask.run(awkward, tmp_path / "b.zarr", client=client)
+                virnuc_dask.run(awkward, tmp_path / "b.zarr", model="demo", client=client)
             refused.append(str(error.value))
 
     path = tmp_path / "a.zarr"
-    first = virnuc_dask.run(awkward, path, client=client, listener=listen, rows_per_chunk=1)
+    first = virnuc_dask.run(
+        awkward, path, model="demo", client=client, listener=listen, rows_per_chunk=1
+    )
     assert len(refused) == 1
     assert (first.complete, first.computed_chunks) == (True, 7)
-    second = virnuc_dask.run(awkward, tmp_path / "b.zarr", client=client)
+    second = virnuc_dask.run(awkward, tmp_path / "b.zarr", model="demo", client=client)
     assert second.counts == first.counts
 
 
@@ -197,13 +209,13 @@ def test_a_scheduler_file_is_attached_to_and_left_running(
 ) -> None:
     file = tmp_path / "scheduler.json"
     file.write_text(json.dumps({"address": client.scheduler.address}))
-    summary = virnuc_dask.run(awkward, tmp_path / "a.zarr", cluster=str(file))
+    summary = virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", cluster=str(file))
     assert summary.complete
     address = client.scheduler.address
-    assert virnuc_dask.run(awkward, tmp_path / "b.zarr", cluster=address).complete
+    assert virnuc_dask.run(awkward, tmp_path / "b.zarr", model="demo", cluster=address).complete
     assert client.nthreads()
     with pytest.raises(UsageError, match="only with --cluster local"):
-        virnuc_dask.run(awkward, tmp_path / "c.zarr", cluster=address, workers=2)
+        virnuc_dask.run(awkward, tmp_path / "c.zarr", model="demo", cluster=address, workers=2)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +231,7 @@ def test_nonsense_settings_are_refused(
     settings: dict[str, Any], message: str, tmp_path: Path, awkward: Path
 ) -> None:
     with pytest.raises(UsageError, match=message):
-        virnuc_dask.run(awkward, tmp_path / "a.zarr", **settings)
+        virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", **settings)
     assert not (tmp_path / "a.zarr").exists()
 
 
@@ -227,19 +239,21 @@ def test_bad_input_bad_model_and_bad_target_fail_before_anything_is_written(
     tmp_path: Path, awkward: Path
 ) -> None:
     with pytest.raises(InputError):
-        virnuc_dask.run(tmp_path / "missing.fa", tmp_path / "a.zarr")
+        virnuc_dask.run(tmp_path / "missing.fa", tmp_path / "a.zarr", model="demo")
     with pytest.raises(InputError, match=r"line 6.*'stop'.*internal stop"):
-        virnuc_dask.run(awkward, tmp_path / "a.zarr", strict=True)
+        virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", strict=True)
     with pytest.raises(ModelError):
         virnuc_dask.run(awkward, tmp_path / "a.zarr", model="esm9")
     with pytest.raises(UsageError, match="may be in a directory, or at s3://"):
-        virnuc_dask.run(awkward, "https://bucket/a.zarr")
+        virnuc_dask.run(awkward, "https://bucket/a.zarr", model="demo")
     assert os.listdir(tmp_path) == ["awkward.faa"]
 
 
 def test_the_plan_is_what_the_run_then_does(tmp_path: Path, client: Any) -> None:
-    made = plan(VIRAL_PROTEINS, Settings(rows_per_chunk=64), workers=2)
-    summary = virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "a.zarr", client=client, rows_per_chunk=64)
+    made = plan(VIRAL_PROTEINS, Settings("demo", rows_per_chunk=64), workers=2)
+    summary = virnuc_dask.run(
+        VIRAL_PROTEINS, tmp_path / "a.zarr", model="demo", client=client, rows_per_chunk=64
+    )
     assert (made.input.records, made.chunks) == (summary.records, summary.chunks) == (300, 5)
     assert made.long_records == summary.counts["truncated"]
     assert made.encoded_residues == summary.computed_residues
@@ -267,7 +281,7 @@ def test_events_say_everything_as_json(tmp_path: Path, client: Any) -> None:
     path = tmp_path / "a.faa"
     path.write_text(AWKWARD)
     seen: list[events.Event] = []
-    virnuc_dask.run(path, tmp_path / "a.zarr", client=client, listener=seen.append)
+    virnuc_dask.run(path, tmp_path / "a.zarr", model="demo", client=client, listener=seen.append)
     kinds = [event.to_json()["event"] for event in seen]
     assert kinds == [
         "model_chosen",
@@ -306,9 +320,15 @@ def one_worker(threads: int) -> Iterator[Client]:
 
 def run_in_queue(store: Path, client: Client, listener: Listener) -> None:
     """15 chunks, six of them at once."""
-    config, settings = RunConfig(in_flight=6), {"rows_per_chunk": 20, "repr_layer": 0}
     virnuc_dask.run(
-        VIRAL_PROTEINS, store, client=client, config=config, listener=listener, **settings
+        VIRAL_PROTEINS,
+        store,
+        model="demo",
+        client=client,
+        config=RunConfig(in_flight=6),
+        listener=listener,
+        rows_per_chunk=20,
+        repr_layer=0,
     )
 
 

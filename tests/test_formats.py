@@ -36,7 +36,7 @@ def store(tmp_path: Path, client: Any) -> Store:
     file = tmp_path / "names.faa"
     file.write_text("".join(rows))
     path = tmp_path / "names.zarr"
-    virnuc_dask.run(file, path, rows_per_chunk=8, client=client)
+    virnuc_dask.run(file, path, model="demo", rows_per_chunk=8, client=client)
     return Store(path)
 
 
@@ -153,7 +153,7 @@ def test_translated_rows_say_where_they_are_from(tmp_path: Path, client: Any) ->
     reads = subprocess.run(script, cwd=ROOT, capture_output=True, check=True).stdout
     file, path = tmp_path / "reads.fq", tmp_path / "reads.zarr"
     file.write_bytes(b"".join(reads.splitlines(keepends=True)[:80]))
-    virnuc_dask.run(file, path, translation=Translation(), client=client)
+    virnuc_dask.run(file, path, model="demo", translation=Translation(), client=client)
     data = virnuc_dask.open_store(path).load()
     head = ["sequence_id", "length", "status", "read", "window", "frame", "start"]
     for name in ("out.csv", "out.parquet", "out.npz", "out.h5"):
@@ -222,7 +222,7 @@ def test_lost_identifiers_are_not_exported_as_none(store: Store, tmp_path: Path)
 
 def test_an_identifier_too_long_for_numpy(tmp_path: Path, client: Any) -> None:
     (tmp_path / "long.faa").write_text(f">{'x' * 100_000}\nMKT\n>y\nMKV\n")
-    virnuc_dask.run(tmp_path / "long.faa", tmp_path / "long.zarr", client=client)
+    virnuc_dask.run(tmp_path / "long.faa", tmp_path / "long.zarr", model="demo", client=client)
     before = set(tmp_path.iterdir())
     with pytest.raises(UsageError, match="100,000 letters"):
         virnuc_dask.export(tmp_path / "long.zarr", tmp_path / "out.npz")

@@ -94,7 +94,7 @@ def test_no_row_is_blamed_while_others_have_the_memory(
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, filled, layout)
 
-    settings = Settings(rows_per_chunk=32, repr_layer=0)
+    settings = Settings("demo", rows_per_chunk=32, repr_layer=0)
     store, spec = prepare(VIRAL_PROTEINS, tmp_path / "out.zarr", settings, lambda _event: None)
     monkeypatch.setattr(Network, "_forward", full)
     with pytest.raises(MemoryError, match="20 residues, does not fit"):

@@ -41,8 +41,9 @@ from virnuc_dask.store import Store
 
 OTHER_PROTEINS = VIRAL_PROTEINS.parent / "esm_some_proteins.fasta"
 # Small chunks of every kind, so that a run is under way for long enough to be killed.
-SETTINGS = ("--rows-per-chunk", 8, "--per-residue", "--repr-layer", 1, "--workers", 2)
-QUICK = {"rows_per_chunk": 32, "repr_layer": 0}
+IDENTITY = ("--model=demo", "--rows-per-chunk", 8, "--per-residue", "--repr-layer", 1)
+SETTINGS = (*IDENTITY, "--workers", 2)
+QUICK = {"model": "demo", "rows_per_chunk": 32, "repr_layer": 0}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -142,7 +143,7 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
 
 
 def test_tasks_of_anybodys_graph_fill_a_bucket_and_hold_no_secret(url: str, s3: Server) -> None:
-    virnuc_dask.create_store(VIRAL_PROTEINS, url, model="demo", **QUICK)
+    virnuc_dask.create_store(VIRAL_PROTEINS, url, **QUICK)
     tasks = virnuc_dask.tasks(url)
     assert not any(s3.secret.encode() in cloudpickle.dumps(dict(task.dask)) for task in tasks)
     reports = dask.compute(*tasks, scheduler="threads")
@@ -185,7 +186,8 @@ def _tasks(dask_scheduler: Any) -> list[bytes]:
 def test_an_upload_that_was_killed_leaves_no_store_and_the_same_command_ends_it(
     url: str, s3: Server, tmp_path: Path
 ) -> None:
-    arguments = ("run", VIRAL_PROTEINS, url, "--repr-layer", 0, "--workers", 1, "-q")
+    options = ("--model=demo", "--repr-layer", 0, "--workers", 1, "-q")
+    arguments = ("run", VIRAL_PROTEINS, url, *options)
     with Proxy(s3, [Fault("hold", "PUT", "/residues/", 9)]) as proxy:
         env = proxy.env(TMPDIR=str(tmp_path))
         run = subprocess.Popen(command(*arguments), env=env)
@@ -234,7 +236,7 @@ def test_workers_that_see_nothing_of_the_coordinators_disk_fill_the_store(
             client.wait_for_workers(2)
             seen = client.run(os.listdir, str(hidden))
             assert list(seen.values()) == [[], []]
-        arguments = ("run", "input.faa.gz", url, *SETTINGS[:-2], "--cluster", file)
+        arguments = ("run", "input.faa.gz", url, *IDENTITY, "--cluster", file)
         run = Run(*arguments, cwd=hidden, env=os.environ | {"TMPDIR": str(hidden)})
         assert run.finish() == 0
     assert len({event["pid"] for event in run.of("chunk_done")}) == 2
@@ -403,8 +405,8 @@ def test_what_the_environment_lacks_is_one_line(
 
 
 def test_a_bucket_that_is_not_there_is_one_line(s3: Server) -> None:
-    there = "s3://nowhere/out.zarr"
-    check_refusal(s3.env, r".* 404 Not Found \(NoSuchBucket: .*\)", there, "run", VIRAL_PROTEINS)
+    there, run = "s3://nowhere/out.zarr", ("run", "--model=demo", VIRAL_PROTEINS)
+    check_refusal(s3.env, r".* 404 Not Found \(NoSuchBucket: .*\)", there, *run)
 
 
 def test_who_may_only_read_stops_the_run_at_once(url: str, s3: Server) -> None:

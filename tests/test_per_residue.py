@@ -264,11 +264,11 @@ def test_slots_of_another_store_are_found(store: Store, make_store: Maker) -> No
 
 def test_the_command_line(cli: Cli, tmp_path: Path) -> None:
     inputs = fasta(tmp_path / "some.faa", ["MKTAYIAKQR", "MKT"])
-    done = cli("run", inputs, "out.zarr", "--per-residue", "--workers", 1, "-q")
+    done = cli("run", inputs, "out.zarr", "--model=demo", "--per-residue", "--workers", 1, "-q")
     assert done.returncode == 0, done.stderr
     assert virnuc_dask.open_residues(tmp_path / "out.zarr", 0).shape == (10, 64)
-    refused = cli("run", inputs, "out.zarr", "--workers", 1, "-q")
+    refused = cli("run", inputs, "out.zarr", "--model=demo", "--workers", 1, "-q")
     assert refused.returncode == 2
     assert "per_residue" in refused.stderr
-    planned = cli("plan", inputs, "--per-residue", "--json")
+    planned = cli("plan", inputs, "--model=demo", "--per-residue", "--json")
     assert '"residue_embedding_bytes": 1664' in planned.stdout

@@ -24,11 +24,11 @@ from virnuc_dask.integrity import check_sequences
 from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
 
-QUICK = ("--repr-layer", 0, "--workers", 1, "-q")
+QUICK = ("--model=demo", "--repr-layer", 0, "--workers", 1, "-q")
 
 
 def make(path: Path) -> Store:
-    return prepare(VIRAL_PROTEINS, path, Settings(repr_layer=0), lambda _event: None)[0]
+    return prepare(VIRAL_PROTEINS, path, Settings("demo", repr_layer=0), lambda _event: None)[0]
 
 
 # --- links, and what cannot be renamed ---
@@ -99,7 +99,7 @@ def test_an_empty_directory_that_gets_no_store_is_left_as_it_was(tmp_path: Path)
     bad = tmp_path / "bad.faa"
     bad.write_bytes(b">a\nMK\0V\n")
     with pytest.raises(UsageError):
-        prepare(bad, folder, Settings(), lambda _event: None)
+        prepare(bad, folder, Settings("demo"), lambda _event: None)
     assert folder.stat().st_ino == before.st_ino
     assert folder.stat().st_mode == before.st_mode
     assert sorted(os.listdir(tmp_path)) == ["bad.faa", "out.zarr"]
@@ -144,7 +144,9 @@ def test_a_tilde_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(work)
     shutil.copy(VIRAL_PROTEINS, home / "in.faa.gz")
-    store, _ = prepare("~/in.faa.gz", "~/o.zarr", Settings(repr_layer=0), lambda _event: None)
+    store, _ = prepare(
+        "~/in.faa.gz", "~/o.zarr", Settings("demo", repr_layer=0), lambda _event: None
+    )
     assert str(store.path) == f"{home}/o.zarr"
     assert virnuc_dask.open_store(Path("~/o.zarr")).sizes["sequence"] == store.records
     assert virnuc_dask.verify("~/o.zarr").missing == store.chunk_count
@@ -155,17 +157,16 @@ def test_a_tilde_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.M
     assert os.listdir(work) == []
     # As in a shell, a name that merely begins so is a name.
     shutil.copy(VIRAL_PROTEINS, work / "~copy.faa.gz")
-    assert prepare("~copy.faa.gz", "~o.zarr", Settings(), lambda _event: None)[0].records == 300
+    store, _ = prepare("~copy.faa.gz", "~o.zarr", Settings("demo"), lambda _event: None)
+    assert store.records == 300
     assert sorted(os.listdir(work)) == ["~copy.faa.gz", "~o.zarr"]
 
 
 def test_on_the_command_line_too(cli: Cli, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
-    options = ("--telemetry=~/t.jsonl", "--model=demo")
-    done = cli(
-        "run", VIRAL_PROTEINS, "~/o.zarr", *options, *QUICK, env=os.environ | {"HOME": str(home)}
-    )
+    options = ("--telemetry=~/t.jsonl", *QUICK)
+    done = cli("run", VIRAL_PROTEINS, "~/o.zarr", *options, env=os.environ | {"HOME": str(home)})
     assert done.returncode == 0, done.stderr
     assert sorted(os.listdir(home)) == ["o.zarr", "t.jsonl"]
     assert os.listdir(tmp_path) == ["home"]
@@ -202,7 +203,9 @@ def test_what_an_ingest_in_another_container_writes_is_left_alone(tmp_path: Path
         (staging,) = tmp_path.glob(".out.zarr~*.ingest")
         before = set(staging.rglob("*"))
         for others in ((), container):
-            second = subprocess.run([*others, *command("run", bad, path)], check=False)
+            second = subprocess.run(
+                [*others, *command("run", bad, path, "--model=demo")], check=False
+            )
             assert second.returncode == 2
         assert before <= set(staging.rglob("*"))
         first.stdin.write(b">last\nMKV\n")
@@ -230,7 +233,7 @@ def test_an_ingest_from_which_something_was_removed_is_not_published(
         shutil.rmtree(target) if target.is_dir() else target.unlink()
 
     with pytest.raises(StoreError, match=r"was removed, .*starts over"):
-        prepare(VIRAL_PROTEINS, path, Settings(), remove)
+        prepare(VIRAL_PROTEINS, path, Settings("demo"), remove)
     assert os.listdir(tmp_path) == []
     assert make(path).records == 300
     assert os.listdir(tmp_path) == ["out.zarr"]

@@ -21,7 +21,7 @@ from virnuc_dask.linear import make_linear
 from virnuc_dask.prepare import prepare
 
 ON_CPU: list[Precision] = ["float32", "bfloat16", "int8"]
-AS_MADE = Settings(rows_per_chunk=32, repr_layer=0)  # as conftest makes a store
+AS_MADE = Settings("demo", rows_per_chunk=32, repr_layer=0)  # as conftest makes a store
 LENGTHS = [1, 2, 3, 17, 33, 64, 99, 100, 100, 300, 777, 1022]
 
 
@@ -124,9 +124,9 @@ def test_a_precision_that_a_device_lacks_is_refused() -> None:
     with pytest.raises(UsageError, match="int8 is for CPUs"):
         precision_on("cuda:1", "int8")
     with pytest.raises(UsageError, match="float16 is for GPUs"):
-        load_encoder(precision="float16")
+        load_encoder("demo", precision="float16")
     with pytest.raises(UsageError, match="float32, bfloat16, float16, int8"):
-        load_encoder(precision="fp4")  # type: ignore[arg-type]
+        load_encoder("demo", precision="fp4")  # type: ignore[arg-type]
 
 
 def test_auto_is_float32_on_a_cpu_and_bfloat16_on_a_gpu() -> None:

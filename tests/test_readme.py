@@ -58,7 +58,7 @@ def check_attached(folder: Path) -> None:
     done = [event["chunk"] for event in seen if event["event"] == "chunk_done"]
     assert sorted(done) == list(range(10))
     whole = folder / "whole.zarr"
-    virnuc_dask.run(VIRAL_PROTEINS, whole, rows_per_chunk=32)
+    virnuc_dask.run(VIRAL_PROTEINS, whole, model="demo", rows_per_chunk=32)
     # What the killed was writing, if it was.
     virnuc_dask.verify(folder / "attached.zarr", repair=True)
     assert_ledger(Store(folder / "attached.zarr"), Store(whole))

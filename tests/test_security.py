@@ -60,7 +60,7 @@ def test_a_strangers_store_runs_nothing(
         lambda path: list(dataset.quarantined(path)),
         lambda path: virnuc_dask.open_store(path).compute(),
         lambda path: virnuc_dask.resume(path, client=client),
-        lambda path: virnuc_dask.run(awkward, path, client=client),
+        lambda path: virnuc_dask.run(awkward, path, model="demo", client=client),
     ):
         # Most of them fail, each in its way; what counts is what they do not do.
         with suppress(VirnucError, ValueError, RuntimeError, KeyError, TypeError, OSError):
@@ -90,7 +90,7 @@ def test_identifiers_are_only_data(cli: Cli, tmp_path: Path) -> None:
     inputs = tmp_path / "odd.faa"
     inputs.write_text(text)
     before = set(tmp_path.parent.rglob("*"))
-    done = cli("run", inputs, "out.zarr", "--repr-layer", 0, "--workers", 1)
+    done = cli("run", inputs, "out.zarr", "--model=demo", "--repr-layer", 0, "--workers", 1)
     assert done.returncode == 3, done.stderr
     shown = cli("status", "--rows", "out.zarr")
     sampled = cli("verify", "out.zarr")

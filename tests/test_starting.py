@@ -20,13 +20,13 @@ from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.local import innermost
 from virnuc_dask.store import Store
 
-QUICK = ("--repr-layer", 0, "--workers", 1, "-q")
+QUICK = ("--model=demo", "--repr-layer", 0, "--workers", 1, "-q")
 
 # --- scripts ---
 
 SCRIPT = """
 import virnuc_dask
-print(virnuc_dask.run("in.faa", "out.zarr", workers=2).counts)
+print(virnuc_dask.run("in.faa", "out.zarr", model="demo", workers=2).counts)
 """
 
 
@@ -77,7 +77,9 @@ def test_a_sites_configuration_is_not_for_our_own_clusters(
     assert (done.returncode, done.stderr) == (3, "")
 
 
-@pytest.mark.parametrize("arguments", [("run", VIRAL_PROTEINS, "o.zarr"), ("verify", "o.zarr")])
+@pytest.mark.parametrize(
+    "arguments", [("run", VIRAL_PROTEINS, "o.zarr", "--model=demo"), ("verify", "o.zarr")]
+)
 def test_a_broken_configuration_is_one_line(
     arguments: tuple[object, ...], cli: Cli, make_store: Maker, tmp_path: Path
 ) -> None:
@@ -124,7 +126,7 @@ def limited(soft: int, hard: int) -> None:
 
 
 def test_the_limit_of_open_files_is_raised_if_it_may_be(awkward: Path, cli: Cli) -> None:
-    options = ("--repr-layer", 0, "--workers", 4, "-q")
+    options = ("--model=demo", "--repr-layer", 0, "--workers", 4, "-q")
     done = cli("run", awkward, "out.zarr", *options, preexec_fn=lambda: limited(48, 1024))
     assert done.returncode == 3, done.stderr
     done = cli("run", awkward, "2.zarr", *options, preexec_fn=lambda: limited(48, 96))
@@ -197,7 +199,9 @@ def test_a_run_whose_cluster_never_starts_ends_when_it_is_told_to(awkward: Path)
         "cluster.LocalCluster = hang\n"
         "main()\n"
     )
-    arguments = map(str, ("run", awkward, awkward.with_name("o.zarr"), "--grace", 0, "-q"))
+    arguments = map(
+        str, ("run", awkward, awkward.with_name("o.zarr"), "--model=demo", "--grace", 0, "-q")
+    )
     with subprocess.Popen(
         [sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True
     ) as process:

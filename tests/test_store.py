@@ -301,7 +301,7 @@ def test_racing_ingests_end_with_one_store(tmp_path: Path) -> None:
     threads = [
         threading.Thread(
             target=lambda: stores.append(
-                prepare(VIRAL_PROTEINS, tmp_path / "a.zarr", Settings(), lambda _e: None)[0]
+                prepare(VIRAL_PROTEINS, tmp_path / "a.zarr", Settings("demo"), lambda _e: None)[0]
             )
         )
         for _ in range(4)
@@ -324,7 +324,7 @@ def test_modification_times_mean_nothing(when: int, make_store: Maker, client: A
     store.remove_chunk(2)
     for file in store.path.rglob("*"):
         os.utime(file, (when, when))
-    summary = virnuc_dask.run(VIRAL_PROTEINS, store.path, client=client, repr_layer=0)
+    summary = virnuc_dask.run(VIRAL_PROTEINS, store.path, model="demo", client=client, repr_layer=0)
     assert summary.computed_chunks == 1
 
 
@@ -365,7 +365,9 @@ def test_a_run_with_other_settings_is_refused_and_changes_nothing(
     store = make_store(VIRAL_PROTEINS)
     before = tree(store.path)
     with pytest.raises(IdentityMismatchError) as refused:
-        virnuc_dask.run(awkward, store.path, pooling="bos", long="skip", max_residues=100)
+        virnuc_dask.run(
+            awkward, store.path, model="demo", pooling="bos", long="skip", max_residues=100
+        )
     names = {name for name, _, _ in refused.value.differences}
     assert names == {"input_sha256", "records", "pooling", "long", "max_residues", "repr_layer"}
     assert refused.value.exit_code == 2
@@ -377,12 +379,12 @@ def test_an_input_of_the_same_size_and_time_is_still_another_input(
 ) -> None:
     source = tmp_path / "a.faa"
     source.write_text(">a\nMKTAYIAKQR\n")
-    virnuc_dask.run(source, tmp_path / "a.zarr", client=client)
+    virnuc_dask.run(source, tmp_path / "a.zarr", model="demo", client=client)
     stat = source.stat()
     source.write_text(">a\nMKTAYIAKQK\n")
     os.utime(source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
     with pytest.raises(IdentityMismatchError, match="input_sha256"):
-        virnuc_dask.run(source, tmp_path / "a.zarr", client=client)
+        virnuc_dask.run(source, tmp_path / "a.zarr", model="demo", client=client)
 
 
 # --- ingest ---
@@ -392,7 +394,9 @@ def test_an_ingest_that_was_killed_leaves_no_store_and_the_next_one_cleans_up(
     tmp_path: Path,
 ) -> None:
     target = tmp_path / "out" / "a.zarr"
-    process = subprocess.Popen(command("run", "-", target, "-q"), stdin=subprocess.PIPE)
+    process = subprocess.Popen(
+        command("run", "-", target, "--model=demo", "-q"), stdin=subprocess.PIPE
+    )
     assert process.stdin is not None
     content = VIRAL_PROTEINS.read_bytes()
     process.stdin.write(content[: len(content) // 2])
@@ -406,7 +410,7 @@ def test_an_ingest_that_was_killed_leaves_no_store_and_the_next_one_cleans_up(
     (orphan,) = os.listdir(target.parent)  # the fault has fired in the middle of the ingest
     assert orphan.endswith(".ingest")
 
-    store, _ = prepare(VIRAL_PROTEINS, target, Settings(), lambda _event: None)
+    store, _ = prepare(VIRAL_PROTEINS, target, Settings("demo"), lambda _event: None)
     assert os.listdir(target.parent) == ["a.zarr"]
     assert check_sequences(store) is None
     assert store.records == 300
@@ -414,7 +418,7 @@ def test_an_ingest_that_was_killed_leaves_no_store_and_the_next_one_cleans_up(
 
 def test_the_staging_of_a_living_ingest_is_left_alone(tmp_path: Path) -> None:
     with Ingest(tmp_path / "a.zarr") as running:
-        prepare(VIRAL_PROTEINS, tmp_path / "a.zarr", Settings(), lambda _event: None)
+        prepare(VIRAL_PROTEINS, tmp_path / "a.zarr", Settings("demo"), lambda _event: None)
         assert len(os.listdir(tmp_path)) == 2
         del running
     assert os.listdir(tmp_path) == ["a.zarr"]
@@ -424,7 +428,7 @@ def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
     bad = tmp_path / "bad.fa.gz"
     bad.write_bytes(VIRAL_PROTEINS.read_bytes()[:-2000])
     with pytest.raises(InputError):
-        prepare(bad, tmp_path / "deep" / "a.zarr", Settings(), lambda _event: None)
+        prepare(bad, tmp_path / "deep" / "a.zarr", Settings("demo"), lambda _event: None)
     assert not (tmp_path / "deep" / "a.zarr").exists()
     assert list((tmp_path / "deep").iterdir()) == []
 
@@ -437,7 +441,7 @@ def test_what_is_not_a_store_is_never_touched(tmp_path: Path) -> None:
     (folder / "data").write_text("precious")
     for path in (file, folder):
         with pytest.raises(NotAStoreError, match="nothing was changed"):
-            prepare(VIRAL_PROTEINS, path, Settings(), lambda _event: None)
+            prepare(VIRAL_PROTEINS, path, Settings("demo"), lambda _event: None)
     assert file.read_text() == "four years"
     assert (folder / "data").read_text() == "precious"
     with pytest.raises(NotAStoreError, match="no store"):
@@ -464,7 +468,9 @@ def test_records_cross_block_and_chunk_borders_unharmed(
     monkeypatch.setattr("virnuc_dask.ingest.SEQUENCES_PER_CHUNK", 100)
     monkeypatch.setattr("virnuc_dask.ingest.RESIDUES_PER_STORED_CHUNK", 1000)
     monkeypatch.setattr("virnuc_dask.sequences.BLOCK_RECORDS", 37)
-    store, _ = prepare(peptides, tmp_path / "a.zarr", Settings(rows_per_chunk=50), lambda _e: None)
+    store, _ = prepare(
+        peptides, tmp_path / "a.zarr", Settings("demo", rows_per_chunk=50), lambda _e: None
+    )
     summary = InputSummary()
     blocks = list(read_blocks([peptides], summary))
     ids = [name for block in blocks for name in block.ids]

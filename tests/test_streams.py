@@ -51,7 +51,11 @@ def store(make_store: Maker, awkward: Path) -> Path:
     return Path(made.path)
 
 
-SAYING = [("status", "out.zarr"), ("status", "out.zarr", "--json"), ("plan", VIRAL_PROTEINS)]
+SAYING = [
+    ("status", "out.zarr"),
+    ("status", "out.zarr", "--json"),
+    ("plan", VIRAL_PROTEINS, "--model=demo"),
+]
 
 
 @needs_full
@@ -134,7 +138,9 @@ def test_verify_and_export_tell_of_the_store_and_not_of_their_output(
 
 @needs_full
 def test_a_run_goes_on_when_its_json_cannot_be_written(awkward: Path, tmp_path: Path) -> None:
-    shell = through(">/dev/full", "run", awkward, "out.zarr", "--workers", 1, "--json")
+    shell = through(
+        ">/dev/full", "run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--json"
+    )
     done = subprocess.run(shell, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 3
     assert done.stderr == f"standard output: {FULL}; not all that was said is there\n"
@@ -143,7 +149,7 @@ def test_a_run_goes_on_when_its_json_cannot_be_written(awkward: Path, tmp_path: 
 
 def test_a_run_goes_on_when_nobody_reads_it(awkward: Path, tmp_path: Path) -> None:
     writer = ended_pipe()
-    shell = command("run", awkward, "out.zarr", "--workers", 1, "--no-progress")
+    shell = command("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--no-progress")
     done = subprocess.run(shell, cwd=tmp_path, stdout=writer, stderr=writer)
     os.close(writer)
     assert done.returncode == 3
@@ -154,7 +160,9 @@ def test_a_run_goes_on_when_nobody_reads_it(awkward: Path, tmp_path: Path) -> No
 def test_a_run_without_descriptors_damages_no_file(
     flag: str, awkward: Path, tmp_path: Path
 ) -> None:
-    shell = through("<&- >&- 2>&-", "run", awkward, "out.zarr", "--workers", 1, flag)
+    shell = through(
+        "<&- >&- 2>&-", "run", awkward, "out.zarr", "--model=demo", "--workers", 1, flag
+    )
     done = subprocess.run(shell, cwd=tmp_path)
     assert done.returncode == 3
     assert_whole(tmp_path / "out.zarr")
@@ -172,7 +180,7 @@ def test_a_run_waits_for_a_pipe_that_does_not_block(awkward: Path, tmp_path: Pat
     except BlockingIOError:
         pass
     process = subprocess.Popen(
-        command("run", awkward, "out.zarr", "--workers", 1, "--json"),
+        command("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--json"),
         cwd=tmp_path,
         stdout=writer,
         stderr=subprocess.PIPE,
@@ -197,7 +205,7 @@ def on_terminal(
     leader, follower = os.openpty()
     termios.tcsetwinsize(follower, (24, columns))  # type: ignore[attr-defined,unused-ignore]
     process = subprocess.Popen(
-        command("run", awkward, "out.zarr", "--workers", 1),
+        command("run", awkward, "out.zarr", "--model=demo", "--workers", 1),
         cwd=tmp_path,
         stdout=follower,
         stderr=follower,
@@ -248,7 +256,7 @@ def test_what_a_listener_meets_is_not_the_stores_disk(tmp_path: Path) -> None:
         raise OSError(28, FULL, "mine")
 
     with pytest.raises(OSError, match="mine"):
-        prepare(VIRAL_PROTEINS, tmp_path / "out.zarr", Settings(), listen)
+        prepare(VIRAL_PROTEINS, tmp_path / "out.zarr", Settings("demo"), listen)
     assert os.listdir(tmp_path) == []
 
 
@@ -313,7 +321,7 @@ def interrupted(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
         ("import click", ("--help",)),
         ("import virnuc_dask.options", ("--version",)),
         ("import numpy", ("status", "none.zarr")),
-        ("import torch", ("run", VIRAL_PROTEINS, "out.zarr")),
+        ("import torch", ("run", VIRAL_PROTEINS, "out.zarr", "--model=demo")),
         ("import virnuc_dask.progress", ("resume", "none.zarr")),
         ("end .", ("--help",)),
         ("end .", ("status", "none.zarr")),
@@ -331,7 +339,7 @@ def test_an_interrupt_is_one_line_at_any_moment(
 def test_an_interrupt_leaves_nothing_half_done(
     interrupted: Any, make_store: Maker, awkward: Path, tmp_path: Path
 ) -> None:
-    done = interrupted("os.rename .ingest", "run", awkward, "new.zarr", "--json")
+    done = interrupted("os.rename .ingest", "run", awkward, "new.zarr", "--model=demo", "--json")
     assert (done.returncode, done.stderr) == (130, INTERRUPTED)
     make_store(awkward)
     done = interrupted("os.rename .csv", "export", "out.zarr", "out.csv")

@@ -15,7 +15,7 @@ from virnuc_dask import RunConfig, events
 from virnuc_dask.errors import UsageError
 from virnuc_dask.progress import recorded
 
-OPTIONS = ("--rows-per-chunk", 2, "--workers", 1, "-q")
+OPTIONS = ("--model=demo", "--rows-per-chunk", 2, "--workers", 1, "-q")
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
@@ -56,7 +56,7 @@ def test_every_chunk_is_accounted_for_beside_the_store(
     assert cli("resume", "out.zarr", "-q").returncode == 3
     assert tree(tmp_path) == before
     virnuc_dask.store.Store(tmp_path / "out.zarr").remove_chunk(2)
-    assert cli("resume", "out.zarr", *OPTIONS[2:]).returncode == 3
+    assert cli("resume", "out.zarr", *OPTIONS[3:]).returncode == 3
     assert lines(file)[: len(found)] == found
     again = lines(file)[len(found) :]
     assert [line["chunk"] for line in again if line["event"] == "chunk_done"] == [2]
@@ -91,7 +91,12 @@ def test_dask_reports_on_a_run(awkward: Path, client: Any, tmp_path: Path) -> No
     file = tmp_path / "report.html"
     config = RunConfig(performance_report=str(file))
     virnuc_dask.run(
-        awkward, tmp_path / "out.zarr", client=client, config=config, listener=seen.append
+        awkward,
+        tmp_path / "out.zarr",
+        model="demo",
+        client=client,
+        config=config,
+        listener=seen.append,
     )
     assert "Dask Performance Report" in file.read_text()
     (connected,) = (event for event in seen if isinstance(event, events.Connected))
@@ -105,5 +110,5 @@ def test_a_report_without_bokeh_is_refused_before_any_chunk(
     # As if it were not installed; the fixture's scheduler is in this process.
     monkeypatch.setitem(sys.modules, "bokeh", None)
     with pytest.raises(UsageError, match=r"pip install 'virnuc_dask\[dashboard\]'"):
-        virnuc_dask.run(awkward, tmp_path / "out.zarr", client=client, config=config)
+        virnuc_dask.run(awkward, tmp_path / "out.zarr", model="demo", client=client, config=config)
     assert not virnuc_dask.store.Store(tmp_path / "out.zarr").present().any()

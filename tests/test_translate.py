@@ -247,16 +247,8 @@ def test_reads_are_embedded_killed_and_resumed(
     how = Translation()
     whole = make_store(reads, "whole.zarr", rows_per_chunk=16, translation=how)
     path = tmp_path / "out.zarr"
-    options = (
-        "--translate",
-        "six-frame",
-        "--rows-per-chunk",
-        16,
-        "--repr-layer",
-        0,
-        "--workers",
-        1,
-    )
+    identity = ("--model=demo", "--translate", "six-frame", "--rows-per-chunk", 16)
+    options = (*identity, "--repr-layer", 0, "--workers", 1)
     # In the ingest, which is over in an instant: as soon as it begins.
     early = Run("run", reads, path, *options)
     next(event for event in early if event["event"] == "reading")
@@ -289,7 +281,7 @@ def test_no_read_is_lost(reads: Path, make_store: Maker) -> None:
     names = [line[1:].split()[0] for line in reads.read_text().splitlines()[::4]]
     assert data.read_id.values.tolist() == names
     without = sorted(set(range(1_000)) - set(data.read.values.tolist()))
-    made = plan(reads, Settings(translation=Translation()))
+    made = plan(reads, Settings("demo", translation=Translation()))
     assert made.input.reads == 1_000
     assert 0 < made.input.without_row == len(without)
     assert made.without_row == [names[number] for number in without]
@@ -320,7 +312,12 @@ def test_translation_is_part_of_the_identity(
     store = make_store(reads, embed=False, translation=Translation())
     with pytest.raises(IdentityMismatchError, match=r"at least 20 residues.*at least 10 residues"):
         virnuc_dask.run(
-            reads, store.path, client=client, translation=Translation(min_residues=10), repr_layer=0
+            reads,
+            store.path,
+            model="demo",
+            client=client,
+            translation=Translation(min_residues=10),
+            repr_layer=0,
         )
     assert store.identity.translation == str(Translation())
     # A store of proteins, and one from before there was translation.
@@ -331,7 +328,7 @@ def test_translation_is_part_of_the_identity(
 
 
 def test_the_molecule_is_looked_at(reads: Path, cli: Cli, tmp_path: Path) -> None:
-    common = ("out.zarr", "--repr-layer", 0, "--workers", 1, "-q")
+    common = ("out.zarr", "--model=demo", "--repr-layer", 0, "--workers", 1, "-q")
     refused = cli("run", reads, *common)
     assert refused.returncode == 2
     assert "look like nucleotides" in refused.stderr
@@ -345,18 +342,19 @@ def test_the_molecule_is_looked_at(reads: Path, cli: Cli, tmp_path: Path) -> Non
 
 
 def test_a_run_of_reads_with_virnucpros_rule(cli: Cli, tmp_path: Path) -> None:
+    quick = ("--model=demo", "--repr-layer", 0, "--workers", 1)
     options = ("--translate", "six-frame", "--frames", "virnucpro", "--window", "300")
     genome = EXAMPLES / "lambda_virus.fa.gz"
-    done = cli("run", genome, "out.zarr", *options, "--repr-layer", 0, "--workers", 1)
+    done = cli("run", genome, "out.zarr", *quick, *options)
     assert done.returncode == 0, done.stderr
     store = Store(tmp_path / "out.zarr")
     assert store.identity.translation == "six-frame; virnucpro; window 300"
     assert store.read_ids(0)[0].startswith("gi|9626243|ref|NC_001416.1|_chunk_")
     assert "without_row_ids" not in store.provenance["input"]  # `read_id` has them
-    alone = cli("run", VIRAL_PROTEINS, "b.zarr", "--frames", "orf")
+    alone = cli("run", VIRAL_PROTEINS, "b.zarr", *quick, "--frames", "orf")
     assert alone.returncode == 2
     assert "--frames is for --translate six-frame" in alone.stderr
-    wrong = cli("run", genome, "b.zarr", "--translate", "six-frame", "--window", "many")
+    wrong = cli("run", genome, "b.zarr", *quick, "--translate", "six-frame", "--window", "many")
     assert wrong.returncode == 2
     assert "neither a number nor none" in wrong.stderr
 

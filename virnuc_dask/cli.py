@@ -88,14 +88,13 @@ def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
 
     The same command again goes on where the first was stopped.
     """
+    shown, config = _display(store, options), _run_config(options)
+    settings = _settings(options)
     from virnuc_dask.coordinator import run as start
 
-    shown, config = _display(store, options), _run_config(options)
     _show_run(
         shown,
-        lambda listener: start(
-            inputs, store, config=config, listener=listener, **settings_of(options)
-        ),
+        lambda listener: start(inputs, store, config=config, listener=listener, **settings),
     )
 
 
@@ -129,9 +128,10 @@ def plan(
     inputs: tuple[str, ...], device: str, workers: int | None, as_json: bool, **options: Any
 ) -> None:
     """Say what embedding INPUTS would take: records, letters, chunks, bytes, time."""
+    settings = Settings(**_settings(options))
     from virnuc_dask.estimates import plan as make
 
-    made = make(inputs, Settings(**settings_of(options)), device=device, workers=workers)
+    made = make(inputs, settings, device=device, workers=workers)
     if as_json:
         print(json.dumps(made.to_json()))
         return
@@ -324,6 +324,16 @@ def _display(store: str, options: dict[str, Any]) -> tuple[str, Path | None]:
 
 def _run_config(options: dict[str, Any]) -> RunConfig:
     return RunConfig(**{field.name: options.pop(field.name) for field in fields(RunConfig)})
+
+
+def _settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Options as fields of `Settings`. There is no model that is right for everyone."""
+    settings = settings_of(options)
+    if not settings["model"]:
+        from virnuc_dask.estimates import model_choices
+
+        raise UsageError(model_choices())
+    return settings
 
 
 def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary]) -> NoReturn:

@@ -210,7 +210,7 @@ class Settings:
     Attributes
     ----------
     model : str
-        ``demo`` (random weights), a fair-esm name, or the path of weights.
+        A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     pooling : {'mean', 'bos', 'max'}
     repr_layer : int, optional
         Layer to pool; 0 is the token embedding. Default: the last.
@@ -236,7 +236,7 @@ class Settings:
         Refuse an input that has a letter which is no residue.
     """
 
-    model: str = "demo"
+    model: str
     pooling: Pooling = "mean"
     repr_layer: int | None = None
     precision: Precision | Literal["auto"] = AUTO

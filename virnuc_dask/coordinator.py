@@ -45,7 +45,7 @@ def run(
     inputs: Inputs,
     store: str | Path,
     *,
-    model: str = "demo",
+    model: str,
     client: Client | None = None,
     cluster: str = "local",
     workers: int | None = None,
@@ -62,7 +62,7 @@ def run(
     store : path
         Made if nothing is there. A store that is there must come from the same input and settings.
     model : str
-        ``demo`` (random weights), a fair-esm name, or the path of weights.
+        A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     client : distributed.Client, optional
         Whose workers to use. They must see the store at the same path. Left open. A client can be
         at one run at a time.

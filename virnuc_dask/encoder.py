@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from virnuc_dask import faults
-from virnuc_dask.config import DEMO, ModelSpec, Pooling, Precision, precision_on
+from virnuc_dask.config import ModelSpec, Pooling, Precision, precision_on
 from virnuc_dask.errors import InputError
 from virnuc_dask.esm2 import Network
 from virnuc_dask.memory import fitting_tokens, grown, is_out_of_memory, release_memory
@@ -35,7 +35,7 @@ from virnuc_dask.weights import Checkpoint, describe, load_checkpoint
 
 
 def load_encoder(
-    model: str = DEMO,
+    model: str,
     device: str = "cpu",
     precision: Precision = "float32",
     *,
@@ -47,7 +47,7 @@ def load_encoder(
     Parameters
     ----------
     model : str
-        ``demo`` (random weights), a fair-esm name, or the path of weights.
+        A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     device : str
         A torch device.
     precision : {'float32', 'bfloat16', 'float16', 'int8'}

@@ -34,7 +34,7 @@ def create_store(
     inputs, store, listener, **settings
         As for `run`. A store that is there must come from the same input and settings.
     model : str
-        ``demo`` (random weights), a fair-esm name, or the path of weights.
+        A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     device : str
         Torch device that will compute, such as ``cuda``; the precision ``auto`` depends on it.
 

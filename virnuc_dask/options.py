@@ -43,10 +43,8 @@ def _setting(name: str, kind: click.ParamType[Any], text: str) -> Callable[[Any]
 identity_options = _options(
     click.option(
         "--model",
-        default="demo",
-        show_default=True,
-        help="demo (random weights, for trying the pipeline), a fair-esm name such as"
-        " esm2_t33_650M_UR50D, a .pt file, or a Hugging Face directory.",
+        help="A fair-esm name such as esm2_t33_650M_UR50D, a .pt file, a Hugging Face directory, or"
+        " demo (random weights, for trying the pipeline).  [required]",
     ),
     click.option("--pooling", type=click.Choice(POOLINGS), default="mean", show_default=True),
     click.option("--repr-layer", type=int, help="Layer to pool, from 1.  [default: the last]"),

@@ -29,7 +29,7 @@ from virnuc_dask.places import place_of
 from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
 
-SAME: dict[str, Any] = {"rows_per_chunk": 32, "repr_layer": 0}
+SAME: dict[str, Any] = {"model": "demo", "rows_per_chunk": 32, "repr_layer": 0}
 OTHER: dict[str, Any] = SAME | {"pooling": "max"}
 
 
@@ -225,8 +225,8 @@ def slow(peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return some
 
 
-QUICK = ("--rows-per-chunk", 1, "--repr-layer", 0)
-ONE_BY_ONE: dict[str, Any] = {"rows_per_chunk": 1, "repr_layer": 0}
+QUICK = ("--model=demo", "--rows-per-chunk", 1, "--repr-layer", 0)
+ONE_BY_ONE: dict[str, Any] = {"model": "demo", "rows_per_chunk": 1, "repr_layer": 0}
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL", "the scheduler's SIGKILL"])

@@ -252,7 +252,7 @@ def test_without_its_metadata_nothing_touches_a_store(
         lambda: dataset.row_states(store.path),
         lambda: dataset.verify(store.path, repair=True),
         lambda: virnuc_dask.resume(store.path),
-        lambda: virnuc_dask.run(VIRAL_PROTEINS, store.path, repr_layer=0),
+        lambda: virnuc_dask.run(VIRAL_PROTEINS, store.path, model="demo", repr_layer=0),
         lambda: virnuc_dask.open_store(store.path),
     )
     for call in calls:
@@ -265,7 +265,8 @@ def test_without_its_metadata_nothing_touches_a_store(
 
 
 @pytest.mark.parametrize(
-    "arguments", [["status"], ["resume"], ["verify", "--repair"], ["run", str(VIRAL_PROTEINS)]]
+    "arguments",
+    [["status"], ["resume"], ["verify", "--repair"], ["run", "--model=demo", str(VIRAL_PROTEINS)]],
 )
 def test_torn_metadata_is_one_line_and_exit_code_4(
     arguments: list[str], store: Store, cli: Cli

@@ -32,7 +32,7 @@ from virnuc_dask.store import Store
 
 RECORDS = 2_000
 # With single residues, so that a task writes all that it ever does.
-IDENTITY = ("--rows-per-chunk", 20, "--per-residue")
+IDENTITY = ("--model=demo", "--rows-per-chunk", 20, "--per-residue")
 SETTINGS = (*IDENTITY, "--workers", 2)
 
 
@@ -201,7 +201,7 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Pa
     path = tmp_path / "out.zarr"
     # One chunk of several seconds, so that it is under way when the signal comes on any machine.
     inputs = [VIRAL_PROTEINS] * 3
-    settings = ("--rows-per-chunk", 900, "--workers", 1)
+    settings = ("--model=demo", "--rows-per-chunk", 900, "--workers", 1)
     first = Run("run", *inputs, path, *settings, "--grace", 2)
     for event in first:
         if event["event"] == "workers_changed":

@@ -31,7 +31,7 @@ from virnuc_dask import RunConfig, events, faults
 from virnuc_dask.store import Store
 
 # Layer 0 is quick, so that most of a run is what can be interrupted: tasks, and their files.
-IDENTITY = ("--repr-layer", 0, "--rows-per-chunk", 16)
+IDENTITY = ("--model=demo", "--repr-layer", 0, "--rows-per-chunk", 16)
 LOCAL = ("--workers", 2)
 SEED = 20_260
 
@@ -177,6 +177,7 @@ def test_a_worker_that_is_told_to_end_has_its_chunks_computed_elsewhere(
     summary = virnuc_dask.run(
         peptides,
         tmp_path / "out.zarr",
+        model="demo",
         client=client,
         config=RunConfig(in_flight=8),
         listener=listen,
@@ -467,6 +468,7 @@ def test_a_dask_worker_command_that_is_told_to_end_leaves_its_chunks_to_another(
         summary = virnuc_dask.run(
             some,
             tmp_path / "out.zarr",
+            model="demo",
             cluster=str(file),
             listener=listen,
             repr_layer=0,

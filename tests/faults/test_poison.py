@@ -86,7 +86,7 @@ FATE = {
 }
 RECORDS = 33
 INNOCENT = RECORDS - sum(map(len, FATE.values()))
-SETTINGS = ("--rows-per-chunk", 4, "--workers", 2, "--per-residue", "--json")
+SETTINGS = ("--model=demo", "--rows-per-chunk", 4, "--workers", 2, "--per-residue", "--json")
 # Enough for any row but the one that hangs, which takes all of it.
 DEADLINES = ("--deadline-floor", 8, "--deadline-first", 60, "--backoff", 0.1)
 
@@ -197,7 +197,9 @@ def test_a_row_that_takes_all_memory_of_a_control_group_is_quarantined_alone(
         (little_memory / "cgroup.procs").write_text(str(os.getpid()))
 
     run = subprocess.run(
-        command("run", inputs, path, "--rows-per-chunk", 4, "--workers", 1, "--json"),
+        command(
+            "run", inputs, path, "--model=demo", "--rows-per-chunk", 4, "--workers", 1, "--json"
+        ),
         capture_output=True,
         text=True,
         timeout=280,

@@ -37,6 +37,7 @@ CHUNKS = 12
 ROWS_PER_CHUNK = 8
 # All that a task may write, rows of all kinds, and a short last chunk.
 SETTINGS: dict[str, Any] = {
+    "model": "demo",
     "per_residue": True,
     "repr_layer": 0,
     "rows_per_chunk": ROWS_PER_CHUNK,

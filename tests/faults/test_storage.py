@@ -36,7 +36,8 @@ bench = test_write_path.bench
 disk = test_retry.disk
 
 # Small files and few rows, so that a run is under way for long enough to be met by a fault.
-SETTINGS = ("--rows-per-chunk", 4, "--workers", 2, "--per-residue", "--backoff", 0.1)
+IDENTITY = ("--model=demo", "--rows-per-chunk", 4, "--per-residue")
+SETTINGS = (*IDENTITY, "--workers", 2, "--backoff", 0.1)
 
 # --- calls that fail ---
 
@@ -106,7 +107,7 @@ def test_a_disk_that_fills_while_the_input_is_read_is_left_as_it_was(
 ) -> None:
     reference = make_store(VIRAL_PROTEINS, embed=False)
     filler = fill(disk, room)
-    chosen = Settings(rows_per_chunk=32, repr_layer=0)
+    chosen = Settings("demo", rows_per_chunk=32, repr_layer=0)
     with pytest.raises(StoreError, match=r"out\.zarr: No space left on device.*MB are free"):
         prepare(VIRAL_PROTEINS, disk / "out.zarr", chosen, lambda _event: None)
     assert os.listdir(disk) == ["filler"]
@@ -119,7 +120,8 @@ def test_a_disk_that_fills_while_the_input_is_read_is_left_as_it_was(
 
 def test_a_full_disk_is_one_line_and_an_exit_code(disk: Path, cli: Cli) -> None:
     filler = fill(disk, 40)
-    arguments = ("run", VIRAL_PROTEINS, disk / "out.zarr", "--repr-layer", 1, "--workers", 1, "-q")
+    options = ("--model=demo", "--repr-layer", 1, "--workers", 1, "-q")
+    arguments = ("run", VIRAL_PROTEINS, disk / "out.zarr", *options)
     found = cli(*arguments)
     assert found.returncode == 4
     path = disk / "out.zarr"
@@ -177,7 +179,7 @@ def test_a_directory_that_may_not_be_written_gets_no_store(tmp_path: Path) -> No
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o555)
     found = subprocess.run(
-        forbidden("run", VIRAL_PROTEINS, folder / "out.zarr"),
+        forbidden("run", VIRAL_PROTEINS, folder / "out.zarr", "--model=demo"),
         capture_output=True,
         text=True,
         check=False,

@@ -17,7 +17,7 @@ from harness import Run, assert_ledger, finished_chunks
 import virnuc_dask
 from virnuc_dask.store import Store
 
-IDENTITY = ("--repr-layer", 0, "--rows-per-chunk", 16)
+IDENTITY = ("--model=demo", "--repr-layer", 0, "--rows-per-chunk", 16)
 SEED = 20_261
 
 
@@ -25,7 +25,7 @@ SEED = 20_261
 def reference(tmp_path_factory: pytest.TempPathFactory, peptides: Path, client: Any) -> Store:
     """The same input and settings, and one run alone."""
     path = tmp_path_factory.mktemp("reference") / "out.zarr"
-    virnuc_dask.run(peptides, path, client=client, repr_layer=0, rows_per_chunk=16)
+    virnuc_dask.run(peptides, path, model="demo", client=client, repr_layer=0, rows_per_chunk=16)
     return Store(path)
 
 
