@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from test_security import NAMES
 from xopen import xopen
 
 import virnuc_dask
-from virnuc_dask.config import Status, Translation
+from virnuc_dask.config import RANDOM_WEIGHTS, Status, Translation
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.store import Store
 
@@ -275,3 +276,33 @@ def test_pandas_reads_identifiers_as_they_are(make_store: Maker, tmp_path: Path)
     assert list(table.sequence_id) == ["NA", "0012", "1e5", "nan"]
     assert table.feature_0.dtype == np.float64
     assert list(table.feature_0.isna()) == [False, False, False, True]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv.gz", "parquet", "npz", "h5"])
+def test_an_export_says_what_its_rows_are(suffix: str, store: Store, tmp_path: Path) -> None:
+    out = tmp_path / f"out.{suffix}"
+    virnuc_dask.export(store.path, out)
+    if suffix == "parquet":
+        text = parquet.read_schema(out).metadata[b"virnuc_dask"].decode()
+    elif suffix == "npz":
+        text = np.load(out)["virnuc_dask"].item()
+    elif suffix == "h5":
+        with h5py.File(out) as file:
+            text = file.attrs["virnuc_dask"]
+    else:
+        text = (tmp_path / f"out.{suffix}.json").read_text()
+    about = json.loads(text)
+    assert about["comment"] == RANDOM_WEIGHTS
+    assert (about["model"], about["device"]) == ("demo", "cpu")
+    for name in ("weights_sha256", "repr_layer", "pooling", "precision", "input_sha256"):
+        assert about[name] == getattr(store.identity, name)
+    assert about["exported_by"] == f"virnuc_dask {virnuc_dask.__version__}"
+    assert about["versions"]["torch"]
+
+
+def test_a_file_beside_a_table_is_never_replaced(store: Store, tmp_path: Path) -> None:
+    (tmp_path / "out.csv.json").write_text("mine")
+    with pytest.raises(UsageError, match=r"out\.csv\.json exists"):
+        virnuc_dask.export(store.path, tmp_path / "out.csv")
+    assert (tmp_path / "out.csv.json").read_text() == "mine"
+    assert not (tmp_path / "out.csv").exists()
