@@ -104,7 +104,8 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(damage: Any, cli: Cli, tmp_
     done = cli("run", path, "out.zarr", "--model=demo")
     assert done.returncode == 2
     assert done.stdout == ""
-    (line,) = done.stderr.splitlines()
+    model, line = done.stderr.splitlines()
+    assert model.startswith("model: demo (random weights")
     assert line.startswith(f"error: {path}")
     if damage is not empty:
         assert ", line " in line

@@ -299,7 +299,7 @@ def test_a_run_says_what_it_leaves_out_and_workers_merge_too(
     assert summary.exit_code == 0
     (read,) = (event for event in seen if isinstance(event, events.ModelChosen))
     assert list(_notice(read)) == [
-        f"model: {reference}, weights {summary.model.weights_sha256[:12]}, layer 2, mean pooling,"
+        f"model: {reference}, weights {summary.model.weights_sha256[:12]}, layer 3, mean pooling,"
         " float32 on cpu",
         f"note: the LoRA adapter in {reference} is merged with its base model",
         f"note: {reference} also holds 4 tensors that ESM-2 has not (classifier); left out",

@@ -117,7 +117,7 @@ def test_random_weights_are_said_wherever_somebody_looks(
     assert described in done.stdout  # the summary
     assert described in cli("plan", awkward, "--model", "demo").stdout
     assert f"model: {described}\n" in cli("status", "out.zarr").stdout
-    assert described in cli(*run[:-1], "--quiet").stderr
+    assert described in cli(*run[:-1], "--quiet").stdout
     assert described in cli("resume", "out.zarr", "--no-progress").stderr.splitlines()[0]
     data: Any = virnuc_dask.open_store(tmp_path / "out.zarr")
     assert data.attrs["comment"] == RANDOM_WEIGHTS

@@ -212,8 +212,8 @@ def _reading(event: events.Reading) -> str:
 def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
     """Lines that are worth keeping on the screen."""
     match event:
-        case events.ModelChosen():
-            yield from _model_notes(event, quiet=quiet)
+        case events.ModelChosen() if not quiet:
+            yield from _model_notes(event)
         case events.InputRead():
             if not quiet:
                 yield from input_notes(event)
@@ -260,13 +260,12 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
             )
 
 
-def _model_notes(event: events.ModelChosen, *, quiet: bool) -> Iterator[str]:
+def _model_notes(event: events.ModelChosen) -> Iterator[str]:
     model = event.model
-    if not quiet or model.has_random_weights:
-        yield f"model: {printable(model.described(event.device), 1000)}"
-    if event.has_adapter and not quiet:
+    yield f"model: {printable(model.described(event.device), 1000)}"
+    if event.has_adapter:
         yield f"note: the LoRA adapter in {model.reference} is merged with its base model"
-    if event.left_out and not quiet:
+    if event.left_out:
         heads = ", ".join(sorted({name.split(".")[0] for name in event.left_out}))
         yield (
             f"note: {model.reference} also holds {counted(len(event.left_out), 'tensor')} that"
