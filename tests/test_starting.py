@@ -25,7 +25,9 @@ QUICK = ("--model=demo", "--repr-layer", 0, "--workers", 1, "-q")
 # --- scripts ---
 
 SCRIPT = """
+import warnings
 import virnuc_dask
+warnings.simplefilter("ignore")  # the demo model's weights are random
 print(virnuc_dask.run("in.faa", "out.zarr", model="demo", workers=2).counts)
 """
 
