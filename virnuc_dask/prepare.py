@@ -20,8 +20,10 @@ from virnuc_dask import __version__, events, retry
 from virnuc_dask.config import (
     AUTO,
     FORMAT,
+    PRECISIONS,
     Identity,
     ModelSpec,
+    Precision,
     Settings,
     precision_on,
     rows_per_chunk,
@@ -89,7 +91,7 @@ def prepare(
     existing = None if can_create(store) else Store(store)
     precision = precision_on(device, settings.precision)
     if existing and settings.precision == AUTO:
-        precision = existing.identity.precision
+        precision = _precision_of(existing)
     checkpoint = load_checkpoint(settings.model)
     spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling)
     has_adapter = checkpoint.adapter is not None
@@ -145,6 +147,11 @@ def model_of(store: Store, reference: str | None = None) -> ModelSpec:
     store : Store
     reference : str, optional
         Where the weights are now, if not where they were.
+
+    Raises
+    ------
+    UsageError
+        The store is of a precision that there was once.
     """
     identity = store.identity
     return ModelSpec(
@@ -153,8 +160,24 @@ def model_of(store: Store, reference: str | None = None) -> ModelSpec:
         store.dimension,
         identity.repr_layer,
         identity.pooling,
-        identity.precision,
+        _precision_of(store),
     )
+
+
+def _precision_of(store: Store) -> Precision:
+    """What a store's rows are computed in. One that is not offered any more is read, not added to.
+
+    Raises
+    ------
+    UsageError
+    """
+    precision = store.identity.precision
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"{store.path}: precision {precision} is no longer offered: on real weights its rows"
+            " fell to a cosine of 0.98 beside float32; run again into another store"
+        )
+    return precision
 
 
 @contextmanager
