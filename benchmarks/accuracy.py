@@ -37,7 +37,7 @@ from virnuc_dask.residues import InputSummary
 from virnuc_dask.sequences import read_blocks
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-PRECISIONS = {"cpu": ("bfloat16", "int8"), "cuda": ("float32", "bfloat16", "float16")}
+PRECISIONS = {"cpu": ("bfloat16",), "cuda": ("float32", "bfloat16", "float16")}
 NEIGHBOURS = 10
 
 Rows = NDArray[np.float32]

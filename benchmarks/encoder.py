@@ -66,7 +66,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # for the C++ engine and for child processes
     torch.set_num_threads(1)
     on_cpu = arguments.device == "cpu"
-    ours = ["float32", "bfloat16", "int8" if on_cpu else "float16"]
+    ours = ["float32", "bfloat16", *([] if on_cpu else ["float16"])]
     hardware = processor() if on_cpu else torch.cuda.get_device_name()
     print(f"{hardware}, torch {torch.__version__}, {arguments.turns} turns.", end=" ")
     rates = {precision: layer_rate(precision, arguments.device) for precision in ours}

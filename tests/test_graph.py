@@ -220,9 +220,9 @@ def test_a_device_that_does_not_exist_is_refused(device: str, store: Path, tmp_p
 
 def test_a_device_without_the_precision_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
-    virnuc_dask.create_store(VIRAL_PROTEINS, path, **SETTINGS, precision="int8")
-    with pytest.raises(UsageError, match="int8 is for CPUs"):
-        virnuc_dask.tasks(path, device="cuda")
+    virnuc_dask.create_store(VIRAL_PROTEINS, path, **SETTINGS, precision="float16", device="cuda")
+    with pytest.raises(UsageError, match="float16 is for GPUs"):
+        virnuc_dask.tasks(path)
 
 
 def test_what_cannot_be_a_store_is_said_before_anything_is_made(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from torch import Tensor
 from virnuc_dask import kernels
 from virnuc_dask.attention import Layout, attend, attend_natively
 from virnuc_dask.esm2 import _pair
-from virnuc_dask.kernels import Integers, Product
 
 CPU = torch.device("cpu")
 # Around the vectors of 4, 8 and 16 lanes and the blocks of 6 and 8 rows.
@@ -88,19 +87,11 @@ def test_attention(
 ) -> None:
     layout = a_layout(LENGTHS, d)
     qkv = noise(len(layout.positions), 3 * heads * d).to(dtype)
-    expected = attend(Product(heads_first(qkv, heads)), heads, layout)
-    found = attend_natively(Product(qkv), heads, layout)
+    expected = attend(heads_first(qkv, heads), heads, layout)
+    found = attend_natively(qkv, heads, layout)
     assert found.dtype == dtype
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance)
-
-
-def test_attention_finishes_the_product(library: ctypes.CDLL, threads: int) -> None:
-    layout = a_layout(LENGTHS, 16)
-    tokens, features = len(layout.positions), 3 * 5 * 16
-    product = Product(noise(tokens, features), noise(tokens, seed=1), noise(features, seed=2))
-    plain = attend_natively(Product(product.finished()), 5, layout)
-    torch.testing.assert_close(attend_natively(product, 5, layout), plain, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1.0, 1e4])
@@ -108,29 +99,20 @@ def test_attention_to_the_nearest_only_or_to_all_alike(library: ctypes.CDLL, sca
     layout = a_layout([30], 16)
     qkv = noise(32, 3 * 80)
     qkv[:, :160] *= scale
-    expected = attend(Product(heads_first(qkv, 5)), 5, layout)
-    torch.testing.assert_close(
-        attend_natively(Product(qkv), 5, layout), expected, atol=1e-5, rtol=1e-4
-    )
+    expected = attend(heads_first(qkv, 5), 5, layout)
+    torch.testing.assert_close(attend_natively(qkv, 5, layout), expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["float32", "bfloat16", "integers"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_sequence_gives_the_same_bits_alone(
-    library: ctypes.CDLL, threads: int, kind: str
+    library: ctypes.CDLL, threads: int, dtype: torch.dtype
 ) -> None:
     layout = a_layout(LENGTHS, 16)
-    qkv = noise(len(layout.positions), 3 * 80)
-    given = {
-        "float32": Product(qkv),
-        "bfloat16": Product(qkv.bfloat16()),
-        "integers": Product(qkv, noise(len(qkv), seed=1), noise(3 * 80, seed=2)),
-    }[kind]
-    together = attend_natively(given, 5, layout)
+    qkv = noise(len(layout.positions), 3 * 80).to(dtype)
+    together = attend_natively(qkv, 5, layout)
     for first, last in zip(layout.bounds[:-1].tolist(), layout.bounds[1:].tolist(), strict=True):
         alone = Layout([], torch.tensor([0, last - first], dtype=torch.int32), None, layout.angles)  # type: ignore[arg-type]
-        scale = given.scale if given.scale is None else given.scale[first:last]
-        product = Product(given.values[first:last], scale, given.bias)
-        found = attend_natively(product, 5, alone)
+        found = attend_natively(qkv[first:last], 5, alone)
         assert torch.equal(found, together[first:last])
 
 
@@ -140,63 +122,33 @@ def test_what_is_not_finite_stays_so_and_with_its_sequence(
 ) -> None:
     layout = a_layout([5, 20, 40], 16)
     qkv = noise(len(layout.positions), 3 * 80)
-    clean = attend_natively(Product(qkv), 5, layout)
+    clean = attend_natively(qkv, 5, layout)
     for feature in (3, 80 + 3, 160 + 3):  # of the first head's query, key and value
         spoilt = qkv.clone()
         spoilt[10, feature] = bad  # in the second sequence, 7 to 28
-        found = attend_natively(Product(spoilt), 5, layout)
+        found = attend_natively(spoilt, 5, layout)
         assert torch.equal(found[:7], clean[:7])
         assert torch.equal(found[29:], clean[29:])
         assert not found[7:29].isfinite().all()
     x = noise(9, 32)
     x[4, 30] = bad
-    for dtype in (torch.float32, torch.bfloat16, torch.uint8):
-        normed = kernels.add_norm(x.clone(), None, torch.ones(32), torch.zeros(32), 1e-5, dtype)
-        rows = plain(normed)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows = kernels.add_norm(x.clone(), None, torch.ones(32), torch.zeros(32), 1e-5, dtype)
         assert rows.isfinite().all(1).tolist() == [row != 4 for row in range(9)]
-    for gelu in (False, True):
-        rows = plain(kernels.quantise(Product(x), gelu=gelu))
-        assert not rows[4].isfinite().any()
-        assert rows[[0, 1, 2, 3, 5, 6, 7, 8]].isfinite().all()
 
 
-def plain(rows: Tensor | Integers) -> Tensor:
-    if isinstance(rows, Tensor):
-        return rows.float()
-    return (rows.values.float() - 128) * rows.scale[:, None]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sum_and_norm(library: ctypes.CDLL, threads: int, dtype: torch.dtype) -> None:
     x, weight, bias = 5 * noise(61, 48) + 2, noise(48, seed=1), noise(48, seed=2)
-    products: list[Product | None] = [None, Product(noise(61, 48, seed=3))]
-    if dtype == torch.bfloat16:
-        products.append(Product(noise(61, 48, seed=3).bfloat16()))
-    if dtype == torch.uint8:
-        products.append(Product(noise(61, 48, seed=3), noise(61, seed=4), noise(48, seed=5)))
-    for product in products:
-        summed = x + product.finished() if product else x
+    product = noise(61, 48, seed=3)
+    for added in (None, product, product.bfloat16()):
+        summed = x if added is None else x + added
         expected = F.layer_norm(summed, (48,), weight, bias, 1e-5)
         given = x.clone()
-        found = kernels.add_norm(given, product, weight, bias, 1e-5, dtype)
+        found = kernels.add_norm(given, added, weight, bias, 1e-5, dtype)
         torch.testing.assert_close(given, summed, atol=1e-6, rtol=1e-6)
-        tolerance = {torch.float32: 1e-5, torch.bfloat16: 0.02, torch.uint8: 0.05}[dtype]
-        torch.testing.assert_close(plain(found), expected, atol=tolerance, rtol=tolerance / 5)
-
-
-@pytest.mark.parametrize("gelu", [False, True])
-def test_rounding_to_integers(library: ctypes.CDLL, threads: int, gelu: bool) -> None:
-    values = 4 * noise(61, 64)
-    values[7] = 0
-    for product in (
-        Product(values),
-        Product(values, noise(61, seed=1), noise(64, seed=2)),
-    ):
-        exact = F.gelu(product.finished()) if gelu else product.finished()
-        found = kernels.quantise(product, gelu=gelu)
-        # Half a step, and what the fast GELU is off.
-        allowed = 0.501 * exact.abs().amax(1, keepdim=True) / 127 + 1e-6
-        assert ((plain(found) - exact).abs() <= allowed).all()
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance / 5)
 
 
 def test_bfloat16_is_rounded_to_the_nearest_and_from_ties_to_even(library: ctypes.CDLL) -> None:
@@ -207,31 +159,31 @@ def test_bfloat16_is_rounded_to_the_nearest_and_from_ties_to_even(library: ctype
     found = kernels.add_norm(
         torch.zeros(1, len(shift)), None, torch.zeros(len(shift)), shift, 1e-5, torch.bfloat16
     )
-    assert torch.equal(plain(found)[0], shift.bfloat16().float())
+    assert torch.equal(found[0], shift.bfloat16())
 
 
 def test_memory_that_cannot_be_had_is_an_error(library: ctypes.CDLL) -> None:
     # A sequence that would need more than there are addresses for; nothing is read.
     bounds = torch.tensor([0, 2**31 - 64], dtype=torch.int32)
     with pytest.raises(MemoryError, match="attend"):
-        kernels._run("attend", 1, 0, None, None, None, None, bounds, 1, 2**14, None)
+        kernels._run("attend", 1, 0, None, None, bounds, 1, 2**14, None)
 
 
 def test_tokens_beyond_the_last_sequence_are_nothing(library: ctypes.CDLL, threads: int) -> None:
     layout = a_layout(LENGTHS, 16)
     qkv = noise(len(layout.positions), 3 * 80)
     more = torch.cat([qkv, torch.full((5, 3 * 80), torch.nan)])
-    expected = F.pad(attend_natively(Product(qkv), 5, layout), (0, 0, 0, 5))
-    assert torch.equal(attend_natively(Product(more), 5, layout), expected)
+    expected = F.pad(attend_natively(qkv, 5, layout), (0, 0, 0, 5))
+    assert torch.equal(attend_natively(more, 5, layout), expected)
 
 
 def test_several_threads_at_once(library: ctypes.CDLL) -> None:
     layout = a_layout(LENGTHS, 16)
     inputs = [noise(len(layout.positions), 3 * 80, seed=seed) for seed in range(8)]
-    expected = [attend_natively(Product(qkv), 5, layout) for qkv in inputs]
+    expected = [attend_natively(qkv, 5, layout) for qkv in inputs]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(10):
-            found = pool.map(lambda qkv: attend_natively(Product(qkv), 5, layout), inputs)
+            found = pool.map(lambda qkv: attend_natively(qkv, 5, layout), inputs)
             assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
@@ -249,21 +201,21 @@ def test_what_a_thread_writes_to_outlives_who_waits_for_it(
         alive.append(of_x() is not None)
         return 0
 
-    monkeypatch.setattr(kernels, "_library", lambda: SimpleNamespace(virnuc_quantise=slow))
-    x = noise(48, 32)
+    monkeypatch.setattr(kernels, "_library", lambda: SimpleNamespace(virnuc_add_norm=slow))
+    x, weight, bias = noise(48, 32), noise(32), noise(32)
     of_x = weakref.ref(x)
 
     def interrupt() -> None:
         begun.wait()
         os.kill(os.getpid(), signal.SIGINT)
 
-    product = [Product(x)]
+    given = [x]
     del x
     # dask-jobqueue, once imported by another test, has Ctrl-C leave by another exception.
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     Thread(target=interrupt).start()
     try:
-        kernels.quantise(product.pop(), gelu=False)
+        kernels.add_norm(given.pop(), None, weight, bias, 1e-5, torch.float32)
     except KeyboardInterrupt as error:
         error.__traceback__ = None
     else:
@@ -279,24 +231,29 @@ def test_what_a_thread_writes_to_outlives_who_waits_for_it(
 
 
 def test_defaults_of_torch_that_others_have_set(library: ctypes.CDLL) -> None:
-    values = noise(61, 64)
-    expected = plain(kernels.quantise(Product(values), gelu=True))
-    normed = plain(kernels.add_norm(values.clone(), None, values[0], values[1], 1e-5, torch.uint8))
+    layout = a_layout(LENGTHS, 16)
+    qkv, values = noise(len(layout.positions), 3 * 80), noise(61, 64)
+    turns = layout.turns
+
+    def both() -> list[Tensor]:
+        norm = kernels.add_norm(values.clone(), None, values[0], values[1], 1e-5, torch.bfloat16)
+        return [kernels.attend(qkv, turns, layout.bounds, 5), norm]
+
+    expected = both()
     try:
         torch.set_default_dtype(torch.float64)
         torch.set_default_device("meta")
-        found = kernels.quantise(Product(values), gelu=True)
-        again = kernels.add_norm(values.clone(), None, values[0], values[1], 1e-5, torch.uint8)
+        found = both()
     finally:
         torch.set_default_device("cpu")
         torch.set_default_dtype(torch.float32)
-    assert torch.equal(plain(found), expected)
-    assert torch.equal(plain(again), normed)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
 
 
 def test_what_lies_otherwise_in_memory_is_refused(library: ctypes.CDLL) -> None:
+    values = noise(64, 64)
     with pytest.raises(ValueError, match="dense"):
-        kernels.quantise(Product(noise(64, 64).T), gelu=False)
+        kernels.add_norm(values.T, None, values[0], values[1], 1e-5, torch.float32)
 
 
 def test_a_library_of_another_source_is_not_loaded(

@@ -14,7 +14,6 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from virnuc_dask import fused, kernels
-from virnuc_dask.kernels import Product
 from virnuc_dask.queues import to_device
 
 Runs = list[tuple[int, int]]
@@ -62,15 +61,15 @@ class Layout:
 
 
 # From queries, keys and values of so many heads, shape (tokens, 3 * D), to (tokens, D).
-Attention = Callable[[Product, int, Layout], Tensor]
+Attention = Callable[[Tensor, int, Layout], Tensor]
 
 
-def attend_natively(qkv: Product, heads: int, layout: Layout) -> Tensor:
+def attend_natively(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """Attention by the compiled kernel; feature i of a head turns with i + d / 2."""
     return kernels.attend(qkv, layout.turns, layout.bounds, heads)
 
 
-def attend(qkv: Product, heads: int, layout: Layout) -> Tensor:
+def attend(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """Attention by dense views, on any device; feature 2 i of a head turns with 2 i + 1.
 
     Sequences of equal length lie next to each other, so each run is a dense view, and no result
@@ -88,22 +87,22 @@ def attend(qkv: Product, heads: int, layout: Layout) -> Tensor:
     return _filled_up(torch.cat(outputs), qkv)
 
 
-def attend_fused(qkv: Product, heads: int, layout: Layout) -> Tensor:
+def attend_fused(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """`attend` by one kernel of ours, in the dtype of `qkv`."""
-    return fused.attend(qkv.values, heads, layout.bounds, layout.programs, layout.turns)
+    return fused.attend(qkv, heads, layout.bounds, layout.programs, layout.turns)
 
 
-def _rotate(qkv: Product, heads: int, layout: Layout) -> Tensor:
+def _rotate(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """Queries and keys turned, values as they are, float32, shape (tokens, 3, heads, d)."""
     tokens = len(layout.positions)
-    pairs = qkv.finished()[:tokens].to(torch.float32).view(tokens, 3, heads, -1, 2)
+    pairs = qkv[:tokens].to(torch.float32).view(tokens, 3, heads, -1, 2)
     torch.view_as_complex(pairs[:, :2]).mul_(layout.rotation)
     return pairs.flatten(-2)
 
 
-def _filled_up(attended: Tensor, qkv: Product) -> Tensor:
+def _filled_up(attended: Tensor, qkv: Tensor) -> Tensor:
     """With nothing for the tokens beyond the last sequence."""
-    missing = len(qkv.values) - len(attended)
+    missing = len(qkv) - len(attended)
     # Where there are none, padding would copy all.
     return F.pad(attended, (0, 0, 0, missing)) if missing else attended
 
@@ -139,8 +138,8 @@ def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> A
         layout = Layout([(2, 1), (1, 5)], bounds, positions, angles)
         qkv = torch.linspace(-2, 2, 13 * 3 * 2 * features, device=device).sin().view(13, -1)
         with torch.inference_mode():
-            found = kernel(Product(qkv.clone()), 2, layout)
-            expected = attend(Product(qkv), 2, layout)
+            found = kernel(qkv.clone(), 2, layout)
+            expected = attend(qkv, 2, layout)
         return kernel if torch.allclose(found.float(), expected, atol=0.02) else attend
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError):
         return attend
@@ -154,7 +153,7 @@ class PackedKernel:
         module = import_module("torch.nn.attention.varlen")
         self._varlen_attn: Callable[..., Any] = module.varlen_attn
 
-    def __call__(self, qkv: Product, heads: int, layout: Layout) -> Tensor:
+    def __call__(self, qkv: Tensor, heads: int, layout: Layout) -> Tensor:
         """As `attend`, in the kernel's dtype."""
         longest = max(length for _, length in layout.runs) + 2
         query, key, value = _rotate(qkv, heads, layout).to(self._dtype).unbind(1)

@@ -11,7 +11,7 @@ from virnuc_dask.errors import UsageError
 
 Pooling = Literal["mean", "bos", "max"]
 LongPolicy = Literal["truncate", "window", "skip"]
-Precision = Literal["float32", "bfloat16", "float16", "int8"]
+Precision = Literal["float32", "bfloat16", "float16"]
 StoredDtype = Literal["float32", "float16"]
 
 FrameRule = Literal["open", "orf", "virnucpro"]
@@ -80,7 +80,7 @@ class ModelSpec:
         Layer whose representation is pooled, counted from 1; 0 is the token embedding.
     pooling : {'mean', 'bos', 'max'}
         Mean or maximum over residues (BOS and EOS excluded), or the BOS token.
-    precision : {'float32', 'bfloat16', 'float16', 'int8'}
+    precision : {'float32', 'bfloat16', 'float16'}
         Arithmetic of the encoder's matrix products; all else on a CPU is float32.
     """
 
@@ -214,7 +214,7 @@ class Settings:
     pooling : {'mean', 'bos', 'max'}
     repr_layer : int, optional
         Layer to pool; 0 is the token embedding. Default: the last.
-    precision : {'auto', 'float32', 'bfloat16', 'float16', 'int8'}
+    precision : {'auto', 'float32', 'bfloat16', 'float16'}
         Arithmetic of the matrix products; ``auto`` is what the store has, and for a new one
         float32 on a CPU and bfloat16 on a GPU.
     dtype : {'float32', 'float16'}
@@ -393,8 +393,6 @@ def precision_on(device: str, precision: Precision | Literal["auto"]) -> Precisi
     on_cpu = device.partition(":")[0] == "cpu"
     if precision == "auto":
         return "float32" if on_cpu else "bfloat16"
-    if precision == "int8" and not on_cpu:
-        raise UsageError("precision int8 is for CPUs; a GPU has bfloat16 and float16")
     if precision == "float16" and on_cpu:
-        raise UsageError("precision float16 is for GPUs; a CPU has bfloat16 and int8")
+        raise UsageError("precision float16 is for GPUs; a CPU has float32 and bfloat16")
     return precision

@@ -50,7 +50,7 @@ def load_encoder(
         A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     device : str
         A torch device.
-    precision : {'float32', 'bfloat16', 'float16', 'int8'}
+    precision : {'float32', 'bfloat16', 'float16'}
         Arithmetic of the matrix products; all else is float32.
     repr_layer : int, optional
         Layer whose representation is pooled; 0 is the token embedding. Default: the last.

@@ -28,7 +28,6 @@ from virnuc_dask.attention import (
     describe_attention,
 )
 from virnuc_dask.config import ModelSpec, Precision
-from virnuc_dask.kernels import Integers, Product
 from virnuc_dask.linear import DTYPES, Linear, make_linear
 from virnuc_dask.queues import to_device
 from virnuc_dask.upstream import fair_esm
@@ -40,9 +39,7 @@ _CPU_MULTIPLE = 32
 
 
 # Adds a product to x, in place, and gives x's norm: `kernels.add_norm` says of what.
-AddNorm = Callable[
-    [Tensor, Product | None, Tensor, Tensor, float, torch.dtype], "Tensor | Integers"
-]
+AddNorm = Callable[[Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype], Tensor]
 _ADD_NORM: dict[str, AddNorm] = {"compiled": kernels.add_norm, "triton": fused.add_norm}
 
 
@@ -75,7 +72,7 @@ class Network:
         # Without a masked token upstream's token dropout is this constant.
         scale = 1 - 0.15 * 0.8 if network.token_dropout else 1.0
         self._embedding: Tensor = _on(device, network.embed_tokens.weight) * scale
-        dtype = DTYPES.get(spec.precision, torch.float32)
+        dtype = DTYPES[spec.precision]
         by = "torch"
         if kernels.serve(device, spec.precision, spec.dimension):
             by = "compiled"
@@ -87,9 +84,7 @@ class Network:
         ]
         # What enters the first attention depends on the token alone.
         with torch.inference_mode():
-            self._first_qkv = [
-                la.qkv(la.norm1(self._embedding)).finished() for la in self._layers[:1]
-            ]
+            self._first_qkv = [la.qkv(la.norm1(self._embedding)) for la in self._layers[:1]]
         is_last = spec.repr_layer == network.num_layers
         self._final_norm = _Norm.of(network.emb_layer_norm_after, device) if is_last else None
         self._inverse_frequencies = _on(device, network.layers[0].self_attn.rot_emb.inv_freq)
@@ -142,29 +137,29 @@ class Network:
         """Representation of packed tokens, shape (tokens, D)."""
         x = F.embedding(tokens, self._embedding)
         # What the last layer gave is added to x together with the next one's norm.
-        product: Product | None = None
+        product: Tensor | None = None
         for number, layer in enumerate(self._layers):
             qkv = (
                 layer.qkv(layer.norm1(x, product))
                 if number
-                else Product(F.embedding(tokens, self._first_qkv[0]))
+                else F.embedding(tokens, self._first_qkv[0])
             )
             product = layer.out(self._attend(qkv, self._heads, layout))
             product = layer.down(layer.up.gelu(layer.norm2(x, product)))
-        if product:
-            x += product.finished()
+        if product is not None:
+            x += product
         return self._final_norm.plain(x) if self._final_norm else x
 
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
-    """Layer norm; its result has the form that what follows takes, if there is a kernel."""
+    """Layer norm; where there is a kernel, of the dtype that what follows takes."""
 
     weight: Tensor
     bias: Tensor
     eps: float
     kernel: AddNorm | None = None
-    form: torch.dtype = torch.float32
+    dtype: torch.dtype = torch.float32
 
     @classmethod
     def of(
@@ -172,17 +167,17 @@ class _Norm:
         norm: Any,
         device: torch.device,
         kernel: AddNorm | None = None,
-        form: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
     ) -> _Norm:
         weight, bias = _on(device, norm.weight), _on(device, norm.bias)
-        return cls(weight, bias, norm.eps, kernel, form)
+        return cls(weight, bias, norm.eps, kernel, dtype)
 
-    def __call__(self, x: Tensor, product: Product | None = None) -> Tensor | Integers:
+    def __call__(self, x: Tensor, product: Tensor | None = None) -> Tensor:
         """Of x, to which the product is added in place."""
         if self.kernel:
-            return self.kernel(x, product, self.weight, self.bias, self.eps, self.form)
-        if product:
-            x += product.finished()
+            return self.kernel(x, product, self.weight, self.bias, self.eps, self.dtype)
+        if product is not None:
+            x += product
         return self.plain(x)
 
     def plain(self, x: Tensor) -> Tensor:
@@ -206,7 +201,7 @@ class _Layer:
         attention = layer.self_attn
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
-        add_norm = _ADD_NORM.get(by)
+        add_norm, dtype = _ADD_NORM.get(by), DTYPES[precision]
 
         def joined(name: str) -> Tensor:
             parts = [getattr(part, name) for part in (query, key)]
@@ -220,12 +215,11 @@ class _Layer:
         def like(module: Any) -> Linear:
             return linear(module.weight, module.bias)
 
-        qkv = linear(joined("weight"), joined("bias"))
         return cls(
-            _Norm.of(layer.self_attn_layer_norm, device, add_norm, qkv.takes),
-            qkv,
+            _Norm.of(layer.self_attn_layer_norm, device, add_norm, dtype),
+            linear(joined("weight"), joined("bias")),
             like(attention.out_proj),
-            _Norm.of(layer.final_layer_norm, device, add_norm, qkv.takes),
+            _Norm.of(layer.final_layer_norm, device, add_norm, dtype),
             like(layer.fc1),
             like(layer.fc2),
         )

@@ -19,7 +19,6 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from virnuc_dask.kernels import Product
 from virnuc_dask.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
@@ -52,27 +51,26 @@ TILE = Tile(64, 64, 4, 1)
 
 
 def add_norm(
-    x: Tensor, product: Product | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor, product: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> Tensor:
     """Add a product to x, in place, and return x's layer norm.
 
     Parameters
     ----------
     x : Tensor, float32, shape (tokens, D)
-    product : Product, shape (tokens, D), optional
-        Finished: without a scale.
+    product : Tensor, shape (tokens, D), optional
     weight, bias : Tensor, float32, shape (D,)
     eps : float
     dtype : torch.dtype
         Of the result.
     """
-    _require_dense(x, weight, bias, *([product.values] if product else []))
+    _require_dense(x, weight, bias, *([] if product is None else [product]))
     tokens, features = x.shape
     out = torch.empty_like(x, dtype=dtype)
     block = _power_of_two(features)
     _kernels().add_norm[(tokens,)](
         x,
-        product.values if product else x,
+        x if product is None else product,
         weight,
         bias,
         out,
@@ -195,8 +193,8 @@ def differs(device: torch.device, dtype: torch.dtype, features: int, heads: int)
         some = torch.arange(tokens * 3 * features, device=device, dtype=torch.float64)
         qkv = (some * some * 1e-3).sin().to(dtype).view(tokens, -1)
         x, weight, bias = qkv.float()[:, :features].contiguous(), *qkv.float()[:2, :features]
-        product = Product(qkv[:, -features:].contiguous())
-        total = x + product.values
+        product = qkv[:, -features:].contiguous()
+        total = x + product
         expected = F.layer_norm(total, (features,), weight, bias, 1e-5)
         found = add_norm(x, product, weight, bias, 1e-5, dtype)
         if not (torch.allclose(x, total) and is_close(found, expected, 1)):

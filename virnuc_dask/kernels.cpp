@@ -18,7 +18,6 @@ namespace {
 typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef int32_t ivec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 typedef uint16_t hvec __attribute__((vector_size(2 * W), aligned(2), may_alias));
-typedef uint8_t bvec __attribute__((vector_size(W), aligned(1), may_alias));
 
 struct bfloat16 {
     uint16_t bits;
@@ -76,21 +75,6 @@ INLINE vec exponential(vec x) {
     return p * (vec)(((ivec)shifted + 127) << 23);
 }
 
-// GELU by erf to 2e-7: enough for what is rounded to 8 bits next.
-// Abramowitz and Stegun, Handbook of Mathematical Functions, 7.1.26.
-INLINE vec gelu(vec x) {
-    vec z = x * 0.70710678f;
-    vec size = z > vec{} ? z : -z;
-    vec t = 1.0f / (1.0f + 0.3275911f * size);
-    vec p = splat(1.061405429f);
-    p = p * t - 1.453152027f;
-    p = p * t + 1.421413741f;
-    p = p * t - 0.284496736f;
-    p = p * t + 0.254829592f;
-    vec tail = 0.5f * p * t * exponential(-z * z);  // of the normal distribution, beyond |x|
-    return x * (z > vec{} ? 1.0f - tail : tail);
-}
-
 // --- attention ---
 
 // R rows of a times C vectors of columns of b, kept in registers all the while.
@@ -137,12 +121,10 @@ INLINE void put(float x, bfloat16 *to) {
     to->bits = (x == x ? nearest : (same.bits | 0x400000)) >> 16;     // a NaN stays one
 }
 
-// One head's features of one token, finished.
-template <typename T, bool Scaled>
-INLINE void finish(const T *__restrict values, const float *scale, const float *__restrict bias,
-                   int d, float *__restrict to) {
-    for (int f = 0; f < d; f++)
-        to[f] = Scaled ? number(values[f]) * *scale + bias[f] : number(values[f]);
+// One head's features of one token as float32.
+template <typename T>
+INLINE void widen(const T *__restrict values, int d, float *__restrict to) {
+    for (int f = 0; f < d; f++) to[f] = number(values[f]);
 }
 
 // Rotary embedding: feature f turns with f + d / 2, by an angle of which there is the cosine, then,
@@ -170,9 +152,9 @@ INLINE float softmax(float *scores, int length, int padded) {
     return 1 / sum(total);
 }
 
-template <typename T, bool Scaled, int D>
-int attend(const T *qkv, const float *scales, const float *bias, const float *turns,
-           const int32_t *bounds, int begin, int end, int heads, int d_, T *out) {
+template <typename T, int D>
+int attend(const T *qkv, const float *turns, const int32_t *bounds, int begin, int end, int heads,
+           int d_, T *out) {
     const int d = D ? D : d_;  // known to the compiler, or not
     const int wide = (d + W - 1) / W * W, width = heads * d;
     int longest = 0;
@@ -195,14 +177,12 @@ int attend(const T *qkv, const float *scales, const float *bias, const float *tu
         const int length = bounds[s + 1] - bounds[s], padded = (length + W - 1) / W * W;
         for (int h = 0; h < heads; h++) {
             const T *first = qkv + (size_t)bounds[s] * 3 * width + h * d;
-            const float *scale = Scaled ? scales + bounds[s] : 0, *own = Scaled ? bias + h * d : 0;
             for (int j = 0; j < length; j++) {
                 const T *token = first + (size_t)j * 3 * width;
-                finish<T, Scaled>(token + width, scale + j, own + width, d, plain);
+                widen(token + width, d, plain);
                 rotate(plain, turns + (size_t)j * d, d, 1, turned);
                 for (int f = 0; f < d; f++) keys[(size_t)f * padded + j] = turned[f];
-                float *to = values + (size_t)j * wide;
-                finish<T, Scaled>(token + 2 * width, scale + j, own + 2 * width, d, to);
+                widen(token + 2 * width, d, values + (size_t)j * wide);
             }
             for (int f = 0; f < d; f++)
                 for (int j = length; j < padded; j++) keys[(size_t)f * padded + j] = 0;
@@ -210,7 +190,7 @@ int attend(const T *qkv, const float *scales, const float *bias, const float *tu
                 const int rows = length - block < ROWS ? length - block : ROWS;
                 for (int i = 0; i < rows; i++) {
                     const int j = block + i;
-                    finish<T, Scaled>(first + (size_t)j * 3 * width, scale + j, own, d, plain);
+                    widen(first + (size_t)j * 3 * width, d, plain);
                     rotate(plain, turns + (size_t)j * d, d, size, queries + i * d);
                 }
                 product<ROWS>(queries, d, keys, padded, d, scores);
@@ -229,11 +209,10 @@ int attend(const T *qkv, const float *scales, const float *bias, const float *tu
     return 0;
 }
 
-template <typename T, bool Scaled>
-int attend_heads(const void *qkv, const float *scales, const float *bias, const float *turns,
-                 const int32_t *bounds, int begin, int end, int heads, int d, void *out) {
-#define ATTEND(D)                                                                                \
-    attend<T, Scaled, D>((const T *)qkv, scales, bias, turns, bounds, begin, end, heads, d, (T *)out)
+template <typename T>
+int attend_heads(const void *qkv, const float *turns, const int32_t *bounds, int begin, int end,
+                 int heads, int d, void *out) {
+#define ATTEND(D) attend<T, D>((const T *)qkv, turns, bounds, begin, end, heads, d, (T *)out)
     switch (d) {  // those of the published models, 8M to 15B
         case 16: return ATTEND(16);
         case 24: return ATTEND(24);
@@ -247,39 +226,13 @@ int attend_heads(const void *qkv, const float *scales, const float *bias, const 
 // --- between two products ---
 
 template <typename T>
-INLINE vec finished(const T *values, const float *scale, const float *bias, int j) {
-    vec x = load(values + j);
-    return scale ? x * *scale + load(bias + j) : x;
-}
-
-// A row as integers about 128, and their scale, by which an infinity or a NaN is not forgotten.
-INLINE void quantise_row(const float *row, int n, uint8_t *out, float *scale) {
-    vec top = vec{}, spoilt = vec{};
-    for (int j = 0; j < n; j += W) {
-        vec x = load(row + j);
-        top = larger(larger(x, -x), top);
-        spoilt += x * 0.0f;
-    }
-    *scale = fmaxf(largest(top), 1e-30f) / 127 + sum(spoilt);
-    vec inverse = splat(1 / *scale);
-    for (int j = 0; j < n; j += W) {
-        vec shifted = load(row + j) * inverse + 128.5f;
-        *(bvec *)(out + j) = __builtin_convertvector(__builtin_convertvector(shifted, ivec), bvec);
-    }
-}
-
-template <typename T>
-INLINE void put_row(const float *__restrict row, int n, T *__restrict out, float *) {
+INLINE void put_row(const float *__restrict row, int n, T *__restrict out) {
     for (int j = 0; j < n; j++) put(row[j], out + j);
-}
-INLINE void put_row(const float *row, int n, uint8_t *out, float *scale) {
-    quantise_row(row, n, out, scale);
 }
 
 template <typename T, typename U>
-int add_norm(float *x, const T *product, const float *scales, const float *bias,
-             const float *weight, const float *shift, float eps, int begin, int end, int n,
-             U *out, float *out_scales) {
+int add_norm(float *x, const T *product, const float *weight, const float *shift, float eps,
+             int begin, int end, int n, U *out) {
     float *row = (float *)malloc(n * sizeof(float));
     if (!row) return 1;
     for (int t = begin; t < end; t++) {
@@ -288,7 +241,7 @@ int add_norm(float *x, const T *product, const float *scales, const float *bias,
         for (int j = 0; j < n; j += W) {
             vec value = load(own + j);
             if (product) {
-                value += finished(product + (size_t)t * n, scales ? scales + t : 0, bias, j);
+                value += load(product + (size_t)t * n + j);
                 store(own + j, value);
             }
             total += value;
@@ -301,23 +254,7 @@ int add_norm(float *x, const T *product, const float *scales, const float *bias,
         const vec size = splat(1 / sqrtf(sum(squares) / n + eps));
         for (int j = 0; j < n; j += W)
             store(row + j, (load(own + j) - mean) * size * load(weight + j) + load(shift + j));
-        put_row(row, n, out + (size_t)t * n, out_scales + t);
-    }
-    free(row);
-    return 0;
-}
-
-int quantise(const float *values, const float *scales, const float *bias, int with_gelu,
-             int begin, int end, int n, uint8_t *out, float *out_scales) {
-    float *row = (float *)malloc(n * sizeof(float));
-    if (!row) return 1;
-    for (int t = begin; t < end; t++) {
-        const float *own = values + (size_t)t * n;
-        for (int j = 0; j < n; j += W) {
-            vec x = finished(own, scales ? scales + t : 0, bias, j);
-            store(row + j, with_gelu ? gelu(x) : x);
-        }
-        quantise_row(row, n, out + (size_t)t * n, out_scales + t);
+        put_row(row, n, out + (size_t)t * n);
     }
     free(row);
     return 0;
@@ -326,8 +263,7 @@ int quantise(const float *values, const float *scales, const float *bias, int wi
 }  // namespace
 
 // For rows from begin to end: tokens, but of attend sequences. All return 0, or 1 without memory.
-// Kinds of numbers: 0 float32, 1 bfloat16, 2 integers of 8 bits with a scale per token. Products are
-// finished on the way, values * scale + bias, unless scales is null. Features are a multiple of W.
+// Kinds of numbers: 0 float32, 1 bfloat16. Features are a multiple of W.
 extern "C" {
 
 // What this was built from, as hatch_build.py has it: kernels.py refuses an older one.
@@ -335,36 +271,23 @@ extern const char virnuc_source[] = SOURCE;
 
 // Softmax attention of sequences from bounds[s] to bounds[s + 1], with rotary embedding, from
 // (tokens, 3, heads, d) to (tokens, heads * d), both of a kind. turns: (longest, 2, d / 2).
-int virnuc_attend(int begin, int end, int kind, const void *qkv, const float *scales,
-                  const float *bias, const float *turns, const int32_t *bounds, int heads, int d,
-                  void *out) {
-    auto attend_all = kind     ? attend_heads<bfloat16, false>
-                      : scales ? attend_heads<float, true>
-                               : attend_heads<float, false>;
-    return attend_all(qkv, scales, bias, turns, bounds, begin, end, heads, d, out);
+int virnuc_attend(int begin, int end, int kind, const void *qkv, const float *turns,
+                  const int32_t *bounds, int heads, int d, void *out) {
+    auto attend_all = kind ? attend_heads<bfloat16> : attend_heads<float>;
+    return attend_all(qkv, turns, bounds, begin, end, heads, d, out);
 }
 
 // x += product, unless that is null, and the layer norm of x.
 int virnuc_add_norm(int begin, int end, float *x, int kind, const void *product,
-                    const float *scales, const float *bias, const float *weight,
-                    const float *shift, float eps, int n, int out_kind, void *out,
-                    float *out_scales) {
-#define NORM(T, U)                                                                             \
-    add_norm(x, (const T *)product, scales, bias, weight, shift, eps, begin, end, n, (U *)out, \
-             out_scales)
+                    const float *weight, const float *shift, float eps, int n, int out_kind,
+                    void *out) {
+#define NORM(T, U) add_norm(x, (const T *)product, weight, shift, eps, begin, end, n, (U *)out)
     switch (2 * out_kind + kind) {
         case 0: return NORM(float, float);
         case 1: return NORM(bfloat16, float);
         case 2: return NORM(float, bfloat16);
-        case 3: return NORM(bfloat16, bfloat16);
-        default: return NORM(float, uint8_t);
+        default: return NORM(bfloat16, bfloat16);
     }
-}
-
-// The product, or its GELU, as integers.
-int virnuc_quantise(int begin, int end, const float *product, const float *scales,
-                    const float *bias, int with_gelu, int n, uint8_t *out, float *out_scales) {
-    return quantise(product, scales, bias, with_gelu, begin, end, n, out, out_scales);
 }
 
 }  // extern "C"

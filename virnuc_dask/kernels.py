@@ -12,7 +12,6 @@ import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,51 +20,17 @@ from virnuc_dask.config import Precision
 
 # Features are a multiple of this, the widest vector that kernels are built for.
 _LANES = 16
-_KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.uint8: 2}
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
 # Tokens that are worth another thread.
 _ROWS_PER_THREAD = 8
 
 
-class Integers(NamedTuple):
-    """Rows of 8-bit integers: ``(values - 128) * scale``.
-
-    Attributes
-    ----------
-    values : Tensor, uint8, shape (tokens, features)
-    scale : Tensor, float32, shape (tokens,)
-    """
-
-    values: Tensor
-    scale: Tensor
-
-
-class Product(NamedTuple):
-    """What a linear layer gives: ``values * scale + bias``, or without a scale the values.
-
-    Attributes
-    ----------
-    values : Tensor, shape (tokens, features)
-    scale : Tensor, float32, shape (tokens,), optional
-    bias : Tensor, float32, shape (features,), optional
-    """
-
-    values: Tensor
-    scale: Tensor | None = None
-    bias: Tensor | None = None
-
-    def finished(self) -> Tensor:
-        """The product itself."""
-        if self.scale is None or self.bias is None:
-            return self.values
-        return torch.addcmul(self.bias, self.values, self.scale[:, None])
-
-
-def attend(qkv: Product, turns: Tensor, bounds: Tensor, heads: int) -> Tensor:
+def attend(qkv: Tensor, turns: Tensor, bounds: Tensor, heads: int) -> Tensor:
     """Attention within sequences that lie end to end, queries and keys turned by rotary angles.
 
     Parameters
     ----------
-    qkv : Product, float32 or bfloat16, shape (tokens, 3 * D)
+    qkv : Tensor, float32 or bfloat16, shape (tokens, 3 * D)
         Queries, keys and values, of all heads each.
     turns : Tensor, float32, shape (longest, D / heads)
         For each position in a sequence the cosines of its angles, then the sines.
@@ -76,46 +41,36 @@ def attend(qkv: Product, turns: Tensor, bounds: Tensor, heads: int) -> Tensor:
     Returns
     -------
     Tensor, shape (tokens, D)
-        Of the product's dtype. Zero for tokens beyond the last sequence.
+        Of the dtype of `qkv`. Zero for tokens beyond the last sequence.
     """
-    tokens, features = qkv.values.shape[0], qkv.values.shape[1] // 3
-    out = qkv.values.new_empty(tokens, features)
+    tokens, features = qkv.shape[0], qkv.shape[1] // 3
+    out = qkv.new_empty(tokens, features)
     out[int(bounds[-1]) :] = 0
-    kind = _KINDS[qkv.values.dtype]
     work = bounds.diff().to(torch.float64).square()  # of each sequence
-    _run("attend", work, kind, *qkv, turns, bounds, heads, features // heads, out)
+    kind = _KINDS[qkv.dtype]
+    _run("attend", work, kind, qkv, turns, bounds, heads, features // heads, out)
     return out
 
 
 def add_norm(
-    x: Tensor, product: Product | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> Tensor | Integers:
+    x: Tensor, product: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
     """Add a product to x, in place, and return x's layer norm.
 
     Parameters
     ----------
     x : Tensor, float32, shape (tokens, D)
-    product : Product, float32 or bfloat16, optional
+    product : Tensor, float32 or bfloat16, shape (tokens, D), optional
     weight, bias : Tensor, float32, shape (D,)
     eps : float
     dtype : torch.dtype
-        Of the result: float32 or bfloat16, or uint8 for `Integers`.
+        Of the result: float32 or bfloat16.
     """
     tokens, features = x.shape
-    out, scale = x.new_empty(tokens, features, dtype=dtype), x.new_empty(tokens)
-    kind = _KINDS[product.values.dtype] if product else 0
-    given = product or (None, None, None)
+    out = x.new_empty(tokens, features, dtype=dtype)
+    kind = 0 if product is None else _KINDS[product.dtype]
     norm = (weight, bias, ctypes.c_float(eps))
-    _run("add_norm", tokens, x, kind, *given, *norm, features, _KINDS[dtype], out, scale)
-    return Integers(out, scale) if dtype == torch.uint8 else out
-
-
-def quantise(product: Product, *, gelu: bool) -> Integers:
-    """A product of float32, or its GELU, as integers."""
-    tokens, features = product.values.shape
-    values = product.values
-    out = Integers(values.new_empty(tokens, features, dtype=torch.uint8), values.new_empty(tokens))
-    _run("quantise", tokens, *product, int(gelu), features, *out)
+    _run("add_norm", tokens, x, kind, product, *norm, features, _KINDS[dtype], out)
     return out
 
 

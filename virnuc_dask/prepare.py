@@ -20,9 +20,11 @@ from virnuc_dask.config import (
     AUTO,
     DEMO,
     FORMAT,
+    PRECISIONS,
     RANDOM_WEIGHTS,
     Identity,
     ModelSpec,
+    Precision,
     Settings,
     precision_on,
 )
@@ -92,7 +94,7 @@ def prepare(
     existing = None if can_create(store) else Store(store)
     precision = precision_on(device, settings.precision)
     if existing and settings.precision == AUTO:
-        precision = existing.identity.precision
+        precision = _precision_of(existing)
     checkpoint = load_checkpoint(settings.model)
     spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling)
     has_adapter = checkpoint.adapter is not None
@@ -152,8 +154,30 @@ def model_of(store: Store, reference: str | None = None) -> ModelSpec:
     store : Store
     reference : str, optional
         Where the weights are now, if not where they were.
+
+    Raises
+    ------
+    UsageError
+        The store is of a precision that there was once.
     """
+    _precision_of(store)
     return replace(store.model, reference=resolved(reference or store.model.reference))
+
+
+def _precision_of(store: Store) -> Precision:
+    """What a store's rows are computed in. One that is not offered any more is read, not added to.
+
+    Raises
+    ------
+    UsageError
+    """
+    precision = store.identity.precision
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"{store.path}: precision {precision} is no longer offered: on real weights its rows"
+            " fell to a cosine of 0.98 beside float32; run again into another store"
+        )
+    return precision
 
 
 @contextmanager

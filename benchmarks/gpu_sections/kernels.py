@@ -28,7 +28,6 @@ from benchmarks.gpu_sections.runs import DeviceWatch
 from virnuc_dask import fused
 from virnuc_dask.attention import Layout, PackedKernel, attend
 from virnuc_dask.fused import Tile
-from virnuc_dask.kernels import Product
 
 # Tokens of the shortest and the longest sequence; None: lengths of proteins.
 LENGTHS = {
@@ -129,7 +128,7 @@ def measure_elementwise(
             F.layer_norm(x, x.shape[1:], weight, weight).to(half.dtype)
 
         def ours(x: Tensor = x, half: Tensor = half, weight: Tensor = weight) -> None:
-            fused.add_norm(x, Product(half), weight, weight, 1e-5, half.dtype)
+            fused.add_norm(x, half, weight, weight, 1e-5, half.dtype)
 
         works: list[tuple[str, str, int, Callable[[], Any]]] = [
             ("add and norm", "torch", 12, plain),
@@ -189,7 +188,7 @@ def attention(
         found.append(("torch: varlen_attn alone", f"{milliseconds(alone, device):.3f}"))
     for name, peer in peers.items():
         same = layout()
-        ms = milliseconds(lambda peer=peer, same=same: peer(Product(qkv), heads, same), device)
+        ms = milliseconds(lambda peer=peer, same=same: peer(qkv, heads, same), device)
         found.append((name, f"{ms:.3f}"))
     for tile in CHOICES if all_tiles else [fused.TILE]:
         with patch("virnuc_dask.fused.TILE", tile):

@@ -246,12 +246,12 @@ def test_a_worker_whose_device_is_lost_is_replaced(
 
 
 @pytest.mark.soak
-def test_a_row_that_hangs_is_found_at_every_precision(
+def test_a_row_that_hangs_is_found_at_a_lesser_precision(
     peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_store: Maker
 ) -> None:
     """A child may have to load the model in float32 too, and its worker is given time for that."""
     inputs = poisoned(peptides, tmp_path / "some.faa", {5: HANGS}, 16)
-    settings: dict[str, Any] = {"rows_per_chunk": 2, "repr_layer": None, "precision": "int8"}
+    settings: dict[str, Any] = {"rows_per_chunk": 2, "repr_layer": None, "precision": "bfloat16"}
     whole = make_store(inputs, "whole.zarr", **settings)
     store = make_store(inputs, embed=False, **settings)
     table = tmp_path / "faults.json"
