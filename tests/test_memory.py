@@ -1,9 +1,14 @@
-"""Memory that runs out: the token budget halves and stays, and no row is lost that fits alone."""
+"""Memory that runs out: the token budget halves and stays, and no row is lost that fits alone.
+
+And memory that is not taken in the first place: of a model's file while it is read.
+"""
 
 from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +16,22 @@ import numpy as np
 import pytest
 import torch
 from conftest import VIRAL_PROTEINS, Maker
-from models import random_network, random_sequences, save_network
+from esm.model.esm2 import ESM2
+from models import random_network, random_sequences, save_huggingface, save_network
 
 from virnuc_dask import embed
 from virnuc_dask.attention import Layout
 from virnuc_dask.config import Settings, Status
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.esm2 import Network
-from virnuc_dask.memory import CPU_TOKENS, GPU_TOKENS, fitting_tokens, grown, is_starved
+from virnuc_dask.memory import (
+    CPU_TOKENS,
+    GPU_TOKENS,
+    fitting_tokens,
+    give_back_pages,
+    grown,
+    is_starved,
+)
 from virnuc_dask.prepare import prepare
 
 
@@ -217,3 +230,100 @@ def test_batches_grow_again_on_a_gpu(tmp_path: Path) -> None:
 
 def test_the_first_budget_is_a_cpus() -> None:
     assert load_encoder("demo").token_budget == CPU_TOKENS
+
+
+# VmHWM and not getrusage, which begins with what the parent process had.
+MEASURED = """
+import sys
+import torch
+from virnuc_dask.embed import get_encoder
+from virnuc_dask.upstream import fair_esm
+from virnuc_dask.weights import describe, load_checkpoint
+def tell(field):
+    (line,) = (line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+torch.set_num_threads(1)
+fair_esm()
+before = tell("VmHWM")
+spec = describe(load_checkpoint(sys.argv[1]))
+if sys.argv[2] == "encoder":
+    encoder = get_encoder(spec)
+print(spec.weights_sha256, tell("VmHWM") - before, tell("VmRSS") - before)
+"""
+needs_pagemap = pytest.mark.skipif(
+    not Path("/proc/self/pagemap").exists(), reason="the system does not tell of its pages"
+)
+
+
+@pytest.fixture
+def large_folder(tmp_path: Path) -> Iterator[Path]:
+    """A folder that is emptied at once: pytest keeps those of three sessions."""
+    yield tmp_path
+    for file in tmp_path.rglob("*"):
+        if file.is_file():
+            file.unlink()
+
+
+def large_network(layers: int, dimension: int, heads: int) -> ESM2:
+    with torch.device("meta"):  # no time for upstream's random weights
+        network = ESM2(layers, dimension, heads)
+    network.to_empty(device="cpu").requires_grad_(False)
+    for tensor in network.state_dict().values():
+        tensor.uniform_(-1, 1)
+    return network
+
+
+def measured(reference: str, what: str) -> tuple[str, int, int]:
+    """Digest of a model, and peak and present memory of the process that read it."""
+    command = [sys.executable, "-c", MEASURED, reference, what]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    digest, peak, present = done.stdout.split()
+    return digest, int(peak), int(present)
+
+
+@needs_pagemap
+@pytest.mark.parametrize("layout", ["fair-esm, float16", "Hugging Face, float32"])
+def test_hashing_takes_no_memory_of_the_models_size(layout: str, large_folder: Path) -> None:
+    if layout == "fair-esm, float16":
+        network = large_network(2, 2560, 40).half()
+        reference = save_network(network, large_folder / "model.pt")
+    else:
+        network = large_network(1, 2560, 40)
+        reference = save_huggingface(network, large_folder)
+    size = sum(file.stat().st_size for file in large_folder.iterdir())
+    assert size > 300e6
+    digest, peak, _ = measured(reference, "digest")
+    expected = sha256(b"token_dropout True\n")
+    for name, tensor in sorted(network.state_dict().items()):
+        if not name.startswith(("lm_head.", "contact_head.")):
+            expected.update(f"{name} {tuple(tensor.shape)}\n".encode())
+            expected.update(tensor.float().numpy())
+    assert digest == expected.hexdigest()
+    assert peak < size / 2
+
+
+@needs_pagemap
+def test_a_worker_holds_its_weights_once(large_folder: Path) -> None:
+    reference = save_network(large_network(16, 640, 20), large_folder / "model.pt")
+    size = Path(reference).stat().st_size
+    assert size > 300e6
+    _, peak, present = measured(reference, "encoder")
+    assert peak < 1.4 * size
+    assert present < 1.2 * size
+
+
+def test_giving_back_pages_changes_no_value(tmp_path: Path) -> None:
+    values = torch.arange(300_000, dtype=torch.float32).view(300, 1000)
+    torch.save({"model": values}, tmp_path / "file.pt")
+    mapped = torch.load(tmp_path / "file.pt", weights_only=True, mmap=True)["model"]
+    written = torch.load(tmp_path / "file.pt", weights_only=True, mmap=True)["model"]
+    written[150] = expected = torch.full((1000,), 7.0)
+    for tensor in (mapped, values, values.clone(), torch.from_numpy(values.numpy().copy())):
+        for part in (tensor, tensor[7:9], tensor.T[3:], tensor[0, :1], tensor[:0], tensor[0, 0]):
+            give_back_pages(part)
+        give_back_pages(tensor[:1].expand(300, 1000))
+        assert torch.equal(tensor, torch.arange(300_000, dtype=torch.float32).view(300, 1000))
+    give_back_pages(written)
+    assert torch.equal(written[150], expected)
+    assert torch.equal(written[151:], values[151:])

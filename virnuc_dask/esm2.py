@@ -29,6 +29,7 @@ from virnuc_dask.attention import (
 )
 from virnuc_dask.config import ModelSpec, Precision
 from virnuc_dask.linear import DTYPES, Linear, make_linear
+from virnuc_dask.memory import give_back_pages, release_memory
 from virnuc_dask.queues import to_device
 from virnuc_dask.upstream import fair_esm
 from virnuc_dask.weights import Checkpoint
@@ -198,6 +199,7 @@ class _Layer:
     def of(
         cls, layer: Any, heads: int, precision: Precision, device: torch.device, by: str
     ) -> _Layer:
+        """Copies of a layer's parameters, which need not be in memory after it."""
         attention = layer.self_attn
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
@@ -215,7 +217,7 @@ class _Layer:
         def like(module: Any) -> Linear:
             return linear(module.weight, module.bias)
 
-        return cls(
+        ours = cls(
             _Norm.of(layer.self_attn_layer_norm, device, add_norm, dtype),
             linear(joined("weight"), joined("bias")),
             like(attention.out_proj),
@@ -223,6 +225,11 @@ class _Layer:
             like(layer.fc1),
             like(layer.fc2),
         )
+        # Neither what was read nor the copies on the way stay on the host until all is loaded.
+        for parameter in layer.parameters():
+            give_back_pages(parameter)
+        release_memory(torch.device("cpu"))
+        return ours
 
 
 def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:

@@ -1,18 +1,24 @@
-"""A device's memory: how much is encoded at once, and which errors say that there is none left."""
+"""Memory: how much is encoded at once, which errors say that there is none left, what is let go."""
 
 from __future__ import annotations
 
 import ctypes
+import mmap
 import sys
 from contextlib import suppress
 
+import numpy as np
 import torch
+from torch import Tensor
 
 # Tokens per batch on a CPU: 512 to 4,096 are equally fast, and the smaller stay in cache.
 CPU_TOKENS = 2048
 # On a GPU at most; about 64 bytes per token and feature are alive at once.
 GPU_TOKENS, _TOKEN_BYTES = 2**17, 64
 _STARVED = 2**26
+# What Linux tells of each page of a process, in 64 bits (Documentation/admin-guide/mm/pagemap.rst):
+# that it is in memory, that it is in swap, that it is a file's own or shared with other processes.
+_PRESENT, _SWAPPED, _OF_FILE = (np.uint64(1 << bit) for bit in (63, 62, 61))
 
 
 def fitting_tokens(device: torch.device, dimension: int) -> int:
@@ -55,6 +61,38 @@ def release_memory(device: torch.device) -> None:
     elif sys.platform == "linux":
         with suppress(OSError, AttributeError):  # a libc other than glibc has no such function
             ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def give_back_pages(tensor: Tensor) -> None:
+    """Let go of what was read of a mapped file: it is read again from there when it is needed.
+
+    Such pages count as the process's memory from when they are read until the whole file is let go.
+    Tensors that are not from a file, or were written to, are left as they are, and so is all where
+    the system does not tell: this changes no value.
+
+    Parameters
+    ----------
+    tensor : Tensor
+        May be a part of another; its neighbours in its first and its last page go with it. Other
+        threads may read it meanwhile.
+    """
+    if tensor.device.type != "cpu" or not tensor.numel():
+        return
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    reach = 1 + sum((count - 1) * stride for count, stride in steps)
+    address = tensor.data_ptr()
+    first = address // mmap.PAGESIZE
+    pages = -(-(address + reach * tensor.element_size()) // mmap.PAGESIZE) - first
+    # No Linux, or a sandbox that has only a part of it.
+    with suppress(OSError, AttributeError, ValueError):
+        with open("/proc/self/pagemap", "rb", buffering=0) as table:
+            table.seek(8 * first)
+            states = np.frombuffer(table.read(8 * pages), np.uint64)
+        # Memory of the process's own would come back as zeros.
+        is_own = ((states & (_PRESENT | _SWAPPED)) != 0) & ((states & _OF_FILE) == 0)
+        if len(states) == pages and not is_own.any():
+            start, size = (ctypes.c_size_t(n * mmap.PAGESIZE) for n in (first, pages))
+            ctypes.CDLL(None).madvise(start, size, mmap.MADV_DONTNEED)
 
 
 def is_out_of_memory(error: Exception) -> bool:

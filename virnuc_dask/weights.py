@@ -21,6 +21,7 @@ from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.huggingface import has_weights, is_huggingface, read_huggingface, torch_load
 from virnuc_dask.lora import Adapter, base_of, is_adapter, read_adapter
+from virnuc_dask.memory import give_back_pages
 from virnuc_dask.models import PUBLISHED
 from virnuc_dask.streams import printable
 
@@ -33,6 +34,8 @@ _DEMO_LAYERS, _DEMO_DIMENSION, _DEMO_HEADS = 4, 64, 4
 # Heads that no embedding depends on. Left out of the digest, so that weights with and without
 # fair-esm's contact regression are the same weights.
 _HEADS = ("lm_head.", "contact_head.")
+# Values that are converted and hashed at once: 16 MiB.
+_HASHED_AT_ONCE = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +106,16 @@ class Checkpoint:
 
 
 def _feed(digest: Any, tensors: dict[str, Tensor]) -> None:
+    """Hash tensors as float32, a part at a time, so that large ones take no more memory."""
     for name in sorted(tensors):
-        values = tensors[name].detach().to(torch.float32).contiguous().numpy()
-        digest.update(f"{name} {values.shape}\n".encode())
-        digest.update(values)
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        rows = tensors[name].detach()
+        rows = rows if rows.dim() else rows[None]
+        width = rows.shape[1:].numel()
+        for part in torch.split(rows, max(1, _HASHED_AT_ONCE // max(1, width))):
+            digest.update(part.to(torch.float32).contiguous().numpy())
+            give_back_pages(part)
+        give_back_pages(rows)  # and what the system has read around each part
 
 
 def load_checkpoint(reference: str) -> Checkpoint:
