@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from virnuc_dask.huggingface import EMBEDDING, TOKENS, UNUSED, fair_esm_name, read_tensors
+from virnuc_dask.memory import give_back_pages
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
@@ -126,7 +127,9 @@ class Adapter:
         """The base model's weights, changed. Those that are stay in memory, as float32."""
         changed = base | self.replaced
         for name, update in self.updates.items():
-            changed[name] = update.applied(changed[name])
+            weight = changed[name]
+            changed[name] = update.applied(weight)
+            give_back_pages(weight)
         return changed
 
     def parts(self) -> dict[str, Tensor]:
