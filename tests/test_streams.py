@@ -238,7 +238,7 @@ def test_a_terminal_of_one_column_and_without_our_letters(awkward: Path, tmp_pat
 
 def test_a_dumb_terminal_gets_plain_lines(awkward: Path, tmp_path: Path) -> None:
     shown = on_terminal(awkward, tmp_path, {"TERM": "dumb"})
-    assert "out.zarr: 7 records in 1 chunk, 0 done, 1 to compute with demo" in shown
+    assert "out.zarr: 7 records in 1 chunk, 0 done, 1 to compute" in shown
     assert "\x1b" not in shown
 
 

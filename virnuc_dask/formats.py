@@ -107,6 +107,7 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     # Not with all of its name, which may be as long as a name can be.
     unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
     about = unfinished.with_suffix(".json")
+    rubbish = {unfinished, about}
     try:
         rows = write(unfinished, opened, _read(opened))
         if beside:
@@ -115,15 +116,17 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
         # Its name is for what survives a power cut.
         sync(unfinished)
         if beside:
+            rubbish.add(beside)
             about.rename(beside)
         unfinished.rename(path)
+        rubbish.discard(beside or path)
         sync(path.parent)
     except OSError as error:
         if error.filename is not None and Path(error.filename) not in (unfinished, about):
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        for file in (unfinished, about):
+        for file in rubbish:
             file.unlink(missing_ok=True)
     return rows
 
