@@ -99,7 +99,7 @@ def test_npz(store: Store, tmp_path: Path) -> None:
     ids, lengths, states, embedding = contents(store)
     virnuc_dask.export(store.path, tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
-        assert sorted(file) == ["embedding", "length", "sequence_id", "status"]
+        assert sorted(file) == ["embedding", "length", "sequence_id", "status", "virnuc_dask"]
         assert file["sequence_id"].tolist() == ids
         assert file["length"].tolist() == lengths
         assert file["status"].tolist() == states
@@ -167,7 +167,7 @@ def test_translated_rows_say_where_they_are_from(tmp_path: Path, client: Any) ->
         np.load(tmp_path / "out.npz", allow_pickle=False) as arrays,
         h5py.File(tmp_path / "out.h5") as sets,
     ):
-        assert sorted(arrays) == sorted([*head, "embedding"])
+        assert sorted(arrays) == sorted([*head, "embedding", "virnuc_dask"])
         for number, name in enumerate(head[3:], 3):
             expected = data[name].values.tolist()
             assert [int(row[number]) for row in rows] == expected
