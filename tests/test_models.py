@@ -14,10 +14,13 @@ from conftest import VIRAL_PROTEINS, Cli, Maker
 from models import random_network, save_network
 
 import virnuc_dask
+from virnuc_dask import events
 from virnuc_dask.config import RANDOM_WEIGHTS, ModelSpec, Precision, Settings
 from virnuc_dask.errors import RandomWeightsWarning
 from virnuc_dask.estimates import plan
+from virnuc_dask.events import silence
 from virnuc_dask.models import PUBLISHED, Estimate, parameters
+from virnuc_dask.prepare import prepare
 from virnuc_dask.store import Store
 
 MILLION = 10**6
@@ -99,6 +102,22 @@ def test_a_store_is_chunked_as_planned(tmp_path: Path, make_store: Maker) -> Non
     virnuc_dask.create_store(VIRAL_PROTEINS, tmp_path / "few.zarr", model="demo", rows_per_chunk=7)
     virnuc_dask.create_store(VIRAL_PROTEINS, tmp_path / "few.zarr", model="demo")
     assert Store(tmp_path / "few.zarr").identity.rows_per_chunk == 7
+
+
+def test_of_two_runs_that_make_a_store_at_once_the_slower_takes_the_fasters_chunks(
+    tmp_path: Path,
+) -> None:
+    path, made = tmp_path / "a.zarr", []
+
+    def overtake(event: events.Event) -> None:
+        if isinstance(event, events.Reading) and not made:
+            made.append(prepare(VIRAL_PROTEINS, path, settings, silence, workers=64)[0])
+
+    settings = Settings("demo")
+    store, _ = prepare(VIRAL_PROTEINS, path, settings, overtake, workers=1)
+    assert store.id == made[0].id
+    alone = prepare(VIRAL_PROTEINS, tmp_path / "b.zarr", settings, silence, workers=1)[0]
+    assert store.identity.rows_per_chunk < alone.identity.rows_per_chunk
 
 
 # --- random weights, and which weights they are ---

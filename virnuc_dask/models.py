@@ -15,8 +15,8 @@ from virnuc_dask.config import ModelSpec, Precision
 # float32; of GPUs an RTX 4090 reaches 90 in 16 bits, an A100 180, an H200 590: see RESULTS.md.
 _CORE = 100e9
 _GPU: dict[Precision, float] = {"float32": 30e12, "bfloat16": 200e12, "float16": 200e12}
-# Bytes per second at which weights may arrive, by a slow line.
-_READ = 2e6
+# Bytes per second at which weights are downloaded, by a slow line.
+_DOWNLOAD = 2e6
 
 # A chunk is what a kill costs, so it should take about this long; where there are few sequences,
 # less, so that each worker gets several chunks, but not so little that overhead counts.
@@ -92,7 +92,7 @@ class Estimate:
         rate = _CORE if device.partition(":")[0] == "cpu" else _GPU[model.precision]
         # A network of no layers looks up its tokens.
         work = max(operations(model.repr_layer, model.dimension, length), 1.0 * model.dimension)
-        return cls(rate / work, 4 * parameters(model.repr_layer, model.dimension) / _READ)
+        return cls(rate / work, 4 * parameters(model.repr_layer, model.dimension) / _DOWNLOAD)
 
     def rows_per_chunk(
         self, records: int, residues: int, workers: int, residue_bytes: int = 0

@@ -114,17 +114,17 @@ def prepare(
                 emit(events.Reading(summary.records, summary.residues))
             check_input(settings, summary, files)
             rows = rows_per_chunk(settings, spec, summary, device, workers)
-            wanted = identity_of(settings, spec, summary, rows)
+            identity = identity_of(settings, spec, summary, rows)
             with _explained(store):
-                ingest.commit(wanted, spec.dimension, _provenance(files, spec, summary, device))
-        # Ours, or that of a run which was faster.
+                ingest.commit(identity, spec.dimension, _provenance(files, spec, summary, device))
+        # Ours, or that of a run which was faster, and may have other chunks.
         existing = Store(store)
     else:
         for _ in blocks:
             emit(events.Reading(summary.records, summary.residues))
         check_input(settings, summary, files)
-        rows = settings.rows_per_chunk or existing.identity.rows_per_chunk
-        wanted = identity_of(settings, spec, summary, rows)
+    rows = settings.rows_per_chunk or existing.identity.rows_per_chunk
+    wanted = identity_of(settings, spec, summary, rows)
     if differences := existing.identity.differences(wanted):
         raise IdentityMismatchError(str(store), differences)
     emit(input_read(summary))
