@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from hashlib import sha256
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from conftest import VIRAL_PROTEINS, Maker
 from esm.model.esm2 import ESM2
 from models import random_network, random_sequences, save_huggingface, save_network
 
-from virnuc_dask import embed
+from virnuc_dask import embed, memory
 from virnuc_dask.attention import Layout
 from virnuc_dask.config import Settings, Status
 from virnuc_dask.encoder import load_encoder
@@ -327,3 +328,19 @@ def test_giving_back_pages_changes_no_value(tmp_path: Path) -> None:
     give_back_pages(written)
     assert torch.equal(written[150], expected)
     assert torch.equal(written[151:], values[151:])
+
+
+class UntoldPages(BytesIO):
+    """What a system that tells nothing of its pages says of them."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        return bytes(size or 0)
+
+
+def test_pages_of_which_nothing_is_told_are_not_taken_for_a_files(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    values = torch.arange(300_000, dtype=torch.float32)
+    monkeypatch.setattr(memory, "open", lambda *_, **__: UntoldPages(), raising=False)
+    give_back_pages(values)
+    assert torch.equal(values, torch.arange(300_000, dtype=torch.float32))

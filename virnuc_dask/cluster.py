@@ -37,7 +37,7 @@ THREADS_PER_WORKER = 2
 THREADS_PER_GPU = 3
 _START_S = 120
 # Workers that a scheduler elsewhere is taken to have before anybody has asked it.
-_ELSEWHERE = 16
+WORKERS_ELSEWHERE = 16
 _DEFAULT = RunConfig()
 # Clusters that are started and closed here.
 OWN = ("local", "local-cuda")
@@ -142,7 +142,7 @@ def expected_workers(cluster: str, workers: int | None, config: RunConfig) -> in
     if cluster == "local":
         # Of another device than cores there may be one.
         return CPU_COUNT if config.device in _CORES else 1
-    return max(1, len(visible_gpus())) if cluster == "local-cuda" else _ELSEWHERE
+    return max(1, len(visible_gpus())) if cluster == "local-cuda" else WORKERS_ELSEWHERE
 
 
 def visible_gpus() -> list[str]:

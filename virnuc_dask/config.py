@@ -96,6 +96,10 @@ class ModelSpec:
         """Whether this is the demo model, whose embeddings mean nothing."""
         return self.reference == DEMO
 
+    def comment(self) -> dict[str, str]:
+        """A word of warning about random weights, for JSON; none about any other weights."""
+        return {"comment": RANDOM_WEIGHTS} if self.has_random_weights else {}
+
     def described(self, device: str) -> str:
         """All that a person should know of it, in a line.
 
@@ -104,7 +108,9 @@ class ModelSpec:
         device : str
             On which it computes; empty if that is not known.
         """
-        weights = f"weights {self.weights_sha256[:12]}" if self.weights_sha256 else "not here yet"
+        weights = (
+            f"weights {self.weights_sha256[:12]}" if self.weights_sha256 else "weights not here yet"
+        )
         random = f" ({RANDOM_WEIGHTS})" if self.has_random_weights else ""
         parts = [self.reference + random, weights, f"layer {self.repr_layer}"]
         parts.append(f"{self.pooling} pooling")

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from queue import Empty, SimpleQueue
@@ -21,14 +22,20 @@ import numpy as np
 from distributed import Client, performance_report
 
 from virnuc_dask import events
-from virnuc_dask.cluster import check_scheduler, connect, expected_workers, resolve
+from virnuc_dask.cluster import (
+    WORKERS_ELSEWHERE,
+    check_scheduler,
+    connect,
+    expected_workers,
+    resolve,
+)
 from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.errors import PlaceError, StoreError, UsageError
 from virnuc_dask.events import Listener, RunSummary, silence
 from virnuc_dask.files import expanded
 from virnuc_dask.packing import residues_to_encode
-from virnuc_dask.prepare import Inputs, model_of, prepare
+from virnuc_dask.prepare import Inputs, model_of, prepare, warn_of_random_weights
 from virnuc_dask.store import Store
 from virnuc_dask.upstream import fair_esm
 from virnuc_dask.work import Work
@@ -103,7 +110,7 @@ def run(
     emit = listener or silence
     chosen = Settings(model=model, **settings)
     cluster, config = _settle(client, cluster, config)
-    expected = _expected_workers(client, cluster, workers, config)
+    expected = partial(_expected_workers, client, cluster, workers, config)
     opened, spec = prepare(inputs, store, chosen, emit, config.device, expected)
     return _fill(opened, spec, client, cluster, workers, config, emit, started)
 
@@ -137,6 +144,7 @@ def resume(
     spec = model_of(opened, model)
     cluster, config = _settle(client, cluster, config)
     emit = listener or silence
+    warn_of_random_weights(spec, stacklevel=3)
     emit(events.ModelChosen(spec, config.device))
     return _fill(opened, spec, client, cluster, workers, config, emit, started)
 
@@ -156,9 +164,10 @@ def _expected_workers(
 ) -> int:
     """Workers that will compute, about: in all runs that share the store."""
     runs = Shard.parse(config.shard, os.environ).count
-    if client is not None:
-        return runs * max(1, len(client.nthreads()))
-    return runs * expected_workers(cluster, workers, config)
+    if client is None:
+        return runs * expected_workers(cluster, workers, config)
+    with _borrow(client):
+        return runs * (len(client.nthreads()) or WORKERS_ELSEWHERE)
 
 
 def _fill(

@@ -117,7 +117,7 @@ class StoreStatus:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values; the missing chunks are listed."""
-        document = asdict(self)
+        document = asdict(self) | self.model.comment()
         document["present"] = int(self.present.sum())
         document["missing"] = np.flatnonzero(~self.present).tolist()
         return document

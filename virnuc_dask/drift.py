@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.config import ModelSpec, Status
+from virnuc_dask.config import Status
 from virnuc_dask.embed import embed_rows, get_encoder
 from virnuc_dask.errors import UsageError
 from virnuc_dask.store import Store
@@ -82,13 +82,7 @@ def sample_drift(
     opened = Store(store)
     identity = replace(opened.identity, precision="float32", dtype="float32")
     encoder = get_encoder(
-        ModelSpec(
-            model or str(opened.provenance["model"]),
-            identity.weights_sha256,
-            opened.dimension,
-            identity.repr_layer,
-            identity.pooling,
-        )
+        replace(opened.model, reference=model or opened.model.reference, precision="float32")
     )
     worst, largest = (2.0, -1), 0.0
     chosen = _choose(opened, rows, seed)

@@ -145,7 +145,7 @@ class Encoder:
         self._queue = Queue(self._device)
         with self._queue.as_current_device():
             self._network = Network(checkpoint, spec, self._device)
-        release_memory(torch.device("cpu"))  # that an adapter's merged weights took
+        release_memory(torch.device("cpu"))  # what merging an adapter has taken
         self.backends = self._network.backends
         # Halved whenever memory runs out. On a CPU it stays so. On a GPU others may have had the
         # memory, and it grows again.

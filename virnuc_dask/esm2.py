@@ -199,7 +199,7 @@ class _Layer:
     def of(
         cls, layer: Any, heads: int, precision: Precision, device: torch.device, by: str
     ) -> _Layer:
-        """Copies of a layer's parameters, which need not be in memory after it."""
+        """Copies of a layer's parameters; memory that the file's own have taken is given back."""
         attention = layer.self_attn
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 

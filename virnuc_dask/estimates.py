@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from virnuc_dask.config import (
     Settings,
     precision_on,
 )
-from virnuc_dask.models import PUBLISHED, Estimate, operations, parameters
+from virnuc_dask.errors import ModelError
+from virnuc_dask.models import PUBLISHED, Estimate, costliest, operations, parameters
 from virnuc_dask.packing import encoded_lengths
 from virnuc_dask.prepare import (
     Inputs,
@@ -67,6 +69,8 @@ class Plan:
     encoded_residues : int
         Residues that would go through the encoder.
     chunks, rows_per_chunk : int
+    largest_chunk : int
+        Residues that the chunk which has most of them has to encode.
     embedding_bytes : int
         Before compression, which gains little on embeddings.
     sequence_bytes : int
@@ -93,6 +97,7 @@ class Plan:
     encoded_residues: int
     chunks: int
     rows_per_chunk: int
+    largest_chunk: int
     embedding_bytes: int
     sequence_bytes: int
     residue_embedding_bytes: int
@@ -108,12 +113,13 @@ class Plan:
 
     @property
     def chunk_seconds(self) -> float:
-        """Estimated time of a chunk, which is what a kill costs a worker."""
-        return self.encoded_residues / (self.residues_per_s * self.chunks)
+        """Estimated time of the largest chunk, the most that a kill costs a worker."""
+        return self.largest_chunk / self.residues_per_s
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self) | {"seconds": self.seconds, "chunk_seconds": self.chunk_seconds}
+        seconds = {"seconds": self.seconds, "chunk_seconds": self.chunk_seconds}
+        return asdict(self) | self.model.comment() | seconds
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """What a person wants to know, as (name, value)."""
@@ -142,7 +148,7 @@ class Plan:
         )
         yield (
             "a chunk",
-            f"about {duration(self.chunk_seconds)}: the most that a kill costs a worker",
+            f"up to about {duration(self.chunk_seconds)}: the most that a kill costs a worker",
         )
 
 
@@ -190,7 +196,7 @@ def plan(
     else:
         spec = _undownloaded(settings, published, precision)
     dimension, encoded = spec.dimension, encoded_residues(settings, lengths)
-    estimate = Estimate.of(spec, device, encoded / summary.records)
+    estimate = Estimate.of(spec, device, encoded.mean())
     rows = rows_per_chunk(settings, spec, summary, device, workers)
     width = 4 if settings.dtype == "float32" else 2
     kept = encoded_lengths(lengths, settings.max_residues, settings.long)
@@ -201,9 +207,10 @@ def plan(
         int(lengths.max()),
         int(np.median(lengths)),
         int((lengths > settings.max_residues).sum()),
-        encoded,
+        int(encoded.sum()),
         -(-summary.records // rows),
         rows,
+        costliest(encoded, rows),
         summary.records * dimension * width,
         summary.residues,
         int(kept.sum()) * dimension * 2 if settings.per_residue else 0,
@@ -225,6 +232,8 @@ def _undownloaded(settings: Settings, published: str, precision: Precision) -> M
     """What is known of a model before its weights are here."""
     model = PUBLISHED[published]
     layer = model.layers if settings.repr_layer is None else settings.repr_layer
+    if not 0 <= layer <= model.layers:
+        raise ModelError(f"model {published}: layer {layer} of a model with {model.layers}")
     return ModelSpec(settings.model, "", model.dimension, layer, settings.pooling, precision)
 
 
@@ -237,7 +246,7 @@ def _trial(
     from virnuc_dask.embed import embed_rows
     from virnuc_dask.encoder import Encoder
 
-    encoded = encoded_residues(settings, block.lengths)
+    encoded = int(encoded_residues(settings, block.lengths).sum())
     if not encoded:
         return None
     encoder = Encoder(checkpoint, spec)
@@ -256,9 +265,13 @@ def model_choices() -> str:
     """Which models there are, and about how fast each would be on this machine; takes a second."""
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    workers = torch.cuda.device_count() if device == "cuda" else CPU_COUNT
-    rate = _NETWORK_SHARE * workers * _products_per_s(device)
+    rates = [CPU_COUNT * _products_per_s("cpu")]
+    where = f"with {counted(CPU_COUNT, 'core')}"
+    with suppress(RuntimeError):  # a GPU that others have, or that is broken
+        if torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            rates.append(count * _products_per_s("cuda"))
+            where += f", and by --cluster local-cuda with {counted(count, 'GPU')}"
     lines = [
         "which model? --model takes one of these names, a path, or demo",
         "",
@@ -267,18 +280,18 @@ def model_choices() -> str:
     ]
     for name, model in PUBLISHED.items():
         size = parameters(model.layers, model.dimension)
-        residues = rate / operations(model.layers, model.dimension, _TYPICAL_RESIDUES)
+        work = operations(model.layers, model.dimension, _TYPICAL_RESIDUES)
         lines.append(
             f"  {name:<20} {_rounded(size):>10} {model.layers:>6} {model.dimension:>9}"
-            f" {_rounded(1e6 * model.megabytes):>8}B {residues:>10,.0f}"
+            f" {_rounded(1e6 * model.megabytes):>8}B"
+            + "".join(f" {_NETWORK_SHARE * rate / work:>10,.0f}" for rate in rates)
         )
-    where = counted(workers, "GPU" if device == "cuda" else "core")
     lines += [
         f"  {'PATH':<20} a .pt file or a directory in Hugging Face's layout; also of a",
         f"  {'':<20} fine-tuned model or a LoRA adapter",
         f"  {DEMO:<20} {RANDOM_WEIGHTS}",
         "",
-        f"residues/s: about, of proteins of {_TYPICAL_RESIDUES}, on this machine's {where}",
+        f"residues/s: about, of proteins of {_TYPICAL_RESIDUES}, on this machine {where}",
     ]
     return "\n".join(lines)
 

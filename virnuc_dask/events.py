@@ -46,6 +46,10 @@ class ModelChosen(Event):
     has_adapter: bool = False
     left_out: tuple[str, ...] = ()
 
+    def to_json(self) -> dict[str, Any]:
+        """As an event, with a comment if its weights are random."""
+        return {**Event.to_json(self), **self.model.comment()}
+
 
 @dataclass(frozen=True, slots=True)
 class InputRead(Event):
@@ -267,7 +271,7 @@ class RunSummary(Event):
     def to_json(self) -> dict[str, Any]:
         """As an event, with its exit code."""
         # Not super(): a dataclass with slots is another class than the one that super() means.
-        return {**Event.to_json(self), "exit_code": self.exit_code}
+        return {**Event.to_json(self), **self.model.comment(), "exit_code": self.exit_code}
 
 
 def _snake(name: str) -> str:

@@ -116,8 +116,8 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
         # Its name is for what survives a power cut.
         sync(unfinished)
         if beside:
-            rubbish.add(beside)
             about.rename(beside)
+            rubbish.add(beside)
         unfinished.rename(path)
         rubbish.discard(beside or path)
         sync(path.parent)
@@ -133,8 +133,15 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
 
 def _beside(path: Path) -> Path | None:
     """The file that says what a table of text is, which has no place for it."""
-    is_text = any(suffix.lower() in _DELIMITERS for suffix in path.suffixes[-2:])
+    is_text = _format(path)[0] in _DELIMITERS
     return path.with_name(f"{path.name}.json") if is_text else None
+
+
+def _format(path: Path) -> tuple[str, str | None]:
+    """The suffix that names the format, and the compression."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
+    return "".join(suffixes[-2:-1] if compression else suffixes[-1:]), compression
 
 
 def _about(store: Store) -> str:
@@ -148,9 +155,7 @@ _Writer = Callable[[Path, Store, Iterable[_Part]], int]
 def _writer(out: str, guard: bool) -> _Writer:
     if "://" in out:
         raise UsageError(f"{out}: exports go into a file on this machine")
-    suffixes = [suffix.lower() for suffix in Path(out).suffixes]
-    compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
-    suffix = "".join(suffixes[-2:-1] if compression else suffixes[-1:])
+    suffix, compression = _format(Path(out))
     if suffix in _DELIMITERS:
         delimiter = _DELIMITERS[suffix]
         return bind(_write_csv, delimiter=delimiter, compression=compression, guard=guard)

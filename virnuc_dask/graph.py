@@ -11,6 +11,7 @@ import numpy as np
 from dask import delayed
 from dask.delayed import Delayed
 
+from virnuc_dask.cluster import WORKERS_ELSEWHERE
 from virnuc_dask.config import Settings, precision_on
 from virnuc_dask.events import Listener, silence
 from virnuc_dask.prepare import Inputs, check_device, model_of, prepare
@@ -24,6 +25,7 @@ def create_store(
     *,
     model: str,
     device: str = "cpu",
+    workers: int = WORKERS_ELSEWHERE,
     listener: Listener | None = None,
     **settings: Any,
 ) -> None:
@@ -36,7 +38,10 @@ def create_store(
     model : str
         A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     device : str
-        Torch device that will compute, such as ``cuda``; the precision ``auto`` depends on it.
+        Torch device that will compute, such as ``cuda``; the precision ``auto`` depends on it, and
+        the size of chunks.
+    workers : int
+        Processes that will compute, about: each is to have several chunks.
 
     Raises
     ------
@@ -53,7 +58,8 @@ def create_store(
     ModelError
         The model cannot be read.
     """
-    prepare(inputs, store, Settings(model=model, **settings), listener or silence, device)
+    chosen = Settings(model=model, **settings)
+    prepare(inputs, store, chosen, listener or silence, device, lambda: workers)
 
 
 def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -> list[Delayed]:

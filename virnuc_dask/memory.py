@@ -88,9 +88,11 @@ def give_back_pages(tensor: Tensor) -> None:
         with open("/proc/self/pagemap", "rb", buffering=0) as table:
             table.seek(8 * first)
             states = np.frombuffer(table.read(8 * pages), np.uint64)
-        # Memory of the process's own would come back as zeros.
-        is_own = ((states & (_PRESENT | _SWAPPED)) != 0) & ((states & _OF_FILE) == 0)
-        if len(states) == pages and not is_own.any():
+        # Memory of the process's own would come back as zeros, so there must be a page that is a
+        # file's, and a tensor lies within one mapping; and none that was written to since.
+        is_there = (states & (_PRESENT | _SWAPPED)) != 0
+        is_of_file = (states & _OF_FILE) != 0
+        if len(states) == pages and (is_there & is_of_file).any() and is_of_file[is_there].all():
             start, size = (ctypes.c_size_t(n * mmap.PAGESIZE) for n in (first, pages))
             ctypes.CDLL(None).madvise(start, size, mmap.MADV_DONTNEED)
 

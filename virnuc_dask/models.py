@@ -7,7 +7,9 @@ follows from it, the size of a chunk, is the same in every run.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import floor, log2
+
+import numpy as np
+from numpy.typing import NDArray
 
 from virnuc_dask.config import ModelSpec, Precision
 
@@ -92,29 +94,52 @@ class Estimate:
         rate = _CORE if device.partition(":")[0] == "cpu" else _GPU[model.precision]
         # A network of no layers looks up its tokens.
         work = max(operations(model.repr_layer, model.dimension, length), 1.0 * model.dimension)
-        return cls(rate / work, 4 * parameters(model.repr_layer, model.dimension) / _DOWNLOAD)
+        # All layers are downloaded, also those that are not used.
+        known = PUBLISHED.get(model.reference)
+        size = 1e6 * known.megabytes if known else 0.0
+        return cls(rate / work, size / _DOWNLOAD)
 
     def rows_per_chunk(
-        self, records: int, residues: int, workers: int, residue_bytes: int = 0
+        self,
+        residues: NDArray[np.int64],
+        workers: int,
+        residue_bytes: NDArray[np.int64] | None = None,
     ) -> int:
-        """Rows that make a chunk: a power of two.
+        """Rows that make a chunk: the largest power of two that fits.
 
-        A chunk takes up to 40 seconds on one worker by this estimate, less if there would not be
-        four for each worker, and has at most 8,192 rows.
+        No chunk takes more than 40 seconds of one worker by this estimate, there are four for each
+        worker unless they would take less than a tenth of a second, and none has more than 8,192
+        rows.
 
         Parameters
         ----------
-        records : int
-            Rows of the store.
-        residues : int
-            Residues of all of them that will go through the encoder.
+        residues : ndarray, int64, shape (records,)
+            Residues of each row that will go through the encoder.
         workers : int
-        residue_bytes : int
-            Of the representations of single residues that are to be kept, of all rows.
+        residue_bytes : ndarray, int64, shape (records,), optional
+            Of the representations of single residues that are to be kept of each row, of which a
+            chunk may have 256 MiB.
         """
-        rows_per_s = records * self.residues_per_s / max(1, residues)
-        rows = max(records / (max(1, workers) * _CHUNKS_PER_WORKER), rows_per_s * _LEAST_CHUNK_S)
-        rows = min(rows, rows_per_s * _CHUNK_S, _MOST_ROWS)
-        if residue_bytes:
-            rows = min(rows, records * _MOST_RESIDUE_BYTES / residue_bytes)
-        return int(2 ** floor(log2(max(1.0, rows))))
+
+        def fits(rows: int) -> bool:
+            seconds = costliest(residues, rows) / self.residues_per_s
+            chunks = -(-len(residues) // rows)
+            are_many = chunks >= _CHUNKS_PER_WORKER * workers or seconds <= _LEAST_CHUNK_S
+            size = 0 if residue_bytes is None else costliest(residue_bytes, rows)
+            return are_many and seconds <= _CHUNK_S and size <= _MOST_RESIDUE_BYTES
+
+        rows = _MOST_ROWS
+        while rows > 1 and not fits(rows):
+            rows //= 2
+        return rows
+
+
+def costliest(costs: NDArray[np.int64], rows: int) -> int:
+    """What the chunk that costs most has, of chunks of so many rows.
+
+    Parameters
+    ----------
+    costs : ndarray, int64, shape (records,)
+    rows : int
+    """
+    return int(np.add.reduceat(costs, np.arange(0, len(costs), rows)).max())

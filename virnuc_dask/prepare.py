@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -63,7 +63,7 @@ def prepare(
     settings: Settings,
     emit: Listener,
     device: str = "cpu",
-    workers: int = 1,
+    count_workers: Callable[[], int] = lambda: 1,
 ) -> tuple[Store, ModelSpec]:
     """Make a store of an input, or make sure that a store there was made from it.
 
@@ -76,8 +76,9 @@ def prepare(
         Gets `ModelChosen`, `Reading` and `InputRead` events.
     device : str
         That the workers will compute on; ``auto`` precision depends on it, and the size of chunks.
-    workers : int
-        How many there will be, about: each is to have several chunks.
+    count_workers : callable
+        How many workers there will be, about: each is to have several chunks. Called if a store is
+        to be made.
 
     Raises
     ------
@@ -99,8 +100,7 @@ def prepare(
     spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling)
     has_adapter = checkpoint.adapter is not None
     emit(events.ModelChosen(spec, device, has_adapter, checkpoint.left_out))
-    if spec.has_random_weights:
-        warnings.warn(f"model {DEMO!r} has {RANDOM_WEIGHTS}", RandomWeightsWarning, stacklevel=3)
+    warn_of_random_weights(spec, stacklevel=4)
     del checkpoint  # the weights may be large, and reading takes long
     files, summary = listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
@@ -113,7 +113,7 @@ def prepare(
                     ingest.append(block)
                 emit(events.Reading(summary.records, summary.residues))
             check_input(settings, summary, files)
-            rows = rows_per_chunk(settings, spec, summary, device, workers)
+            rows = rows_per_chunk(settings, spec, summary, device, count_workers())
             identity = identity_of(settings, spec, summary, rows)
             with _explained(store):
                 ingest.commit(identity, spec.dimension, _provenance(files, spec, summary, device))
@@ -144,6 +144,13 @@ def check_device(device: str) -> None:
         torch.device(device)
     except RuntimeError as error:
         raise UsageError(f"device {device!r}: {error}") from error
+
+
+def warn_of_random_weights(model: ModelSpec, stacklevel: int) -> None:
+    """Warn, so many calls further out, that a model is the demo's, if it is."""
+    if model.has_random_weights:
+        message = f"model {DEMO!r} has {RANDOM_WEIGHTS}"
+        warnings.warn(message, RandomWeightsWarning, stacklevel=stacklevel)
 
 
 def model_of(store: Store, reference: str | None = None) -> ModelSpec:
@@ -267,9 +274,9 @@ def listed(inputs: Inputs) -> list[str]:
     return [name if name == "-" else expanded(name) for name in names]
 
 
-def encoded_residues(settings: Settings, lengths: NDArray[np.int32]) -> int:
-    """Residues that go through the encoder."""
-    return int(residues_to_encode(lengths, settings.max_residues, settings.long).sum())
+def encoded_residues(settings: Settings, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Residues of each row that go through the encoder."""
+    return residues_to_encode(lengths, settings.max_residues, settings.long)
 
 
 def rows_per_chunk(
@@ -280,11 +287,12 @@ def rows_per_chunk(
         return settings.rows_per_chunk
     lengths = summary.all_lengths()
     encoded = encoded_residues(settings, lengths)
-    kept = 0
+    kept = None
     if settings.per_residue:
-        kept = int(encoded_lengths(lengths, settings.max_residues, settings.long).sum())
-    estimate = Estimate.of(spec, device, encoded / summary.records)
-    return estimate.rows_per_chunk(summary.records, encoded, workers, 2 * kept * spec.dimension)
+        kept = encoded_lengths(lengths, settings.max_residues, settings.long)
+        kept *= 2 * spec.dimension  # bytes of float16
+    estimate = Estimate.of(spec, device, encoded.mean())
+    return estimate.rows_per_chunk(encoded, workers, kept)
 
 
 def identity_of(settings: Settings, spec: ModelSpec, summary: InputSummary, rows: int) -> Identity:

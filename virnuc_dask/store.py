@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from virnuc_dask.config import FORMAT, RANDOM_WEIGHTS, Identity, ModelSpec
+from virnuc_dask.config import FORMAT, Identity, ModelSpec
 from virnuc_dask.errors import NotAStoreError, StoreError, StoreReplacedError
 from virnuc_dask.files import Directory
 from virnuc_dask.objects import Bucket
@@ -159,9 +159,8 @@ class Store:
 
     def about(self) -> dict[str, Any]:
         """What a reader of its rows should know, as plain JSON values, for exports."""
-        random = {"comment": RANDOM_WEIGHTS} if self.model.has_random_weights else {}
         return {
-            **random,
+            **self.model.comment(),
             "model": self.model.reference,
             "device": self.device,
             **self.identity.to_json(),
