@@ -263,8 +263,12 @@ def test_what_a_listener_meets_is_not_the_stores_disk(tmp_path: Path) -> None:
 @needs_full
 def test_an_error_that_a_child_cannot_tell_of_is_still_no_death(tmp_path: Path) -> None:
     child = [sys.executable, "-m", "virnuc_dask.isolate", str(tmp_path / "none")]
-    with open("/dev/full", "w") as full:
-        assert subprocess.run(child, stdin=subprocess.PIPE, stderr=full).returncode == 70
+    with (
+        open("/dev/full", "w") as full,
+        # Its parent holds on to the pipe: at its end the child would be gone, whatever it met.
+        subprocess.Popen(child, stdin=subprocess.PIPE, stderr=full) as running,
+    ):
+        assert running.wait() == 70
 
 
 # --- Ctrl-C at a certain moment, however long it takes to come to it ---
