@@ -39,12 +39,16 @@ TRACE = ("-e", f"trace={CHANGING},read")
 
 @dataclass(frozen=True)
 class Call:
-    """A system call: the `number`th of its name in its thread, counted from 1."""
+    """A system call: the `number`th of its name in its thread, counted from 1.
+
+    It may be the first of all threads' to have that number, or not.
+    """
 
     name: str
     number: int
     in_main_thread: bool
     arguments: str = field(compare=False)
+    is_first: bool = field(compare=False)
 
     def inject(self, what: str) -> tuple[str, ...]:
         """Options for strace, which counts in every thread that it follows."""
@@ -57,13 +61,17 @@ def calls(log: Path, place: Path) -> list[Call]:
     lines = log.read_text().splitlines()
     main = lines[0].partition("---")[0].strip()  # without -f there is no thread's number
     numbers: Counter[tuple[str, str]] = Counter()
+    most: Counter[str] = Counter()
     found = []
     for line in lines:
         if match := re.match(r"(\d*) *(\w+)\((.*)", line):
             thread, name, arguments = match.groups()
             numbers[thread, name] += 1
+            number = numbers[thread, name]
+            is_first = number > most[name]
+            most[name] = max(most[name], number)
             if str(place) in arguments or "/proc/self/fd/" in arguments:
-                found.append(Call(name, numbers[thread, name], thread == main, arguments))
+                found.append(Call(name, number, thread == main, arguments, is_first))
     return found
 
 
@@ -210,11 +218,8 @@ def calls_of_an_ingest(nursery: Nursery, bench: Bench) -> list[Call]:
     assert nursery.trace(making(bench, path), bench.log, "-f", *TRACE) == 0
     assert content(path) == content(bench.empty.path)
     found = changing(calls(bench.log, path.parent))
-    # With two threads to follow, the one that comes first to a number is killed.
-    first: dict[tuple[str, int], Call] = {}
-    for call in found:
-        first.setdefault((call.name, call.number), call)
-    return [call for call in found if call.in_main_thread or call in first.values()]
+    # With two threads to follow, the one that comes first to a number is killed, wherever it is.
+    return [call for call in found if call.in_main_thread or call.is_first]
 
 
 def check_deaths_in_an_ingest(nursery: Nursery, bench: Bench, aims: list[Call]) -> None:
