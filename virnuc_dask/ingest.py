@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
-from virnuc_dask.config import DEMO, RANDOM_WEIGHTS, Identity, Status
+from virnuc_dask.config import Identity, Status
 from virnuc_dask.errors import NotAStoreError, StoreError
 from virnuc_dask.files import ROOT
 from virnuc_dask.packing import encoded_lengths
@@ -149,8 +149,14 @@ class Ingest:
         self._residues.append(block.residues)
         self._next_offset = int(ends[-1])
 
-    def commit(self, identity: Identity, dimension: int, provenance: dict[str, Any]) -> bool:
-        """Give the store its place, durably.
+    def commit(
+        self,
+        identity: Identity,
+        dimension: int,
+        provenance: dict[str, Any],
+        comment: dict[str, str],
+    ) -> bool:
+        """Give the store its place, durably; a comment is an attribute that readers meet first.
 
         Returns
         -------
@@ -191,12 +197,11 @@ class Ingest:
         )
         if identity.per_residue:
             self._create_residue_arrays(identity, dimension)
-        if provenance["model"] == DEMO:
-            self._group.attrs["comment"] = RANDOM_WEIGHTS
         more = " residue_slot" if identity.per_residue else ""
         more += "".join(f" {name}" for name in self._origin)
         self._group.attrs.update(
             {
+                **comment,
                 "Conventions": "CF-1.11",
                 "coordinates": f"sequence_id length status{more}",
                 ATTRIBUTE: {

@@ -116,7 +116,8 @@ def prepare(
             rows = rows_per_chunk(settings, spec, summary, device, count_workers())
             identity = identity_of(settings, spec, summary, rows)
             with _explained(store):
-                ingest.commit(identity, spec.dimension, _provenance(files, spec, summary, device))
+                provenance = _provenance(files, spec, summary, device)
+                ingest.commit(identity, spec.dimension, provenance, spec.comment())
         # Ours, or that of a run which was faster, and may have other chunks.
         existing = Store(store)
     else:
