@@ -12,7 +12,7 @@ from conftest import VIRAL_PROTEINS, Cli, Maker, tree
 from models import random_network, random_sequences, save_network
 
 from virnuc_dask import dataset, embed
-from virnuc_dask.drift import sample_drift
+from virnuc_dask.drift import Drift, sample_drift
 from virnuc_dask.errors import ModelError, UsageError
 
 
@@ -45,6 +45,15 @@ def test_the_drift_of_a_precision_is_measured(
     assert drift.largest > 1e-4
     assert drift == sample_drift(store.path, 20, seed=1)
     assert drift != sample_drift(store.path, 20, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("precision", "good"),
+    [("float32", False), ("float16", False), ("bfloat16", True), ("int8", True)],
+)
+def test_what_a_precision_rounds_by_itself_is_no_drift(precision: str, good: bool) -> None:
+    assert Drift(1, 0.1, 0.9978, 0, "a", precision).good == good
+    assert not Drift(1, 0.1, 0.98, 0, "a", precision).good
 
 
 def test_a_chunk_in_the_place_of_another_is_found(make_store: Maker, cli: Cli) -> None:

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 
 import virnuc_dask
 from virnuc_dask import kernels, linear
-from virnuc_dask.config import PRECISIONS, Precision, Settings, precision_on
+from virnuc_dask.config import PRECISIONS, Identity, Precision, Settings, Status, precision_on
 from virnuc_dask.drift import sample_drift
+from virnuc_dask.embed import embed_rows
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import IdentityMismatchError, UsageError
 from virnuc_dask.linear import make_linear
@@ -116,8 +117,8 @@ def test_a_precision_that_a_device_lacks_is_refused() -> None:
         load_encoder("demo", precision="fp4")  # type: ignore[arg-type]
 
 
-def test_auto_is_float32_on_a_cpu_and_bfloat16_on_a_gpu() -> None:
-    assert [precision_on(device, "auto") for device in ("cpu", "cuda")] == ["float32", "bfloat16"]
+def test_auto_is_float32_on_a_cpu_and_float16_on_a_gpu() -> None:
+    assert [precision_on(device, "auto") for device in ("cpu", "cuda")] == ["float32", "float16"]
 
 
 def test_auto_goes_on_with_what_a_store_has(make_store: Maker, tmp_path: Path) -> None:
@@ -170,3 +171,23 @@ def test_every_row_is_close_on_cuda(precision: Precision, tmp_path: Path) -> Non
         assert lowest_cosine(found, expected) > 0.999
         if precision == "float32":
             assert relative_error(found, expected) < 1e-4
+
+
+@pytest.mark.gpu
+def test_rows_that_float16_cannot_hold_are_computed_in_float32_on_a_gpu(tmp_path: Path) -> None:
+    network = random_network(2, 160, 10)
+    with torch.no_grad():
+        network.layers[0].fc2.bias[3] += 7e4  # float16 tops out at 65,504
+    path = save_network(network, tmp_path / "model.pt")
+    sequences = random_sequences(LENGTHS)
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    residues = np.frombuffer("".join(sequences).encode(), np.uint8)
+    half = load_encoder(path, "cuda", "float16")
+    assert not np.isfinite(half.encode(sequences)).any()
+    identity = Identity(
+        1, "", 0, "", 2, "mean", "float16", "float32", "", 1022, "truncate", 32, per_residue=False
+    )
+    found = embed_rows(half, lengths, residues, identity)
+    assert (found.status == Status.EMBEDDED).all()
+    exact = load_encoder(path, "cuda").encode(sequences)
+    assert relative_error(found.embedding, exact) < 1e-3

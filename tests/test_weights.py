@@ -5,12 +5,15 @@ from __future__ import annotations
 import pickle
 import subprocess
 import sys
+import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import VIRAL_PROTEINS
 from models import (
     Malicious,
     checkpoint_data,
@@ -20,10 +23,18 @@ from models import (
     upstream_mean,
 )
 
-from virnuc_dask import weights
+from virnuc_dask import events, prepare, weights
+from virnuc_dask.config import Settings
+from virnuc_dask.embed import get_encoder
 from virnuc_dask.encoder import load_encoder
-from virnuc_dask.errors import ModelError
-from virnuc_dask.weights import describe, load_checkpoint, weights_at_hand
+from virnuc_dask.errors import InputError, ModelError
+from virnuc_dask.weights import (
+    Checkpoint,
+    describe,
+    hashing,
+    load_checkpoint,
+    weights_at_hand,
+)
 
 DEMO_SHA256 = "129ce4726f6c6e07dad3f6144b3cc14977f7d3741b5620ae94edbb1de8cf17f2"
 
@@ -185,3 +196,81 @@ def test_a_download_that_breaks_off_is_no_file_in_the_cache(
 
 def test_demo_weights_never_change() -> None:
     assert describe(load_checkpoint("demo")).weights_sha256 == DEMO_SHA256
+
+
+# --- the digest, made beside other work ---
+
+
+def test_a_digest_is_the_same_beside_other_work(tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(save_network(random_network(2, 32, 4), tmp_path / "model.pt"))
+    with hashing(checkpoint) as digest:
+        assert digest.result() == describe(checkpoint).weights_sha256
+    assert describe(checkpoint, hashed=False).weights_sha256 == ""
+
+
+def test_a_digest_that_nobody_wants_any_more_is_given_up() -> None:
+    checkpoint = load_checkpoint("demo")
+    given_up = threading.Event()
+    given_up.set()
+    assert checkpoint.sha256(given_up) == ""
+    kept: list[Any] = []
+
+    def leave() -> None:
+        with hashing(_Endless("demo", {})) as digest:
+            kept.append(digest)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        leave()
+    assert kept[0].result(timeout=0) == "given up"
+
+
+class _Endless(Checkpoint):
+    """Weights so large that only giving up ends the hashing."""
+
+    def sha256(self, given_up: threading.Event | None = None) -> str:
+        assert given_up
+        assert given_up.wait(60)
+        return "given up"
+
+
+def test_input_is_read_while_weights_are_hashed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the largest models that takes minutes: what is wrong with an input is said before."""
+    monkeypatch.setattr(prepare, "_PROMPT_S", 0.0)
+    has_read, own_sha256 = threading.Event(), Checkpoint.sha256
+    seen: list[events.Event] = []
+
+    def listen(event: events.Event) -> None:
+        seen.append(event)
+        if isinstance(event, events.Reading):
+            has_read.set()
+
+    def sha256_afterwards(self: Checkpoint, given_up: threading.Event | None = None) -> str:
+        assert has_read.wait(60)
+        return own_sha256(self, given_up)
+
+    monkeypatch.setattr(Checkpoint, "sha256", sha256_afterwards)
+    for _ in range(2):  # making the store, and comparing it
+        has_read.clear()
+        seen.clear()
+        store, spec = prepare.prepare(VIRAL_PROTEINS, tmp_path / "a.zarr", Settings("demo"), listen)
+        kinds = [type(event) for event in seen]
+        assert kinds == [events.Reading, events.ModelChosen, events.InputRead]
+        assert store.identity.weights_sha256 == spec.weights_sha256 == DEMO_SHA256
+        (chosen,) = (event for event in seen if isinstance(event, events.ModelChosen))
+        assert chosen.model == spec
+    bad = tmp_path / "bad.faa"
+    bad.write_text("no header\n")
+    monkeypatch.setattr(Checkpoint, "sha256", _Endless.sha256)
+    with pytest.raises(InputError):
+        prepare.prepare(bad, tmp_path / "b.zarr", Settings("demo"), listen)
+    assert not (tmp_path / "b.zarr").exists()
+
+
+def test_a_model_of_another_shape_is_refused_for_its_weights(tmp_path: Path) -> None:
+    path = save_network(random_network(2, 32, 4), tmp_path / "model.pt")
+    spec = describe(load_checkpoint("demo"))
+    with pytest.raises(ModelError, match="this worker has weights"):
+        get_encoder(replace(spec, reference=path, repr_layer=2))

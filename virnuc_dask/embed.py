@@ -21,7 +21,7 @@ from virnuc_dask.memory import is_out_of_memory
 from virnuc_dask.packing import Segments, cut_segments, encoded_lengths
 from virnuc_dask.residues import invalid_rows
 from virnuc_dask.store import Store
-from virnuc_dask.weights import describe, load_checkpoint
+from virnuc_dask.weights import describe, hashing, load_checkpoint
 
 # Ubiquitin's beginning: an encoder that has trouble with it has trouble with anything.
 BEYOND_DOUBT = "MQIFVKTLTGKTITLEVEPS"
@@ -333,22 +333,28 @@ def get_encoder(model: ModelSpec, device: str = "cpu") -> Encoder:
         encoder = _loaded.get((model, device))
         if encoder is None:
             checkpoint = load_checkpoint(model.reference)
-            found = describe(checkpoint, model.precision, model.repr_layer, model.pooling)
-            if found.weights_sha256 != model.weights_sha256:
-                raise ModelError(
-                    f"model {model.reference}: this worker has weights"
-                    f" {found.weights_sha256[:12]}, the store was made with"
-                    f" {model.weights_sha256[:12]}"
-                )
+            describe(checkpoint, model.precision, model.repr_layer, model.pooling, hashed=False)
             # One model at a time, for a second may not fit beside it; but a model's float32 twin,
             # which is there for a few rows, does not replace it.
             for spec, place in list(_loaded):
                 if model.precision != "float32" or replace(spec, precision="float32") != model:
                     del _loaded[spec, place]
-            try:
-                encoder = _loaded[model, device] = Encoder(checkpoint, model, device)
-            except RuntimeError as error:
-                if is_out_of_memory(error):
-                    raise MemoryError(f"the model does not fit now: {error}") from error
-                raise
+            with hashing(checkpoint) as digest:
+                try:
+                    encoder = Encoder(checkpoint, model, device)
+                except Exception as error:
+                    _check_weights(model, digest.result())  # other weights may be why
+                    if is_out_of_memory(error):
+                        raise MemoryError(f"the model does not fit now: {error}") from error
+                    raise
+                _check_weights(model, digest.result())
+            _loaded[model, device] = encoder
         return encoder
+
+
+def _check_weights(model: ModelSpec, digest: str) -> None:
+    if digest != model.weights_sha256:
+        raise ModelError(
+            f"model {model.reference}: this worker has weights {digest[:12]}, the store was made"
+            f" with {model.weights_sha256[:12]}"
+        )

@@ -300,7 +300,7 @@ def _products_per_s(device: str) -> float:
     """Floating-point operations per second of matrix products: of one core, or of one GPU."""
     import torch
 
-    size, dtype = (8192, torch.bfloat16) if device == "cuda" else (1024, torch.float32)
+    size, dtype = (8192, torch.float16) if device == "cuda" else (1024, torch.float32)
     factors = torch.ones(2, size, size, dtype=dtype, device=device)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -35,7 +35,10 @@ class Reading(Event):
 
 @dataclass(frozen=True, slots=True)
 class ModelChosen(Event):
-    """The model, and what it computes on: always the first event.
+    """The model, and what it computes on: the first event, or soon after it.
+
+    Weights that take more than a second to hash are hashed while the input is read, and `Reading`
+    events may come first.
 
     Where the weights were read, also whether an adapter is merged, and which tensors are not
     ESM-2's, as a classifier's.

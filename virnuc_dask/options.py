@@ -53,7 +53,7 @@ identity_options = _options(
         type=click.Choice([AUTO, *PRECISIONS]),
         default=AUTO,
         show_default=True,
-        help="Of the matrix products. auto: the store's; else float32 on a CPU, bfloat16 on a GPU.",
+        help="Of the matrix products. auto: the store's; else float32 on a CPU, float16 on a GPU.",
     ),
     click.option(
         "--dtype",

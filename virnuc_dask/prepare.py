@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -45,16 +46,14 @@ from virnuc_dask.places import place_of
 from virnuc_dask.residues import ALPHABET_POLICY, InputSummary
 from virnuc_dask.sequences import read_blocks
 from virnuc_dask.store import Store, can_create
-from virnuc_dask.weights import (
-    describe,
-    load_checkpoint,
-    resolved,
-)
+from virnuc_dask.weights import describe, hashing, load_checkpoint, resolved
 
 Inputs = str | Path | Sequence[str | Path]
 
 # Share of the records from which on an input is taken for what they look like.
 _MOST = 0.9
+# What most weights are hashed in. Reading begins then, also if they are not.
+_PROMPT_S = 1.0
 
 
 def prepare(
@@ -97,39 +96,68 @@ def prepare(
     if existing and settings.precision == AUTO:
         precision = _precision_of(existing)
     checkpoint = load_checkpoint(settings.model)
-    spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling)
-    has_adapter = checkpoint.adapter is not None
-    emit(events.ModelChosen(spec, device, has_adapter, checkpoint.left_out))
+    spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
+    chosen = events.ModelChosen(spec, device, checkpoint.adapter is not None, checkpoint.left_out)
     warn_of_random_weights(spec, stacklevel=4)
-    del checkpoint  # the weights may be large, and reading takes long
     files, summary = listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
-    if existing is None:
-        with _explained(store):
-            ingest = Ingest(store, translated=settings.translation is not None)
-        with ingest:
-            for block in blocks:
+    with hashing(checkpoint) as digest:
+        del checkpoint  # the weights may be large, and reading takes long
+        model = _Announced(chosen, digest, emit)
+        if existing is None:
+            with _explained(store):
+                ingest = Ingest(store, translated=settings.translation is not None)
+            with ingest:
+                for block in blocks:
+                    with _explained(store):
+                        ingest.append(block)
+                    model.tell_if_known()
+                    emit(events.Reading(summary.records, summary.residues))
+                check_input(settings, summary, files)
+                spec = model.spec()
+                rows = rows_per_chunk(settings, spec, summary, device, count_workers())
+                identity = identity_of(settings, spec, summary, rows)
                 with _explained(store):
-                    ingest.append(block)
+                    provenance = _provenance(files, spec, summary, device)
+                    ingest.commit(identity, spec.dimension, provenance, spec.comment())
+            # Ours, or that of a run which was faster, and may have other chunks.
+            existing = Store(store)
+        else:
+            for _ in blocks:
+                model.tell_if_known()
                 emit(events.Reading(summary.records, summary.residues))
             check_input(settings, summary, files)
-            rows = rows_per_chunk(settings, spec, summary, device, count_workers())
-            identity = identity_of(settings, spec, summary, rows)
-            with _explained(store):
-                provenance = _provenance(files, spec, summary, device)
-                ingest.commit(identity, spec.dimension, provenance, spec.comment())
-        # Ours, or that of a run which was faster, and may have other chunks.
-        existing = Store(store)
-    else:
-        for _ in blocks:
-            emit(events.Reading(summary.records, summary.residues))
-        check_input(settings, summary, files)
+            spec = model.spec()
     rows = settings.rows_per_chunk or existing.identity.rows_per_chunk
     wanted = identity_of(settings, spec, summary, rows)
     if differences := existing.identity.differences(wanted):
         raise IdentityMismatchError(str(store), differences)
     emit(input_read(summary))
     return existing, spec
+
+
+class _Announced:
+    """A model whose digest is still being made; who listens is told of it once it is there."""
+
+    def __init__(self, event: events.ModelChosen, digest: Future[str], emit: Listener) -> None:
+        self._event, self._digest, self._emit = event, digest, emit
+        self._is_told = False
+        wait([digest], timeout=_PROMPT_S)
+        self.tell_if_known()
+
+    def tell_if_known(self) -> None:
+        """Tell who listens, if there is something new to tell."""
+        if self._digest.done() and not self._is_told:
+            self._is_told = True
+            model = replace(self._event.model, weights_sha256=self._digest.result())
+            self._event = replace(self._event, model=model)
+            self._emit(self._event)
+
+    def spec(self) -> ModelSpec:
+        """The model, its digest included, which is waited for."""
+        wait([self._digest])
+        self.tell_if_known()
+        return self._event.model
 
 
 def check_device(device: str) -> None:

@@ -6,6 +6,9 @@ import argparse
 import pickle
 import tempfile
 import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from hashlib import sha256
 from http.client import HTTPException
@@ -83,18 +86,24 @@ class Checkpoint:
         tensors = self.base()
         return tensors if self.adapter is None else self.adapter.merged(tensors)
 
-    def sha256(self) -> str:
+    def sha256(self, given_up: threading.Event | None = None) -> str:
         """Digest of all that an embedding depends on: tensors by name, shape and value.
 
         Of an adapter it is of the parts: what they make differs in its last bits with the machine.
+
+        Parameters
+        ----------
+        given_up : threading.Event, optional
+            Once it is set nobody wants the digest any more, and what is returned is none.
         """
+        given_up = given_up or threading.Event()
         # No tensor tells this setting; the others follow from the tensors' names and shapes.
         digest = sha256(f"token_dropout {self.token_dropout}\n".encode())
-        _feed(digest, self.base())
+        _feed(digest, self.base(), given_up)
         if self.adapter is not None:
             digest.update(b"adapter\n")
-            _feed(digest, self.adapter.parts())
-        return digest.hexdigest()
+            _feed(digest, self.adapter.parts(), given_up)
+        return "" if given_up.is_set() else digest.hexdigest()
 
     def base(self) -> dict[str, Tensor]:
         """Weights by name, without what an adapter changes, and without heads."""
@@ -105,7 +114,23 @@ class Checkpoint:
         return {name: t for name, t in tensors.items() if not name.startswith(_HEADS)}
 
 
-def _feed(digest: Any, tensors: dict[str, Tensor]) -> None:
+@contextmanager
+def hashing(checkpoint: Checkpoint) -> Iterator[Future[str]]:
+    """The digest of weights, which another thread makes meanwhile: of the largest it takes minutes.
+
+    On leaving it is waited for no longer, and given up.
+    """
+    given_up = threading.Event()
+    with ThreadPoolExecutor(1, "virnuc-dask-hashing") as thread:
+        digest = thread.submit(checkpoint.sha256, given_up)
+        del checkpoint  # its memory is free as soon as the digest is known
+        try:
+            yield digest
+        finally:
+            given_up.set()
+
+
+def _feed(digest: Any, tensors: dict[str, Tensor], given_up: threading.Event) -> None:
     """Hash tensors as float32, a part at a time, so that large ones take no more memory."""
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
@@ -113,6 +138,8 @@ def _feed(digest: Any, tensors: dict[str, Tensor]) -> None:
         rows = rows if rows.dim() else rows[None]
         width = rows.shape[1:].numel()
         for part in torch.split(rows, max(1, _HASHED_AT_ONCE // max(1, width))):
+            if given_up.is_set():
+                return
             digest.update(part.to(torch.float32).contiguous().numpy())
             give_back_pages(part)
         give_back_pages(rows)  # and what the system has read around each part
@@ -188,8 +215,20 @@ def describe(
     precision: Precision = "float32",
     repr_layer: int | None = None,
     pooling: Pooling = "mean",
+    *,
+    hashed: bool = True,
 ) -> ModelSpec:
     """What a worker needs to know in order to load the same model. Reads every weight once.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    precision : str
+    repr_layer : int, optional
+        Default: the last.
+    pooling : str
+    hashed : bool
+        False leaves the digest empty, and reads nothing.
 
     Raises
     ------
@@ -206,8 +245,8 @@ def describe(
         raise ModelError(
             f"model {checkpoint.reference}: layer {layer} of a model with {checkpoint.layers}"
         )
-    digest, dimension = checkpoint.sha256(), checkpoint.dimension
-    return ModelSpec(checkpoint.reference, digest, dimension, layer, pooling, precision)
+    digest = checkpoint.sha256() if hashed else ""
+    return ModelSpec(checkpoint.reference, digest, checkpoint.dimension, layer, pooling, precision)
 
 
 def _cached(name: str) -> Path:

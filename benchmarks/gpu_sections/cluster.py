@@ -41,7 +41,7 @@ from virnuc_dask.store import Store
 
 # Computing of the first run: a share of the section's time, but not more than so many seconds.
 _SHARE, _MOST_S = 0.12, 25.0
-_TOKENS_PER_S = 370_000
+_TOKENS_PER_S = 370_000.0
 # Computing of each of the others, and chunks that they have at least.
 _FAULTS_S, _LEAST_CHUNKS = 5.0, 9
 _DRY_READS, _DRY_ROWS_PER_CHUNK = 2_000, 32
@@ -55,7 +55,7 @@ def main(report: Report, options: Options) -> None:
     facts = Facts(report)
     with workplace(report, options) as (folder, weights):
         setup = Setup(report, options, facts, folder, weights)
-        whole = whole_run(setup)
+        whole = whole_run(setup, min(_MOST_S, _SHARE * options.seconds), _TOKENS_PER_S)
         if whole is None:
             raise RuntimeError("the first run did not complete: " + "; ".join(facts.broken))
         if killed := kill_and_resume(setup, whole):
@@ -133,11 +133,19 @@ class Whole:
 # --- the run that is measured ---
 
 
-def whole_run(setup: Setup) -> Whole | None:
-    """Run the command on the whole input, and write down all that it takes."""
+def whole_run(setup: Setup, seconds: float, tokens_per_s: float) -> Whole | None:
+    """Run the command on the whole input, and write down all that it takes.
+
+    Parameters
+    ----------
+    setup : Setup
+    seconds : float
+        About how long it is to compute.
+    tokens_per_s : float
+        About how fast.
+    """
     options, report = setup.options, setup.report
-    computing = min(_MOST_S, _SHARE * options.seconds)
-    number = _DRY_READS if options.dry_run else _reads(computing * _TOKENS_PER_S)
+    number = _DRY_READS if options.dry_run else _reads(seconds * tokens_per_s)
     reads = write_reads(setup.folder / "reads.fa", number)
     path = setup.folder / "whole.zarr"
     rows_per_chunk = _DRY_ROWS_PER_CHUNK if options.dry_run else None
@@ -149,15 +157,15 @@ def whole_run(setup: Setup) -> Whole | None:
             return None
     seen = command.timeline
     start_s = _starting(report, command, ended)
-    tokens_per_s = _speed(report, command, device)
+    measured = _speed(report, command, device)
     _parts(report, seen)
     store = Store(path)
     report.figure("rows_per_chunk", store.identity.rows_per_chunk)
     report.figure("precision", store.identity.precision)
-    wanted = _FAULTS_S * tokens_per_s
+    wanted = _FAULTS_S * measured
     least = _LEAST_CHUNKS * int(store.identity.rows_per_chunk) * TOKENS_PER_ROW
     first = number // 4 if options.dry_run else min(number, _reads(max(wanted, least)))
-    faults_s = first * ROWS_PER_READ * TOKENS_PER_ROW / tokens_per_s
+    faults_s = first * ROWS_PER_READ * TOKENS_PER_ROW / measured
     # The same seed draws other reads if there are fewer of them: these are the file's first lines.
     some = setup.folder / "some.fa"
     lines = reads.read_bytes().split(b"\n", 2 * first)

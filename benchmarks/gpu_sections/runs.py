@@ -31,8 +31,8 @@ GENOME = ROOT / "examples" / "lambda_virus.fa.gz"
 READ_LENGTH, ERRORS = 150, 0.01
 # What the genome's reads of that length give by `--translate six-frame`.
 ROWS_PER_READ, TOKENS_PER_ROW = 1.52, 51.3
-# Layers, features and heads: of ESM-2 650M, and of something tiny.
-SHAPE, TINY_SHAPE = (33, 1280, 20), (2, 64, 4)
+# Layers, features and heads: of ESM-2 650M and 3B, and of something tiny.
+SHAPE, LARGE_SHAPE, TINY_SHAPE = (33, 1280, 20), (36, 2560, 40), (2, 64, 4)
 _ENOUGH_IN_MEMORY = 8 * 2**30
 _COMPLEMENT = bytes.maketrans(b"ACGT", b"TGCA")
 _PARTS = ("read_s", "wait_s", "compute_s", "write_s")
@@ -42,12 +42,14 @@ _PARTS = ("read_s", "wait_s", "compute_s", "write_s")
 
 
 @contextmanager
-def workplace(report: Report, options: Options) -> Iterator[tuple[Path, Path]]:
+def workplace(
+    report: Report, options: Options, shape: tuple[int, int, int] = SHAPE
+) -> Iterator[tuple[Path, Path]]:
     """A folder that is removed afterwards, and the weights, which stay for the next section."""
     # Also when the section is told to end: everything that was started ends with it.
     signal.signal(signal.SIGTERM, _leave)
     base = _base()
-    weights = _weights(base, options, report)
+    weights = _weights(base, options, report, TINY_SHAPE if options.dry_run else shape)
     with tempfile.TemporaryDirectory(dir=base) as folder:
         report.note(f"weights and stores in {base.parent}")
         yield Path(folder), weights
@@ -85,9 +87,9 @@ def _base() -> Path:
     return base
 
 
-def _weights(base: Path, options: Options, report: Report) -> Path:
+def _weights(base: Path, options: Options, report: Report, shape: tuple[int, int, int]) -> Path:
     """Random weights of ESM-2's layout, matrices in float16; made by the first who asks."""
-    layers, dimension, heads = TINY_SHAPE if options.dry_run else SHAPE
+    layers, dimension, heads = shape
     path = base / f"random-{layers}-{dimension}-{heads}.pt"
     if path.is_file():
         return path

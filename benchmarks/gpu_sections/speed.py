@@ -4,11 +4,11 @@
 
 Every engine gets the same sequences, as many as it can do in some seconds, and gives the mean over
 residues of each. The weights are random, which cost the same as trained ones. Ours is called as a
-worker calls it: three threads, chunks of the product's size, from letters to rows on the host;
-store and network are left out. *Unfused* is the same encoder without the kernels of
-`virnuc_dask.fused`.
+worker calls it: three threads, chunks of about 2^17 residues, from letters to rows on the host;
+store and network are left out. It computes in float16, as a run does on a GPU. *Unfused* is the
+same encoder without the kernels of `virnuc_dask.fused`.
 
-The peers have their weights in bfloat16 too. *fair-esm* is the loop of its `scripts/extract.py`
+The peers have their weights in bfloat16. *fair-esm* is the loop of its `scripts/extract.py`
 without writing, *HF* Hugging Face's `EsmModel` with sdpa on the same batches of 4,096 tokens, and
 *HF, 65,536* the same model as one who knows GPUs would call it: tokens by a table, large batches of
 nearly equal lengths, means on the device, one copy at the end.
@@ -49,8 +49,9 @@ from virnuc_dask.weights import Checkpoint
 
 Rows = NDArray[np.float32]
 Encode = Callable[[list[str]], Rows]
-OURS, UNFUSED, FAIR_ESM, HF, HF_LARGE = (
+OURS, BFLOAT16, UNFUSED, FAIR_ESM, HF, HF_LARGE = (
     "ours",
+    "ours, bfloat16",
     "ours, unfused",
     "fair-esm",
     "HF",
@@ -83,8 +84,6 @@ def main(report: Report, options: Options) -> None:
     workloads = [(small, "reads"), (large, "reads"), (small, "proteins"), (large, "proteins")]
     for model, lengths in workloads:
         bench.attempt(f"ours, {model} {lengths}", bench.measure_ours, model, lengths)
-        if (model, lengths) == workloads[0]:
-            bench.attempt(f"float16, {model} {lengths}", bench.measure_float16, model, lengths)
     bench.measure_peers(workloads)
     for model, lengths in workloads[:3]:
         bench.attempt(f"profile, {model} {lengths}", bench.profile, model, lengths)
@@ -207,18 +206,12 @@ class Bench:
     # --- ours ---
 
     def measure_ours(self, model: str, lengths: str) -> None:
-        """The encoder with and without fused kernels, turn by turn."""
+        """The encoder as it is and in other ways, turn by turn."""
         self._take_turns(model, lengths, self._model(model).encoders, turns=self._turns)
         rates = self._rates.get(f"{model} {lengths}", {}).get(OURS)
         if rates and lengths == "reads":
             frames = median(rates) / self._mean_tokens(lengths) * 3600
             self.report.figure(f"frames per hour {model} reads", round(frames))
-
-    def measure_float16(self, model: str, lengths: str) -> None:
-        """The encoder in the other half precision; a CPU has none, and takes float32."""
-        precision: Precision = "float16" if self._device == "cuda" else "float32"
-        encoder = self._model(model).encoder(precision)
-        self._take_turns(model, lengths, {f"ours, {precision}": encoder}, turns=1)
 
     def _take_turns(
         self, model: str, lengths: str, encoders: dict[str, Encoder], turns: int
@@ -347,15 +340,20 @@ class Bench:
         if name not in self._models:
             model = self._models[name] = Model(name, self._device)
             _ = model.network
-            # Without the variant as it is nothing can be compared, but the other is still worth it.
-            for variant, fused in ((OURS, True), (UNFUSED, False)):
-                self.attempt(
-                    f"{variant}, {name}, making it", self._add_variant, model, variant, fused
-                )
+            # Without one of them nothing can be compared with it, but the others are worth it.
+            half: Precision = "float16" if self._device == "cuda" else "float32"
+            variants: list[tuple[str, Precision, bool]] = [
+                (OURS, half, True),
+                (BFLOAT16, "bfloat16", True),
+                (UNFUSED, half, False),
+            ]
+            for variant in variants:
+                what = f"{variant[0]}, {name}, making it"
+                self.attempt(what, self._add_variant, model, *variant)
         return self._models[name]
 
-    def _add_variant(self, model: Model, variant: str, fused: bool) -> None:
-        encoder = model.encoders[variant] = model.encoder("bfloat16", fused=fused)
+    def _add_variant(self, model: Model, variant: str, precision: Precision, fused: bool) -> None:
+        encoder = model.encoders[variant] = model.encoder(precision, fused=fused)
         self.report.figure(
             f"encoder {model.name} {variant}",
             {
