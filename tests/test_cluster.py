@@ -625,7 +625,7 @@ def test_a_model_that_no_worker_has_memory_for_is_said_before_any_chunk(
 
 # Stands for a worker with another zarr, or with another disk at the store's path.
 SEES_DAMAGE = """
-from virnuc_dask import dataset
+from virnuc_dask.analysis import dataset
 
 dataset.check_chunk = lambda *_, **__: "made up"
 """

@@ -17,7 +17,8 @@ from conftest import AWKWARD, VIRAL_PROTEINS, Maker, tree
 from distributed import Client, LocalCluster
 
 import virnuc_dask
-from virnuc_dask import dataset, events
+from virnuc_dask import events
+from virnuc_dask.analysis import dataset
 from virnuc_dask.config import RunConfig, Settings
 from virnuc_dask.errors import InputError, ModelError, UsageError
 from virnuc_dask.estimates import plan

@@ -11,7 +11,8 @@ import pytest
 from conftest import VIRAL_PROTEINS, Cli, Maker, tree
 from models import random_network, random_sequences, save_network
 
-from virnuc_dask import dataset, embed
+from virnuc_dask import embed
+from virnuc_dask.analysis import dataset
 from virnuc_dask.drift import Drift, sample_drift
 from virnuc_dask.errors import ModelError, UsageError
 

@@ -28,7 +28,8 @@ from s3 import BUCKET, Fault, Proxy, Server, client
 from test_cluster import dask_cluster, worker
 
 import virnuc_dask
-from virnuc_dask import dataset, events, objects
+from virnuc_dask import events, objects
+from virnuc_dask.analysis import dataset
 from virnuc_dask.cluster import connect
 from virnuc_dask.config import Settings
 from virnuc_dask.embed import embed_chunk

@@ -12,7 +12,8 @@ from conftest import VIRAL_PROTEINS, Cli, Maker, tree
 from models import random_network, random_sequences, save_network, upstream
 
 import virnuc_dask
-from virnuc_dask import dataset, ingest
+from virnuc_dask import ingest
+from virnuc_dask.analysis import dataset
 from virnuc_dask.config import Status
 from virnuc_dask.encoder import load_encoder
 from virnuc_dask.errors import StoreError, UsageError

@@ -13,7 +13,7 @@ from conftest import Cli, Maker, tree
 from models import Malicious
 
 import virnuc_dask
-from virnuc_dask import dataset
+from virnuc_dask.analysis import dataset
 from virnuc_dask.errors import StoreError, VirnucError
 from virnuc_dask.store import Store
 

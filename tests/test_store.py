@@ -20,7 +20,7 @@ import zarr
 from conftest import VIRAL_PROTEINS, Maker, chunk_bytes, command, tree
 
 import virnuc_dask
-from virnuc_dask import dataset
+from virnuc_dask.analysis import dataset
 from virnuc_dask.config import Identity, Settings, Status
 from virnuc_dask.errors import IdentityMismatchError, InputError, NotAStoreError, StoreError
 from virnuc_dask.ingest import Ingest

@@ -18,7 +18,7 @@ from conftest import EXAMPLES, ROOT, VIRAL_PROTEINS, Cli, Maker, tree
 from harness import Run, assert_ledger
 
 import virnuc_dask
-from virnuc_dask import dataset
+from virnuc_dask.analysis import dataset
 from virnuc_dask.config import Settings, Translation
 from virnuc_dask.errors import IdentityMismatchError, InputError, StoreError, UsageError
 from virnuc_dask.estimates import plan

@@ -13,13 +13,13 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from virnuc_dask.analysis.dataset import open_residues, open_store, verify
+    from virnuc_dask.analysis.export import export
     from virnuc_dask.config import RunConfig, Translation
     from virnuc_dask.coordinator import resume, run
-    from virnuc_dask.dataset import open_residues, open_store, verify
     from virnuc_dask.embed import ChunkReport
     from virnuc_dask.encoder import load_encoder
     from virnuc_dask.events import RunSummary
-    from virnuc_dask.formats import export
     from virnuc_dask.graph import create_store, tasks
 
 __version__ = "0.1.0"
@@ -45,14 +45,14 @@ _HOME = {
     "RunSummary": "events",
     "Translation": "config",
     "create_store": "graph",
-    "export": "formats",
+    "export": "analysis.export",
     "load_encoder": "encoder",
-    "open_residues": "dataset",
-    "open_store": "dataset",
+    "open_residues": "analysis.dataset",
+    "open_store": "analysis.dataset",
     "resume": "coordinator",
     "run": "coordinator",
     "tasks": "graph",
-    "verify": "dataset",
+    "verify": "analysis.dataset",
 }
 
 

@@ -153,7 +153,7 @@ def plan(
 @click.option("--json", "as_json", is_flag=True)
 def status(store: str, rows: bool, as_json: bool) -> None:
     """Show how far STORE is, from chunk presence alone; also while a run is going."""
-    from virnuc_dask import dataset
+    from virnuc_dask.analysis import dataset
 
     found = dataset.status(store)
     document = found.to_json()
@@ -209,7 +209,7 @@ def verify(
     **tls: Any,
 ) -> NoReturn:
     """Read and decode everything in STORE: chunks, checksums, states, sequences."""
-    from virnuc_dask.dataset import verify as check
+    from virnuc_dask.analysis.dataset import verify as check
 
     on_terminal = sys.stderr.isatty() and not as_json
 
@@ -279,7 +279,7 @@ def verify(
 )
 def export(store: str, out: Path, partial: bool, guard: bool) -> None:
     """Write STORE's rows into one file: OUT.csv, .tsv, .parquet, .npz or .h5."""
-    from virnuc_dask.formats import export as write
+    from virnuc_dask.analysis.export import export as write
 
     with cleaning_up():
         rows = write(store, out, partial=partial, guard=guard)
@@ -357,7 +357,7 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
 
 
 def _show_summary(summary: RunSummary) -> None:
-    from virnuc_dask.dataset import quarantined
+    from virnuc_dask.analysis.dataset import quarantined
     from virnuc_dask.progress import summary_lines
 
     for line in summary_lines(summary):

@@ -22,6 +22,7 @@ import numpy as np
 from distributed import Client, performance_report
 
 from virnuc_dask import events
+from virnuc_dask.analysis.dataset import count_states, verify
 from virnuc_dask.cluster import (
     WORKERS_ELSEWHERE,
     check_scheduler,
@@ -30,7 +31,6 @@ from virnuc_dask.cluster import (
     resolve,
 )
 from virnuc_dask.config import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
-from virnuc_dask.dataset import count_states, verify
 from virnuc_dask.errors import PlaceError, StoreError, UsageError
 from virnuc_dask.events import Listener, RunSummary, silence
 from virnuc_dask.files import expanded

@@ -18,7 +18,7 @@ from conftest import VIRAL_PROTEINS, Cli, Maker, tree
 from harness import assert_ledger
 
 import virnuc_dask
-from virnuc_dask import dataset
+from virnuc_dask.analysis import dataset
 from virnuc_dask.drift import sample_drift
 from virnuc_dask.errors import StoreError
 from virnuc_dask.store import INGESTED, MIN_CHUNK_BYTES, TRANSLATED, Store

@@ -27,7 +27,7 @@ from xopen import xopen
 
 import virnuc_dask
 from virnuc_dask import faults
-from virnuc_dask.dataset import row_states
+from virnuc_dask.analysis.dataset import row_states
 from virnuc_dask.store import Store
 
 RECORDS = 2_000

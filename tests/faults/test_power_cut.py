@@ -26,7 +26,7 @@ from harness import assert_ledger, clear_partial_files_of_the_killed, finished_c
 from nursery import Nursery, wait_for, wait_until_stopped
 
 import virnuc_dask
-from virnuc_dask import dataset
+from virnuc_dask.analysis import dataset
 from virnuc_dask.store import Store
 
 SETTINGS = {"rows_per_chunk": 4, "repr_layer": 0, "per_residue": True}

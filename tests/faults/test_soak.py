@@ -28,7 +28,8 @@ from hypothesis.stateful import (
 )
 
 import virnuc_dask
-from virnuc_dask import RunConfig, dataset, events
+from virnuc_dask import RunConfig, events
+from virnuc_dask.analysis import dataset
 from virnuc_dask.errors import StoreError
 from virnuc_dask.store import MIN_CHUNK_BYTES, Store
 

@@ -26,7 +26,8 @@ from test_write_path import (
 )
 
 import virnuc_dask
-from virnuc_dask import dataset, retry
+from virnuc_dask import retry
+from virnuc_dask.analysis import dataset
 from virnuc_dask.config import Settings
 from virnuc_dask.errors import StoreError
 from virnuc_dask.prepare import prepare
