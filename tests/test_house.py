@@ -32,8 +32,10 @@ ORDER = [
     "store",
     "ingest",
     "integrity",
+    "analysis.columns",
     "analysis.dataset",
     "analysis.export",
+    "analysis.reads",
     "memory",
     "upstream",
     "huggingface",
@@ -120,7 +122,8 @@ def test_imports_go_one_way(name: str) -> None:
         ("rich", {"progress"}),
         ("click", {"cli", "options"}),
         ("distributed", {"local", "cluster", "workers", "roster", "work", "coordinator"}),
-        ("xarray", {"analysis.dataset"}),
+        ("xarray", {"analysis.columns", "analysis.dataset", "analysis.reads"}),
+        ("flox", {"analysis.reads"}),
     ],
 )
 def test_each_library_has_its_owners(library: str, owners: set[str]) -> None:

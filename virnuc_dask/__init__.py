@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from virnuc_dask.analysis.dataset import open_residues, open_store, verify
     from virnuc_dask.analysis.export import export
+    from virnuc_dask.analysis.reads import by_read
     from virnuc_dask.config import RunConfig, Translation
     from virnuc_dask.coordinator import resume, run
     from virnuc_dask.embed import ChunkReport
@@ -28,6 +29,7 @@ __all__ = [
     "RunConfig",
     "RunSummary",
     "Translation",
+    "by_read",
     "create_store",
     "export",
     "load_encoder",
@@ -44,6 +46,7 @@ _HOME = {
     "RunConfig": "config",
     "RunSummary": "events",
     "Translation": "config",
+    "by_read": "analysis.reads",
     "create_store": "graph",
     "export": "analysis.export",
     "load_encoder": "encoder",

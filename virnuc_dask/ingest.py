@@ -19,7 +19,7 @@ from virnuc_dask.errors import NotAStoreError, StoreError
 from virnuc_dask.files import ROOT
 from virnuc_dask.packing import encoded_lengths
 from virnuc_dask.places import place_of
-from virnuc_dask.residues import Block
+from virnuc_dask.residues import Block, Headers
 from virnuc_dask.store import (
     ATTRIBUTE,
     CHUNK_FILE,
@@ -91,6 +91,13 @@ class Ingest:
                 {"long_name": "residues of all sequences, ASCII"},
             )
         )
+        description = self._create(
+            "description", "string", per_chunk, "", dims, {"long_name": "rest of the header"}
+        )
+        source = self._create(
+            "source", "int32", per_chunk, -1, dims, {"long_name": "input, a number into `files`"}
+        )
+        self._headers = {"description": _Appender(description), "source": _Appender(source)}
         self._next_offset = 0
         self._origin: dict[str, _Appender] = {}
         if self._translated:
@@ -143,6 +150,12 @@ class Ingest:
         if not len(block.lengths):
             return
         ends = self._next_offset + np.cumsum(block.lengths, dtype=np.int64)
+        headers = block.headers or Headers(
+            [""] * len(block.ids), np.zeros(len(block.ids), np.int32)
+        )
+        texts = np.array(headers.description, dtype=np.dtypes.StringDType())
+        self._headers["description"].append(texts)
+        self._headers["source"].append(headers.source)
         self._ids.append(np.array(block.ids, dtype=np.dtypes.StringDType()))
         self._length.append(block.lengths)
         self._offset.append(ends - block.lengths)
@@ -169,8 +182,9 @@ class Ingest:
             Something that was written is not there any more.
         """
         sequences = (self._ids, self._length, self._offset, self._residues)
-        for appender in (*sequences, *self._origin.values()):
+        for appender in (*sequences, *self._headers.values(), *self._origin.values()):
             appender.flush()
+        self._written["source"].attrs["files"] = provenance.get("inputs", [])
         rows = min(identity.rows_per_chunk, identity.records)
         meanings = {s: s.meaning for s in Status}
         self._create(
@@ -203,9 +217,10 @@ class Ingest:
             {
                 **comment,
                 "Conventions": "CF-1.11",
-                "coordinates": f"sequence_id length status{more}",
+                "coordinates": f"sequence_id length status description source{more}",
                 ATTRIBUTE: {
                     "id": uuid4().hex,
+                    "headers": True,
                     "identity": identity.to_json(),
                     "provenance": provenance,
                 },

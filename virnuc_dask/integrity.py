@@ -11,6 +11,7 @@ from virnuc_dask.config import Status
 from virnuc_dask.residues import Block, InputDigest, Origin
 from virnuc_dask.store import (
     CHUNK_FILE,
+    HEADERS,
     MIN_CHUNK_BYTES,
     SEQUENCES_PER_CHUNK,
     TRANSLATED,
@@ -93,6 +94,8 @@ def check_sequences(store: Store) -> str | None:
             residues = np.asarray(store.array("residues")[int(offsets[0]) : end], np.uint8)
             ids = [str(name) for name in store.array("sequence_id")[rows]]
             digest.update(Block(ids, lengths, residues))
+            if problem := _check_headers(store, rows):
+                return problem
             if store.identity.translation:
                 origin = (np.asarray(store.array(name)[rows]) for name in TRANSLATED[1:])
                 digest.update_origin(Origin([], *origin))
@@ -102,6 +105,18 @@ def check_sequences(store: Store) -> str | None:
         return f"sequence arrays do not decode: {error}"
     if digest.hexdigest() != store.identity.input_sha256:
         return "sequence arrays do not hold the input that the store was made from"
+    return None
+
+
+def _check_headers(store: Store, rows: slice) -> str | None:
+    """What is wrong with what the digest does not know, or None."""
+    if not set(HEADERS) <= store.names:
+        return None
+    chunk = f"c.{rows.start // SEQUENCES_PER_CHUNK}"
+    for name in HEADERS:
+        if store.place.size(f"{name}/{chunk}") is None:  # a missing one would read as empty
+            return f"a chunk of `{name}` is missing"
+        _ = store.array(name)[rows]
     return None
 
 

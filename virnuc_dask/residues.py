@@ -36,12 +36,35 @@ class Record(NamedTuple):
         The input, as the user named it.
     line : int
         Line of the record's header, counted from 1.
+    description : str
+        The rest of the header.
     """
 
     id: str
     sequence: str
     file: str
     line: int
+    description: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Headers:
+    """What the headers of a block's rows say, and where they stand. No row value depends on it.
+
+    Attributes
+    ----------
+    description : list of str
+        What follows the identifier; of a translated row its read's.
+    source : ndarray, int32, shape (n,)
+        Which of `InputSummary.files`.
+    """
+
+    description: list[str]
+    source: NDArray[np.int32]
+
+    def select(self, records: NDArray[np.int64]) -> Headers:
+        """Those of some records, in the order given, shape (n,)."""
+        return Headers([self.description[n] for n in records.tolist()], self.source[records])
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +106,14 @@ class Block:
         ASCII residues in upper case, records end to end. A record that `invalid_rows` finds keeps
         its offending letters.
     origin : Origin, optional
+    headers : Headers, optional
     """
 
     ids: list[str]
     lengths: NDArray[np.int32]
     residues: NDArray[np.uint8]
     origin: Origin | None = None
+    headers: Headers | None = None
 
 
 @dataclass(slots=True)
@@ -107,8 +132,8 @@ class InputSummary:
         Letters J read as X, gap letters removed, terminal stops removed.
     lengths : list of ndarray, int32
         Lengths of all records, block by block.
-    empty_files : list of str
-        Inputs without a record.
+    files, empty_files : list of str
+        Inputs, and those without a record.
     first_invalid : InputError, optional
         Where the first invalid record is.
     nucleotide_like : int
@@ -136,9 +161,21 @@ class InputSummary:
     protein_like: int = 0
     first_protein_like: Record | None = None
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
+    files: list[str] = field(default_factory=list)
     empty_files: list[str] = field(default_factory=list)
     first_invalid: InputError | None = None
     sha256: str = ""
+
+    def take_headers(self, records: Sequence[Record]) -> Headers:
+        """What the headers of records say; files that were not met before are added to `files`."""
+        names = dict.fromkeys(record.file for record in records)
+        self.files += [name for name in names if name not in self.files]
+        numbers = {name: self.files.index(name) for name in names}
+        sources = (numbers[record.file] for record in records)
+        return Headers(
+            [record.description for record in records],
+            np.fromiter(sources, np.int32, len(records)),
+        )
 
     def take_reads(
         self, records: Sequence[Record], sequences: Sequence[str], with_row: NDArray[np.int64]
@@ -286,7 +323,8 @@ def clean(records: Sequence[Record], summary: InputSummary) -> Block:
     summary.empty += int((lengths32 == 0).sum())
     summary.invalid += int(invalid.sum())
     summary.lengths.append(lengths32)
-    return Block([record.id for record in records], lengths32, letters)
+    ids = [record.id for record in records]
+    return Block(ids, lengths32, letters, headers=summary.take_headers(records))
 
 
 def _without_space(sequence: str) -> str:

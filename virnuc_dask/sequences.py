@@ -78,6 +78,7 @@ def read_blocks(
         An input that cannot be read, is not FASTA or FASTQ, is damaged; no input holds a record;
         or, if `strict`, a letter that is no residue.
     """
+    summary.files += map(str, inputs)
     digest = InputDigest()
     letters = BLOCK_RESIDUES if translation is None else BLOCK_NUCLEOTIDES
     for records in _batches(_all_records(inputs, summary), letters):
@@ -129,7 +130,7 @@ def _read_fasta(lines: _Lines, name: str) -> Iterator[Record]:
 
     Biopython's parser keeps no lines, and the errors here are about lines.
     """
-    identifier, header, body = "", 0, list[str]()
+    identifier, description, header, body = "", "", 0, list[str]()
     for line in chain(lines, [">"]):  # one more header, to end the last record
         if line[0] != ">":
             body.append(line)
@@ -138,11 +139,18 @@ def _read_fasta(lines: _Lines, name: str) -> Iterator[Record]:
             text = "".join(body)
             if text.encode("ascii", "replace").translate(None, _PLAIN):
                 text = _looked_at(body, Record(identifier, "", name, header))
-            yield Record(identifier, text, name, header)
-        words = line[1:].split(maxsplit=1)
-        identifier, header, body = decoded_header(words[0]) if words else "", lines.number, []
+            yield Record(identifier, text, name, header, description)
+        identifier, description = _parts(line[1:])
+        header, body = lines.number, []
         if foreign := foreign_name(identifier):
             raise InputError(foreign, file=name, line=header, record=identifier)
+
+
+def _parts(header: str) -> tuple[str, str]:
+    """Identifier and description, the first word of a header and the rest; either may be empty."""
+    # Each by itself: what is wrong with a description does not change an identifier.
+    identifier, description = [*header.strip().split(maxsplit=1), "", ""][:2]
+    return decoded_header(identifier), decoded_header(description)
 
 
 def _looked_at(body: list[str], record: Record) -> str:
@@ -173,8 +181,8 @@ def _read_fastq(lines: _Lines, name: str) -> Iterator[Record]:
             # Biopython's FASTQ errors name neither the line nor, mostly, the record.
             problem = f"not valid FASTQ: {str(error).rstrip('.')}"
             raise InputError(problem, file=name, line=header, record=str(count)) from error
-        words = title.split(maxsplit=1)
-        record = Record(decoded_header(words[0]) if words else "", sequence, name, header)
+        identifier, description = _parts(title)
+        record = Record(identifier, sequence, name, header, description)
         if sequence.encode("ascii", "replace").translate(None, _PLAIN):
             foreign = foreign_line(sequence) or (GLUED if ">" in sequence else None)
             if foreign:

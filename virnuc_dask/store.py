@@ -44,7 +44,8 @@ CHUNK_FILE = {
 TASK_ARRAYS = tuple(CHUNK_FILE)
 PER_RESIDUE = ("residue_slot", "residue_embedding")
 TRANSLATED = ("read_id", "read", "window", "frame", "start")
-INGESTED = ("sequence_id", "length", "offset", "residues", "residue_slot", *TRANSLATED)
+HEADERS = ("description", "source")
+INGESTED = ("sequence_id", "length", "offset", "residues", "residue_slot", *HEADERS, *TRANSLATED)
 # What Zarr raises of metadata that is torn, gone, or not ours.
 _DAMAGED = (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError)
 
@@ -114,6 +115,8 @@ class Store:
             ) from error
         self._zarr = self.place.arrays(self._is_ours)
         self.names = {*INGESTED, *CHUNK_FILE}
+        if not document.get("headers"):  # made before they were kept
+            self.names.difference_update(HEADERS)
         if not self.identity.per_residue:
             self.names.difference_update(PER_RESIDUE)
         if not self.identity.translation:

@@ -268,11 +268,12 @@ def translate_records(records: Sequence[Record], how: Translation, summary: Inpu
         found.frame,
         found.start,
     )
+    headers = summary.take_headers(records).select(found.read)
     summary.take_reads(records, sequences, found.read)
     summary.records += len(found.read)
     summary.residues += len(found.residues)
     summary.lengths.append(found.lengths)
-    return Block(ids, found.lengths, found.residues, origin)
+    return Block(ids, found.lengths, found.residues, origin, headers)
 
 
 def _names(reads: list[str], found: Proteins, how: Translation) -> list[str]:

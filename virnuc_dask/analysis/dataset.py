@@ -18,27 +18,41 @@ from virnuc_dask.config import ModelSpec, Status
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.integrity import check_chunk, check_sequences, leftovers
 from virnuc_dask.packing import encoded_lengths
-from virnuc_dask.store import ATTRIBUTE, TASK_ARRAYS, Store
+from virnuc_dask.store import ATTRIBUTE, TASK_ARRAYS, TRANSLATED, Store
 
 _CHUNKS_PER_CHECK = 16
+# What is known of a row, in the order in which it is shown.
+_COORDINATES = ["sequence_id", "description", "source", "length", "status"]
+_COORDINATES += [*TRANSLATED, "residue_slot"]
 
 
-def open_store(store: str | Path) -> Any:
+def open_store(store: str | Path, embedded_only: bool = False) -> Any:
     """Open a store lazily; also while a run is still filling it.
+
+    Nothing but metadata is read, however many rows there are.
 
     Parameters
     ----------
     store : path
+    embedded_only : bool
+        Only the rows that have an embedding by now. This reads the state of every row.
 
     Returns
     -------
     xarray.Dataset
-        ``embedding`` (sequence, feature), NaN where a row is quarantined or not done yet, with the
-        coordinates ``sequence_id``, ``length`` in residues and ``status``, whose codes are named by
-        its attributes ``flag_values`` and ``flag_meanings``. Every array is a Dask array, chunked
-        as the store is. ``residues``, ``offset``: the sequences. ``residue_embedding`` (slot,
-        feature), in a store that has it: see `open_residues`. The attribute ``virnuc_dask``, what
-        the store was made of, is JSON text, which every format can keep.
+        ``embedding`` (sequence, feature), NaN where a row is quarantined or not done yet: a Dask
+        array, chunked as the store is. So are ``residues``, ``offset``, the sequences, and
+        ``residue_embedding`` (slot, feature), in a store that has it: see `open_residues`.
+
+        Coordinates say what each row is. ``embedded``: whether it has an embedding.
+        ``sequence_id`` and ``description``: the first word of its header and the rest;
+        ``source``: its input file. ``length`` in residues. ``status``, whose codes are named by its
+        attributes ``flag_values`` and ``flag_meanings``. Of translated rows also ``read``, a number
+        into ``read_id``, ``window``, ``frame`` and ``start``. They are read whenever they are
+        looked at, and no Dask arrays, so that masks work: ``data.embedding[data.embedded]``.
+
+        The attribute ``virnuc_dask``, what the store was made of, is JSON text, which every format
+        can keep.
 
     Raises
     ------
@@ -46,10 +60,26 @@ def open_store(store: str | Path) -> Any:
     """
     import xarray
 
+    from virnuc_dask.analysis import columns
+
     # xarray would say of anything at all that it holds no group.
-    place = Store(store).place
-    data = xarray.open_zarr(place.for_xarray, consolidated=False)
+    source: Any = Store(store).place.for_xarray
+    how: dict[str, Any] = {"engine": "zarr", "consolidated": False}
+    data = xarray.open_dataset(source, chunks={}, **how)
+    plain = xarray.open_dataset(source, chunks=None, cache=False, **how)
+    known: dict[str, Any] = {}
+    for name in filter(data.coords.__contains__, _COORDINATES):
+        variable = plain[name].variable
+        if name == "status":
+            known |= {name: variable, "embedded": columns.embedded(variable)}
+        elif name == "source":
+            known[name] = columns.named(variable, variable.attrs.pop("files"))
+        else:
+            known[name] = columns.texts(variable) if variable.dtype.kind == "T" else variable
+    data = data.drop_vars(list(data.coords)).assign_coords(known)
     data.attrs[ATTRIBUTE] = json.dumps(data.attrs[ATTRIBUTE])
+    if embedded_only:
+        data = data.isel(sequence=np.flatnonzero(data.embedded))
     return data
 
 

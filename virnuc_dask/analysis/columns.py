@@ -1,0 +1,84 @@
+"""What is known of each row, as xarray variables that are read when somebody looks.
+
+They are no Dask arrays, for xarray refuses a mask that is one: ``data.embedding[data.embedded]``
+reads a byte for each row, and stays lazy in all else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from xarray import Variable
+from xarray.backends import BackendArray
+from xarray.core import indexing
+
+from virnuc_dask.config import Status
+
+
+class _Column(BackendArray):
+    """Values of another lazy variable, changed when they are read.
+
+    Parameters
+    ----------
+    variable : Variable
+    dtype : dtype
+        Of the changed values.
+    change : callable
+        From values as stored to values as shown.
+    """
+
+    def __init__(
+        self, variable: Variable, dtype: Any, change: Callable[[NDArray[Any]], NDArray[Any]]
+    ) -> None:
+        self._variable, self._change = variable, change
+        self.shape, self.dtype = variable.shape, np.dtype(dtype)
+
+    def __getitem__(self, key: indexing.ExplicitIndexer) -> Any:
+        return indexing.explicit_indexing_adapter(
+            key, self.shape, indexing.IndexingSupport.OUTER, self._read
+        )
+
+    def _read(self, key: tuple[Any, ...]) -> NDArray[Any]:
+        return self._change(np.asarray(self._variable[key].values))
+
+
+def _lazily(
+    variable: Variable, dtype: Any, change: Callable[[NDArray[Any]], NDArray[Any]]
+) -> Variable:
+    data = indexing.LazilyIndexedArray(_Column(variable, dtype, change))
+    return Variable(variable.dims, data, variable.attrs)
+
+
+def texts(variable: Variable) -> Variable:
+    """Plain Python strings, which every library takes, of NumPy's new ones."""
+    return _lazily(variable, object, _as_objects)
+
+
+def named(variable: Variable, names: Sequence[str]) -> Variable:
+    """Names instead of numbers."""
+    # One more, for a number that is none.
+    return _lazily(variable, object, partial(_look_up, np.array([*names, ""], object)))
+
+
+def embedded(status: Variable) -> Variable:
+    """Whether a row has an embedding."""
+    column = _lazily(status, np.bool_, is_embedded)
+    column.attrs = {"long_name": "whether the row has an embedding"}
+    return column
+
+
+def is_embedded(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether rows in these states have an embedding."""
+    return (codes > Status.PENDING) & (codes < Status.INVALID_RESIDUES)
+
+
+def _as_objects(values: NDArray[Any]) -> NDArray[np.object_]:
+    return values.astype(object)
+
+
+def _look_up(names: NDArray[np.object_], numbers: NDArray[np.integer[Any]]) -> NDArray[np.object_]:
+    return np.asarray(names[np.minimum(numbers, len(names) - 1)])
