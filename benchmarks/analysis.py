@@ -1,0 +1,97 @@
+"""How long it takes to look at large stores, and how much memory.
+
+    python -m benchmarks.analysis open [--rows 10000000]
+    python -m benchmarks.analysis by-read [--rows 1500000 --dimension 1280]
+
+Stores are of random vectors (`benchmarks.stores`), in a temporary folder or in `--folder`. Peaks
+are of the whole process, which has imported all that it needs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+import virnuc_dask
+from benchmarks.stores import random_store
+
+
+def peak() -> int:
+    """MiB that this process has had at most."""
+    found = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())
+    assert found
+    return int(found[1]) >> 10
+
+
+@contextmanager
+def timed(what: str) -> Iterator[None]:
+    """Print how long it took."""
+    started = time.perf_counter()
+    yield
+    print(f"| {what} | {time.perf_counter() - started:.2f} s | {peak():,} MiB |", flush=True)
+
+
+def measure_open(folder: Path, rows: int, dimension: int) -> None:
+    """Open a store whose rows are all pending, and find rows by their identifiers."""
+    path = random_store(folder / "open.zarr", rows, dimension, filled=False).path
+    virnuc_dask.open_store(path)  # imports
+    with timed("open_store"):
+        data = virnuc_dask.open_store(path)
+    with timed("its embedded, read"):
+        assert not data.embedded.values.any()
+    with timed("its identifiers, read"):
+        names = data.sequence_id.values
+    chosen = names[rows // 3]
+    del names
+    with timed('set_xindex("sequence_id")'):
+        indexed = data.set_xindex("sequence_id")
+    for when in ("first", "second"):
+        with timed(f"sel of one row, {when} time"):
+            assert indexed.sel(sequence_id=chosen).length == 30
+
+
+def measure_by_read(folder: Path, rows: int, dimension: int) -> None:
+    """Means by read, chunk by chunk, as somebody does who keeps only a part of each."""
+    path = random_store(folder / "reads.zarr", rows, dimension, rows_per_read=2).path
+    data = virnuc_dask.open_store(path)
+    with timed("by_read"):
+        reads = virnuc_dask.by_read(data)
+    print(f"{reads.sizes['read']:,} reads")
+    with timed("its embedding, one feature of each read kept"):
+        found = reads.embedding[:, 0].values
+    with timed("its embedding, sums of all features"):
+        sums = reads.embedding.sum("feature").values
+    assert np.isfinite(found).all()
+    assert np.isfinite(sums).all()
+
+
+MEASURES: dict[str, tuple[Callable[[Path, int, int], None], int]] = {
+    "open": (measure_open, 10_000_000),
+    "by-read": (measure_by_read, 1_500_000),
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=MEASURES)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument("--dimension", type=int, default=1280)
+    parser.add_argument("--folder", type=Path)
+    chosen: Any = parser.parse_args()
+    measure, rows = MEASURES[chosen.what]
+    with TemporaryDirectory(dir=chosen.folder) as folder:
+        print("| what | took | peak so far |\n|---|---|---|")
+        measure(Path(folder), chosen.rows or rows, chosen.dimension)
+
+
+if __name__ == "__main__":
+    main()
