@@ -16,6 +16,7 @@ import virnuc_dask
 from virnuc_dask.analysis.columns import named
 from virnuc_dask.config import Status, Translation
 from virnuc_dask.errors import StoreError
+from virnuc_dask.residues import InputSummary, Record
 from virnuc_dask.store import HEADERS, Store
 
 OTHER_PROTEINS = ROOT / "examples" / "esm_some_proteins.fasta"
@@ -23,7 +24,7 @@ OTHER_PROTEINS = ROOT / "examples" / "esm_some_proteins.fasta"
 
 @pytest.fixture
 def several(tmp_path: Path) -> list[Path]:
-    """Two inputs with headers of every kind, and one without a record."""
+    """Two inputs with headers of every kind, one without a record, and one once more."""
     first, empty, second = (tmp_path / name for name in ("a b.faa", "empty.faa", "c.fq"))
     first.write_bytes(
         b">one  two words, and a tab\there \nMKT\n>alone\nMKV\n>\nMKW\n"
@@ -31,13 +32,14 @@ def several(tmp_path: Path) -> list[Path]:
     )
     empty.write_text("")
     second.write_text("@read 1:N:0:ATCACG\nMKTA\n+\nIIII\n")
-    return [first, empty, second]
+    return [first, empty, second, first]
 
 
 def test_rows_know_their_headers_and_their_files(several: list[Path], make_store: Maker) -> None:
     data = virnuc_dask.open_store(make_store(several).path)
-    assert data.sequence_id.values.tolist() == ["one", "alone", "", "bad\xe9", "café", "read"]
-    assert data.description.values.tolist() == [
+    names = ["one", "alone", "", "bad\xe9", "café", "read"]
+    assert data.sequence_id.values.tolist() == names + names[:5]
+    assert data.description.values[:6].tolist() == [
         "two words, and a tab\there",
         "",
         "",
@@ -45,15 +47,14 @@ def test_rows_know_their_headers_and_their_files(several: list[Path], make_store
         "bad\xe9",
         "1:N:0:ATCACG",
     ]
-    assert data.source.values.tolist() == [str(several[0])] * 5 + [str(several[2])]
-    assert data.embedded.values.tolist() == [True] * 4 + [False, True]
+    first, second = str(several[0]), str(several[2])
+    assert data.source.values.tolist() == [first] * 5 + [second] + [first] * 5
+    assert data.embedded.values.tolist() == [True] * 4 + [False, True] + [True] * 4 + [False]
     # Other libraries take them.
     for name in ("sequence_id", "description", "source"):
         assert data[name].values.astype(str).tolist() == data[name].values.tolist()
-    assert data.isel(sequence=data.source == str(several[2])).sizes["sequence"] == 1
-    assert (
-        data.sequence_id.str.startswith("b").values.tolist() == [False] * 3 + [True] + [False] * 2
-    )
+    assert data.isel(sequence=data.source == second).sizes["sequence"] == 1
+    assert np.flatnonzero(data.sequence_id.str.startswith("b")).tolist() == [3, 9]
 
 
 def test_no_value_of_a_row_depends_on_its_description(tmp_path: Path, make_store: Maker) -> None:
@@ -180,6 +181,21 @@ def test_damaged_headers_are_found(make_store: Maker, name: str, damage: str) ->
     assert report.sequences
     assert report.exit_code == 4
     assert tree(store.path) == before
+
+
+def test_a_source_that_is_no_input_is_found(make_store: Maker) -> None:
+    store = make_store(VIRAL_PROTEINS, embed=False)
+    store.array("source")[5] = 7
+    assert "`source`" in str(virnuc_dask.verify(store.path).sequences)
+
+
+def test_many_inputs_are_numbered_at_once_and_one_given_twice_by_its_first_place() -> None:
+    summary = InputSummary()
+    names = [f"{number}.faa" for number in range(20_000)]
+    for name in ("0.faa", "1.faa", "0.faa"):
+        summary.files.setdefault(name, len(summary.files))
+    headers = summary.take_headers([Record("a", "MK", name, 1) for name in names])
+    assert headers.source.tolist() == list(range(20_000))
 
 
 def test_a_number_without_a_file_is_no_file() -> None:

@@ -54,7 +54,7 @@ def test_the_drift_of_a_precision_is_measured(
 )
 def test_what_a_precision_rounds_by_itself_is_no_drift(precision: str, good: bool) -> None:
     assert Drift(1, 0.1, 0.9978, 0, "a", precision).good == good
-    assert not Drift(1, 0.1, 0.98, 0, "a", precision).good
+    assert not Drift(1, 0.1, 0.99, 0, "a", precision).good
 
 
 def test_a_chunk_in_the_place_of_another_is_found(make_store: Maker, cli: Cli) -> None:

@@ -97,6 +97,8 @@ def test_what_cannot_be_taken_together_is_refused(frames: Store, make_store: Mak
         virnuc_dask.by_read(data.isel(sequence=slice(None, None, -1)))
     with pytest.raises(UsageError, match="one of mean, max, min"):
         virnuc_dask.by_read(data, "sum")  # type: ignore[arg-type]
+    only = virnuc_dask.by_read(data[["embedding"]])  # which leaves out the reads' names
+    assert list(only.coords) == ["read", "rows"]
     proteins = make_store(VIRAL_PROTEINS, "proteins.zarr", embed=False)
     with pytest.raises(UsageError, match="not translated"):
         virnuc_dask.by_read(virnuc_dask.open_store(proteins.path))

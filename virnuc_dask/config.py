@@ -222,7 +222,7 @@ class Settings:
         Layer to pool; 0 is the token embedding. Default: the last.
     precision : {'auto', 'float32', 'bfloat16', 'float16'}
         Arithmetic of the matrix products; ``auto`` is what the store has, and for a new one
-        float32 on a CPU and bfloat16 on a GPU.
+        float32 on a CPU and float16 on a GPU.
     dtype : {'float32', 'float16'}
         Of the stored embeddings.
     max_residues : int
@@ -389,10 +389,11 @@ class Shard:
 
 
 def precision_on(device: str, precision: Precision | Literal["auto"]) -> Precision:
-    """A precision that a device has; ``auto`` is one that keeps every row's cosine above 0.999.
+    """A precision that a device has; ``auto`` is the fastest that kept every cosine above 0.999.
 
-    On a GPU that is float16, in which ESM-2 was trained (facebookresearch/esm, issue 259): with
-    real weights bfloat16 falls to 0.998. Rows that float16 cannot hold are computed in float32.
+    That was measured with real weights of an 8M model. On a GPU it is float16, in which ESM-2 was
+    trained (facebookresearch/esm, issue 259); bfloat16 fell to 0.998. Rows that float16 cannot hold
+    are computed in float32.
 
     Raises
     ------

@@ -116,7 +116,11 @@ def _check_headers(store: Store, rows: slice) -> str | None:
     for name in HEADERS:
         if store.place.size(f"{name}/{chunk}") is None:  # a missing one would read as empty
             return f"a chunk of `{name}` is missing"
-        _ = store.array(name)[rows]
+    _ = store.array("description")[rows]
+    sources = store.array("source")
+    numbers, files = np.asarray(sources[rows]), sources.attrs.get("files")
+    if not isinstance(files, list) or not ((numbers >= 0) & (numbers < len(files))).all():
+        return "`source` names inputs that there are not"
     return None
 
 

@@ -132,8 +132,10 @@ class InputSummary:
         Letters J read as X, gap letters removed, terminal stops removed.
     lengths : list of ndarray, int32
         Lengths of all records, block by block.
-    files, empty_files : list of str
-        Inputs, and those without a record.
+    files : dict of str to int
+        Inputs, numbered in their order; one that was given twice by its first place.
+    empty_files : list of str
+        Inputs without a record.
     first_invalid : InputError, optional
         Where the first invalid record is.
     nucleotide_like : int
@@ -161,17 +163,16 @@ class InputSummary:
     protein_like: int = 0
     first_protein_like: Record | None = None
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
-    files: list[str] = field(default_factory=list)
+    files: dict[str, int] = field(default_factory=dict)
     empty_files: list[str] = field(default_factory=list)
     first_invalid: InputError | None = None
     sha256: str = ""
 
     def take_headers(self, records: Sequence[Record]) -> Headers:
         """What the headers of records say; files that were not met before are added to `files`."""
-        names = dict.fromkeys(record.file for record in records)
-        self.files += [name for name in names if name not in self.files]
-        numbers = {name: self.files.index(name) for name in names}
-        sources = (numbers[record.file] for record in records)
+        for record in records:
+            self.files.setdefault(record.file, len(self.files))
+        sources = (self.files[record.file] for record in records)
         return Headers(
             [record.description for record in records],
             np.fromiter(sources, np.int32, len(records)),

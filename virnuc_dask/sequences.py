@@ -78,7 +78,8 @@ def read_blocks(
         An input that cannot be read, is not FASTA or FASTQ, is damaged; no input holds a record;
         or, if `strict`, a letter that is no residue.
     """
-    summary.files += map(str, inputs)
+    for number, name in enumerate(map(str, inputs)):
+        summary.files.setdefault(name, number)
     digest = InputDigest()
     letters = BLOCK_RESIDUES if translation is None else BLOCK_NUCLEOTIDES
     for records in _batches(_all_records(inputs, summary), letters):

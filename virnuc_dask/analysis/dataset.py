@@ -64,19 +64,21 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
 
     # xarray would say of anything at all that it holds no group.
     source: Any = Store(store).place.for_xarray
-    how: dict[str, Any] = {"engine": "zarr", "consolidated": False}
-    data = xarray.open_dataset(source, chunks={}, **how)
-    plain = xarray.open_dataset(source, chunks=None, cache=False, **how)
+    data = xarray.open_dataset(source, cache=False, engine="zarr", consolidated=False)
     known: dict[str, Any] = {}
     for name in filter(data.coords.__contains__, _COORDINATES):
-        variable = plain[name].variable
+        variable = data[name].variable
         if name == "status":
             known |= {name: variable, "embedded": columns.embedded(variable)}
         elif name == "source":
-            known[name] = columns.named(variable, variable.attrs.pop("files"))
+            known[name] = columns.named(variable, variable.attrs.pop("files", []))
         else:
             known[name] = columns.texts(variable) if variable.dtype.kind == "T" else variable
-    data = data.drop_vars(list(data.coords)).assign_coords(known)
+    arrays = {
+        name: variable.variable.chunk(variable.encoding["preferred_chunks"])
+        for name, variable in data.data_vars.items()
+    }
+    data = data.drop_vars(list(data.coords)).assign(arrays).assign_coords(known)
     data.attrs[ATTRIBUTE] = json.dumps(data.attrs[ATTRIBUTE])
     if embedded_only:
         data = data.isel(sequence=np.flatnonzero(data.embedded))
