@@ -36,6 +36,8 @@ ORDER = [
     "analysis.dataset",
     "analysis.export",
     "analysis.reads",
+    "analysis.neighbours",
+    "analysis.tables",
     "memory",
     "upstream",
     "huggingface",
@@ -122,7 +124,10 @@ def test_imports_go_one_way(name: str) -> None:
         ("rich", {"progress"}),
         ("click", {"cli", "options"}),
         ("distributed", {"local", "cluster", "workers", "roster", "work", "coordinator"}),
-        ("xarray", {"analysis.columns", "analysis.dataset", "analysis.reads"}),
+        (
+            "xarray",
+            {"analysis.columns", "analysis.dataset", "analysis.neighbours", "analysis.reads"},
+        ),
         ("flox", {"analysis.reads"}),
     ],
 )

@@ -1,7 +1,8 @@
 """Protein language model embeddings for millions of sequences, on workers that may vanish.
 
 ``run`` embeds sequences into a Zarr store, ``resume`` goes on with one, ``open_store`` opens it
-lazily, ``open_residues`` a row's residues in it, and ``load_encoder`` gives the encoder alone.
+lazily, ``open_residues`` a row's residues in it, ``nearest`` finds the rows most alike, and
+``load_encoder`` gives the encoder alone.
 ``create_store`` and ``tasks`` are for a Dask graph of your own.
 Importing this package loads neither torch nor distributed; the names are resolved when they are
 first used.
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from virnuc_dask.analysis.dataset import open_residues, open_store, verify
     from virnuc_dask.analysis.export import export
     from virnuc_dask.analysis.reads import by_read
+    from virnuc_dask.analysis.neighbours import nearest
     from virnuc_dask.config import RunConfig, Translation
     from virnuc_dask.coordinator import resume, run
     from virnuc_dask.embed import ChunkReport
@@ -33,6 +35,7 @@ __all__ = [
     "create_store",
     "export",
     "load_encoder",
+    "nearest",
     "open_residues",
     "open_store",
     "resume",
@@ -50,6 +53,7 @@ _HOME = {
     "create_store": "graph",
     "export": "analysis.export",
     "load_encoder": "encoder",
+    "nearest": "analysis.neighbours",
     "open_residues": "analysis.dataset",
     "open_store": "analysis.dataset",
     "resume": "coordinator",

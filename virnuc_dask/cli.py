@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from virnuc_dask import __version__
-from virnuc_dask.config import AUTO, RunConfig, Settings
+from virnuc_dask.config import AUTO, METRICS, RunConfig, Settings
 from virnuc_dask.errors import RandomWeightsWarning, UsageError, VirnucError
 from virnuc_dask.interrupts import SAID, cleaning_up
 from virnuc_dask.options import (
@@ -45,7 +45,7 @@ class _Group(click.Group):
         try:
             result = super().invoke(ctx)
             # All that these do is to say something.
-            if ctx.invoked_subcommand in ("plan", "status") and lost_output():
+            if ctx.invoked_subcommand in ("plan", "status", "nearest") and lost_output():
                 ctx.exit(VirnucError.exit_code)
             return result
         except VirnucError as error:
@@ -211,12 +211,6 @@ def verify(
     """Read and decode everything in STORE: chunks, checksums, states, sequences."""
     from virnuc_dask.analysis.dataset import verify as check
 
-    on_terminal = sys.stderr.isatty() and not as_json
-
-    def show(done: int, total: int) -> None:
-        end = "\n" if done == total else ""
-        print(f"\rchecked {done:,} of {total:,} chunks", end=end, file=sys.stderr, flush=True)
-
     if sample:
         from virnuc_dask.upstream import fair_esm
 
@@ -229,7 +223,7 @@ def verify(
             fork_workers()
             stack.enter_context(cleaning_up())
             client = stack.enter_context(connect(cluster, config=RunConfig(**tls)))
-        progress = show if on_terminal else None
+        progress = None if as_json else _counting("checked")
         report = check(store, repair=repair, progress=progress, client=client)
     drift, code = None, report.exit_code
     if sample and not (report.bad or report.sequences):
@@ -286,7 +280,65 @@ def export(store: str, out: Path, partial: bool, guard: bool) -> None:
     print(f"{rows:,} rows in {out}")
 
 
+@main.command()
+@click.argument("store")
+@click.option(
+    "--query",
+    "queries",
+    multiple=True,
+    metavar="ID",
+    help="Of a row of STORE, or of --query-store; may be given several times.  [default: all rows"
+    " of --query-store]",
+)
+@click.option("--query-store", help="Another store, of the same weights, layer and pooling.")
+@click.option("--k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours each.")
+@click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+@click.option(
+    "--centre/--no-centre",
+    default=True,
+    show_default=True,
+    help="Subtract the mean of STORE's rows first; for the cosine.",
+)
+@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A .tsv or .parquet file.  [default: TSV to standard output]",
+)
+def nearest(
+    store: str, queries: tuple[str, ...], query_store: str | None, out: Path | None, **options: Any
+) -> None:
+    """Find the rows of STORE whose embeddings are nearest to those of each query.
+
+    A line for each neighbour: query, rank, neighbour, row, similarity, length.
+    """
+    from virnuc_dask.analysis.neighbours import nearest as search
+    from virnuc_dask.analysis.tables import check_table, write_table
+
+    if out:
+        check_table(out)
+    progress = _counting("searched")
+    ids = list(queries) or None
+    found = search(store, ids, query_store=query_store, progress=progress, **options)
+    if note := found.attrs.get("note"):
+        print(f"note: {note}", file=sys.stderr)
+    with cleaning_up():
+        lines = write_table(found, out or sys.stdout)
+    if out:
+        print(f"{lines:,} neighbours in {out}")
+
+
 # --- shared --------------------------------------------------------------------------------------
+
+
+def _counting(done_to: str) -> Callable[[int, int], None] | None:
+    """Show on a terminal how many chunks are done; elsewhere nothing."""
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{done_to} {done:,} of {total:,} chunks", end=end, file=sys.stderr, flush=True)
+
+    return show if sys.stderr.isatty() else None
 
 
 def _about_dask_configuration(error: BaseException) -> str | None:

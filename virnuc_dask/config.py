@@ -16,12 +16,14 @@ StoredDtype = Literal["float32", "float16"]
 
 FrameRule = Literal["open", "orf", "virnucpro"]
 Molecule = Literal["auto", "protein", "nucleotide"]
+Metric = Literal["cosine", "euclidean"]
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 LONG_POLICIES: tuple[str, ...] = get_args(LongPolicy)
 PRECISIONS: tuple[str, ...] = get_args(Precision)
 FRAME_RULES: tuple[str, ...] = get_args(FrameRule)
 MOLECULES: tuple[str, ...] = get_args(Molecule)
+METRICS: tuple[str, ...] = get_args(Metric)
 MIN_WINDOW = 30
 AUTO: Literal["auto"] = "auto"
 STORED_DTYPES: tuple[str, ...] = get_args(StoredDtype)

@@ -131,6 +131,11 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     return rows
 
 
+def guarded(name: str) -> str:
+    """An identifier that no spreadsheet computes: an apostrophe is put before a formula."""
+    return "'" + name if name.startswith(_FORMULA) else name
+
+
 def _beside(path: Path) -> Path | None:
     """The file that says what a table of text is, which has no place for it."""
     is_text = _format(path)[0] in _DELIMITERS
@@ -171,13 +176,23 @@ def _writer(out: str, guard: bool) -> _Writer:
             " .parquet, .npz, .h5"
         )
     writer, package = writers[suffix]
+    require(package, suffix)
+    return writer
+
+
+def require(package: str, suffix: str) -> None:
+    """Make sure that the package which writes a format is there.
+
+    Raises
+    ------
+    UsageError
+    """
     try:
         import_module(package)
     except ImportError as error:
         raise UsageError(
             f"{suffix} needs {package} ({error}): pip install 'virnuc_dask[export]'"
         ) from error
-    return writer
 
 
 def _read(store: Store) -> Iterator[_Part]:
@@ -237,8 +252,8 @@ def _write_csv(
                 file.write(delimiter.join([*part.columns, *features]) + "\n")
             ids, *others = part.columns.values()
             for row, name in enumerate(ids):
-                if guard and name.startswith(_FORMULA):
-                    name = "'" + name
+                if guard:
+                    name = guarded(name)
                 # In quotes always: a spreadsheet may take another separator for its own.
                 cells = ['"' + name.replace('"', '""') + '"', *(str(o[row]) for o in others)]
                 # As short as gives the same number back, in the store's own precision.

@@ -1,0 +1,634 @@
+"""Which rows of a store are most alike: exact search, one block of rows in memory at a time."""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from os import cpu_count
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.config import METRICS, Metric, Status
+from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.streams import printable
+
+# Rows of two stores can be compared if these are the same.
+_COMPARABLE = ("weights_sha256", "repr_layer", "pooling", "precision")
+_LENGTH_FACTOR = 3
+# Values of rows that are multiplied at once: 2 MiB in float32 stay in a core's cache.
+_VALUES_PER_BLOCK = 2**19
+_ROWS_PER_TASK = 4096
+# All rows are read once for so many queries.
+_QUERIES_AT_ONCE = 4096
+_PAIRS_AT_ONCE = 1024
+_EPSILON = float(np.finfo(np.float32).eps)
+_MOST_THREADS = 16
+_NAMED = 10
+
+Progress = Callable[[int, int], None]
+# The means of stores that were searched last, by store and its present chunks.
+_means: dict[tuple[str, bytes], NDArray[np.float32]] = {}
+_MEANS_KEPT = 16
+
+
+def nearest(
+    store: str | Path,
+    query: str | Sequence[str] | NDArray[np.floating[Any]] | None = None,
+    *,
+    k: int = 10,
+    metric: Metric = "cosine",
+    centre: bool = True,
+    query_store: str | Path | None = None,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    client: Any = None,
+) -> Any:
+    """Find the k rows of a store that are nearest to each query. Exact, not approximate.
+
+    Only embedded rows take part; the store may still be filling. A row is no neighbour of itself,
+    but a copy of its sequence is. Memory does not grow with the rows of the store: each thread
+    holds one chunk, and 4,096 queries are searched at a time.
+
+    The first centred search reads the embeddings twice, since no similarity is known before the
+    mean is. The mean is kept in memory, for this process's next search of the same chunks. It is
+    not kept in the store, which only its runs write to. Norms are not kept: beside the product
+    they cost 3 % of the time, and they would take 4 bytes a row.
+
+    Parameters
+    ----------
+    store : path
+        That is searched.
+    query : str, sequence of str, or ndarray, float, shape (n, D), optional
+        Identifiers of rows of `query_store`, or without one of `store`; of an identifier that
+        occurs several times all rows are queries. Or vectors. Default: all embedded rows of
+        `query_store`.
+    k : int
+        Neighbours of each query.
+    metric : {'cosine', 'euclidean'}
+    centre : bool
+        Subtract the mean of the store's embedded rows from all vectors first. Without it even
+        unrelated proteins have a cosine of 0.9. Distances do not depend on it.
+    query_store : path, optional
+        Another store, of the same weights, layer, pooling and precision.
+    workers : int, optional
+        Threads, each with one thread of BLAS. Default: one for each core, at most 16.
+    progress : callable, optional
+        Called with the chunks read so far and how many will be.
+    client : distributed.Client, optional
+        Whose workers search; default: threads of this process.
+
+    Returns
+    -------
+    xarray.Dataset
+        Dimensions ``query`` and ``neighbour``, nearest first; of equally near rows, those with
+        lower numbers. ``row`` (int64), ``sequence_id`` (str), ``length`` (int32, residues) and
+        ``similarity`` (float32, from -1 to 1) or, for euclidean, ``distance`` (float32). Where
+        there are fewer than k: row -1, an empty identifier, length -1, NaN. Coordinates:
+        ``query_row`` (int64) and ``query_id``; of vectors, -1 and empty. The attribute ``note``,
+        if there is one, is a reason to doubt the result.
+
+    Raises
+    ------
+    UsageError
+        An identifier is unknown, or its row has no embedding; the stores are not comparable; `k`,
+        `metric` or the vectors' shape make no sense.
+    StoreError
+        A chunk is damaged.
+    NotAStoreError
+    """
+    searched = Store(store)
+    source = searched if query_store is None else Store(query_store)
+    _check(searched, source, k, metric, workers)
+    threads = workers or min(_MOST_THREADS, cpu_count() or 1)
+    rows, vectors = _queries(source, query, query_store is not None)
+    found = []
+    present = searched.present()
+    with _pool(searched, threads, client) as pool:
+        batches = range(0, len(rows), _QUERIES_AT_ONCE)
+        is_centred = centre and metric == "cosine"
+        mean_is_known = not is_centred or _mean_key(searched, present) in _means
+        chunks = np.flatnonzero(present).tolist()
+        count = _Counter(progress, len(chunks) * (len(batches) + (not mean_is_known)))
+        origin = np.zeros(searched.dimension, np.float32)
+        if is_centred:
+            origin = _mean(searched, present, pool, count)
+        for start in batches:
+            part = rows[start : start + _QUERIES_AT_ONCE]
+            if vectors is None:
+                of_part = _vectors(source, part, threads)
+            else:
+                of_part = vectors[start : start + _QUERIES_AT_ONCE]
+            # The same row may be met only in the same store.
+            own = part if source.id == searched.id else np.full(len(part), -1)
+            if metric == "euclidean":
+                origin = of_part.mean(axis=0)  # the nearer, the smaller the rounding errors
+            task = _Task(of_part, own, origin, k, metric)
+            found.append(_padded(_search_all(task, chunks, pool, count), len(part), k))
+    scores = np.concatenate([scores for scores, _ in found])
+    neighbours = np.concatenate([neighbours for _, neighbours in found])
+    return _dataset(searched, source, rows, neighbours, scores, metric, centre)
+
+
+def _check(searched: Store, source: Store, k: int, metric: str, workers: int | None) -> None:
+    if k < 1:
+        raise UsageError(f"k must be at least 1, not {k}")
+    if metric not in METRICS:
+        raise UsageError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
+    if workers is not None and workers < 1:
+        raise UsageError(f"workers must be at least 1, not {workers}")
+    differences = [
+        f"  {name}: {here!r} and {there!r}"
+        for name, here, there in searched.identity.differences(source.identity)
+        if name in _COMPARABLE
+    ]
+    if differences:
+        raise UsageError(
+            f"rows of {searched.path} and {source.path} are not comparable:\n"
+            + "\n".join(differences)
+        )
+
+
+# --- queries -------------------------------------------------------------------------------------
+
+
+def _queries(
+    source: Store, query: Any, has_query_store: bool
+) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
+    """Row of each query, -1 for a vector; and the vectors, if they were given."""
+    vectors = None
+    if isinstance(query, np.ndarray) and query.dtype.kind == "f":
+        if has_query_store:
+            raise UsageError("give vectors or a query store, not both")
+        if query.shape[1:] != (source.dimension,) or not np.isfinite(query).all():
+            raise UsageError(f"the vectors need the shape (n, {source.dimension}) and to be finite")
+        rows, vectors = np.full(len(query), -1), query.astype(np.float32)
+    elif query is None and has_query_store:
+        rows = _embedded_rows(source)
+    else:
+        ids = [] if query is None else [query] if isinstance(query, str) else query
+        rows = _rows_of(source, list(dict.fromkeys(ids)))
+    if not len(rows):
+        raise UsageError("no query: give identifiers, vectors, or a store with embedded rows")
+    if vectors is None and query is not None:
+        _check_embedded(source, rows)
+    return rows, vectors
+
+
+def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
+    """All rows of the identifiers, in the order of these."""
+    found: dict[str, list[int]] = {name: [] for name in ids}
+    for first in range(0, store.records, SEQUENCES_PER_CHUNK):
+        with _reading(store, "`sequence_id`"):
+            names = store.array("sequence_id")[first : first + SEQUENCES_PER_CHUNK].tolist()
+        for row, name in enumerate(names, first):
+            if name in found:
+                found[name].append(row)
+    _refuse(store, "no record has the identifier", [name for name in ids if not found[name]])
+    return np.array([row for name in ids for row in found[name]], np.int64)
+
+
+def _check_embedded(store: Store, rows: NDArray[np.int64]) -> None:
+    states = np.full(len(rows), Status.PENDING, np.uint8)
+    for chunk, where in _by_chunk(store, rows):
+        if store.is_present(chunk):
+            with _reading(store, f"status of chunk {chunk}"):
+                states[where] = store.read_status(chunk)[rows[where] - store.rows(chunk).start]
+    names = _taken(store, "sequence_id", rows)
+    pending = states == Status.PENDING
+    _refuse(store, "not computed yet; `virnuc-dask resume` computes it:", names[pending])
+    for code in np.unique(states[states >= Status.INVALID_RESIDUES]):
+        meaning = Status(int(code)).meaning
+        _refuse(store, f"quarantined ({meaning}), so without an embedding:", names[states == code])
+
+
+def _refuse(store: Store, problem: str, names: Sequence[str] | NDArray[Any]) -> None:
+    if len(names):
+        listed = ", ".join(printable(str(name)) for name in names[:_NAMED])
+        more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
+        raise UsageError(f"{store.path}: {problem} {listed}{more}")
+
+
+def _embedded_rows(store: Store) -> NDArray[np.int64]:
+    def rows(chunk: int) -> NDArray[np.int64]:
+        with _reading(store, f"status of chunk {chunk}"):
+            status = store.read_status(chunk)
+        return np.flatnonzero(_is_embedded(status)) + np.int64(store.rows(chunk).start)
+
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(rows, np.flatnonzero(store.present()).tolist()))
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def _is_embedded(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    return np.asarray((status != Status.PENDING) & (status < Status.INVALID_RESIDUES))
+
+
+def _vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray[np.float32]:
+    vectors = np.empty((len(rows), store.dimension), np.float32)
+
+    def read(chunk: int, where: NDArray[np.int64]) -> None:
+        with _reading(store, f"chunk {chunk}"):
+            embedding = store.read_chunk(chunk)[1]
+        vectors[where] = embedding[rows[where] - store.rows(chunk).start]
+
+    with ThreadPoolExecutor(threads) as pool:
+        # A chunk may be damaged: an error is raised where its result is taken.
+        deque(pool.map(lambda part: read(*part), _by_chunk(store, rows)), maxlen=0)
+    return vectors
+
+
+def _by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each chunk that has some of the rows, and where these are among them."""
+    chunks = rows // store.identity.rows_per_chunk
+    order = np.argsort(chunks, kind="stable")
+    numbers, firsts = np.unique(chunks[order], return_index=True)
+    yield from zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True)
+
+
+# --- the pass over all chunks --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """What is searched for.
+
+    Attributes
+    ----------
+    vectors : ndarray, float32, shape (n, D)
+    own : ndarray, int64, shape (n,)
+        Row of each query in the store that is searched, or -1.
+    origin : ndarray, float32, shape (D,)
+        Is subtracted from all vectors.
+    k : int
+    metric : {'cosine', 'euclidean'}
+    """
+
+    vectors: NDArray[np.float32]
+    own: NDArray[np.int64]
+    origin: NDArray[np.float32]
+    k: int
+    metric: Metric
+
+
+class _Hits(NamedTuple):
+    """Rows that may be neighbours, shape (hits,) each.
+
+    Attributes
+    ----------
+    query : ndarray, int64
+    score : ndarray, float32
+        The cosine, or the distance times -1.
+    row : ndarray, int64
+    """
+
+    query: NDArray[np.int64]
+    score: NDArray[np.float32]
+    row: NDArray[np.int64]
+
+
+_NO_HITS = _Hits(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
+
+
+def _search_all(task: _Task, chunks: list[int], pool: _Pool, count: _Counter) -> _Hits:
+    """The k best of each query, by query and then from the best on."""
+    best, floor = _NO_HITS, _floor(_NO_HITS, task)
+    shared = pool.shared(task)
+    # The floor is that of the moment when a call begins. A lower one only means more candidates.
+    calls = ((group, shared, floor) for group in pool.grouped(chunks))
+    for hits in pool.run(_search, calls, count):
+        best = _best(task.k, best, hits)
+        floor = _floor(best, task)
+    return best
+
+
+def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.float32]) -> _Hits:
+    """The k best among the rows of some chunks, but none below the floor, shape (n,)."""
+    queries = task.vectors - task.origin
+    squared = np.vecdot(queries, queries)
+    if task.metric == "cosine":
+        queries *= _inverse(squared)[:, None]
+    best = _NO_HITS
+    for rows, values in _blocks(store, chunks):
+        block = _float32(values)
+        block -= task.origin
+        # In float32, for all rows: the cosine, or half of what the query's square is more than the
+        # squared distance.
+        scores, squares = queries @ block.T, np.vecdot(block, block)
+        if task.metric == "cosine":
+            scores *= _inverse(squares)
+            size, least = 1, floor
+        else:
+            scores -= squares / 2
+            size, least = squares.max() + squared.max(), (squared - floor**2) / 2
+        # Twice the largest error that a sum of D products can have.
+        margin = float(size) * (len(task.origin) + 8) * _EPSILON
+        number, column = np.divmod(_candidates(scores, least - margin, task.k, margin), len(rows))
+        is_other = rows[column] != task.own[number]
+        number, column = number[is_other], column[is_other]
+        exact = _exact(task, number, values, column)
+        # Not NaN, which there is only in a damaged store.
+        above = exact >= floor[number]
+        if above.any():
+            hits = _Hits(number[above], exact[above], rows[column[above]])
+            best = _best(task.k, best, hits)
+            floor = np.maximum(floor, _floor(best, task))
+    return best
+
+
+def _candidates(
+    scores: NDArray[Any], least: NDArray[Any], k: int, margin: float
+) -> NDArray[np.int64]:
+    """Where a score may be among the best, in the flattened array: few, after the first blocks."""
+    is_candidate = scores >= least[:, None]
+    # One more than k: the query itself may be among them.
+    crowded = np.flatnonzero(np.count_nonzero(is_candidate, axis=1) > k + 1)
+    if len(crowded):
+        some = scores[crowded]
+        last = np.partition(some, -k - 1, axis=1)[:, -k - 1]
+        is_candidate[crowded] &= some >= (last - margin)[:, None]
+    return np.flatnonzero(is_candidate)
+
+
+def _exact(
+    task: _Task, number: NDArray[np.int64], values: NDArray[Any], column: NDArray[np.int64]
+) -> NDArray[np.float32]:
+    """Scores of pairs of queries and rows.
+
+    From float64, so that they do not depend on where in a block a row is, as a matrix product does.
+    """
+    found = np.empty(len(number), np.float32)
+    for first in range(0, len(number), _PAIRS_AT_ONCE):
+        part = slice(first, first + _PAIRS_AT_ONCE)
+        query = task.vectors[number[part]].astype(np.float64)
+        row = values[column[part]].astype(np.float64)
+        if task.metric == "cosine":
+            query -= task.origin
+            row -= task.origin
+            squares = np.vecdot(query, query) * np.vecdot(row, row)
+            found[part] = np.clip(np.vecdot(query, row) * _inverse(squares), -1, 1)
+        else:
+            row -= query
+            found[part] = -np.sqrt(np.vecdot(row, row))
+    return found
+
+
+def _inverse(squares: NDArray[Any]) -> NDArray[Any]:
+    """One over the root; 0 for 0, so that a vector without direction is like no other."""
+    inverse: NDArray[Any] = np.zeros_like(squares)
+    np.divide(1, np.sqrt(squares), out=inverse, where=squares > 0)
+    return inverse
+
+
+def _best(k: int, *several: _Hits) -> _Hits:
+    query, score, row = (np.concatenate(parts) for parts in zip(*several, strict=True))
+    order = np.lexsort((row, -score, query))
+    query = query[order]
+    rank = np.arange(len(query)) - np.searchsorted(query, query)
+    order = order[rank < k]
+    return _Hits(query[rank < k], score[order], row[order])
+
+
+def _floor(best: _Hits, task: _Task) -> NDArray[np.float32]:
+    """The k-th best score of each query, shape (n,); -inf while there is none."""
+    floor = np.full(len(task.vectors), -np.inf, np.float32)
+    counts = np.bincount(best.query, minlength=len(floor))
+    ends = np.cumsum(counts) - 1
+    floor[counts == task.k] = best.score[ends[counts == task.k]]
+    return floor
+
+
+def _padded(best: _Hits, queries: int, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Scores, NaN where there is none, and rows, -1 there; shape (queries, k) each."""
+    scores, rows = np.full((queries, k), np.nan, np.float32), np.full((queries, k), -1)
+    rank = np.arange(len(best.query)) - np.searchsorted(best.query, best.query)
+    scores[best.query, rank], rows[best.query, rank] = best.score, best.row
+    return scores, rows
+
+
+def _mean(
+    store: Store, present: NDArray[np.bool_], pool: _Pool, count: _Counter
+) -> NDArray[np.float32]:
+    """Mean of all embedded rows, shape (D,); zeros if there is none."""
+    key = _mean_key(store, present)
+    if key not in _means:
+        total, rows = np.zeros(store.dimension), 0
+        calls = ((group,) for group in pool.grouped(np.flatnonzero(present).tolist()))
+        for part, number in pool.run(_sum, calls, count):
+            total += part
+            rows += number
+        if not np.isfinite(total).all():
+            raise StoreError(f"{store.path}: an embedded row is not finite; `verify` says which")
+        while len(_means) >= _MEANS_KEPT:
+            del _means[next(iter(_means))]
+        _means[key] = (total / max(rows, 1)).astype(np.float32)
+    return _means[key]
+
+
+def _mean_key(store: Store, present: NDArray[np.bool_]) -> tuple[str, bytes]:
+    return store.id, np.packbits(present).tobytes()
+
+
+def _sum(store: Store, chunks: list[int]) -> tuple[NDArray[np.float64], int]:
+    total, count = np.zeros(store.dimension), 0
+    for rows, values in _blocks(store, chunks):
+        total += _float32(values).sum(axis=0, dtype=np.float64)
+        count += len(rows)
+    return total, count
+
+
+def _blocks(store: Store, chunks: list[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+    """Numbers and embeddings of the embedded rows, a few at a time."""
+    step = max(1, _VALUES_PER_BLOCK // store.dimension)
+    for chunk in chunks:
+        with _reading(store, f"chunk {chunk}"):
+            status, embedding = store.read_chunk(chunk)
+        rows = np.flatnonzero(_is_embedded(status))
+        for first in range(0, len(rows), step):
+            part = rows[first : first + step]
+            is_whole = part[-1] - part[0] == len(part) - 1
+            values = embedding[part[0] : part[-1] + 1] if is_whole else embedding[part]
+            yield store.rows(chunk).start + part, values
+
+
+def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
+    """A copy in float32. NumPy's own conversion of float16 takes six times as long.
+
+    The bits of a float16 are moved to where a float32 has them. Then the exponent, whose bias is
+    another, is 112 too small. Subnormal numbers become right by the product too.
+    """
+    if values.dtype != np.float16:
+        return values.astype(np.float32)
+    bits = values.view(np.int16).astype(np.int32)
+    bits <<= 13
+    bits &= -0x7000_2000  # all but the bits 28 to 30, which are copies of the sign, and 13 zeros
+    found: NDArray[np.float32] = bits.view(np.float32)
+    found *= np.float32(2.0**112)
+    return found
+
+
+# --- who computes --------------------------------------------------------------------------------
+
+
+class _Counter:
+    """Tells a listener how many chunks were read."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def add(self, chunks: int) -> None:
+        self._done += chunks
+        if self._progress:
+            self._progress(self._done, self._total)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pool:
+    """Threads, or a cluster's workers.
+
+    Attributes
+    ----------
+    store : Store
+    submit : callable
+        As an executor's, with the store in front of the arguments.
+    width : int
+        Calls in flight.
+    shared : callable
+        What many calls take, to be sent once.
+    """
+
+    store: Store
+    submit: Callable[..., Any]
+    width: int
+    shared: Callable[[Any], Any]
+
+    def grouped(self, chunks: list[int]) -> Iterator[list[int]]:
+        """Chunks of one call: one, or several small ones."""
+        step = max(1, _ROWS_PER_TASK // self.store.identity.rows_per_chunk)
+        return (chunks[first : first + step] for first in range(0, len(chunks), step))
+
+    def run(
+        self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], count: _Counter
+    ) -> Iterator[Any]:
+        """Results of the calls, in their order; each begins with its chunks."""
+        running: deque[tuple[int, Any]] = deque()
+        for call in calls:
+            running.append((len(call[0]), self.submit(function, *call)))
+            if len(running) >= self.width:
+                yield self._next(running, count)
+        while running:
+            yield self._next(running, count)
+
+    def _next(self, running: deque[tuple[int, Any]], count: _Counter) -> Any:
+        chunks, future = running.popleft()
+        found = future.result()
+        count.add(chunks)
+        return found
+
+
+@contextmanager
+def _pool(store: Store, threads: int, client: Any) -> Iterator[_Pool]:
+    if client is not None:
+        width = 2 * max(1, sum(client.nthreads().values()))
+        to_client = partial(client.submit, _at, store.place.location, pure=False)
+        yield _Pool(store, to_client, width, partial(client.scatter, broadcast=True))
+        return
+    from threadpoolctl import threadpool_limits
+
+    # Each thread multiplies small blocks, by itself. Threads of BLAS in them would wait for each
+    # other most of the time: on two busy cores that took ten times as long.
+    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as executor:
+
+        def submit(function: Callable[..., Any], *arguments: Any) -> Any:
+            return executor.submit(function, store, *arguments)
+
+        # One more than there are threads, so that none waits while a result is merged.
+        yield _Pool(store, submit, threads + 1, lambda shared: shared)
+
+
+def _at(location: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(Store(location), *arguments)
+
+
+@contextmanager
+def _reading(store: Store, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:
+        raise StoreError(
+            f"{store.path}: {what} is damaged ({error}); `verify --repair` removes it, `resume`"
+            " computes it again"
+        ) from error
+
+
+# --- the result ----------------------------------------------------------------------------------
+
+
+def _dataset(
+    searched: Store,
+    source: Store,
+    rows: NDArray[np.int64],
+    neighbours: NDArray[np.int64],
+    scores: NDArray[np.float32],
+    metric: Metric,
+    centre: bool,
+) -> Any:
+    import xarray
+
+    dims = ("query", "neighbour")
+    name, values = ("similarity", scores) if metric == "cosine" else ("distance", -scores)
+    data = xarray.Dataset(
+        {
+            "row": (dims, neighbours),
+            "sequence_id": (dims, _taken(searched, "sequence_id", neighbours)),
+            "length": (dims, _taken(searched, "length", neighbours), {"units": "residues"}),
+            name: (dims, values),
+        },
+        {
+            "query_row": ("query", rows),
+            "query_id": ("query", _taken(source, "sequence_id", rows)),
+        },
+        {
+            "metric": metric,
+            "centred": int(centre),
+            "store": str(searched.path),
+            "query_store": str(source.path),
+            ATTRIBUTE: json.dumps(searched.about()),
+        },
+    )
+    if note := _note(searched, source):
+        data.attrs["note"] = note
+    return data
+
+
+def _taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """An array's values at some rows, in their shape; of no row, -1, the empty text and -1."""
+    unique, where = np.unique(rows, return_inverse=True)
+    is_none = unique < 0
+    with _reading(store, f"`{name}`"):
+        values = np.asarray(store.array(name).oindex[unique[~is_none]])
+    text = name == "sequence_id"
+    found = np.full(len(unique), "" if text else -1, object if text else values.dtype)
+    found[~is_none] = values.tolist() if text else values
+    return found[where.reshape(rows.shape)]
+
+
+def _note(searched: Store, source: Store) -> str | None:
+    if source.id == searched.id:
+        return None
+    here, there = (max(1.0, float(np.median(each.lengths()))) for each in (searched, source))
+    if max(here, there) <= _LENGTH_FACTOR * min(here, there):
+        return None
+    return (
+        f"median lengths are {here:,.0f} residues in {searched.path} and {there:,.0f} in"
+        f" {source.path}: embeddings of fragments and of whole proteins are not comparable. Cut the"
+        " longer sequences to the length of the others"
+    )

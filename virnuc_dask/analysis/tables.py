@@ -1,0 +1,123 @@
+"""Neighbours as a table, for other programs: TSV or Parquet."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import numpy as np
+
+from virnuc_dask.analysis.export import guarded, require
+from virnuc_dask.errors import UsageError
+from virnuc_dask.files import expanded, sync
+from virnuc_dask.streams import printable
+
+
+def write_table(found: Any, out: str | Path | IO[str]) -> int:
+    """Write neighbours as a table, one in a line.
+
+    The columns are ``query``, ``rank`` from 1, ``neighbour``, ``row``, ``similarity`` or
+    ``distance``, and ``length``, the neighbour's residues. Where a query has fewer neighbours than
+    were asked for, it has fewer lines.
+
+    Parameters
+    ----------
+    found : xarray.Dataset
+        What `nearest` returns.
+    out : path or text file
+        A new file, ``.tsv`` or ``.parquet``; or an open file, for TSV. In TSV an identifier that a
+        spreadsheet would compute gets an apostrophe, as in exports, and on a terminal control
+        characters are replaced.
+
+    Returns
+    -------
+    int
+        Lines without the header.
+
+    Raises
+    ------
+    UsageError
+        As `check_table`.
+    OSError
+        The file cannot be written.
+    """
+    columns = _columns(found)
+    if not isinstance(out, str | Path):
+        _write_tsv(columns, out)
+        return len(columns["row"])
+    path = check_table(out)
+    # Not with all of its name, which may be as long as a name can be.
+    unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
+    try:
+        if path.suffix.lower() == ".tsv":
+            with open(unfinished, "w", encoding="utf-8", newline="") as file:
+                _write_tsv(columns, file)
+        else:
+            _write_parquet(columns, found.attrs, unfinished)
+        # Its name is for what survives a power cut.
+        sync(unfinished)
+        unfinished.rename(path)
+        sync(path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return len(columns["row"])
+
+
+def check_table(out: str | Path) -> Path:
+    """The path of a table that can be written. To be asked before a search, which may take long.
+
+    Raises
+    ------
+    UsageError
+        It is a URL, its suffix is not known, pyarrow is not there, or the file exists.
+    """
+    if "://" in str(out):
+        raise UsageError(f"{out}: tables go into a file on this machine")
+    path = Path(expanded(out))
+    if path.suffix.lower() not in (".tsv", ".parquet"):
+        raise UsageError(f"{out}: cannot tell the format; known are .tsv and .parquet")
+    if path.suffix.lower() == ".parquet":
+        require("pyarrow", ".parquet")
+    if path.exists():
+        raise UsageError(f"{path} exists; give another name, or remove it")
+    return path
+
+
+def _columns(found: Any) -> dict[str, list[Any]]:
+    score = "similarity" if "similarity" in found else "distance"
+    query, rank = np.nonzero(found.row.values >= 0)
+    return {
+        "query": found.query_id.values[query].tolist(),
+        "rank": (rank + 1).tolist(),
+        "neighbour": found.sequence_id.values[query, rank].tolist(),
+        "row": found.row.values[query, rank].tolist(),
+        # As short as gives the same number back.
+        score: list(found[score].values[query, rank]),
+        "length": found.length.values[query, rank].tolist(),
+    }
+
+
+def _write_tsv(columns: dict[str, list[Any]], file: IO[str]) -> None:
+    def shown(name: str) -> str:
+        return guarded(printable(name, len(name)) if file.isatty() else name)
+
+    names = {name: map(shown, columns[name]) for name in ("query", "neighbour")}
+    # Quotes are put around what would be taken for a tab, a line's end or a quote.
+    writer = csv.writer(file, delimiter="\t", lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*(columns | names).values(), strict=True))
+
+
+def _write_parquet(columns: dict[str, list[Any]], about: dict[str, Any], path: Path) -> None:
+    import pyarrow
+    from pyarrow import parquet
+
+    table = pyarrow.table(columns)
+    table = table.replace_schema_metadata({name: str(value) for name, value in about.items()})
+    # Not by its name, which pyarrow takes only in UTF-8.
+    with open(path, "wb") as file:
+        parquet.write_table(table, file)
