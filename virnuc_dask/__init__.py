@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
     from virnuc_dask.analysis.dataset import open_residues, open_store, verify
     from virnuc_dask.analysis.export import export
-    from virnuc_dask.analysis.reads import by_read
     from virnuc_dask.analysis.neighbours import nearest
+    from virnuc_dask.analysis.reads import by_read
     from virnuc_dask.config import RunConfig, Translation
     from virnuc_dask.coordinator import resume, run
     from virnuc_dask.embed import ChunkReport

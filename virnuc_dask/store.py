@@ -20,7 +20,7 @@ import numpy as np
 import zarr
 from numpy.typing import NDArray
 
-from virnuc_dask.config import FORMAT, Identity, ModelSpec
+from virnuc_dask.config import FORMAT, Identity, ModelSpec, Status
 from virnuc_dask.errors import NotAStoreError, StoreError, StoreReplacedError
 from virnuc_dask.files import Directory
 from virnuc_dask.objects import Bucket
@@ -423,6 +423,11 @@ def residue_slots(
     before = np.cumsum(encoded) - encoded
     shift = np.cumsum(sizes) - sizes - before[firsts]
     return before + np.repeat(shift, rows_per_chunk)[: len(encoded)], int(sizes.sum())
+
+
+def is_embedded(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Whether rows in these states have an embedding, shape (n,)."""
+    return np.asarray((status > Status.PENDING) & (status < Status.INVALID_RESIDUES))
 
 
 def can_create(path: str | Path) -> bool:

@@ -16,7 +16,7 @@ from xarray import Variable
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from virnuc_dask.config import Status
+from virnuc_dask.store import is_embedded
 
 
 class _Column(BackendArray):
@@ -69,11 +69,6 @@ def embedded(status: Variable) -> Variable:
     column = _lazily(status, np.bool_, is_embedded)
     column.attrs = {"long_name": "whether the row has an embedding"}
     return column
-
-
-def is_embedded(codes: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Whether rows in these states have an embedding."""
-    return (codes > Status.PENDING) & (codes < Status.INVALID_RESIDUES)
 
 
 def _as_objects(values: NDArray[Any]) -> NDArray[np.object_]:

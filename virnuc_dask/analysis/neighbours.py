@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from virnuc_dask.config import METRICS, Metric, Status
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.streams import printable
 
 # Rows of two stores can be compared if these are the same.
@@ -221,15 +221,11 @@ def _embedded_rows(store: Store) -> NDArray[np.int64]:
     def rows(chunk: int) -> NDArray[np.int64]:
         with _reading(store, f"status of chunk {chunk}"):
             status = store.read_status(chunk)
-        return np.flatnonzero(_is_embedded(status)) + np.int64(store.rows(chunk).start)
+        return np.flatnonzero(is_embedded(status)) + np.int64(store.rows(chunk).start)
 
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(rows, np.flatnonzero(store.present()).tolist()))
     return np.concatenate([np.zeros(0, np.int64), *parts])
-
-
-def _is_embedded(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    return np.asarray((status != Status.PENDING) & (status < Status.INVALID_RESIDUES))
 
 
 def _vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray[np.float32]:
@@ -451,7 +447,7 @@ def _blocks(store: Store, chunks: list[int]) -> Iterator[tuple[NDArray[np.int64]
     for chunk in chunks:
         with _reading(store, f"chunk {chunk}"):
             status, embedding = store.read_chunk(chunk)
-        rows = np.flatnonzero(_is_embedded(status))
+        rows = np.flatnonzero(is_embedded(status))
         for first in range(0, len(rows), step):
             part = rows[first : first + step]
             is_whole = part[-1] - part[0] == len(part) - 1
