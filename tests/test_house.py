@@ -34,6 +34,8 @@ ORDER = [
     "integrity",
     "analysis.columns",
     "analysis.dataset",
+    "analysis.formats",
+    "analysis.annotated",
     "analysis.export",
     "analysis.reads",
     "analysis.neighbours",
@@ -115,7 +117,7 @@ def test_imports_go_one_way(name: str) -> None:
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("zarr", {"files", "objects", "store", "ingest"}),
+        ("zarr", {"files", "objects", "store", "ingest", "analysis.annotated"}),
         ("obstore", {"objects"}),
         ("esm", {"upstream"}),
         ("safetensors", {"huggingface"}),

@@ -223,7 +223,7 @@ def verify(
             fork_workers()
             stack.enter_context(cleaning_up())
             client = stack.enter_context(connect(cluster, config=RunConfig(**tls)))
-        progress = None if as_json else _counting("checked")
+        progress = None if as_json else _counter("checked", "chunks")
         report = check(store, repair=repair, progress=progress, client=client)
     drift, code = None, report.exit_code
     if sample and not (report.bad or report.sequences):
@@ -268,15 +268,17 @@ def verify(
 @click.option(
     "--guard/--no-guard",
     default=True,
-    help="In CSV and TSV, an apostrophe before identifiers that a spreadsheet would compute.",
+    help="In CSV and TSV, an apostrophe before names that a spreadsheet would compute.",
     show_default=True,
 )
-def export(store: str, out: Path, partial: bool, guard: bool) -> None:
-    """Write STORE's rows into one file: OUT.csv, .tsv, .parquet, .npz or .h5."""
+@click.option("--matrix", is_flag=True, help="In HDF5, one matrix instead of a dataset a row.")
+@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+def export(store: str, out: Path, **options: bool) -> None:
+    """Write STORE's rows into OUT.csv, .tsv, .parquet, .npz, .h5, .h5ad, or .zarr (AnnData)."""
     from virnuc_dask.analysis.export import export as write
 
     with cleaning_up():
-        rows = write(store, out, partial=partial, guard=guard)
+        rows = write(store, out, progress=_counter("wrote", "rows"), **options)
     print(f"{rows:,} rows in {out}")
 
 
@@ -317,7 +319,7 @@ def nearest(
 
     if out:
         check_table(out)
-    progress = _counting("searched")
+    progress = _counter("searched", "chunks")
     ids = list(queries) or None
     found = search(store, ids, query_store=query_store, progress=progress, **options)
     if note := found.attrs.get("note"):
@@ -331,12 +333,12 @@ def nearest(
 # --- shared --------------------------------------------------------------------------------------
 
 
-def _counting(done_to: str) -> Callable[[int, int], None] | None:
-    """Show on a terminal how many chunks are done; elsewhere nothing."""
+def _counter(verb: str, noun: str) -> Callable[[int, int], None] | None:
+    """A line on a terminal that says how far something is."""
 
     def show(done: int, total: int) -> None:
         end = "\n" if done == total else ""
-        print(f"\r{done_to} {done:,} of {total:,} chunks", end=end, file=sys.stderr, flush=True)
+        print(f"\r{verb} {done:,} of {total:,} {noun}", end=end, file=sys.stderr, flush=True)
 
     return show if sys.stderr.isatty() else None
 

@@ -326,6 +326,31 @@ class Store:
         """Identifiers of a chunk's records."""
         return [str(name) for name in self.array("sequence_id")[self.rows(chunk)]]
 
+    def read_columns(self, rows: slice) -> dict[str, NDArray[Any]]:
+        """What is known of some rows beside their state and embedding, one array for each column.
+
+        ``sequence_id``, ``length``, ``description`` and ``source``, the input's name, if the store
+        has them, and of translated rows ``read_id``, the name of the read, and ``read``,
+        ``window``, ``frame``, ``start``. Text is in NumPy's StringDType.
+        """
+        names = ["sequence_id", "length", *HEADERS, *TRANSLATED]
+        names = [name for name in names if name in self.names]
+        columns = {name: self.array(name)[rows] for name in names if name != "read_id"}
+        if "source" in columns:
+            files = np.array(self.files, np.dtypes.StringDType())
+            columns["source"] = files[columns["source"]]
+        if self.identity.translation:
+            # There is one for each read, also for those without a row.
+            numbers, which = np.unique(columns["read"], return_inverse=True)
+            columns["read_id"] = self.array("read_id").oindex[numbers][which]
+        return {name: np.asarray(columns[name]) for name in names}
+
+    @property
+    def files(self) -> list[str]:
+        """Inputs that the numbers in `source` mean; none in a store that has no such array."""
+        names = self.array("source").attrs["files"] if "source" in self.names else []
+        return [str(name) for name in names]
+
     def remove_chunk(self, chunk: int) -> None:
         """Remove a chunk, so that it is computed again. The commit goes first."""
         self.check_place()

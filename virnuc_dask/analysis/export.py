@@ -1,64 +1,58 @@
-"""A store's rows for other programs: CSV, Parquet, NumPy or HDF5, one chunk in memory at a time."""
+"""A store's rows for other programs: one file, whole or not there."""
 
 from __future__ import annotations
 
-import json
-import zipfile
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Callable, Iterator
 from functools import partial as bind
-from importlib import import_module
 from pathlib import Path
-from typing import Any
 from uuid import uuid4
 
-import numpy as np
-from numpy.typing import NDArray
-
-from virnuc_dask import __version__
-from virnuc_dask.config import Status
+from virnuc_dask.analysis.annotated import is_annotated, write_h5ad, write_zarr
+from virnuc_dask.analysis.formats import (
+    Part,
+    Writer,
+    about,
+    read_parts,
+    require,
+    write_csv,
+    write_hdf5_matrix,
+    write_hdf5_rows,
+    write_npz,
+    write_parquet,
+)
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.files import expanded, sync
+from virnuc_dask.files import expanded, sync, sync_tree
 from virnuc_dask.integrity import check_sequences
-from virnuc_dask.store import ATTRIBUTE, TRANSLATED, Store
-from virnuc_dask.streams import Descriptor
+from virnuc_dask.store import Store
 
-# A cell that begins with one of these is a formula to a spreadsheet. See OWASP, "CSV injection".
-_FORMULA = ("=", "+", "-", "@", "\t", "\r")
 _COMPRESSED = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}
-# Arrays of text in NumPy give each row the room of the longest.
-_LONGEST_IN_NPZ = 1000
+_HDF5 = (".h5", ".hdf5")
+_DIRECTORY = ".zarr"
+Progress = Callable[[int, int], None]
 
 
-@dataclass(frozen=True, slots=True)
-class _Part:
-    """Rows of one chunk.
-
-    Attributes
-    ----------
-    first : int
-        Row number of the first.
-    columns : dict of str to list
-        All but the embedding.
-    has_embedding : ndarray, bool, shape (n,)
-    embedding : ndarray, shape (n, D)
-    """
-
-    first: int
-    columns: dict[str, list[Any]]
-    has_embedding: NDArray[np.bool_]
-    embedding: NDArray[np.floating[Any]]
-
-
-def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: bool = True) -> int:
+def export(
+    store: str | Path,
+    out: str | Path,
+    *,
+    partial: bool = False,
+    guard: bool = True,
+    matrix: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> int:
     """Write a store's rows, in their order, into one file.
 
-    Columns are `sequence_id`, `length`, `status`, of translated rows `read`, `window`, `frame` and
-    `start`, and the embedding. What they are, model, weights, layer, pooling, precision and
-    versions, is JSON text: in Parquet's schema and HDF5's root under ``virnuc_dask``, in NumPy's
-    archive an array of that name, and beside CSV and TSV a file, ``OUT.json``.
+    Columns are `sequence_id`, `length`, `status`, `description`, `source`, of translated rows
+    `read_id`, the name of the read, and `read`, `window`, `frame` and `start`, and the embedding,
+    in the precision of the store. What they are, model, weights, layer, pooling, precision and
+    versions, is JSON text: in Parquet's schema, HDF5's root and AnnData's `uns` under
+    ``virnuc_dask``, in NumPy's archive an array of that name, and beside CSV and TSV a file,
+    ``OUT.json``. Rows go through memory in parts of 16 MB of embeddings, or one chunk; AnnData
+    takes about 20 bytes more for each row of all.
 
     Parameters
     ----------
@@ -66,14 +60,26 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     out : path
         Its suffix says how. ``.csv`` and ``.tsv``, also with ``.gz``, ``.bz2``, ``.xz`` or
         ``.zst``: a line for each row and a column for each feature, empty without an embedding.
-        ``.parquet``: the embedding is one column of lists, null without. ``.npz``: an array for
-        each column, NaN without an embedding. ``.h5``: a dataset for each row with an embedding,
-        its other columns as attributes; it is named by the identifier, with ``_`` for a slash,
-        and ``#`` and the row's number behind it where that name is taken.
+        ``.parquet``: the embedding is one column of lists of fixed size, null without. ``.npz``:
+        an array for each column but `description`, NaN without an embedding. ``.h5``: a dataset for
+        each row with an embedding, its other columns as attributes, unless they are longer than 32
+        KiB; it is named by the identifier, with ``_`` for a slash, and ``#`` and the row's number
+        behind it where that name is taken. ``.h5ad``, and ``.zarr``, a directory in Zarr's format
+        3: AnnData with embeddings as `X`, NaN without, and all else as `obs`, whose index is the
+        identifiers, with ``#`` and the row's number behind those that were there before. anndata
+        reads the latter from 0.12 on.
     partial : bool
         Also of a store that is not complete.
     guard : bool
-        In CSV and TSV, put an apostrophe before an identifier that a spreadsheet would compute.
+        In CSV and TSV, put an apostrophe before a name that a spreadsheet would compute.
+    matrix : bool
+        In ``.h5``, a dataset for each column, such as `embedding`, shape (n, D), NaN without an
+        embedding, instead of one for each row.
+    force : bool
+        Replace `out`, and the file beside it, once the new one is whole: only a file, or for
+        ``.zarr`` a directory that is AnnData and nothing else.
+    progress : callable, optional
+        Called with the rows written and their total.
 
     Returns
     -------
@@ -84,18 +90,18 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
     ------
     UsageError
         The suffix is not known, the package for it is not there, `out` or the file beside it
-        exists, `out` is a URL, or an identifier is too long for NumPy.
+        exists or, with `force`, is nothing that may be replaced, `out` is a URL, `matrix` is not
+        for it, or an identifier is too long for NumPy.
     StoreError
         The store is not complete, or damaged.
     OSError
         `out` cannot be written.
     """
     opened, path = Store(store), Path(expanded(out))
-    write = _writer(str(out), guard)
+    write = _writer(str(out), guard=guard, matrix=matrix)
     beside = _beside(path)
-    for file in (path, beside):
-        if file and file.exists():
-            raise UsageError(f"{file} exists; give another name, or remove it")
+    targets = [path, beside] if beside else [path]
+    _check_free(targets, force=force)
     missing = int((~opened.present()).sum())
     if missing and not partial:
         raise StoreError(
@@ -106,34 +112,25 @@ def export(store: str | Path, out: str | Path, *, partial: bool = False, guard: 
         raise StoreError(f"{store}: {problem}; run again from the input, into another store")
     # Not with all of its name, which may be as long as a name can be.
     unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
-    about = unfinished.with_suffix(".json")
-    rubbish = {unfinished, about}
+    described = unfinished.with_suffix(".json")
     try:
-        rows = write(unfinished, opened, _read(opened))
+        rows = write(unfinished, opened, _counted(opened, progress))
         if beside:
-            about.write_text(_about(opened) + "\n")
-            sync(about)
+            described.write_text(about(opened) + "\n")
+            sync(described)
         # Its name is for what survives a power cut.
-        sync(unfinished)
-        if beside:
-            about.rename(beside)
-            rubbish.add(beside)
-        unfinished.rename(path)
-        rubbish.discard(beside or path)
-        sync(path.parent)
+        (sync_tree if unfinished.is_dir() else sync)(unfinished)
+        _check_free(targets, force=force)  # another may be there by now
+        _publish(unfinished, path, described, beside)
     except OSError as error:
-        if error.filename is not None and Path(error.filename) not in (unfinished, about):
+        file = error.filename and Path(error.filename)
+        if file and not {unfinished, described} & {file, *file.parents}:
             raise
         raise OSError(error.errno, error.strerror or str(error), str(path)) from error
     finally:
-        for file in rubbish:
-            file.unlink(missing_ok=True)
+        _remove(unfinished)
+        _remove(described)
     return rows
-
-
-def guarded(name: str) -> str:
-    """An identifier that no spreadsheet computes: an apostrophe is put before a formula."""
-    return "'" + name if name.startswith(_FORMULA) else name
 
 
 def _beside(path: Path) -> Path | None:
@@ -149,214 +146,80 @@ def _format(path: Path) -> tuple[str, str | None]:
     return "".join(suffixes[-2:-1] if compression else suffixes[-1:]), compression
 
 
-def _about(store: Store) -> str:
-    """What the rows of an export are, as JSON text."""
-    return json.dumps({**store.about(), "exported_by": f"virnuc_dask {__version__}"})
-
-
-_Writer = Callable[[Path, Store, Iterable[_Part]], int]
-
-
-def _writer(out: str, guard: bool) -> _Writer:
+def _writer(out: str, *, guard: bool, matrix: bool) -> Writer:
     if "://" in out:
         raise UsageError(f"{out}: exports go into a file on this machine")
     suffix, compression = _format(Path(out))
+    if matrix and suffix not in _HDF5:
+        raise UsageError(f"{out}: --matrix is for .h5")
     if suffix in _DELIMITERS:
         delimiter = _DELIMITERS[suffix]
-        return bind(_write_csv, delimiter=delimiter, compression=compression, guard=guard)
-    writers: dict[str, tuple[_Writer, str]] = {
-        ".npz": (_write_npz, "numpy"),
-        ".parquet": (_write_parquet, "pyarrow"),
-        ".h5": (_write_hdf5, "h5py"),
-        ".hdf5": (_write_hdf5, "h5py"),
+        return bind(write_csv, delimiter=delimiter, compression=compression, guard=guard)
+    hdf5 = write_hdf5_matrix if matrix else write_hdf5_rows
+    writers: dict[str, tuple[Writer, str]] = {
+        ".npz": (write_npz, "numpy"),
+        ".parquet": (write_parquet, "pyarrow"),
+        **dict.fromkeys(_HDF5, (hdf5, "h5py")),
+        ".h5ad": (write_h5ad, "h5py"),
+        _DIRECTORY: (write_zarr, "zarr"),
     }
     if suffix not in writers or compression:
         raise UsageError(
             f"{out}: cannot tell the format; known are .csv and .tsv (also .gz, .bz2, .xz, .zst),"
-            " .parquet, .npz, .h5"
+            " .parquet, .npz, .h5, .h5ad, .zarr"
         )
     writer, package = writers[suffix]
     require(package, suffix)
     return writer
 
 
-def require(package: str, suffix: str) -> None:
-    """Make sure that the package which writes a format is there.
+def _check_free(targets: list[Path], *, force: bool) -> None:
+    """Whether an export may be put somewhere. A link is never replaced, nor a store."""
+    for target in filter(os.path.lexists, targets):
+        if not force:
+            raise UsageError(f"{target} exists; give another name, or --force, which replaces it")
+        if _format(target)[0] == _DIRECTORY:
+            if not is_annotated(target):
+                raise UsageError(
+                    f"{target} is not replaced: it is no directory that is AnnData and nothing else"
+                )
+        elif target.is_symlink() or not target.is_file():
+            raise UsageError(f"{target} is not replaced: it is no file")
 
-    Raises
-    ------
-    UsageError
+
+def _counted(store: Store, progress: Progress | None) -> Iterator[Part]:
+    for part in read_parts(store):
+        yield part
+        if progress:
+            progress(part.first + len(part.codes), store.records)
+
+
+def _publish(unfinished: Path, path: Path, described: Path, beside: Path | None) -> None:
+    """Give an export its name, and remove what it replaces.
+
+    A file is replaced in one step. A directory cannot be, nor can a table together with the file
+    beside it: the old directory, or the old file beside, is set aside first.
     """
+    old = beside or path
+    is_aside = old.is_dir() or (beside is not None and beside.exists())
+    aside = unfinished.with_suffix(".old")
     try:
-        import_module(package)
-    except ImportError as error:
-        raise UsageError(
-            f"{suffix} needs {package} ({error}): pip install 'virnuc_dask[export]'"
-        ) from error
+        if is_aside:
+            old.rename(aside)
+        unfinished.rename(path)
+    except BaseException:
+        if os.path.lexists(aside):
+            aside.rename(old)
+        raise
+    if beside:
+        described.rename(beside)
+    sync(path.parent)
+    _remove(aside)
 
 
-def _read(store: Store) -> Iterator[_Part]:
-    try:
-        yield from _parts(store)
-    except OSError as error:
-        if error.filename is not None:
-            raise
-        raise StoreError(f"{store.path}: cannot be read: {error}") from error
-
-
-def _parts(store: Store) -> Iterator[_Part]:
-    present, lengths = store.present(), store.lengths()
-    origins = TRANSLATED[1:] if store.identity.translation else ()
-    for chunk in range(store.chunk_count):
-        rows = store.rows(chunk)
-        count = rows.stop - rows.start
-        if present[chunk]:
-            try:
-                codes, embedding = store.read_chunk(chunk)
-            except (ValueError, RuntimeError) as error:
-                raise StoreError(
-                    f"{store.path}: chunk {chunk} is damaged ({error}); `verify --repair` removes"
-                    " it, `resume` computes it again"
-                ) from error
-        else:
-            codes = np.full(count, Status.PENDING, np.uint8)
-            embedding = np.full((count, store.dimension), np.nan, store.array("embedding").dtype)
-        states = [Status(code) for code in codes.tolist()]
-        columns = {
-            "sequence_id": store.read_ids(chunk),
-            "length": lengths[rows].tolist(),
-            "status": [state.meaning for state in states],
-            **{name: np.asarray(store.array(name)[rows]).tolist() for name in origins},
-        }
-        done = [state != Status.PENDING and not state.quarantined for state in states]
-        yield _Part(rows.start, columns, np.array(done), embedding)
-
-
-def _write_csv(
-    path: Path,
-    store: Store,
-    parts: Iterable[_Part],
-    *,
-    delimiter: str,
-    compression: str | None,
-    guard: bool,
-) -> int:
-    from xopen import xopen
-
-    written = 0
-    # threads=0: no helper process, so that an error is raised here, with its number.
-    with xopen(path, "wt", newline="", format=compression, threads=0) as file:
-        for part in parts:
-            if not written:
-                features = (f"feature_{number}" for number in range(store.dimension))
-                file.write(delimiter.join([*part.columns, *features]) + "\n")
-            ids, *others = part.columns.values()
-            for row, name in enumerate(ids):
-                if guard:
-                    name = guarded(name)
-                # In quotes always: a spreadsheet may take another separator for its own.
-                cells = ['"' + name.replace('"', '""') + '"', *(str(o[row]) for o in others)]
-                # As short as gives the same number back, in the store's own precision.
-                values = part.embedding[row] if part.has_embedding[row] else [""] * store.dimension
-                file.write(delimiter.join([*cells, *map(str, values)]) + "\n")
-            written += len(ids)
-    return written
-
-
-def _write_parquet(path: Path, store: Store, parts: Iterable[_Part]) -> int:
-    import pyarrow
-    from pyarrow import parquet
-
-    written = 0
-    table = None
-    with ExitStack() as stack:
-        # Not by its name, which pyarrow takes only in UTF-8.
-        file = stack.enter_context(open(path, "wb"))
-        for part in parts:
-            lists = pyarrow.FixedSizeListArray.from_arrays(
-                pyarrow.array(part.embedding.ravel()),
-                store.dimension,
-                mask=pyarrow.array(~part.has_embedding),
-            )
-            rows = pyarrow.table({**part.columns, "embedding": lists})
-            rows = rows.replace_schema_metadata({ATTRIBUTE: _about(store)})
-            if table is None:
-                table = stack.enter_context(parquet.ParquetWriter(file, rows.schema))
-            table.write_table(rows)
-            written += rows.num_rows
-    return written
-
-
-def _write_npz(path: Path, store: Store, parts: Iterable[_Part]) -> int:
-    longest = max(len(name) for chunk in range(store.chunk_count) for name in store.read_ids(chunk))
-    if longest > _LONGEST_IN_NPZ:
-        raise UsageError(
-            f"an identifier of {longest:,} letters: NumPy would give each row as much room; export"
-            " to .parquet"
-        )
-    others: dict[str, list[NDArray[Any]]] = {}
-    with zipfile.ZipFile(path, "w") as archive:
-        shape = (store.records, store.dimension)
-        with _array_in(archive, "embedding", shape, store.array("embedding").dtype) as file:
-            for part in parts:
-                file.write(np.where(part.has_embedding[:, None], part.embedding, np.nan))
-                for name, values in part.columns.items():
-                    others.setdefault(name, []).append(np.array(values))
-        others[ATTRIBUTE] = [np.array(_about(store))]
-        for name, pieces in others.items():
-            # Text of fixed width, which takes no pickle to read.
-            whole = np.concatenate(pieces) if pieces[0].ndim else pieces[0]
-            with _array_in(archive, name, whole.shape, whole.dtype) as file:
-                file.write(whole)
-    return store.records
-
-
-@contextmanager
-def _array_in(
-    archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> Iterator[Any]:
-    """A file in an archive of arrays, after the header; the values are to follow."""
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
-        description = np.lib.format.dtype_to_descr(dtype)
-        np.lib.format.write_array_header_2_0(
-            file, {"descr": description, "fortran_order": False, "shape": shape}
-        )
-        yield file
-
-
-class _Sink(Descriptor):
-    """A file that HDF5 can always close: where it cannot, it crashes at the process's end."""
-
-    def truncate(self, size: int | None = None) -> int:
-        try:
-            return super().truncate(size)
-        except OSError as error:
-            self.error = self.error or error
-            return 0
-
-    def check(self) -> None:
-        if self.error:
-            raise self.error
-
-
-def _write_hdf5(path: Path, store: Store, parts: Iterable[_Part]) -> int:
-    import h5py
-
-    written = 0
-    with _Sink(path, "w+") as sink, h5py.File(sink, "w") as file:
-        file.attrs[ATTRIBUTE] = _about(store)
-        for part in parts:
-            for number in np.flatnonzero(part.has_embedding).tolist():
-                row = part.first + number
-                # A slash would make groups of it, and a lone dot is the group itself.
-                key = part.columns["sequence_id"][number].replace("/", "_")
-                while key in ("", ".") or key in file:
-                    key += f"#{row}"
-                dataset = file.create_dataset(key, data=part.embedding[number])
-                dataset.attrs["row"] = row
-                for name, values in part.columns.items():
-                    dataset.attrs[name] = values[number]
-                sink.check()
-                written += 1
-    sink.check()
-    return written
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        # An error here would hide the one that ended the export.
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from virnuc_dask.analysis.export import guarded, require
+from virnuc_dask.analysis.formats import guarded, require
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded, sync
 from virnuc_dask.streams import printable

@@ -1,0 +1,190 @@
+"""Rows of a store as AnnData, in HDF5 or in Zarr, written without anndata, part by part.
+
+The layout is that of https://anndata.readthedocs.io/en/stable/fileformat-prose.html.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.analysis.formats import (
+    Part,
+    about,
+    hdf5,
+    hdf5_dataset,
+    is_text,
+    put,
+    rows_per_part,
+)
+from virnuc_dask.config import Status
+from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
+
+# Makes an array of some name, shape and type in a group.
+_Create = Callable[[Any, str, tuple[int, ...], np.dtype[Any]], Any]
+_MAPPINGS = ("layers", "obsm", "obsp", "uns", "varm", "varp")
+# All that there may be at the top of one that is in Zarr, of format 2 or 3.
+_ENTRIES = {
+    *_MAPPINGS,
+    *("X", "obs", "var", "raw", "zarr.json", ".zattrs", ".zgroup", ".zmetadata"),
+}
+_TEXT = np.dtypes.StringDType()
+_INDEX = "_index"
+
+
+def write_h5ad(path: Path, store: Store, parts: Iterable[Part]) -> int:
+    """Write AnnData into an HDF5 file; see `export`."""
+    with hdf5(path) as (file, check):
+        return _write(file, hdf5_dataset, store, parts, check)
+
+
+def write_zarr(path: Path, store: Store, parts: Iterable[Part]) -> int:
+    """Write AnnData into a new directory, in Zarr's format 3; see `export`."""
+    import zarr
+    from zarr.codecs import Crc32cCodec, ZstdCodec
+    from zarr.storage import LocalStore
+
+    per_chunk = {1: rows_per_part(store), 2: store.identity.rows_per_chunk}
+
+    def create(group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+        chunks = (min(shape[0], per_chunk[len(shape)]), *shape[1:]) if shape else ()
+        return group.create_array(
+            name,
+            shape=shape,
+            chunks=chunks,
+            dtype="string" if is_text(dtype) else dtype,
+            compressors=(ZstdCodec(level=1), Crc32cCodec()),
+            # All chunks of an array in one folder, as in the store.
+            chunk_key_encoding={"name": "default", "separator": "."},
+        )
+
+    # Nothing is durable, and nothing need be, before it has its name.
+    root = zarr.create_group(LocalStore(path), zarr_format=3)
+    return _write(root, create, store, parts, lambda: None)
+
+
+def is_annotated(path: Path) -> bool:
+    """Whether a directory is an AnnData in Zarr, and holds nothing else."""
+    try:
+        if path.is_symlink() or not {entry.name for entry in path.iterdir()} <= _ENTRIES:
+            return False
+        newer, older = path / "zarr.json", path / ".zattrs"
+        attributes = (
+            json.loads(newer.read_bytes())["attributes"]
+            if newer.exists()
+            else json.loads(older.read_bytes())
+        )
+        return bool(attributes["encoding-type"] == "anndata")
+    except (OSError, ValueError, LookupError, TypeError):
+        return False
+
+
+def _write(
+    root: Any, create: _Create, store: Store, parts: Iterable[Part], check: Callable[[], None]
+) -> int:
+    rows = store.records
+    _mark(root, "anndata", "0.1.0")
+    for name in _MAPPINGS:
+        _mark(root.create_group(name), "dict", "0.1.0")
+    text = create(root["uns"], ATTRIBUTE, (), _TEXT)
+    text[()] = about(store)
+    _mark(text, "string")
+    features = np.array([f"feature_{number}" for number in range(store.dimension)], _TEXT)
+    put(_column(_table(root, "var", []), create, _INDEX, len(features), _TEXT), 0, features)
+
+    names = _Names(store)
+    # The categories are those that occur, and that is known at the end.
+    codes = np.empty(rows, np.uint8)
+    arrays: dict[str, Any] = {}
+    for part in parts:
+        columns = {_INDEX: names.unique(part), **part.columns}
+        del columns["status"]
+        if not part.first:
+            obs = _table(root, "obs", list(part.columns))
+            arrays = {n: _column(obs, create, n, rows, v.dtype) for n, v in columns.items()}
+            arrays["X"] = _column(root, create, "X", rows, part.embedding.dtype, store.dimension)
+        for name, values in {**columns, "X": part.embedding}.items():
+            put(arrays[name], part.first, values)
+        codes[part.first : part.first + len(part.codes)] = part.codes
+        check()
+    _write_states(obs, create, codes)
+    return rows
+
+
+def _write_states(obs: Any, create: _Create, codes: NDArray[np.uint8]) -> None:
+    """The column `status`, as numbers into a list of those states that occur."""
+    known = np.unique(codes)
+    status = obs.create_group("status")
+    _mark(status, "categorical")
+    status.attrs["ordered"] = False
+    meanings = np.array([Status(code).meaning for code in known.tolist()], _TEXT)
+    put(_column(status, create, "categories", len(known), _TEXT), 0, meanings)
+    numbers = _column(status, create, "codes", len(codes), np.dtype(np.int8))
+    put(numbers, 0, np.searchsorted(known, codes).astype(np.int8))
+
+
+def _table(root: Any, name: str, columns: list[str]) -> Any:
+    table = root.create_group(name)
+    _mark(table, "dataframe")
+    table.attrs[_INDEX] = _INDEX
+    table.attrs["column-order"] = columns
+    return table
+
+
+def _column(
+    group: Any, create: _Create, name: str, rows: int, dtype: np.dtype[Any], *others: int
+) -> Any:
+    array = create(group, name, (rows, *others), dtype)
+    _mark(array, "string-array" if is_text(dtype) else "array")
+    return array
+
+
+def _mark(node: Any, kind: str, version: str = "0.2.0") -> None:
+    node.attrs["encoding-type"] = kind
+    node.attrs["encoding-version"] = version
+
+
+class _Names:
+    """Identifiers as an index, in which no two are alike.
+
+    The first of several keeps its name; others get ``#`` and the row's number, again where that
+    name is taken. What is kept of a row is a hash of 8 bytes: two names of the same hash are taken
+    for alike, which costs one of them only its plain name.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._hashes = np.empty(store.records, np.int64)
+        for start in range(0, store.records, SEQUENCES_PER_CHUNK):
+            rows = slice(start, min(start + SEQUENCES_PER_CHUNK, store.records))
+            self._hashes[rows] = _hashes(store.array("sequence_id")[rows])
+        self._hashes.sort()
+        repeated = self._hashes[1:][self._hashes[1:] == self._hashes[:-1]]
+        self._repeated: NDArray[np.int64] = np.unique(repeated)
+        self._is_used = np.zeros(len(self._repeated), np.bool_)
+
+    def unique(self, part: Part) -> NDArray[Any]:
+        """An index of a part's rows; parts are to come in their order."""
+        names = part.columns["sequence_id"].copy()
+        hashes = _hashes(names)
+        for number in np.flatnonzero(np.isin(hashes, self._repeated)).tolist():
+            which = np.searchsorted(self._repeated, hashes[number])
+            if self._is_used[which]:
+                names[number] = self._renamed(str(names[number]), part.first + number)
+            self._is_used[which] = True
+        return names
+
+    def _renamed(self, name: str, row: int) -> str:
+        while True:
+            name += f"#{row}"
+            place = np.searchsorted(self._hashes, hash(name))
+            if place == len(self._hashes) or self._hashes[place] != hash(name):
+                return name
+
+
+def _hashes(names: NDArray[Any]) -> NDArray[np.int64]:
+    return np.fromiter(map(hash, names.tolist()), np.int64, len(names))
