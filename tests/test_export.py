@@ -35,6 +35,9 @@ from virnuc_dask.store import Store
 
 PEPTIDE = "MKTAYIAKQRQISFVKSHFSRQ"
 
+# Columns before the embedding.
+HEAD = ["sequence_id", "length", "status", "description", "source"]
+
 
 @pytest.fixture
 def store(tmp_path: Path, client: Any) -> Store:
@@ -68,13 +71,13 @@ def test_csv_holds_every_row_exactly(name: str, store: Store, tmp_path: Path) ->
     ids, lengths, states, embedding = contents(store)
     assert virnuc_dask.export(store.path, tmp_path / name, guard=False) == len(ids) == 21
     head, rows = read_csv(tmp_path / name, "\t" if "tsv" in name else ",")
-    assert head[:5] == ["sequence_id", "length", "status", "feature_0", "feature_1"]
+    assert head[:7] == [*HEAD, "feature_0", "feature_1"]
     assert [row[0] for row in rows] == ids
     assert [int(row[1]) for row in rows] == lengths
     assert [row[2] for row in rows] == states
     assert rows[3][:3] == ["bad", "4", "invalid_residues"]
-    assert not any(rows[3][3:])
-    found = np.array([[float(cell or "nan") for cell in row[3:]] for row in rows], np.float32)
+    assert not any(rows[3][5:])
+    found = np.array([[float(cell or "nan") for cell in row[5:]] for row in rows], np.float32)
     assert np.array_equal(found, embedding, equal_nan=True)
 
 
@@ -114,7 +117,9 @@ def test_npz(store: Store, tmp_path: Path) -> None:
     ids, lengths, states, embedding = contents(store)
     virnuc_dask.export(store.path, tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as file:
-        assert sorted(file) == ["embedding", "length", "sequence_id", "status", "virnuc_dask"]
+        # A description as wide as the longest in every row would be larger than the embeddings.
+        assert sorted(file) == sorted([*HEAD[:3], "source", "embedding", "virnuc_dask"])
+        assert file["source"].tolist() == virnuc_dask.open_store(store.path).source.values.tolist()
         assert file["sequence_id"].tolist() == ids
         assert file["length"].tolist() == lengths
         assert file["status"].tolist() == states
@@ -143,7 +148,7 @@ def test_hdf5_as_one_matrix(store: Store, tmp_path: Path) -> None:
     ids, lengths, states, embedding = contents(store)
     assert virnuc_dask.export(store.path, tmp_path / "out.h5", matrix=True) == 21
     with h5py.File(tmp_path / "out.h5") as file:
-        assert sorted(file) == ["embedding", "length", "sequence_id", "status"]
+        assert sorted(file) == sorted([*HEAD, "embedding"])
         assert file["sequence_id"].asstr()[:].tolist() == ids
         assert file["length"][:].tolist() == lengths
         assert file["status"].asstr()[:].tolist() == states
@@ -176,7 +181,7 @@ def test_anndata(name: str, dtype: str, make_store: Maker, tmp_path: Path) -> No
     assert data.X.dtype == dtype
     assert np.array_equal(data.X, embedding, equal_nan=True)
     assert np.isnan(data.X[[2, 4, 5, 6, 7]]).all()
-    assert list(data.obs.columns) == ["sequence_id", "length", "status"]
+    assert list(data.obs.columns) == HEAD
     assert list(data.obs.sequence_id) == ids == names
     assert list(data.obs.length) == lengths
     assert list(data.obs.status) == states
@@ -202,6 +207,25 @@ def test_anndata_is_read_row_by_row_from_the_file(store: Store, tmp_path: Path) 
         data.file.close()
 
 
+def test_descriptions_and_sources_go_along_however_long(tmp_path: Path, make_store: Maker) -> None:
+    source = tmp_path / "in, put.faa"
+    texts = ['=of "one"\tand two', "", "x" * 100_000]
+    source.write_text("".join(f">{n} {text}\n{PEPTIDE}\n" for n, text in enumerate(texts)))
+    store = make_store(source, "long.zarr")
+    for name in ("out.csv", "out.parquet", "rows.h5", "out.h5ad", "out.npz"):
+        virnuc_dask.export(store.path, tmp_path / name)
+    csv.field_size_limit(sys.maxsize)
+    _, rows = read_csv(tmp_path / "out.csv")
+    assert [row[3] for row in rows] == [f"'{texts[0]}", *texts[1:]]
+    assert {row[4] for row in rows} == {str(source)}
+    assert parquet.read_table(tmp_path / "out.parquet")["description"].to_pylist() == texts
+    assert list(anndata.read_h5ad(tmp_path / "out.h5ad").obs.description) == texts
+    with h5py.File(tmp_path / "rows.h5") as file:
+        found = [file[str(n)].attrs.get("description") for n in range(3)]
+        assert found == [*texts[:2], None]  # attributes hold 64 KiB
+        assert file["2"].attrs["source"] == str(source)
+
+
 # As a reader of each format sees them; the embedding is empty where there is none.
 Row = tuple[str, int, str, tuple[float, ...]]
 
@@ -213,7 +237,7 @@ def read_rows(path: Path, store: Store) -> list[Row]:
         _, cells = read_csv(path)
         heads = ("sequence_id", "length", "status")
         columns = {name: [row[number] for row in cells] for number, name in enumerate(heads)}
-        values = [[float(cell) for cell in row[3:] if cell] for row in cells]
+        values = [[float(cell) for cell in row[5:] if cell] for row in cells]
     elif path.suffix == ".parquet":
         columns = parquet.read_table(path).to_pydict()
         values = [value or [] for value in columns["embedding"]]
@@ -307,7 +331,7 @@ def test_a_store_in_float16(make_store: Maker, awkward: Path, client: Any, tmp_p
     assert [item is not None for item in lists] == good.tolist()
     assert np.array_equal(np.array([item for item in lists if item], np.float16), embedding[good])
     _, rows = read_csv(tmp_path / "out.csv")
-    found = np.array([[float(cell or "nan") for cell in row[3:]] for row in rows], np.float16)
+    found = np.array([[float(cell or "nan") for cell in row[5:]] for row in rows], np.float16)
     assert np.array_equal(found, embedding, equal_nan=True)
 
 
@@ -318,7 +342,7 @@ def test_translated_rows_say_where_they_are_from(tmp_path: Path, client: Any) ->
     file.write_bytes(b"".join(reads.splitlines(keepends=True)[:80]))
     virnuc_dask.run(file, path, model="demo", translation=Translation(), client=client)
     data = virnuc_dask.open_store(path).load()
-    head = ["sequence_id", "length", "status", "read_id", "read", "window", "frame", "start"]
+    head = [*HEAD, "read_id", "read", "window", "frame", "start"]
     for name in ("out.csv", "out.parquet", "out.npz", "out.h5", "out.h5ad", "out.zarr"):
         assert virnuc_dask.export(path, tmp_path / name) == len(data.read) > 20
     virnuc_dask.export(path, tmp_path / "matrix.h5", matrix=True)
@@ -328,20 +352,21 @@ def test_translated_rows_say_where_they_are_from(tmp_path: Path, client: Any) ->
     assert set(names) < set(data.read_id.values)
     found, rows = read_csv(tmp_path / "out.csv")
     table = parquet.read_table(tmp_path / "out.parquet")
-    assert found[:9] == [*head, "feature_0"]
+    assert found[:11] == [*head, "feature_0"]
     assert table.column_names == [*head, "embedding"]
     with (
         np.load(tmp_path / "out.npz", allow_pickle=False) as arrays,
         h5py.File(tmp_path / "out.h5") as sets,
         h5py.File(tmp_path / "matrix.h5") as matrix,
     ):
-        assert sorted(arrays) == sorted([*head, "embedding", "virnuc_dask"])
+        assert sorted(arrays) == sorted({*head, "embedding", "virnuc_dask"} - {"description"})
         assert sorted(matrix) == sorted([*head, "embedding"])
         for number, name in enumerate(head[3:], 3):
             expected = names if name == "read_id" else data[name].values.tolist()
             assert [row[number] for row in rows] == list(map(str, expected))
-            assert table[name].to_pylist() == arrays[name].tolist() == expected
-            text = matrix[name].asstr() if name == "read_id" else matrix[name]
+            assert table[name].to_pylist() == expected
+            assert name == "description" or arrays[name].tolist() == expected
+            text = matrix[name].asstr() if matrix[name].dtype == object else matrix[name]
             assert text[:].tolist() == expected
             for other in ("out.h5ad", "out.zarr"):
                 assert list(read_anndata(tmp_path / other).obs[name]) == expected
