@@ -33,9 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from virnuc_dask.config import FORMAT, Identity, Status
-from virnuc_dask.ingest import Ingest
-from virnuc_dask.residues import ALPHABET_POLICY, Block
+from benchmarks.stores import random_store, row_name
 from virnuc_dask.store import Store
 
 K = 10
@@ -61,7 +59,9 @@ def main() -> None:
     turns: dict[str, list[Turn]] = {way: [] for way in ways}
     with tempfile.TemporaryDirectory() as folder:
         store = Path(folder, "random.zarr")
-        make(store, arguments.rows, arguments.dimension, arguments.rows_per_chunk)
+        random_store(
+            store, arguments.rows, arguments.dimension, rows_per_chunk=arguments.rows_per_chunk
+        )
         for _ in range(arguments.repeats):
             for way in ways:
                 turns[way].append(in_a_process(way, store, arguments.queries))
@@ -90,43 +90,8 @@ def main() -> None:
             print(f"\n{kind or 'not centred'}: the same neighbours in {same:.4%} of the places")
 
 
-def make(path: Path, rows: int, dimension: int, rows_per_chunk: int) -> None:
-    """A store of random vectors, complete; its sequences are one letter each."""
-    chosen = np.random.default_rng(1)
-    with Ingest(path) as ingest:
-        for first in range(0, rows, 65_536):
-            count = min(65_536, rows - first)
-            ids = [f"r{number}" for number in range(first, first + count)]
-            letters = np.full(count, ord("A"), np.uint8)
-            ingest.append(Block(ids, np.ones(count, np.int32), letters))
-        identity = Identity(
-            format=FORMAT,
-            input_sha256="none",
-            records=rows,
-            weights_sha256="none",
-            repr_layer=33,
-            pooling="mean",
-            precision="float32",
-            dtype="float16",
-            alphabet=ALPHABET_POLICY,
-            max_residues=1022,
-            long="truncate",
-            rows_per_chunk=rows_per_chunk,
-            per_residue=False,
-        )
-        ingest.commit(identity, dimension, {}, {})
-    store = Store(path)
-    common = chosen.standard_normal(dimension, np.float32)
-    for chunk in range(store.chunk_count):
-        span = store.rows(chunk)
-        values = chosen.standard_normal((span.stop - span.start, dimension), np.float32)
-        values += common
-        status = np.full(len(values), Status.EMBEDDED, np.uint8)
-        store.write_chunk(chunk, status, values.astype(np.float16))
-
-
 def in_a_process(way: str, store: Path, queries: int) -> Turn:
-    """One measurement. The plain loop gets one thread, as the issue had it."""
+    """One measurement. The plain loop gets one thread."""
     command = [sys.executable, "-m", "benchmarks.nearest", "--queries", str(queries)]
     threads = {"OPENBLAS_NUM_THREADS": "1"} if "plain" in way else {}
     text = subprocess.check_output(
@@ -215,12 +180,12 @@ def ours(path: Path, queries: int, *, centre: bool) -> Turn:
     """The package's own search, twice in one process."""
     from virnuc_dask import nearest
 
-    ids = [f"r{row}" for row in query_rows(Store(path), queries)]
+    ids = [row_name(row) for row in query_rows(Store(path), queries)]
     import_module("xarray")
     clock = Clock()
-    for name in ("first", "second"):
+    for turn in ("first", "second"):
         found = nearest(path, ids, k=K, centre=centre)
-        clock.lap(name)
+        clock.lap(turn)
     return clock.turn(found.row.values)
 
 

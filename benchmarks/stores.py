@@ -16,6 +16,11 @@ RESIDUES = 30
 _BLOCK = 65_536
 
 
+def row_name(row: int) -> str:
+    """Identifier of a row."""
+    return f"tr|A{row:08d}|A{row:08d}_9VIRU"
+
+
 def random_store(
     path: Path,
     rows: int,
@@ -49,7 +54,7 @@ def random_store(
             reads += len(origin.read_ids) if origin else 0
             ingest.append(
                 Block(
-                    [f"tr|A{row:08d}|A{row:08d}_9VIRU" for row in range(first, first + count)],
+                    list(map(row_name, range(first, first + count))),
                     np.full(count, RESIDUES, np.int32),
                     np.full(RESIDUES * count, ord("A"), np.uint8),
                     origin,
