@@ -131,6 +131,10 @@ def test_what_a_run_has_added_since_is_seen(make_store: Maker) -> None:
         1, np.full(count, Status.EMBEDDED, np.uint8), np.ones((count, store.dimension), np.float32)
     )
     assert np.flatnonzero(data.embedded).tolist() == list(range(rows.start, rows.stop))
+    # The states of a chunk are there before its embeddings are.
+    (store.path / "status" / "c.3").write_bytes((store.path / "status" / "c.1").read_bytes())
+    assert data.status[store.rows(3)].values.all()
+    assert np.flatnonzero(data.embedded).tolist() == list(range(rows.start, rows.stop))
     assert data.embedding[data.embedded].values.sum() == count * store.dimension
 
 

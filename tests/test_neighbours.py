@@ -20,7 +20,7 @@ from test_security import NAMES
 import virnuc_dask
 from virnuc_dask.analysis import neighbours
 from virnuc_dask.analysis.tables import write_table
-from virnuc_dask.config import Status
+from virnuc_dask.config import RANDOM_WEIGHTS, Status
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.store import Store
 
@@ -295,9 +295,10 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     ids = all_rows(store)[0]
     found = virnuc_dask.nearest(store.path, [ids[7], ids[3]], k=3)
     done = cli("nearest", store.path, "--query", ids[7], "--query", ids[3], "--k", 3)
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, f"comment: {RANDOM_WEIGHTS}\n")
     head, *lines = done.stdout.splitlines()
-    assert head == "query\trank\tneighbour\trow\tsimilarity\tlength"
+    descriptions = virnuc_dask.open_store(store.path).description.values
+    assert head == "query\trank\tneighbour\trow\tsimilarity\tlength\tdescription"
     assert len(lines) == 6
     for number, line in enumerate(read_tsv(done.stdout)):
         query, rank = divmod(number, 3)
@@ -307,6 +308,7 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
         assert int(line["row"]) == found.row.values[query, rank]
         assert np.float32(line["similarity"]) == found.similarity.values[query, rank]
         assert int(line["length"]) == store.lengths()[int(line["row"])]
+        assert line["description"] == descriptions[int(line["row"])] != ""
     other = make_store(awkward, "other.zarr")
     command = ["nearest", store.path, "--query-store", other.path, "--k", 2]
     done = cli(*command, "--metric", "euclidean", "--no-centre", "--out", "out.tsv")
@@ -329,7 +331,7 @@ def test_parquet(store: Store, tmp_path: Path) -> None:
     found = virnuc_dask.nearest(store.path, ids[:5], k=4)
     assert write_table(found, tmp_path / "out.parquet") == 20
     table = parquet.read_table(tmp_path / "out.parquet")
-    names = ["query", "rank", "neighbour", "row", "similarity", "length"]
+    names = ["query", "rank", "neighbour", "row", "similarity", "length", "description"]
     assert table.column_names == names
     assert table["query"].to_pylist() == [name for name in ids[:5] for _ in range(4)]
     assert table["rank"].to_pylist() == [1, 2, 3, 4] * 5

@@ -98,11 +98,18 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
         if len(first.computed()) == 5:
             # Held on the way. Opened lazily meanwhile, it shows what is done.
             os.killpg(first.process.pid, signal.SIGSTOP)
-            data = virnuc_dask.open_store(url).embedding.values
+            opened = virnuc_dask.open_store(url)
+            data = opened.embedding.values
             there = np.isfinite(data).all(axis=1)
             assert 5 * 8 <= there.sum() < reference.records
-            expected = virnuc_dask.open_store(reference.path).embedding.values
-            assert np.array_equal(data[there], expected[there])
+            expected = virnuc_dask.open_store(reference.path)
+            assert np.array_equal(data[there], expected.embedding.values[there])
+            assert np.array_equal(opened.embedded, there)
+            assert opened.embedding[opened.embedded].shape == (there.sum(), data.shape[1])
+            assert opened.description.values.tolist() == expected.description.values.tolist()
+            query = str(opened.sequence_id[np.flatnonzero(there)[0]].values)
+            found = virnuc_dask.nearest(url, query, k=3)
+            assert there[found.row.values].all()
             break
     first.process.send_signal(signal.SIGKILL)
     os.killpg(first.process.pid, signal.SIGCONT)

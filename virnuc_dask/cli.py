@@ -312,7 +312,7 @@ def nearest(
 ) -> None:
     """Find the rows of STORE whose embeddings are nearest to those of each query.
 
-    A line for each neighbour: query, rank, neighbour, row, similarity, length.
+    A line for each neighbour: query, rank, neighbour, row, similarity, length, description.
     """
     from virnuc_dask.analysis.neighbours import nearest as search
     from virnuc_dask.analysis.tables import check_table, write_table
@@ -322,8 +322,9 @@ def nearest(
     progress = _counter("searched", "chunks")
     ids = list(queries) or None
     found = search(store, ids, query_store=query_store, progress=progress, **options)
-    if note := found.attrs.get("note"):
-        print(f"note: {note}", file=sys.stderr)
+    for name in ("note", "comment"):
+        if name in found.attrs:
+            print(f"{name}: {found.attrs[name]}", file=sys.stderr)
     with cleaning_up():
         lines = write_table(found, out or sys.stdout)
     if out:

@@ -16,7 +16,7 @@ from xarray import Variable
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from virnuc_dask.store import is_embedded
+from virnuc_dask.store import Store, is_embedded
 
 
 class _Column(BackendArray):
@@ -46,6 +46,25 @@ class _Column(BackendArray):
         return self._change(np.asarray(self._variable[key].values))
 
 
+class _Embedded(_Column):
+    """Whether rows have an embedding: by their state, once their chunk is done.
+
+    A chunk's states are written before its embeddings are.
+    """
+
+    def __init__(self, status: Variable, location: str) -> None:
+        super().__init__(status, np.bool_, is_embedded)
+        self._location = location
+
+    def _read(self, key: tuple[Any, ...]) -> NDArray[np.bool_]:
+        store = Store(self._location)
+        # Before the states are read: what is done stays so.
+        present = store.present()
+        rows = np.arange(store.records)[key]
+        is_done = present[rows // store.identity.rows_per_chunk]
+        return np.asarray(super()._read(key) & is_done)
+
+
 def _lazily(
     variable: Variable, dtype: Any, change: Callable[[NDArray[Any]], NDArray[Any]]
 ) -> Variable:
@@ -64,11 +83,10 @@ def named(variable: Variable, names: Sequence[str]) -> Variable:
     return _lazily(variable, object, partial(_look_up, np.array([*names, ""], object)))
 
 
-def embedded(status: Variable) -> Variable:
-    """Whether a row has an embedding."""
-    column = _lazily(status, np.bool_, is_embedded)
-    column.attrs = {"long_name": "whether the row has an embedding"}
-    return column
+def embedded(status: Variable, location: str) -> Variable:
+    """Whether a row of the store at a location has an embedding."""
+    data = indexing.LazilyIndexedArray(_Embedded(status, location))
+    return Variable(status.dims, data, {"long_name": "whether the row has an embedding"})
 
 
 def _as_objects(values: NDArray[Any]) -> NDArray[np.object_]:

@@ -63,13 +63,14 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
     from virnuc_dask.analysis import columns
 
     # xarray would say of anything at all that it holds no group.
-    source: Any = Store(store).place.for_xarray
+    place = Store(store).place
+    source: Any = place.for_xarray
     data = xarray.open_dataset(source, cache=False, engine="zarr", consolidated=False)
     known: dict[str, Any] = {}
     for name in filter(data.coords.__contains__, _COORDINATES):
         variable = data[name].variable
         if name == "status":
-            known |= {name: variable, "embedded": columns.embedded(variable)}
+            known |= {name: variable, "embedded": columns.embedded(variable, place.location)}
         elif name == "source":
             known[name] = columns.named(variable, variable.attrs.pop("files", []))
         else:

@@ -24,6 +24,7 @@ from virnuc_dask.streams import printable
 # Rows of two stores can be compared if these are the same.
 _COMPARABLE = ("weights_sha256", "repr_layer", "pooling", "precision")
 _LENGTH_FACTOR = 3
+_TEXTS = ("sequence_id", "description")
 # Values of rows that are multiplied at once: 2 MiB in float32 stay in a core's cache.
 _VALUES_PER_BLOCK = 2**19
 _ROWS_PER_TASK = 4096
@@ -90,11 +91,12 @@ def nearest(
     -------
     xarray.Dataset
         Dimensions ``query`` and ``neighbour``, nearest first; of equally near rows, those with
-        lower numbers. ``row`` (int64), ``sequence_id`` (str), ``length`` (int32, residues) and
-        ``similarity`` (float32, from -1 to 1) or, for euclidean, ``distance`` (float32). Where
-        there are fewer than k: row -1, an empty identifier, length -1, NaN. Coordinates:
-        ``query_row`` (int64) and ``query_id``; of vectors, -1 and empty. The attribute ``note``,
-        if there is one, is a reason to doubt the result.
+        lower numbers. ``row`` (int64), ``sequence_id`` and ``description`` (str; the latter if the
+        store has it), ``length`` (int32, residues) and ``similarity`` (float32, from -1 to 1) or,
+        for euclidean, ``distance`` (float32). Where there are fewer than k: row -1, empty texts,
+        length -1, NaN. Coordinates: ``query_row`` (int64) and ``query_id``; of vectors, -1 and
+        empty. The attributes ``note`` and ``comment``, if they are there, are reasons to doubt the
+        result.
 
     Raises
     ------
@@ -580,11 +582,12 @@ def _dataset(
     import xarray
 
     dims = ("query", "neighbour")
+    texts = [text for text in _TEXTS if text in searched.names]
     name, values = ("similarity", scores) if metric == "cosine" else ("distance", -scores)
     data = xarray.Dataset(
         {
             "row": (dims, neighbours),
-            "sequence_id": (dims, _taken(searched, "sequence_id", neighbours)),
+            **{text: (dims, _taken(searched, text, neighbours)) for text in texts},
             "length": (dims, _taken(searched, "length", neighbours), {"units": "residues"}),
             name: (dims, values),
         },
@@ -597,6 +600,7 @@ def _dataset(
             "centred": int(centre),
             "store": str(searched.path),
             "query_store": str(source.path),
+            **searched.model.comment(),
             ATTRIBUTE: json.dumps(searched.about()),
         },
     )
@@ -611,7 +615,7 @@ def _taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
     is_none = unique < 0
     with _reading(store, f"`{name}`"):
         values = np.asarray(store.array(name).oindex[unique[~is_none]])
-    text = name == "sequence_id"
+    text = name in _TEXTS
     found = np.full(len(unique), "" if text else -1, object if text else values.dtype)
     found[~is_none] = values.tolist() if text else values
     return found[where.reshape(rows.shape)]

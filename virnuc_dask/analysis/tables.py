@@ -19,8 +19,8 @@ def write_table(found: Any, out: str | Path | IO[str]) -> int:
     """Write neighbours as a table, one in a line.
 
     The columns are ``query``, ``rank`` from 1, ``neighbour``, ``row``, ``similarity`` or
-    ``distance``, and ``length``, the neighbour's residues. Where a query has fewer neighbours than
-    were asked for, it has fewer lines.
+    ``distance``, and the neighbour's ``length`` in residues and ``description``. Where a query has
+    fewer neighbours than were asked for, it has fewer lines.
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def check_table(out: str | Path) -> Path:
 def _columns(found: Any) -> dict[str, list[Any]]:
     score = "similarity" if "similarity" in found else "distance"
     query, rank = np.nonzero(found.row.values >= 0)
-    return {
+    columns = {
         "query": found.query_id.values[query].tolist(),
         "rank": (rank + 1).tolist(),
         "neighbour": found.sequence_id.values[query, rank].tolist(),
@@ -99,13 +99,17 @@ def _columns(found: Any) -> dict[str, list[Any]]:
         score: list(found[score].values[query, rank]),
         "length": found.length.values[query, rank].tolist(),
     }
+    if "description" in found:
+        columns["description"] = found.description.values[query, rank].tolist()
+    return columns
 
 
 def _write_tsv(columns: dict[str, list[Any]], file: IO[str]) -> None:
     def shown(name: str) -> str:
         return guarded(printable(name, len(name)) if file.isatty() else name)
 
-    names = {name: map(shown, columns[name]) for name in ("query", "neighbour")}
+    texts = ("query", "neighbour", "description")
+    names = {name: map(shown, columns[name]) for name in texts if name in columns}
     # Quotes are put around what would be taken for a tab, a line's end or a quote.
     writer = csv.writer(file, delimiter="\t", lineterminator="\n")
     writer.writerow(columns)
