@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -107,6 +108,17 @@ def test_masks_work_and_leave_embeddings_lazy(awkward: Path, make_store: Maker) 
     assert data.embedded[[4, 1]].values.tolist() == good[[4, 1]].tolist()
 
 
+def test_a_files_name_need_not_be_text(tmp_path: Path, make_store: Maker) -> None:
+    source = tmp_path / os.fsdecode(b"caf\xe9.faa")
+    source.write_text(">a\nMKT\n")
+    store = make_store(source)
+    shown = str(tmp_path / "caf\xe9.faa")
+    assert virnuc_dask.open_store(store.path).source.values.tolist() == [shown]
+    for name in ("out.csv", "out.parquet", "out.npz", "out.h5", "out.h5ad"):
+        virnuc_dask.export(store.path, tmp_path / name)
+    assert shown in (tmp_path / "out.csv").read_text()
+
+
 def test_a_row_is_found_by_its_identifier(make_store: Maker) -> None:
     data = virnuc_dask.open_store(make_store(VIRAL_PROTEINS).path)
     indexed = data.set_xindex("sequence_id")
@@ -165,8 +177,13 @@ def test_a_store_from_before_there_were_headers_is_opened(make_store: Maker) -> 
     assert list(data.coords) == ["sequence_id", "length", "status", "embedded"]
     report = virnuc_dask.verify(store.path)
     assert (report.sequences, report.leftovers) == (None, [])
+    for name in ("old.csv", "old.npz", "old.h5ad"):
+        assert virnuc_dask.export(store.path, store.path.with_name(name), partial=True) == 300
     assert virnuc_dask.resume(store.path, cluster="local", workers=1).exit_code == 0
     assert data.embedded.values.all()
+    found = virnuc_dask.nearest(store.path, data.sequence_id[:2])
+    assert "description" not in found
+    assert found.sizes == {"query": 2, "neighbour": 10}
 
 
 @pytest.mark.parametrize("name", HEADERS)

@@ -27,6 +27,7 @@ from test_security import NAMES
 from xopen import xopen
 
 import virnuc_dask
+from virnuc_dask.analysis import formats
 from virnuc_dask.analysis.formats import rows_per_part
 from virnuc_dask.config import RANDOM_WEIGHTS, Settings, Status, Translation
 from virnuc_dask.errors import StoreError, UsageError
@@ -205,6 +206,42 @@ def test_anndata_is_read_row_by_row_from_the_file(store: Store, tmp_path: Path) 
         assert np.array_equal(data[5:9].X, embedding[5:9])
     finally:
         data.file.close()
+
+
+def test_what_goes_while_it_is_exported_is_missed(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(formats, "_PART_BYTES", 1)  # one chunk in a part
+    last = store.chunk_count - 1
+
+    def remove(_done: int, _total: int) -> None:
+        store.remove_chunk(last)
+
+    assert last > 0
+    for name in ("out.csv", "out.parquet", "out.npz"):
+        status, embedding = store.read_chunk(last)
+        with pytest.raises(StoreError, match=f"chunk {last} is gone or damaged"):
+            virnuc_dask.export(store.path, tmp_path / name, progress=remove)
+        assert not (tmp_path / name).exists()
+        store.write_chunk(last, status, embedding)
+    # The states of a chunk are there before its embeddings are.
+    store.place.remove(f"embedding/c.{last}.0")
+    virnuc_dask.export(store.path, tmp_path / "part.csv", partial=True)
+    assert [row[2] for row in read_csv(tmp_path / "part.csv")[1]][-1] == "pending"
+
+
+def test_a_file_beside_a_table_is_replaced_only_if_it_is_of_an_export(
+    store: Store, tmp_path: Path
+) -> None:
+    beside = tmp_path / "out.csv.json"
+    beside.write_text('{"mine": 1}')
+    with pytest.raises(UsageError, match="not of an export"):
+        virnuc_dask.export(store.path, tmp_path / "out.csv", force=True)
+    assert beside.read_text() == '{"mine": 1}'
+    beside.unlink()
+    for _ in range(2):
+        virnuc_dask.export(store.path, tmp_path / "out.csv", force=True)
+    assert "exported_by" in beside.read_text()
 
 
 def test_descriptions_and_sources_go_along_however_long(tmp_path: Path, make_store: Maker) -> None:

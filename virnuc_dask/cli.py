@@ -272,7 +272,11 @@ def verify(
     show_default=True,
 )
 @click.option("--matrix", is_flag=True, help="In HDF5, one matrix instead of a dataset a row.")
-@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace OUT, and OUT.json beside a table, once the new one is whole.",
+)
 def export(store: str, out: Path, **options: bool) -> None:
     """Write STORE's rows into OUT.csv, .tsv, .parquet, .npz, .h5, .h5ad, or .zarr (AnnData)."""
     from virnuc_dask.analysis.export import export as write
@@ -301,14 +305,27 @@ def export(store: str, out: Path, **options: bool) -> None:
     show_default=True,
     help="Subtract the mean of STORE's rows first; for the cosine.",
 )
-@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@click.option(
+    "--workers", type=click.IntRange(1), help="Threads.  [default: one a core, at most 16]"
+)
 @click.option(
     "--out",
     type=click.Path(path_type=Path),
     help="A .tsv or .parquet file.  [default: TSV to standard output]",
 )
+@click.option(
+    "--guard/--no-guard",
+    default=True,
+    help="In TSV, an apostrophe before names that a spreadsheet would compute.",
+    show_default=True,
+)
 def nearest(
-    store: str, queries: tuple[str, ...], query_store: str | None, out: Path | None, **options: Any
+    store: str,
+    queries: tuple[str, ...],
+    query_store: str | None,
+    out: Path | None,
+    guard: bool,
+    **options: Any,
 ) -> None:
     """Find the rows of STORE whose embeddings are nearest to those of each query.
 
@@ -326,7 +343,7 @@ def nearest(
         if name in found.attrs:
             print(f"{name}: {found.attrs[name]}", file=sys.stderr)
     with cleaning_up():
-        lines = write_table(found, out or sys.stdout)
+        lines = write_table(found, out or sys.stdout, guard=guard)
     if out:
         print(f"{lines:,} neighbours in {out}")
 

@@ -26,6 +26,7 @@ from virnuc_dask.files import Directory
 from virnuc_dask.objects import Bucket
 from virnuc_dask.packing import encoded_lengths
 from virnuc_dask.places import place_of
+from virnuc_dask.residues import decoded_header
 
 SEQUENCES_PER_CHUNK = 65_536
 RESIDUES_PER_STORED_CHUNK = 2**22
@@ -348,8 +349,8 @@ class Store:
     @property
     def files(self) -> list[str]:
         """Inputs that the numbers in `source` mean; none in a store that has no such array."""
-        names = self.array("source").attrs["files"] if "source" in self.names else []
-        return [str(name) for name in names]
+        names = self.array("source").attrs.get("files", []) if "source" in self.names else []
+        return [decoded_header(str(name)) for name in names]
 
     def remove_chunk(self, chunk: int) -> None:
         """Remove a chunk, so that it is computed again. The commit goes first."""

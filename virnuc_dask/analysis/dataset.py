@@ -63,16 +63,17 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
     from virnuc_dask.analysis import columns
 
     # xarray would say of anything at all that it holds no group.
-    place = Store(store).place
-    source: Any = place.for_xarray
+    opened = Store(store)
+    source: Any = opened.place.for_xarray
     data = xarray.open_dataset(source, cache=False, engine="zarr", consolidated=False)
     known: dict[str, Any] = {}
     for name in filter(data.coords.__contains__, _COORDINATES):
         variable = data[name].variable
         if name == "status":
-            known |= {name: variable, "embedded": columns.embedded(variable, place.location)}
+            known |= {name: variable, "embedded": columns.embedded(variable, opened.place.location)}
         elif name == "source":
-            known[name] = columns.named(variable, variable.attrs.pop("files", []))
+            variable.attrs.pop("files", None)
+            known[name] = columns.named(variable, opened.files)
         else:
             known[name] = columns.texts(variable) if variable.dtype.kind == "T" else variable
     arrays = {

@@ -14,6 +14,7 @@ from virnuc_dask.analysis.formats import (
     Part,
     Writer,
     about,
+    is_about,
     read_parts,
     require,
     write_csv,
@@ -185,6 +186,8 @@ def _check_free(targets: list[Path], *, force: bool) -> None:
                 )
         elif target.is_symlink() or not target.is_file():
             raise UsageError(f"{target} is not replaced: it is no file")
+        elif target.suffix == ".json" and not is_about(target):
+            raise UsageError(f"{target} is not replaced: it is not of an export")
 
 
 def _counted(store: Store, progress: Progress | None) -> Iterator[Part]:
@@ -208,7 +211,7 @@ def _publish(unfinished: Path, path: Path, described: Path, beside: Path | None)
             old.rename(aside)
         unfinished.rename(path)
     except BaseException:
-        if os.path.lexists(aside):
+        if os.path.lexists(aside) and os.path.lexists(unfinished):
             aside.rename(old)
         raise
     if beside:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from virnuc_dask import __version__
 from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.streams import Descriptor
 
 # A cell that begins with one of these is a formula to a spreadsheet. See OWASP, "CSV injection".
@@ -119,7 +119,11 @@ def _read_part(store: Store, first: int, present: NDArray[np.bool_]) -> Part:
                 f"{store.path}: chunk {chunk} is damaged ({error}); `verify --repair` removes"
                 " it, `resume` computes it again"
             ) from error
-    has_embedding = (codes != Status.PENDING) & (codes < Status.INVALID_RESIDUES)
+        there = is_embedded(codes[here])
+        if not (codes[here].all() and np.isfinite(embedding[here][there]).all()):
+            # Removed since it was looked for, or damaged in a way that no checksum shows.
+            raise StoreError(f"{store.path}: chunk {chunk} is gone or damaged; `verify` says more")
+    has_embedding = is_embedded(codes)
     embedding[~has_embedding] = np.nan
     known, which = np.unique(codes, return_inverse=True)
     meanings = [Status(code).meaning for code in known.tolist()]
@@ -132,6 +136,14 @@ def _read_part(store: Store, first: int, present: NDArray[np.bool_]) -> Part:
 def about(store: Store) -> str:
     """What the rows of an export are, as JSON text."""
     return json.dumps({**store.about(), "exported_by": f"virnuc_dask {__version__}"})
+
+
+def is_about(path: Path) -> bool:
+    """Whether a file is what stands beside an exported table."""
+    try:
+        return "exported_by" in json.loads(path.read_bytes())
+    except (ValueError, TypeError):
+        return False
 
 
 # --- CSV -----------------------------------------------------------------------------------------

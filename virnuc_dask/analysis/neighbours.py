@@ -9,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from os import cpu_count
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +23,7 @@ from virnuc_dask.streams import printable
 # Rows of two stores can be compared if these are the same.
 _COMPARABLE = ("weights_sha256", "repr_layer", "pooling", "precision")
 _LENGTH_FACTOR = 3
+_CHUNKS_OF_LENGTHS = 8
 _TEXTS = ("sequence_id", "description")
 # Values of rows that are multiplied at once: 2 MiB in float32 stay in a core's cache.
 _VALUES_PER_BLOCK = 2**19
@@ -56,8 +56,9 @@ def nearest(
     """Find the k rows of a store that are nearest to each query. Exact, not approximate.
 
     Only embedded rows take part; the store may still be filling. A row is no neighbour of itself,
-    but a copy of its sequence is. Memory does not grow with the rows of the store: each thread
-    holds one chunk, and 4,096 queries are searched at a time.
+    but a copy of its sequence is. Memory does not grow with the rows of the store, but the result,
+    k rows for each query, is in memory. Each thread holds one chunk, and 4,096 queries are searched
+    at a time, for which all rows are read once.
 
     The first centred search reads the embeddings twice, since no similarity is known before the
     mean is. The mean is kept in memory, for this process's next search of the same chunks. It is
@@ -70,8 +71,8 @@ def nearest(
         That is searched.
     query : str, sequence of str, or ndarray, float, shape (n, D), optional
         Identifiers of rows of `query_store`, or without one of `store`; of an identifier that
-        occurs several times all rows are queries. Or vectors. Default: all embedded rows of
-        `query_store`.
+        occurs several times all rows are queries. Or vectors. Also as an xarray.DataArray of
+        either. Default: all embedded rows of `query_store`.
     k : int
         Neighbours of each query.
     metric : {'cosine', 'euclidean'}
@@ -104,14 +105,17 @@ def nearest(
         An identifier is unknown, or its row has no embedding; the stores are not comparable; `k`,
         `metric` or the vectors' shape make no sense.
     StoreError
-        A chunk is damaged.
+        A chunk is damaged, or an embedded row is not finite.
     NotAStoreError
     """
+    from dask.system import CPU_COUNT
+
     searched = Store(store)
     source = searched if query_store is None else Store(query_store)
     _check(searched, source, k, metric, workers)
-    threads = workers or min(_MOST_THREADS, cpu_count() or 1)
-    rows, vectors = _queries(source, query, query_store is not None)
+    note = _note(searched, source)
+    threads = workers or min(_MOST_THREADS, CPU_COUNT)
+    rows, vectors = _queries(source, getattr(query, "values", query), query_store is not None)
     found = []
     present = searched.present()
     with _pool(searched, threads, client) as pool:
@@ -133,11 +137,12 @@ def nearest(
             own = part if source.id == searched.id else np.full(len(part), -1)
             if metric == "euclidean":
                 origin = of_part.mean(axis=0)  # the nearer, the smaller the rounding errors
-            task = _Task(of_part, own, origin, k, metric)
+            task = _Task(of_part, own, origin, min(k, searched.records), metric)
             found.append(_padded(_search_all(task, chunks, pool, count), len(part), k))
     scores = np.concatenate([scores for scores, _ in found])
     neighbours = np.concatenate([neighbours for _, neighbours in found])
-    return _dataset(searched, source, rows, neighbours, scores, metric, centre)
+    data = _dataset(searched, source, rows, neighbours, scores, metric, centre)
+    return data.assign_attrs(note=note) if note else data
 
 
 def _check(searched: Store, source: Store, k: int, metric: str, workers: int | None) -> None:
@@ -179,7 +184,9 @@ def _queries(
         ids = [] if query is None else [query] if isinstance(query, str) else query
         rows = _rows_of(source, list(dict.fromkeys(ids)))
     if not len(rows):
-        raise UsageError("no query: give identifiers, vectors, or a store with embedded rows")
+        if query is None and has_query_store:
+            raise UsageError(f"{source.path} has no embedded row yet")
+        raise UsageError("no query: --query names rows, --query-store another store")
     if vectors is None and query is not None:
         _check_embedded(source, rows)
     return rows, vectors
@@ -241,7 +248,14 @@ def _vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray[np.
     with ThreadPoolExecutor(threads) as pool:
         # A chunk may be damaged: an error is raised where its result is taken.
         deque(pool.map(lambda part: read(*part), _by_chunk(store, rows)), maxlen=0)
+    _check_finite(store, vectors)
     return vectors
+
+
+def _check_finite(store: Store, values: NDArray[np.floating[Any]]) -> None:
+    """Refuse what there is only in a damaged store: nothing can be compared with NaN."""
+    if not np.isfinite(values).all():
+        raise StoreError(f"{store.path}: an embedded row is not finite; `verify` says which")
 
 
 def _by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -321,6 +335,7 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
         # In float32, for all rows: the cosine, or half of what the query's square is more than the
         # squared distance.
         scores, squares = queries @ block.T, np.vecdot(block, block)
+        _check_finite(store, squares)
         if task.metric == "cosine":
             scores *= _inverse(squares)
             size, least = 1, floor
@@ -328,12 +343,11 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
             scores -= squares / 2
             size, least = squares.max() + squared.max(), (squared - floor**2) / 2
         # Twice the largest error that a sum of D products can have.
-        margin = float(size) * (len(task.origin) + 8) * _EPSILON
+        margin = 2 * float(size) * (len(task.origin) + 8) * _EPSILON
         number, column = np.divmod(_candidates(scores, least - margin, task.k, margin), len(rows))
         is_other = rows[column] != task.own[number]
         number, column = number[is_other], column[is_other]
         exact = _exact(task, number, values, column)
-        # Not NaN, which there is only in a damaged store.
         above = exact >= floor[number]
         if above.any():
             hits = _Hits(number[above], exact[above], rows[column[above]])
@@ -423,8 +437,7 @@ def _mean(
         for part, number in pool.run(_sum, calls, count):
             total += part
             rows += number
-        if not np.isfinite(total).all():
-            raise StoreError(f"{store.path}: an embedded row is not finite; `verify` says which")
+        _check_finite(store, total)
         while len(_means) >= _MEANS_KEPT:
             del _means[next(iter(_means))]
         _means[key] = (total / max(rows, 1)).astype(np.float32)
@@ -584,7 +597,7 @@ def _dataset(
     dims = ("query", "neighbour")
     texts = [text for text in _TEXTS if text in searched.names]
     name, values = ("similarity", scores) if metric == "cosine" else ("distance", -scores)
-    data = xarray.Dataset(
+    return xarray.Dataset(
         {
             "row": (dims, neighbours),
             **{text: (dims, _taken(searched, text, neighbours)) for text in texts},
@@ -604,9 +617,6 @@ def _dataset(
             ATTRIBUTE: json.dumps(searched.about()),
         },
     )
-    if note := _note(searched, source):
-        data.attrs["note"] = note
-    return data
 
 
 def _taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
@@ -624,7 +634,7 @@ def _taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
 def _note(searched: Store, source: Store) -> str | None:
     if source.id == searched.id:
         return None
-    here, there = (max(1.0, float(np.median(each.lengths()))) for each in (searched, source))
+    here, there = (max(1.0, _median_length(each)) for each in (searched, source))
     if max(here, there) <= _LENGTH_FACTOR * min(here, there):
         return None
     return (
@@ -632,3 +642,12 @@ def _note(searched: Store, source: Store) -> str | None:
         f" {source.path}: embeddings of fragments and of whole proteins are not comparable. Cut the"
         " longer sequences to the length of the others"
     )
+
+
+def _median_length(store: Store) -> float:
+    """Of the rows, or of a sample of some hundred thousand."""
+    firsts = np.arange(0, store.records, SEQUENCES_PER_CHUNK)
+    some = firsts[:: -(-len(firsts) // _CHUNKS_OF_LENGTHS)].tolist()
+    with _reading(store, "`length`"):
+        parts = [store.array("length")[first : first + SEQUENCES_PER_CHUNK] for first in some]
+    return float(np.median(np.concatenate(parts)))

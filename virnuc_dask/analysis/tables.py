@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
@@ -15,7 +16,7 @@ from virnuc_dask.files import expanded, sync
 from virnuc_dask.streams import printable
 
 
-def write_table(found: Any, out: str | Path | IO[str]) -> int:
+def write_table(found: Any, out: str | Path | IO[str], *, guard: bool = True) -> int:
     """Write neighbours as a table, one in a line.
 
     The columns are ``query``, ``rank`` from 1, ``neighbour``, ``row``, ``similarity`` or
@@ -27,9 +28,10 @@ def write_table(found: Any, out: str | Path | IO[str]) -> int:
     found : xarray.Dataset
         What `nearest` returns.
     out : path or text file
-        A new file, ``.tsv`` or ``.parquet``; or an open file, for TSV. In TSV an identifier that a
-        spreadsheet would compute gets an apostrophe, as in exports, and on a terminal control
+        A new file, ``.tsv`` or ``.parquet``; or an open file, for TSV. On a terminal control
         characters are replaced.
+    guard : bool
+        In TSV, put an apostrophe before a name that a spreadsheet would compute.
 
     Returns
     -------
@@ -45,7 +47,7 @@ def write_table(found: Any, out: str | Path | IO[str]) -> int:
     """
     columns = _columns(found)
     if not isinstance(out, str | Path):
-        _write_tsv(columns, out)
+        _write_tsv(columns, out, guard)
         return len(columns["row"])
     path = check_table(out)
     # Not with all of its name, which may be as long as a name can be.
@@ -53,7 +55,7 @@ def write_table(found: Any, out: str | Path | IO[str]) -> int:
     try:
         if path.suffix.lower() == ".tsv":
             with open(unfinished, "w", encoding="utf-8", newline="") as file:
-                _write_tsv(columns, file)
+                _write_tsv(columns, file, guard)
         else:
             _write_parquet(columns, found.attrs, unfinished)
         # Its name is for what survives a power cut.
@@ -73,7 +75,8 @@ def check_table(out: str | Path) -> Path:
     Raises
     ------
     UsageError
-        It is a URL, its suffix is not known, pyarrow is not there, or the file exists.
+        It is a URL, its suffix is not known, pyarrow is not there, the file exists, or its
+        directory does not.
     """
     if "://" in str(out):
         raise UsageError(f"{out}: tables go into a file on this machine")
@@ -84,6 +87,8 @@ def check_table(out: str | Path) -> Path:
         require("pyarrow", ".parquet")
     if path.exists():
         raise UsageError(f"{path} exists; give another name, or remove it")
+    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
+        raise UsageError(f"{path}: {path.parent} is no directory that can be written to")
     return path
 
 
@@ -104,9 +109,10 @@ def _columns(found: Any) -> dict[str, list[Any]]:
     return columns
 
 
-def _write_tsv(columns: dict[str, list[Any]], file: IO[str]) -> None:
+def _write_tsv(columns: dict[str, list[Any]], file: IO[str], guard: bool) -> None:
     def shown(name: str) -> str:
-        return guarded(printable(name, len(name)) if file.isatty() else name)
+        name = printable(name, len(name)) if file.isatty() else name
+        return guarded(name) if guard else name
 
     texts = ("query", "neighbour", "description")
     names = {name: map(shown, columns[name]) for name in texts if name in columns}
@@ -120,7 +126,12 @@ def _write_parquet(columns: dict[str, list[Any]], about: dict[str, Any], path: P
     import pyarrow
     from pyarrow import parquet
 
-    table = pyarrow.table(columns)
+    text, number = pyarrow.string(), pyarrow.int64()
+    types = {"query": text, "neighbour": text, "description": text, "rank": number, "row": number}
+    types["length"] = pyarrow.int32()
+    # Said, as nothing tells in a table without a line.
+    fields = [(name, types.get(name, pyarrow.float32())) for name in columns]
+    table = pyarrow.table(columns, schema=pyarrow.schema(fields))
     table = table.replace_schema_metadata({name: str(value) for name, value in about.items()})
     # Not by its name, which pyarrow takes only in UTF-8.
     with open(path, "wb") as file:
