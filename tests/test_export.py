@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -595,6 +596,18 @@ def test_force_replaces_what_is_there(name: str, store: Store, client: Any, tmp_
     assert len(rows) == 20
 
 
+def failed_export(within: Sequence[str], store: Store, out: Path) -> str:
+    """The one line that `export --force` says when it fails within another command."""
+    done = subprocess.run(
+        [*within, *command("export", store.path, out.name, "--force")],
+        cwd=out.parent,
+        capture_output=True,
+        text=True,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
+    return done.stderr
+
+
 @pytest.mark.parametrize("name", REPLACED)
 def test_the_old_one_stays_if_the_new_one_fails(name: str, store: Store, tmp_path: Path) -> None:
     out = tmp_path / name
@@ -602,14 +615,8 @@ def test_the_old_one_stays_if_the_new_one_fails(name: str, store: Store, tmp_pat
     old, before = files(out), set(tmp_path.iterdir())
     # No room.
     limited = ("sh", "-c", 'ulimit -f 1; exec "$@"', "sh")
-    done = subprocess.run(
-        [*limited, *command("export", store.path, name, "--force")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
-    assert "File too large" in done.stderr
+    said = failed_export(limited, store, tmp_path / name)
+    assert "File too large" in said
     assert files(out) == old
     assert set(tmp_path.iterdir()) == before
     # A store that is damaged.
@@ -648,15 +655,9 @@ def test_the_old_one_stays_if_it_cannot_be_moved(name: str, store: Store, tmp_pa
         subprocess.run([*mounted, "true"], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("needs leave to mount in a namespace of its own, as root has")
-    done = subprocess.run(
-        [*mounted, *command("export", store.path, name, "--force")],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-    )
-    assert (done.returncode, done.stderr.count("\n")) == (4, 1)
-    assert "busy" in done.stderr
-    assert name in done.stderr
+    said = failed_export(mounted, store, tmp_path / name)
+    assert "busy" in said
+    assert name in said
     assert files(out) == old
     assert set(tmp_path.iterdir()) == before
 

@@ -52,7 +52,7 @@ Inputs = str | Path | Sequence[str | Path]
 
 # Share of the records from which on an input is taken for what they look like.
 _MOST = 0.9
-# What most weights are hashed in. Reading begins then, also if they are not.
+# Most weights are hashed within this time. Reading begins after it in any case.
 _PROMPT_S = 1.0
 
 
@@ -137,7 +137,7 @@ def prepare(
 
 
 class _Announced:
-    """A model whose digest is still being made; who listens is told of it once it is there."""
+    """A model whose digest is still being computed; listeners hear of it once it is known."""
 
     def __init__(self, event: events.ModelChosen, digest: Future[str], emit: Listener) -> None:
         self._event, self._digest, self._emit = event, digest, emit
@@ -146,7 +146,7 @@ class _Announced:
         self.tell_if_known()
 
     def tell_if_known(self) -> None:
-        """Tell who listens, if there is something new to tell."""
+        """Emit the event, once, if the digest is known."""
         if self._digest.done() and not self._is_told:
             self._is_told = True
             model = replace(self._event.model, weights_sha256=self._digest.result())
@@ -154,7 +154,7 @@ class _Announced:
             self._emit(self._event)
 
     def spec(self) -> ModelSpec:
-        """The model, its digest included, which is waited for."""
+        """Wait for the digest; the model with it."""
         wait([self._digest])
         self.tell_if_known()
         return self._event.model

@@ -170,9 +170,7 @@ class InputSummary:
 
     def take_headers(self, records: Sequence[Record]) -> Headers:
         """What the headers of records say; files that were not met before are added to `files`."""
-        for record in records:
-            self.files.setdefault(record.file, len(self.files))
-        sources = (self.files[record.file] for record in records)
+        sources = (self.files.setdefault(record.file, len(self.files)) for record in records)
         return Headers(
             [record.description for record in records],
             np.fromiter(sources, np.int32, len(records)),

@@ -11,7 +11,8 @@ from __future__ import annotations
 import errno
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -345,6 +346,22 @@ class Store:
             numbers, which = np.unique(columns["read"], return_inverse=True)
             columns["read_id"] = self.array("read_id").oindex[numbers][which]
         return {name: np.asarray(columns[name]) for name in names}
+
+    @contextmanager
+    def reading(self, what: str) -> Iterator[None]:
+        """Say which part of the store is damaged, if it does not decode.
+
+        Raises
+        ------
+        StoreError
+        """
+        try:
+            yield
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"{self.path}: {what} is damaged ({error}); `verify --repair` removes it, `resume`"
+                " computes it again"
+            ) from error
 
     @property
     def files(self) -> list[str]:

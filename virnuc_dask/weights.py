@@ -94,7 +94,7 @@ class Checkpoint:
         Parameters
         ----------
         given_up : threading.Event, optional
-            Once it is set nobody wants the digest any more, and what is returned is none.
+            Once it is set, hashing stops, and the result is empty.
         """
         given_up = given_up or threading.Event()
         # No tensor tells this setting; the others follow from the tensors' names and shapes.
@@ -116,9 +116,9 @@ class Checkpoint:
 
 @contextmanager
 def hashing(checkpoint: Checkpoint) -> Iterator[Future[str]]:
-    """The digest of weights, which another thread makes meanwhile: of the largest it takes minutes.
+    """Compute the digest of weights in another thread: for the largest it takes minutes.
 
-    On leaving it is waited for no longer, and given up.
+    Leaving the context gives it up.
     """
     given_up = threading.Event()
     with ThreadPoolExecutor(1, "virnuc-dask-hashing") as thread:

@@ -112,13 +112,8 @@ def _read_part(store: Store, first: int, present: NDArray[np.bool_]) -> Part:
             continue
         span = store.rows(chunk)
         here = slice(span.start - first, span.stop - first)
-        try:
+        with store.reading(f"chunk {chunk}"):
             codes[here], embedding[here] = store.read_chunk(chunk)
-        except (ValueError, RuntimeError) as error:
-            raise StoreError(
-                f"{store.path}: chunk {chunk} is damaged ({error}); `verify --repair` removes"
-                " it, `resume` computes it again"
-            ) from error
         there = is_embedded(codes[here])
         if not (codes[here].all() and np.isfinite(embedding[here][there]).all()):
             # Removed since it was looked for, or damaged in a way that no checksum shows.

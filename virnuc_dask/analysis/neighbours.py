@@ -196,7 +196,7 @@ def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
     """All rows of the identifiers, in the order of these."""
     found: dict[str, list[int]] = {name: [] for name in ids}
     for first in range(0, store.records, SEQUENCES_PER_CHUNK):
-        with _reading(store, "`sequence_id`"):
+        with store.reading("`sequence_id`"):
             names = store.array("sequence_id")[first : first + SEQUENCES_PER_CHUNK].tolist()
         for row, name in enumerate(names, first):
             if name in found:
@@ -209,7 +209,7 @@ def _check_embedded(store: Store, rows: NDArray[np.int64]) -> None:
     states = np.full(len(rows), Status.PENDING, np.uint8)
     for chunk, where in _by_chunk(store, rows):
         if store.is_present(chunk):
-            with _reading(store, f"status of chunk {chunk}"):
+            with store.reading(f"status of chunk {chunk}"):
                 states[where] = store.read_status(chunk)[rows[where] - store.rows(chunk).start]
     names = _taken(store, "sequence_id", rows)
     pending = states == Status.PENDING
@@ -228,7 +228,7 @@ def _refuse(store: Store, problem: str, names: Sequence[str] | NDArray[Any]) -> 
 
 def _embedded_rows(store: Store) -> NDArray[np.int64]:
     def rows(chunk: int) -> NDArray[np.int64]:
-        with _reading(store, f"status of chunk {chunk}"):
+        with store.reading(f"status of chunk {chunk}"):
             status = store.read_status(chunk)
         return np.flatnonzero(is_embedded(status)) + np.int64(store.rows(chunk).start)
 
@@ -241,7 +241,7 @@ def _vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray[np.
     vectors = np.empty((len(rows), store.dimension), np.float32)
 
     def read(chunk: int, where: NDArray[np.int64]) -> None:
-        with _reading(store, f"chunk {chunk}"):
+        with store.reading(f"chunk {chunk}"):
             embedding = store.read_chunk(chunk)[1]
         vectors[where] = embedding[rows[where] - store.rows(chunk).start]
 
@@ -460,7 +460,7 @@ def _blocks(store: Store, chunks: list[int]) -> Iterator[tuple[NDArray[np.int64]
     """Numbers and embeddings of the embedded rows, a few at a time."""
     step = max(1, _VALUES_PER_BLOCK // store.dimension)
     for chunk in chunks:
-        with _reading(store, f"chunk {chunk}"):
+        with store.reading(f"chunk {chunk}"):
             status, embedding = store.read_chunk(chunk)
         rows = np.flatnonzero(is_embedded(status))
         for first in range(0, len(rows), step):
@@ -569,17 +569,6 @@ def _at(location: str, function: Callable[..., Any], *arguments: Any) -> Any:
     return function(Store(location), *arguments)
 
 
-@contextmanager
-def _reading(store: Store, what: str) -> Iterator[None]:
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        raise StoreError(
-            f"{store.path}: {what} is damaged ({error}); `verify --repair` removes it, `resume`"
-            " computes it again"
-        ) from error
-
-
 # --- the result ----------------------------------------------------------------------------------
 
 
@@ -623,7 +612,7 @@ def _taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
     """An array's values at some rows, in their shape; of no row, -1, the empty text and -1."""
     unique, where = np.unique(rows, return_inverse=True)
     is_none = unique < 0
-    with _reading(store, f"`{name}`"):
+    with store.reading(f"`{name}`"):
         values = np.asarray(store.array(name).oindex[unique[~is_none]])
     text = name in _TEXTS
     found = np.full(len(unique), "" if text else -1, object if text else values.dtype)
@@ -648,6 +637,6 @@ def _median_length(store: Store) -> float:
     """Of the rows, or of a sample of some hundred thousand."""
     firsts = np.arange(0, store.records, SEQUENCES_PER_CHUNK)
     some = firsts[:: -(-len(firsts) // _CHUNKS_OF_LENGTHS)].tolist()
-    with _reading(store, "`length`"):
+    with store.reading("`length`"):
         parts = [store.array("length")[first : first + SEQUENCES_PER_CHUNK] for first in some]
     return float(np.median(np.concatenate(parts)))
