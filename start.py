@@ -22,6 +22,7 @@ INSTALLED_FROM = (
     "hatch_build.py",
     "virnuc_dask/kernels.cpp",
 )
+QUERY = "sp|P36782|VE2_HPV12"
 # Written last, so that an interrupted installation is taken up again.
 INSTALLED = ENVIRONMENT / "installed"
 
@@ -73,9 +74,8 @@ def demo(arguments: list[str]) -> int:
     shown = show("-m", "virnuc_dask", "status", store.name)
     print("\nOpened lazily as an xarray.Dataset:")
     shown |= show("-c", f"import virnuc_dask; print(virnuc_dask.open_store({store.name!r}))")
-    print("\nNearest neighbours, by centred cosine (the demo model's weights are random: it")
-    print("tells compositions apart, and nothing more):")
-    shown |= show("examples/nearest.py", store.name, "VE2_")
+    print("\nNearest neighbours (random weights tell compositions apart, and nothing more):", flush=True)
+    shown |= show("-m", "virnuc_dask", "nearest", store.name, "--query", QUERY, "--k", "5")
     print(f"\nKill it half-way and type it again; to start afresh: rm -r {store.name}")
     return code or shown
 
