@@ -74,7 +74,7 @@ def demo(arguments: list[str]) -> int:
     shown = show("-m", "virnuc_dask", "status", store.name)
     print("\nOpened lazily as an xarray.Dataset:")
     shown |= show("-c", f"import virnuc_dask; print(virnuc_dask.open_store({store.name!r}))")
-    print("\nNearest neighbours (random weights tell compositions apart, and nothing more):", flush=True)
+    print("\nNearest neighbours; of random weights, so by composition only:", flush=True)
     shown |= show("-m", "virnuc_dask", "nearest", store.name, "--query", QUERY, "--k", "5")
     print(f"\nKill it half-way and type it again; to start afresh: rm -r {store.name}")
     return code or shown

@@ -30,6 +30,7 @@ ORDER = [
     "objects",
     "places",
     "store",
+    "results",
     "ingest",
     "integrity",
     "analysis.columns",
@@ -38,6 +39,7 @@ ORDER = [
     "analysis.annotated",
     "analysis.export",
     "analysis.reads",
+    "analysis.passes",
     "analysis.neighbours",
     "analysis.tables",
     "memory",
@@ -117,7 +119,7 @@ def test_imports_go_one_way(name: str) -> None:
 @pytest.mark.parametrize(
     ("library", "owners"),
     [
-        ("zarr", {"files", "objects", "store", "ingest", "analysis.annotated"}),
+        ("zarr", {"files", "objects", "store", "results", "ingest", "analysis.annotated"}),
         ("obstore", {"objects"}),
         ("esm", {"upstream"}),
         ("safetensors", {"huggingface"}),

@@ -237,6 +237,8 @@ def verify(
         sys.exit(code)
     for chunk, problem in report.bad.items():
         print(f"chunk {chunk}: {problem}")
+    for name, problem in report.results.items():
+        print(f"{name}: {problem}")
     if report.sequences:
         print(f"{report.sequences}; run again from the input, into another store")
     for file in report.leftovers:

@@ -362,7 +362,11 @@ class DurableStore(LocalStore):
         with self._held.names():
             if self._is_ours and not self._is_ours((self.root / ROOT).read_bytes()):
                 raise StoreReplacedError(str(self._held.path))
-            write_durably(self.root / key, value.as_buffer_like())
+            file = self.root / key
+            if file.name == ROOT and not file.parent.exists():  # a new array's metadata
+                file.parent.mkdir(exist_ok=True)
+                sync(self.root)
+            write_durably(file, value.as_buffer_like())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
         """Write a key unless it is there."""

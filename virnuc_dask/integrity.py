@@ -8,7 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.config import Status
+from virnuc_dask.errors import StoreError
 from virnuc_dask.residues import Block, InputDigest, Origin
+from virnuc_dask.results import open_result, result_names
 from virnuc_dask.store import (
     CHUNK_FILE,
     HEADERS,
@@ -140,17 +142,36 @@ def _add_reads(store: Store, digest: InputDigest) -> None:
         )
 
 
+def check_results(store: Store) -> dict[tuple[str, int], str]:
+    """Damaged chunks of results and what is wrong with each, by the result's name and the chunk."""
+    found: dict[tuple[str, int], str] = {}
+    for name in result_names(store):
+        result = open_result(store, name)
+        # A file that is too small is no chunk, and damage all the same.
+        for chunk in np.flatnonzero(result.touched()).tolist():
+            try:
+                values = result.read(store.rows(chunk))
+            except StoreError as error:
+                found[name, chunk] = str(error)
+                continue
+            if result.kind != "cluster" and np.isinf(values).any():
+                found[name, chunk] = "a value is infinite"
+    return found
+
+
 def leftovers(store: Store) -> list[str]:
     """Files that are no part of the store and belong to no living writer, by their keys.
 
     Readers ignore them. A `.partial` file is listed once nobody holds its lock; if it is another
     host's, whose locks may not be seen here, once it is a day old.
     """
-    names = store.names
-    found = [entry for entry in store.place.listing() if entry not in {*names, "zarr.json"}]
-    for name in names:
-        pattern = CHUNK_FILE.get(name, re.compile(r"c\.(\d+)"))
-        limit = store.array(name).cdata_shape[0]
+    patterns = {name: CHUNK_FILE.get(name, re.compile(r"c\.(\d+)")) for name in store.names}
+    limits = {name: store.array(name).cdata_shape[0] for name in store.names}
+    for name in result_names(store):
+        patterns[name], limits[name] = open_result(store, name).chunk_file, store.chunk_count
+    found = [entry for entry in store.place.listing() if entry not in {*patterns, "zarr.json"}]
+    for name, pattern in patterns.items():
+        limit = limits[name]
         for entry, size in store.place.listing(name).items():
             match = pattern.fullmatch(entry)
             is_chunk = match is not None and int(match[1]) < limit and size is not None

@@ -74,6 +74,8 @@ class Store:
         Everything that the row values depend on.
     provenance : dict
         How the store came to be: input, model, versions. Never compared.
+    zarr_store : zarr.abc.store.Store
+        What Zarr reads and writes; it writes into no other store that has taken this one's place.
 
     Raises
     ------
@@ -115,7 +117,7 @@ class Store:
             raise StoreError(
                 f"{path}: the metadata (zarr.json) is missing or damaged: {error!r}"
             ) from error
-        self._zarr = self.place.arrays(self._is_ours)
+        self.zarr_store = self.place.arrays(self._is_ours)
         self.names = {*INGESTED, *CHUNK_FILE}
         if not document.get("headers"):  # made before they were kept
             self.names.difference_update(HEADERS)
@@ -123,7 +125,7 @@ class Store:
             self.names.difference_update(PER_RESIDUE)
         if not self.identity.translation:
             self.names.difference_update(TRANSLATED)
-        self._arrays = {name: self._open(name) for name in self.names}
+        self._arrays = {name: self.open_array(name) for name in self.names}
         self.dimension = int(self.array("embedding").shape[1])
 
     def check_place(self) -> None:
@@ -381,9 +383,16 @@ class Store:
         """An array of the store, to read and to write."""
         return self._arrays[name]
 
-    def _open(self, name: str) -> Any:
+    def open_array(self, name: str) -> Any:
+        """An array by its name, opened anew.
+
+        Raises
+        ------
+        StoreError
+            Its metadata is missing or damaged.
+        """
         try:
-            array = zarr.open_array(self._zarr, path=name, mode="r+", zarr_format=3)
+            array = zarr.open_array(self.zarr_store, path=name, mode="r+", zarr_format=3)
         except _DAMAGED as error:
             raise StoreError(
                 f"{self.path}: the metadata of `{name}` (its zarr.json) is missing or damaged:"
@@ -421,12 +430,8 @@ class Store:
 
         By one listing: Zarr's own count takes minutes for 100,000 chunks.
         """
-        found = np.zeros(self.array(name).cdata_shape[0], np.bool_)
-        for entry, size in self.place.listing(name).items():
-            match = CHUNK_FILE[name].fullmatch(entry)
-            if match and size is not None and int(match[1]) < len(found):
-                found[int(match[1])] = size >= least
-        return found
+        count = self.array(name).cdata_shape[0]
+        return listed(self.place.listing(name), CHUNK_FILE[name], count, least)
 
     def _residue_files(self, least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Files of residues that each chunk of rows has, and those that it is to have."""
@@ -435,6 +440,18 @@ class Store:
         bounds = np.append(firsts, slots.shape[0]) // slots.chunks[0]
         before = np.append(0, np.cumsum(self._listed("residue_embedding", least)))
         return np.diff(before[bounds]), np.diff(bounds)
+
+
+def listed(
+    files: dict[str, int | None], pattern: re.Pattern[str], count: int, least: int
+) -> NDArray[np.bool_]:
+    """Which of an array's chunks have a file of so many bytes, shape (count,)."""
+    found = np.zeros(count, np.bool_)
+    for name, size in files.items():
+        match = pattern.fullmatch(name)
+        if match and size is not None and int(match[1]) < count:
+            found[int(match[1])] = size >= least
+    return found
 
 
 def _key(name: str, chunk: int) -> str:

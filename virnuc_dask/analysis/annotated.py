@@ -102,13 +102,21 @@ def _write(
     codes = np.empty(rows, np.uint8)
     arrays: dict[str, Any] = {}
     for part in parts:
+        of_maps = {f"map_{name}_{axis}" for name in part.maps for axis in (1, 2)}
         columns = {_INDEX: names.unique(part), **part.columns}
+        columns = {name: values for name, values in columns.items() if name not in of_maps}
+        shown = [name for name in columns if name != _INDEX]
         del columns["status"]
+        # The names that scanpy looks for.
+        maps = {f"X_{name}": values for name, values in part.maps.items()}
         if not part.first:
-            obs = _table(root, "obs", list(part.columns))
+            obs = _table(root, "obs", shown)
             arrays = {n: _column(obs, create, n, rows, v.dtype) for n, v in columns.items()}
+            arrays |= {
+                n: _column(root["obsm"], create, n, rows, v.dtype, 2) for n, v in maps.items()
+            }
             arrays["X"] = _column(root, create, "X", rows, part.embedding.dtype, store.dimension)
-        for name, values in {**columns, "X": part.embedding}.items():
+        for name, values in {**columns, **maps, "X": part.embedding}.items():
             put(arrays[name], part.first, values)
         codes[part.first : part.first + len(part.codes)] = part.codes
         check()

@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 
 from virnuc_dask.config import ModelSpec, Status
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.integrity import check_chunk, check_sequences, leftovers
+from virnuc_dask.integrity import check_chunk, check_results, check_sequences, leftovers
 from virnuc_dask.packing import encoded_lengths
+from virnuc_dask.results import open_result
 from virnuc_dask.store import ATTRIBUTE, TASK_ARRAYS, TRANSLATED, Store
 
 _CHUNKS_PER_CHECK = 16
@@ -49,7 +50,8 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
         ``source``: its input file. ``length`` in residues. ``status``, whose codes are named by its
         attributes ``flag_values`` and ``flag_meanings``. Of translated rows also ``read``, a number
         into ``read_id``, ``window``, ``frame`` and ``start``. They are read whenever they are
-        looked at, and no Dask arrays, so that masks work: ``data.embedding[data.embedded]``.
+        looked at, and no Dask arrays, so that masks work: ``data.embedding[data.embedded]``. So
+        are results of analysis, such as ``score_NAME`` and ``map_NAME``.
 
         The attribute ``virnuc_dask``, what the store was made of, is JSON text, which every format
         can keep.
@@ -76,15 +78,20 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
             known[name] = columns.named(variable, opened.files)
         else:
             known[name] = columns.texts(variable) if variable.dtype.kind == "T" else variable
-    arrays = {
-        name: variable.variable.chunk(variable.encoding["preferred_chunks"])
-        for name, variable in data.data_vars.items()
-    }
+    arrays = {name: _array(variable.variable) for name, variable in data.data_vars.items()}
     data = data.drop_vars(list(data.coords)).assign(arrays).assign_coords(known)
     data.attrs[ATTRIBUTE] = json.dumps(data.attrs[ATTRIBUTE])
     if embedded_only:
         data = data.isel(sequence=np.flatnonzero(data.embedded))
     return data
+
+
+def _array(variable: Any) -> Any:
+    """A Dask array, or as it is if it is a result, whose document becomes text."""
+    if ATTRIBUTE not in variable.attrs:
+        return variable.chunk(variable.encoding["preferred_chunks"])
+    variable.attrs[ATTRIBUTE] = json.dumps(variable.attrs[ATTRIBUTE])
+    return variable
 
 
 def open_residues(store: str | Path, row: int) -> Any:
@@ -233,6 +240,8 @@ class VerifyReport:
         Damaged chunks, with what is wrong.
     sequences : str, optional
         What is wrong with the sequence arrays, which no recomputation mends.
+    results : dict of str to str
+        Damaged chunks of results, such as ``score_virus: chunk 3``, with what is wrong.
     leftovers : list of str
         Files that are no part of the store.
     repaired : bool
@@ -243,13 +252,15 @@ class VerifyReport:
     missing: int
     bad: dict[int, str] = field(default_factory=dict)
     sequences: str | None = None
+    results: dict[str, str] = field(default_factory=dict)
     leftovers: list[str] = field(default_factory=list)
     repaired: bool = False
 
     @property
     def exit_code(self) -> int:
         """0 if all is well or mended, 4 if something is damaged."""
-        return 4 if self.sequences or (self.bad and not self.repaired) else 0
+        is_damaged = self.bad or self.results
+        return 4 if self.sequences or (is_damaged and not self.repaired) else 0
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON values."""
@@ -269,8 +280,9 @@ def verify(
     ----------
     store : path
     repair : bool
-        Remove damaged chunks, so that `resume` computes them again, and stray files from the
-        directories that tasks write to. Never a file of a living writer.
+        Remove damaged chunks, so that `resume` computes them again, or the command that made them
+        if they are of results, and stray files from the directories that tasks write to. Never a
+        file of a living writer.
     progress : callable, optional
         Called with the chunks checked and their total.
     client : distributed.Client, optional
@@ -309,11 +321,14 @@ def verify(
             again = partial(_check, opened.place.location, sequences=sequences is None)
             found_here = list(pool.map(again, ([chunk] for chunk in bad)))
         bad = {chunk: problem for part in found_here for chunk, problem in part.items()}
+    damaged = check_results(opened)
     strays = leftovers(opened)
     if repair:
         opened.check_place()
         for chunk in bad:
             opened.remove_chunk(chunk)
+        for name, chunk in damaged:
+            open_result(opened, name).remove_chunk(chunk)
         for key in strays:
             if key.rpartition("/")[0] in TASK_ARRAYS:
                 opened.place.remove(key)
@@ -322,6 +337,7 @@ def verify(
         opened.chunk_count - len(chunks),
         bad,
         sequences,
+        {f"{name}: chunk {chunk}": problem for (name, chunk), problem in damaged.items()},
         [f"{opened.path}/{key}" for key in strays],
         repair,
     )

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from virnuc_dask import __version__
 from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.results import Result, open_result, result_names
 from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.streams import Descriptor
 
@@ -49,6 +50,9 @@ class Part:
     has_embedding : ndarray, bool, shape (n,)
     embedding : ndarray, float, shape (n, D)
         NaN where there is none.
+    maps : dict of str to ndarray, float32, each of shape (n, 2)
+        Maps by their names, without ``map_``; NaN where there is no value. They are also in
+        `columns`, as ``map_NAME_1`` and ``map_NAME_2``.
     """
 
     first: int
@@ -56,6 +60,7 @@ class Part:
     codes: NDArray[np.uint8]
     has_embedding: NDArray[np.bool_]
     embedding: NDArray[np.floating[Any]]
+    maps: dict[str, NDArray[np.float32]]
 
 
 def require(package: str, suffix: str) -> None:
@@ -93,16 +98,17 @@ def read_parts(store: Store) -> Iterator[Part]:
         A chunk is damaged, or the store cannot be read.
     """
     present = store.present()
+    results = [open_result(store, name) for name in result_names(store)]
     try:
         for first in range(0, store.records, rows_per_part(store)):
-            yield _read_part(store, first, present)
+            yield _read_part(store, first, present, results)
     except OSError as error:
         if error.filename is not None:
             raise
         raise StoreError(f"{store.path}: cannot be read: {error}") from error
 
 
-def _read_part(store: Store, first: int, present: NDArray[np.bool_]) -> Part:
+def _read_part(store: Store, first: int, present: NDArray[np.bool_], results: list[Result]) -> Part:
     rows = slice(first, min(first + rows_per_part(store), store.records))
     count, per_chunk = rows.stop - first, store.identity.rows_per_chunk
     codes = np.full(count, Status.PENDING, np.uint8)
@@ -125,7 +131,15 @@ def _read_part(store: Store, first: int, present: NDArray[np.bool_]) -> Part:
     ids, length, *origin = store.read_columns(rows).items()
     status = np.array(meanings, np.dtypes.StringDType())[which]
     columns = dict([ids, length, ("status", status), *origin])
-    return Part(first, columns, codes, has_embedding, embedding)
+    maps = {}
+    for result in results:
+        values = result.read(rows)
+        if result.kind == "map":
+            maps[result.name.removeprefix("map_")] = values
+            columns |= {f"{result.name}_{axis + 1}": values[:, axis] for axis in range(2)}
+        else:
+            columns[result.name] = values
+    return Part(first, columns, codes, has_embedding, embedding, maps)
 
 
 def about(store: Store) -> str:
@@ -164,7 +178,7 @@ def write_csv(
                 features = (f"feature_{number}" for number in range(store.dimension))
                 file.write(delimiter.join([*part.columns, *features]) + "\n")
             cells = [
-                [_quoted(value, guard) if name in _NAMES else str(value) for value in values]
+                [_quoted(value, guard) if name in _NAMES else _text(value) for value in values]
                 for name, values in ((name, v.tolist()) for name, v in part.columns.items())
             ]
             for row, others in enumerate(zip(*cells, strict=True)):
@@ -172,6 +186,10 @@ def write_csv(
                 values = map(str, part.embedding[row]) if part.has_embedding[row] else nothing
                 file.write(delimiter.join([*others, *values]) + "\n")
     return store.records
+
+
+def _text(value: object) -> str:
+    return "" if value != value else str(value)  # empty for NaN
 
 
 def guarded(name: str) -> str:
@@ -202,7 +220,7 @@ def write_parquet(path: Path, store: Store, parts: Iterable[Part]) -> int:
             columns = {
                 name: pyarrow.array(values.tolist(), pyarrow.string())
                 if is_text(values.dtype)
-                else pyarrow.array(values)
+                else pyarrow.array(values, from_pandas=True)  # null for NaN
                 for name, values in part.columns.items()
             }
             lists = pyarrow.FixedSizeListArray.from_arrays(

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask.analysis.passes import (
+    ChunkCounter,
+    Pool,
+    Progress,
+    as_float32,
+    blocks,
+    check_finite,
+    open_pool,
+    thread_count,
+)
 from virnuc_dask.config import METRICS, Metric, Status
-from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.errors import UsageError
 from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.streams import printable
 
@@ -25,17 +33,12 @@ _COMPARABLE = ("weights_sha256", "repr_layer", "pooling", "precision")
 _LENGTH_FACTOR = 3
 _CHUNKS_OF_LENGTHS = 8
 _TEXTS = ("sequence_id", "description")
-# Values of rows that are multiplied at once: 2 MiB in float32 stay in a core's cache.
-_VALUES_PER_BLOCK = 2**19
-_ROWS_PER_TASK = 4096
 # All rows are read once for so many queries.
 _QUERIES_AT_ONCE = 4096
 _PAIRS_AT_ONCE = 1024
 _EPSILON = float(np.finfo(np.float32).eps)
-_MOST_THREADS = 16
 _NAMED = 10
 
-Progress = Callable[[int, int], None]
 # The means of stores that were searched last, by store and its present chunks.
 _means: dict[tuple[str, bytes], NDArray[np.float32]] = {}
 _MEANS_KEPT = 16
@@ -108,22 +111,20 @@ def nearest(
         A chunk is damaged, or an embedded row is not finite.
     NotAStoreError
     """
-    from dask.system import CPU_COUNT
-
     searched = Store(store)
     source = searched if query_store is None else Store(query_store)
-    _check(searched, source, k, metric, workers)
+    _check(searched, source, k, metric)
     note = _note(searched, source)
-    threads = workers or min(_MOST_THREADS, CPU_COUNT)
+    threads = thread_count(workers)
     rows, vectors = _queries(source, getattr(query, "values", query), query_store is not None)
     found = []
     present = searched.present()
-    with _pool(searched, threads, client) as pool:
+    with open_pool(searched, threads, client) as pool:
         batches = range(0, len(rows), _QUERIES_AT_ONCE)
         is_centred = centre and metric == "cosine"
         mean_is_known = not is_centred or _mean_key(searched, present) in _means
         chunks = np.flatnonzero(present).tolist()
-        count = _Counter(progress, len(chunks) * (len(batches) + (not mean_is_known)))
+        count = ChunkCounter(progress, len(chunks) * (len(batches) + (not mean_is_known)))
         origin = np.zeros(searched.dimension, np.float32)
         if is_centred:
             origin = _mean(searched, present, pool, count)
@@ -145,13 +146,11 @@ def nearest(
     return data.assign_attrs(note=note) if note else data
 
 
-def _check(searched: Store, source: Store, k: int, metric: str, workers: int | None) -> None:
+def _check(searched: Store, source: Store, k: int, metric: str) -> None:
     if k < 1:
         raise UsageError(f"k must be at least 1, not {k}")
     if metric not in METRICS:
         raise UsageError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers must be at least 1, not {workers}")
     differences = [
         f"  {name}: {here!r} and {there!r}"
         for name, here, there in searched.identity.differences(source.identity)
@@ -248,14 +247,8 @@ def _vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray[np.
     with ThreadPoolExecutor(threads) as pool:
         # A chunk may be damaged: an error is raised where its result is taken.
         deque(pool.map(lambda part: read(*part), _by_chunk(store, rows)), maxlen=0)
-    _check_finite(store, vectors)
+    check_finite(store, vectors)
     return vectors
-
-
-def _check_finite(store: Store, values: NDArray[np.floating[Any]]) -> None:
-    """Refuse what there is only in a damaged store: nothing can be compared with NaN."""
-    if not np.isfinite(values).all():
-        raise StoreError(f"{store.path}: an embedded row is not finite; `verify` says which")
 
 
 def _by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
@@ -310,7 +303,7 @@ class _Hits(NamedTuple):
 _NO_HITS = _Hits(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.int64))
 
 
-def _search_all(task: _Task, chunks: list[int], pool: _Pool, count: _Counter) -> _Hits:
+def _search_all(task: _Task, chunks: list[int], pool: Pool, count: ChunkCounter) -> _Hits:
     """The k best of each query, by query and then from the best on."""
     best, floor = _NO_HITS, _floor(_NO_HITS, task)
     shared = pool.shared(task)
@@ -329,13 +322,13 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
     if task.metric == "cosine":
         queries *= _inverse(squared)[:, None]
     best = _NO_HITS
-    for rows, values in _blocks(store, chunks):
-        block = _float32(values)
+    for rows, values in blocks(store, chunks):
+        block = as_float32(values)
         block -= task.origin
         # In float32, for all rows: the cosine, or half of what the query's square is more than the
         # squared distance.
         scores, squares = queries @ block.T, np.vecdot(block, block)
-        _check_finite(store, squares)
+        check_finite(store, squares)
         if task.metric == "cosine":
             scores *= _inverse(squares)
             size, least = 1, floor
@@ -427,7 +420,7 @@ def _padded(best: _Hits, queries: int, k: int) -> tuple[NDArray[np.float32], NDA
 
 
 def _mean(
-    store: Store, present: NDArray[np.bool_], pool: _Pool, count: _Counter
+    store: Store, present: NDArray[np.bool_], pool: Pool, count: ChunkCounter
 ) -> NDArray[np.float32]:
     """Mean of all embedded rows, shape (D,); zeros if there is none."""
     key = _mean_key(store, present)
@@ -437,7 +430,7 @@ def _mean(
         for part, number in pool.run(_sum, calls, count):
             total += part
             rows += number
-        _check_finite(store, total)
+        check_finite(store, total)
         while len(_means) >= _MEANS_KEPT:
             del _means[next(iter(_means))]
         _means[key] = (total / max(rows, 1)).astype(np.float32)
@@ -450,123 +443,10 @@ def _mean_key(store: Store, present: NDArray[np.bool_]) -> tuple[str, bytes]:
 
 def _sum(store: Store, chunks: list[int]) -> tuple[NDArray[np.float64], int]:
     total, count = np.zeros(store.dimension), 0
-    for rows, values in _blocks(store, chunks):
-        total += _float32(values).sum(axis=0, dtype=np.float64)
+    for rows, values in blocks(store, chunks):
+        total += as_float32(values).sum(axis=0, dtype=np.float64)
         count += len(rows)
     return total, count
-
-
-def _blocks(store: Store, chunks: list[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """Numbers and embeddings of the embedded rows, a few at a time."""
-    step = max(1, _VALUES_PER_BLOCK // store.dimension)
-    for chunk in chunks:
-        with store.reading(f"chunk {chunk}"):
-            status, embedding = store.read_chunk(chunk)
-        rows = np.flatnonzero(is_embedded(status))
-        for first in range(0, len(rows), step):
-            part = rows[first : first + step]
-            is_whole = part[-1] - part[0] == len(part) - 1
-            values = embedding[part[0] : part[-1] + 1] if is_whole else embedding[part]
-            yield store.rows(chunk).start + part, values
-
-
-def _float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    """A copy in float32. NumPy's own conversion of float16 takes six times as long.
-
-    The bits of a float16 are moved to where a float32 has them. Then the exponent, whose bias is
-    another, is 112 too small. Subnormal numbers become right by the product too.
-    """
-    if values.dtype != np.float16:
-        return values.astype(np.float32)
-    bits = values.view(np.int16).astype(np.int32)
-    bits <<= 13
-    bits &= -0x7000_2000  # all but the bits 28 to 30, which are copies of the sign, and 13 zeros
-    found: NDArray[np.float32] = bits.view(np.float32)
-    found *= np.float32(2.0**112)
-    return found
-
-
-# --- who computes --------------------------------------------------------------------------------
-
-
-class _Counter:
-    """Tells a listener how many chunks were read."""
-
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self._progress, self._total, self._done = progress, total, 0
-
-    def add(self, chunks: int) -> None:
-        self._done += chunks
-        if self._progress:
-            self._progress(self._done, self._total)
-
-
-@dataclass(frozen=True, slots=True)
-class _Pool:
-    """Threads, or a cluster's workers.
-
-    Attributes
-    ----------
-    store : Store
-    submit : callable
-        As an executor's, with the store in front of the arguments.
-    width : int
-        Calls in flight.
-    shared : callable
-        What many calls take, to be sent once.
-    """
-
-    store: Store
-    submit: Callable[..., Any]
-    width: int
-    shared: Callable[[Any], Any]
-
-    def grouped(self, chunks: list[int]) -> Iterator[list[int]]:
-        """Chunks of one call: one, or several small ones."""
-        step = max(1, _ROWS_PER_TASK // self.store.identity.rows_per_chunk)
-        return (chunks[first : first + step] for first in range(0, len(chunks), step))
-
-    def run(
-        self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], count: _Counter
-    ) -> Iterator[Any]:
-        """Results of the calls, in their order; each begins with its chunks."""
-        running: deque[tuple[int, Any]] = deque()
-        for call in calls:
-            running.append((len(call[0]), self.submit(function, *call)))
-            if len(running) >= self.width:
-                yield self._next(running, count)
-        while running:
-            yield self._next(running, count)
-
-    def _next(self, running: deque[tuple[int, Any]], count: _Counter) -> Any:
-        chunks, future = running.popleft()
-        found = future.result()
-        count.add(chunks)
-        return found
-
-
-@contextmanager
-def _pool(store: Store, threads: int, client: Any) -> Iterator[_Pool]:
-    if client is not None:
-        width = 2 * max(1, sum(client.nthreads().values()))
-        to_client = partial(client.submit, _at, store.place.location, pure=False)
-        yield _Pool(store, to_client, width, partial(client.scatter, broadcast=True))
-        return
-    from threadpoolctl import threadpool_limits
-
-    # Each thread multiplies small blocks, by itself. Threads of BLAS in them would wait for each
-    # other most of the time: on two busy cores that took ten times as long.
-    with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as executor:
-
-        def submit(function: Callable[..., Any], *arguments: Any) -> Any:
-            return executor.submit(function, store, *arguments)
-
-        # One more than there are threads, so that none waits while a result is merged.
-        yield _Pool(store, submit, threads + 1, lambda shared: shared)
-
-
-def _at(location: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(Store(location), *arguments)
 
 
 # --- the result ----------------------------------------------------------------------------------
