@@ -74,6 +74,7 @@ ORDER = [
     "coordinator",
     "progress",
     "options",
+    "cli_analysis",
     "cli",
     "__main__",
 ]
@@ -126,7 +127,7 @@ def test_imports_go_one_way(name: str) -> None:
         ("transformers", set()),  # what it saves is read without it
         ("Bio", {"sequences", "translate"}),
         ("rich", {"progress"}),
-        ("click", {"cli", "options"}),
+        ("click", {"cli", "cli_analysis", "options"}),
         ("distributed", {"local", "cluster", "workers", "roster", "work", "coordinator"}),
         (
             "xarray",

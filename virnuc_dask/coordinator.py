@@ -257,8 +257,7 @@ def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None
     file = expanded(config.performance_report)
     if not client.run_on_scheduler(lambda: find_spec("bokeh") is not None):
         raise UsageError(
-            "a performance report needs bokeh where the scheduler is: pip install"
-            " 'virnuc_dask[dashboard]'"
+            "a performance report needs bokeh where the scheduler is: pip install bokeh"
         )
     with open(file, "a"):
         pass  # one that cannot be written is better known now
