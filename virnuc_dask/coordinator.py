@@ -36,6 +36,7 @@ from virnuc_dask.events import Listener, RunSummary, silence
 from virnuc_dask.files import expanded
 from virnuc_dask.packing import residues_to_encode
 from virnuc_dask.prepare import Inputs, model_of, prepare, warn_of_random_weights
+from virnuc_dask.progress import notebook_listener
 from virnuc_dask.store import Store
 from virnuc_dask.upstream import fair_esm
 from virnuc_dask.work import Work
@@ -81,7 +82,7 @@ def run(
     config : RunConfig, optional
         Operational settings.
     listener : callable, optional
-        Called with every event, in this thread.
+        Called with every event, in this thread. Default: in a notebook a live bar, else nothing.
     **settings
         Fields of `Settings` other than `model`: ``pooling``, ``repr_layer``, ``precision``,
         ``dtype``, ``max_residues``, ``long``, ``rows_per_chunk``, ``per_residue``,
@@ -107,7 +108,7 @@ def run(
         The store is damaged.
     """
     started = time.monotonic()
-    emit = listener or silence
+    emit = listener or notebook_listener() or silence
     chosen = Settings(model=model, **settings)
     cluster, config = _settle(client, cluster, config)
     expected = partial(_expected_workers, client, cluster, workers, config)
@@ -143,7 +144,7 @@ def resume(
     opened = Store(store)
     spec = model_of(opened, model)
     cluster, config = _settle(client, cluster, config)
-    emit = listener or silence
+    emit = listener or notebook_listener() or silence
     warn_of_random_weights(spec, stacklevel=3)
     emit(events.ModelChosen(spec, config.device))
     return _fill(opened, spec, client, cluster, workers, config, emit, started)

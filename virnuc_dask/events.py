@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from html import escape
 from typing import Any
 
 from virnuc_dask.config import ModelSpec, Status
+from virnuc_dask.streams import counted, duration, printable
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +253,38 @@ class RunSummary(Event):
     total_seconds: float
     interrupted: int | None = None
     stopped: str | None = None
+
+    def table(self) -> list[tuple[str, str]]:
+        """What it says, for people: names and values."""
+        rows = []
+        for state in Status:
+            if number := self.counts.get(state.meaning):
+                name = f"quarantined: {state.meaning}" if state.quarantined else state.meaning
+                rows.append((name, f"{number:,}"))
+        rows.append(("records", f"{self.records:,}"))
+        done = self.chunks - len(self.missing) - self.elsewhere
+        computed = f"{self.computed_chunks:,} computed now"
+        rows.append(("chunks", f"{done:,} of {self.chunks:,}, {computed}"))
+        if self.computed_rows:
+            seconds = max(self.seconds, 1e-6)
+            speed = f"{self.computed_rows / seconds:,.0f} sequences/s"
+            speed += f", {self.computed_residues / seconds:,.0f} residues/s"
+            rows.append(("speed", f"{speed} over {duration(seconds)}"))
+        if self.busy:
+            rows.append(("busy", f"{self.busy:.0%} of the workers' time was computing"))
+        if self.retries or self.workers_lost:
+            lost = counted(self.workers_lost, "worker")
+            rows.append(("trouble", f"{lost} lost, {self.retries} retried"))
+        rows.append(("model", printable(self.model.described(self.device), 1000)))
+        rows.append(("store", printable(self.store, 1000)))
+        return rows
+
+    def _repr_html_(self) -> str:
+        cells = (
+            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+            for name, value in self.table()
+        )
+        return f"<table>{''.join(cells)}</table>"
 
     @property
     def quarantined(self) -> int:

@@ -1,4 +1,4 @@
-"""How a run looks: a live bar on a terminal, plain lines elsewhere, JSON lines for programs."""
+"""How a run looks: a live bar on a terminal or in a notebook, else lines; JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from html import escape
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 from uuid import uuid4
 
 import numpy as np
@@ -19,12 +21,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from virnuc_dask import events
-from virnuc_dask.config import Status
 from virnuc_dask.events import Event, Listener, RunSummary
 from virnuc_dask.streams import counted, duration, printable
 
 # Plain output gets one line in this many seconds, so that a log of a long run stays readable.
 _PLAIN_EVERY_S = 10.0
+_NOTEBOOK_EVERY_S = 0.25
 _MAP_CELLS = 64
 # A chunk that is there, some of several, none; and for encodings that have no such letters.
 _BLOCKS, _SIGNS = ("█", "▒", "░"), ("#", "+", ".")
@@ -194,6 +196,40 @@ class _PlainLines:
         self._console.print(line, soft_wrap=True)
 
 
+class NotebookBar:
+    """A listener that shows a bar in the output of a notebook's cell, without ipywidgets."""
+
+    def __init__(self) -> None:
+        display: Any = import_module("IPython.display").display
+        self._tally, self._notes = _Tally(), list[str]()
+        self._shown = time.monotonic()
+        self._cell = display({"text/plain": "starting"}, raw=True, display_id=True)
+
+    def __call__(self, event: Event) -> None:
+        """Show an event, or only count it if the last one was shown a moment ago."""
+        self._tally.take(event)
+        notes = list(_notice(event))
+        self._notes += notes
+        is_due = time.monotonic() - self._shown >= _NOTEBOOK_EVERY_S
+        if not (notes or is_due or isinstance(event, RunSummary)):
+            return
+        self._shown = time.monotonic()
+        said = _reading(event) if isinstance(event, events.Reading) else self._tally.text()
+        lines = [*self._notes, said]
+        done, total = self._tally.rows, max(1, self._tally.total)
+        shown = f'<progress value="{done}" max="{total}"></progress> {escape(lines.pop())}'
+        above = "".join(f"<div>{escape(line)}</div>" for line in lines)
+        text = {"text/html": f"{above}<div>{shown}</div>", "text/plain": "\n".join([*lines, said])}
+        self._cell.update(text, raw=True)
+
+
+def notebook_listener() -> Listener | None:
+    """A bar if this process is a notebook's kernel, else None."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    return NotebookBar() if getattr(shell, "kernel", None) is not None else None
+
+
 class _JsonLines:
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -303,36 +339,10 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
 
 def summary_lines(summary: RunSummary) -> Iterator[str]:
     """The end of a run, as a table that nothing wraps but the terminal itself."""
-    rows = list(_summary_rows(summary))
+    rows = summary.table()
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
         yield f"{name:<{width}}  {value}"
-
-
-def _summary_rows(summary: RunSummary) -> Iterator[tuple[str, str]]:
-    for state in Status:
-        if number := summary.counts.get(state.meaning):
-            name = f"quarantined: {state.meaning}" if state.quarantined else state.meaning
-            yield name, f"{number:,}"
-    yield "records", f"{summary.records:,}"
-    done = summary.chunks - len(summary.missing) - summary.elsewhere
-    yield "chunks", f"{done:,} of {summary.chunks:,}, {summary.computed_chunks:,} computed now"
-    if summary.computed_rows:
-        seconds = max(summary.seconds, 1e-6)
-        yield (
-            "speed",
-            f"{summary.computed_rows / seconds:,.0f} sequences/s,"
-            f" {summary.computed_residues / seconds:,.0f} residues/s over {duration(seconds)}",
-        )
-    if summary.busy:
-        yield "busy", f"{summary.busy:.0%} of the workers' time was computing"
-    if summary.retries or summary.workers_lost:
-        yield (
-            "trouble",
-            f"{counted(summary.workers_lost, 'worker')} lost, {summary.retries} retried",
-        )
-    yield "model", printable(summary.model.described(summary.device), 1000)
-    yield "store", summary.store
 
 
 def chunk_map(present: NDArray[np.bool_], encoding: str, cells: int = _MAP_CELLS) -> str:

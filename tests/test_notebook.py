@@ -1,0 +1,50 @@
+"""In a notebook: a live bar, tables, and an event loop that runs already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import nbclient
+import nbformat
+import pytest
+from conftest import EXAMPLES
+
+CODE = f"""
+import asyncio, warnings, virnuc_dask
+warnings.simplefilter("ignore")
+assert asyncio.get_event_loop().is_running()
+virnuc_dask.run(r"{EXAMPLES / "viral_proteins.faa.gz"}", "<b>.zarr", model="demo", workers=1)
+"""
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    """What the cell of a notebook with a run in it shows."""
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(CODE)])
+    folder = {"metadata": {"path": str(tmp_path_factory.mktemp("notebook"))}}
+    nbclient.NotebookClient(book, timeout=200, resources=folder).execute()
+    return list(book.cells[0].outputs)
+
+
+def test_a_run_shows_a_bar_that_has_reached_its_end(outputs: list[Any]) -> None:
+    (bar,) = (output.data for output in outputs if output.output_type == "display_data")
+    assert '<progress value="300" max="300">' in bar["text/html"]
+    assert "300/300 rows" in bar["text/plain"]
+    assert "&lt;b&gt;.zarr: 300 records" in bar["text/html"]
+    assert "<b>.zarr: 300 records" in bar["text/plain"]
+
+
+def test_its_summary_is_a_table(outputs: list[Any]) -> None:
+    (summary,) = (output.data for output in outputs if output.output_type == "execute_result")
+    assert "<tr><th>records</th><td>300</td></tr>" in summary["text/html"]
+    assert "<td>&lt;b&gt;.zarr</td>" in summary["text/html"]
+
+
+def test_elsewhere_nothing_is_shown(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    import virnuc_dask
+
+    proteins = EXAMPLES / "esm_some_proteins.fasta"
+    with pytest.warns(virnuc_dask.errors.RandomWeightsWarning):
+        virnuc_dask.run(proteins, tmp_path / "out.zarr", model="demo", workers=1)
+    assert capfd.readouterr() == ("", "")
