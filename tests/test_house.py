@@ -46,6 +46,7 @@ ORDER = [
     "upstream",
     "huggingface",
     "lora",
+    "digests",
     "weights",
     "kernels",
     "queues",

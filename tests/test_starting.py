@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import VIRAL_PROTEINS, Cli, Maker, command
 from harness import Run, await_end
+from models import random_network, save_network
 from test_cluster import dask_cluster
 
 import virnuc_dask
@@ -100,6 +101,8 @@ def test_a_broken_configuration_is_one_line(
 
 def test_nobody_in_particular_can_run_it(awkward: Path, tmp_path: Path) -> None:
     """No HOME, no entry among the users, and nowhere to write but here."""
+    model = save_network(random_network(2, 32, 4), tmp_path / "model.pt")
+    options = ("--model", model, "--workers", 1, "-q")
     tmp_path.chmod(0o777)
     for folder in tmp_path.parents[:2]:
         folder.chmod(0o755)
@@ -114,7 +117,7 @@ def test_nobody_in_particular_can_run_it(awkward: Path, tmp_path: Path) -> None:
         pytest.skip("needs leave to become another user, as root has")
     for number, home in enumerate(([], ["HOME=/nowhere"])):
         done = subprocess.run(
-            [*nobody, *home, *command("run", awkward, f"{number}.zarr", *QUICK)],
+            [*nobody, *home, *command("run", awkward, f"{number}.zarr", *options)],
             cwd=tmp_path,
             capture_output=True,
             text=True,

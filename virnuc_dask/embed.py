@@ -13,7 +13,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask import retry
+from virnuc_dask import digests, retry
 from virnuc_dask.config import Identity, ModelSpec, Status
 from virnuc_dask.encoder import Encoded, Encoder, Usage
 from virnuc_dask.errors import IdentityMismatchError, ModelError, StoreReplacedError
@@ -21,7 +21,7 @@ from virnuc_dask.memory import is_out_of_memory
 from virnuc_dask.packing import Segments, cut_segments, encoded_lengths
 from virnuc_dask.residues import invalid_rows
 from virnuc_dask.store import Store
-from virnuc_dask.weights import describe, hashing, load_checkpoint
+from virnuc_dask.weights import Checkpoint, describe, hashing, load_checkpoint
 
 # Ubiquitin's beginning: an encoder that has trouble with it has trouble with anything.
 BEYOND_DOUBT = "MQIFVKTLTGKTITLEVEPS"
@@ -343,17 +343,20 @@ def get_encoder(model: ModelSpec, device: str = "cpu") -> Encoder:
                 try:
                     encoder = Encoder(checkpoint, model, device)
                 except Exception as error:
-                    _check_weights(model, digest.result())  # other weights may be why
+                    # Other weights may be why.
+                    _check_weights(model, checkpoint, digest.result())
                     if is_out_of_memory(error):
                         raise MemoryError(f"the model does not fit now: {error}") from error
                     raise
-                _check_weights(model, digest.result())
+                _check_weights(model, checkpoint, digest.result())
             _loaded[model, device] = encoder
         return encoder
 
 
-def _check_weights(model: ModelSpec, digest: str) -> None:
+def _check_weights(model: ModelSpec, checkpoint: Checkpoint, digest: str) -> None:
     if digest != model.weights_sha256:
+        if checkpoint.files:
+            digests.forget(checkpoint.files)  # the store's may be a kept one that is wrong
         raise ModelError(
             f"model {model.reference}: this worker has weights {digest[:12]}, the store was made"
             f" with {model.weights_sha256[:12]}"

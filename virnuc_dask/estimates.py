@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,7 @@ from virnuc_dask.upstream import fair_esm
 from virnuc_dask.weights import (
     Checkpoint,
     describe,
+    known_sha256,
     load_checkpoint,
     published_part,
     weights_at_hand,
@@ -190,7 +191,8 @@ def plan(
     rate: float | None = None
     if published is None or weights_at_hand(published):
         checkpoint = load_checkpoint(settings.model)
-        spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling)
+        spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
+        spec = replace(spec, weights_sha256=known_sha256(checkpoint))
         if sample and device == "cpu":
             rate = _trial(checkpoint, spec, settings, sample)
     else:

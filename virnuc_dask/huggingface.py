@@ -67,6 +67,20 @@ def has_weights(folder: Path) -> bool:
     return any((folder / name).is_file() for name in _WEIGHTS)
 
 
+def huggingface_files(path: Path) -> list[Path]:
+    """All files that `read_huggingface` takes values or names from.
+
+    Raises
+    ------
+    ValueError, OSError, KeyError
+        Files that are missing or damaged.
+    """
+    if path.is_file():
+        return [path.parent / "config.json", path]
+    index = [path / name for name in _WEIGHTS if (path / name).is_file()][:1]
+    return list(dict.fromkeys([path / "config.json", *index, *_files(path)]))
+
+
 def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Read an ESM-2, from a directory or a file of weights with a ``config.json`` beside it.
 

@@ -153,6 +153,12 @@ def base_of(folder: Path) -> str:
     return str(json.loads((folder / _CONFIG).read_text()).get("base_model_name_or_path"))
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """All files that `read_adapter` may read."""
+    names = (_CONFIG, *_WEIGHTS)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter, running no code from it.
 
@@ -165,7 +171,7 @@ def read_adapter(folder: Path) -> Adapter:
     """
     config = json.loads((folder / _CONFIG).read_text())
     _check_config(config)
-    files = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
+    files = adapter_files(folder)[1:]
     if not files:
         raise ValueError(f"the adapter has neither {' nor '.join(_WEIGHTS)}")
     parts: dict[str, dict[str, Tensor]] = {}

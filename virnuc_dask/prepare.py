@@ -101,7 +101,7 @@ def prepare(
     warn_of_random_weights(spec, stacklevel=4)
     files, summary = listed(inputs), InputSummary()
     blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
-    with hashing(checkpoint) as digest:
+    with hashing(checkpoint, or_known=True) as digest:
         del checkpoint  # the weights may be large, and reading takes long
         model = _Announced(chosen, digest, emit)
         if existing is None:

@@ -9,7 +9,8 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import sha256
 from http.client import HTTPException
 from pathlib import Path
@@ -19,11 +20,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from virnuc_dask import digests
 from virnuc_dask.config import DEMO, POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
+from virnuc_dask.digests import FileStates
 from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.files import expanded
-from virnuc_dask.huggingface import has_weights, is_huggingface, read_huggingface, torch_load
-from virnuc_dask.lora import Adapter, base_of, is_adapter, read_adapter
+from virnuc_dask.huggingface import (
+    has_weights,
+    huggingface_files,
+    is_huggingface,
+    read_huggingface,
+    torch_load,
+)
+from virnuc_dask.lora import Adapter, adapter_files, base_of, is_adapter, read_adapter
 from virnuc_dask.memory import give_back_pages
 from virnuc_dask.models import PUBLISHED
 from virnuc_dask.streams import printable
@@ -54,12 +63,15 @@ class Checkpoint:
     adapter : Adapter, optional
     left_out : tuple of str
         Tensors outside of ESM-2, such as a classifier's.
+    files : FileStates, optional
+        The files that it was read from, as they were before.
     """
 
     reference: str
     data: dict[str, Any]
     adapter: Adapter | None = None
     left_out: tuple[str, ...] = ()
+    files: FileStates | None = None
 
     @property
     def layers(self) -> int:
@@ -114,15 +126,45 @@ class Checkpoint:
         return {name: t for name, t in tensors.items() if not name.startswith(_HEADS)}
 
 
+def known_sha256(checkpoint: Checkpoint, given_up: threading.Event | None = None) -> str:
+    """Digest of weights, without reading them if it is kept from an earlier run.
+
+    For whoever only names weights. Who computes with them takes `Checkpoint.sha256`, which is of
+    the values themselves.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    given_up : threading.Event, optional
+        Once it is set, hashing stops, and the result is empty.
+    """
+    files = checkpoint.files
+    # What was mapped is what was looked at before, if nothing has changed meanwhile.
+    if files and files.is_same(_states(checkpoint.reference)) and (kept := digests.recall(files)):
+        return kept
+    digest = checkpoint.sha256(given_up)
+    if digest and files and files.is_same(_states(checkpoint.reference)):
+        digests.remember(files, digest)
+    return digest
+
+
 @contextmanager
-def hashing(checkpoint: Checkpoint) -> Iterator[Future[str]]:
+def hashing(checkpoint: Checkpoint, *, or_known: bool = False) -> Iterator[Future[str]]:
     """Compute the digest of weights in another thread: for the largest it takes minutes.
 
     Leaving the context gives it up.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    or_known : bool
+        Whether it may come from an earlier run, as by `known_sha256`.
     """
     given_up = threading.Event()
     with ThreadPoolExecutor(1, "virnuc-dask-hashing") as thread:
-        digest = thread.submit(checkpoint.sha256, given_up)
+        compute = partial(known_sha256, checkpoint) if or_known else checkpoint.sha256
+        digest = thread.submit(compute, given_up)
+        del compute
         del checkpoint  # its memory is free as soon as the digest is known
         try:
             yield digest
@@ -163,12 +205,11 @@ def load_checkpoint(reference: str) -> Checkpoint:
     """
     if reference == DEMO:
         return Checkpoint(DEMO, _demo_weights())
+    file = _file_of(reference)
     if reference in PUBLISHED:
-        file = _cached(reference)
         if not file.is_file():
             _download(reference, file)
         return _read(reference, file)
-    file = Path(expanded(reference))
     if not _exists(file):
         if reference.startswith(_OTHER_MODELS):
             raise ModelError(
@@ -193,8 +234,8 @@ def resolved(reference: str) -> str:
 def weights_at_hand(reference: str) -> bool:
     """Whether a model can be read without a download."""
     if reference in PUBLISHED:
-        return _cached(reference).is_file()
-    return reference == DEMO or _exists(Path(expanded(reference)))
+        return _file_of(reference).is_file()
+    return reference == DEMO or _exists(_file_of(reference))
 
 
 def published_part(reference: str) -> str | None:
@@ -249,9 +290,27 @@ def describe(
     return ModelSpec(checkpoint.reference, digest, checkpoint.dimension, layer, pooling, precision)
 
 
-def _cached(name: str) -> Path:
-    # Where fair-esm's own loader keeps its downloads.
-    return Path(torch.hub.get_dir(), "checkpoints", f"{name}.pt")
+def _file_of(reference: str) -> Path:
+    """The file or directory of a model that is none of the demo's."""
+    if reference in PUBLISHED:
+        # Where fair-esm's own loader keeps its downloads.
+        return Path(torch.hub.get_dir(), "checkpoints", f"{reference}.pt")
+    return Path(expanded(reference))
+
+
+def _states(reference: str) -> FileStates | None:
+    """All files that a model's digest depends on, as they are now; None if that is not known."""
+    try:
+        return FileStates.of([file.absolute() for file in _files_of(_file_of(reference))])
+    except Exception:  # files damaged in any way, or gone; reading says what is wrong
+        return None
+
+
+def _files_of(file: Path) -> list[Path]:
+    if not is_adapter(file):
+        return huggingface_files(file) if is_huggingface(file) else [file]
+    base = file if has_weights(file) else _file_of(_published_base(file))
+    return adapter_files(file) + (huggingface_files(base) if base == file else [base])
 
 
 def _exists(file: Path) -> bool:
@@ -266,8 +325,9 @@ _reading = threading.Lock()
 
 
 def _read(reference: str, file: Path) -> Checkpoint:
+    files = _states(reference)
     try:
-        checkpoint = _parse(reference, file)
+        checkpoint = replace(_parse(reference, file), files=files)
         problem = _problem(checkpoint)
     except pickle.UnpicklingError as error:
         # Not torch's text, which advises to read the file without the protection.
