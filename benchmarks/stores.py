@@ -90,8 +90,8 @@ def _origin(random: np.random.Generator, first: int, rows: int, most: int) -> Or
     ones = np.ones(rows)
     return Origin(
         [f"read{number}" for number in range(first, first + len(counts))],
-        read,
-        ones.astype(np.int32),
-        ones.astype(np.int8),
-        ones.astype(np.int64),
+        read=read,
+        start=ones.astype(np.int64),
+        window=ones.astype(np.int32),
+        frame=ones.astype(np.int8),
     )

@@ -24,6 +24,7 @@ ORDER = [
     "residues",
     "lookalikes",
     "translate",
+    "tiles",
     "sequences",
     "packing",
     "files",

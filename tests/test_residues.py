@@ -30,6 +30,7 @@ residue_text = st.text(ALPHABET + ALPHABET.lower() + "Jj-.* \t", max_size=60)
 def cleaned(*texts: str) -> tuple[list[str], InputSummary]:
     summary = InputSummary()
     block = clean([Record(str(n), text, "f", n) for n, text in enumerate(texts)], summary)
+    summary.take_rows(block.lengths)
     ends = np.cumsum(block.lengths)
     rows = [
         block.residues[end - length : end].tobytes().decode()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from virnuc_dask.analysis.export import export
     from virnuc_dask.analysis.neighbours import nearest
     from virnuc_dask.analysis.reads import by_read
-    from virnuc_dask.config import RunConfig, Translation
+    from virnuc_dask.config import RunConfig, Tiling, Translation
     from virnuc_dask.coordinator import resume, run
     from virnuc_dask.embed import ChunkReport
     from virnuc_dask.encoder import load_encoder
@@ -30,6 +30,7 @@ __all__ = [
     "ChunkReport",
     "RunConfig",
     "RunSummary",
+    "Tiling",
     "Translation",
     "by_read",
     "create_store",
@@ -48,6 +49,7 @@ _HOME = {
     "ChunkReport": "embed",
     "RunConfig": "config",
     "RunSummary": "events",
+    "Tiling": "config",
     "Translation": "config",
     "by_read": "analysis.reads",
     "create_store": "graph",

@@ -25,6 +25,8 @@ FRAME_RULES: tuple[str, ...] = get_args(FrameRule)
 MOLECULES: tuple[str, ...] = get_args(Molecule)
 METRICS: tuple[str, ...] = get_args(Metric)
 MIN_WINDOW = 30
+# A record of so many nucleotides has hardly a frame without a stop, unless it is within a gene.
+CONTIG_NUCLEOTIDES = 1_000
 AUTO: Literal["auto"] = "auto"
 STORED_DTYPES: tuple[str, ...] = get_args(StoredDtype)
 
@@ -138,13 +140,14 @@ class Identity:
     rows_per_chunk: int
     per_residue: bool
     translation: str | None = None
+    tiling: str | None = None
 
     @classmethod
     def from_json(cls, document: dict[str, Any]) -> Identity:
         """Rebuild an identity from a store's attributes; unknown or missing fields are an error."""
         names = {field.name for field in fields(cls)}
-        # Stores from before there was translation are of proteins.
-        if {"translation", *document} != names:
+        # Stores from before there was translation are of proteins, and older ones than tiles whole.
+        if {"translation", "tiling", *document} != names:
             odd = sorted(set(document) ^ names)
             raise UsageError(f"the store's identity has unknown or missing fields: {odd}")
         return cls(**document)
@@ -212,6 +215,42 @@ class Translation:
 
 
 @dataclass(frozen=True, slots=True)
+class Tiling:
+    """How proteins, or the proteins of frames, are cut into tiles, each of which is a row.
+
+    Attributes
+    ----------
+    size : int
+        Residues of a tile; a shorter protein is one tile.
+    step : int, optional
+        Residues from the start of one tile to that of the next; the last tile begins where it ends
+        with the protein. Default: half of `size`. Then any fragment of `size` residues has three
+        quarters of them in common with some tile.
+    """
+
+    size: int
+    step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise UsageError(f"tiles must have at least 1 residue, not {self.size}")
+        if not 1 <= self.stride <= self.size:
+            raise UsageError(
+                f"the step from tile to tile must be 1 to {self.size} residues, so that none is"
+                f" left out, not {self.stride}"
+            )
+
+    @property
+    def stride(self) -> int:
+        """The step, given or not."""
+        return max(1, self.size // 2) if self.step is None else self.step
+
+    def __str__(self) -> str:
+        """All that decides rows, for a store's identity."""
+        return f"{self.size} residues, step {self.stride}"
+
+
+@dataclass(frozen=True, slots=True)
 class Settings:
     """What a user chooses that changes row values, or where one chunk ends and the next begins.
 
@@ -238,6 +277,8 @@ class Settings:
         Store the representation of each residue too, as float16.
     translation : Translation, optional
         The input is of nucleotides, and this is how they become proteins.
+    tiling : Tiling, optional
+        How the proteins are cut into tiles; default: each is one row.
     molecule : {'auto', 'protein', 'nucleotide'}
         What the input is; ``auto`` refuses what does not look like what it should be.
     strict : bool
@@ -254,6 +295,7 @@ class Settings:
     rows_per_chunk: int | None = None
     per_residue: bool = False
     translation: Translation | None = None
+    tiling: Tiling | None = None
     molecule: Molecule = AUTO
     strict: bool = False
 
@@ -271,6 +313,9 @@ class Settings:
                 )
         if self.strict and self.translation:
             raise UsageError("strict is for proteins; letters of nucleotides are never refused")
+        if self.tiling and self.translation and self.translation.rule == "virnucpro":
+            # Codons that it leaves out would leave a tile without a place in its record.
+            raise UsageError("tiles are for frames open and orf, not for virnucpro's")
         if self.max_residues < 1:
             raise UsageError(f"max_residues must be at least 1, not {self.max_residues}")
         if self.rows_per_chunk is not None and not 1 <= self.rows_per_chunk <= 10_000:

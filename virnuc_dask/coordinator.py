@@ -86,7 +86,7 @@ def run(
     **settings
         Fields of `Settings` other than `model`: ``pooling``, ``repr_layer``, ``precision``,
         ``dtype``, ``max_residues``, ``long``, ``rows_per_chunk``, ``per_residue``,
-        ``translation``, ``molecule``, ``strict``.
+        ``translation``, ``tiling``, ``molecule``, ``strict``.
 
     Returns
     -------

@@ -128,10 +128,14 @@ class Plan:
         if self.input.reads:
             yield "reads", f"{self.input.reads:,} ({self.input.nucleotides:,} nucleotides)"
             yield "without frame", f"{self.input.without_row:,} reads"
-        yield "rows" if self.input.reads else "records", f"{self.input.records:,}"
+        if self.input.tiled:
+            yield "frames" if self.input.reads else "records", f"{self.input.tiled:,}"
+        is_record = not (self.input.reads or self.input.tiled)
+        yield "records" if is_record else "rows", f"{self.input.records:,}"
         yield "residues", f"{self.input.residues:,} (median {self.median:,}, most {self.longest:,})"
         if self.input.empty or self.input.invalid:
-            yield "quarantined", f"{self.input.invalid:,} invalid, {self.input.empty:,} empty"
+            of = "tiles of records: " if self.input.tiled else ""
+            yield "quarantined", f"{of}{self.input.invalid:,} invalid, {self.input.empty:,} empty"
         yield "long records", f"{self.long_records:,}"
         yield "to encode", f"{self.encoded_residues:,} residues"
         yield "chunks", f"{self.chunks:,} of {self.rows_per_chunk:,} rows"
@@ -180,7 +184,13 @@ def plan(
     summary = InputSummary()
     sample: Block | None = None
     files = listed(inputs)
-    blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
+    blocks = read_blocks(
+        files,
+        summary,
+        strict=settings.strict,
+        translation=settings.translation,
+        tiling=settings.tiling,
+    )
     for block in blocks:
         if sample is None and len(block.lengths):
             sample = _first_rows(block, _TRIAL_RESIDUES)

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
-from virnuc_dask.config import ModelSpec, Status
+from virnuc_dask.config import CONTIG_NUCLEOTIDES, ModelSpec, Status
 from virnuc_dask.streams import counted, duration, printable
 
 
@@ -72,6 +72,18 @@ class InputRead(Event):
     reads: int = 0
     nucleotides: int = 0
     without_row: int = 0
+    contigs_without_row: int = 0
+    tiled: int = 0
+
+    @property
+    def hint(self) -> str:
+        """What to do about records without a row, as the end of a sentence; or nothing."""
+        if not self.contigs_without_row:
+            return ""
+        return (
+            f"; contigs and genomes, here {counted(self.contigs_without_row, 'record')} of"
+            f" {CONTIG_NUCLEOTIDES:,} nucleotides or more, need --frames orf"
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,8 @@ from virnuc_dask.store import (
     CHUNK_FILE,
     RESIDUES_PER_STORED_CHUNK,
     SEQUENCES_PER_CHUNK,
+    TILED,
+    TRANSLATED,
     can_create,
     is_store,
     residue_slots,
@@ -32,6 +34,9 @@ from virnuc_dask.store import (
 
 # About 10 MB of float16 in a chunk of `residue_embedding`.
 _RESIDUE_VALUES_PER_CHUNK = 2**22
+# What `start` holds.
+_FIRST_NUCLEOTIDE = "first nucleotide of the first codon in the record, from 0"
+_FIRST_RESIDUE = "first residue in the record, from 0"
 
 
 class Ingest:
@@ -47,8 +52,8 @@ class Ingest:
     path : str or Path
         Where the store will be, a path or a URL. An empty directory there is replaced.
 
-    translated : bool
-        Blocks will say where their rows come from.
+    translated, tiled : bool
+        The rows will be of nucleotide records, or tiles, and their blocks say where they come from.
 
     Raises
     ------
@@ -56,8 +61,9 @@ class Ingest:
         Something else is there.
     """
 
-    def __init__(self, path: str | Path, *, translated: bool = False) -> None:
-        self._translated = translated
+    def __init__(self, path: str | Path, *, translated: bool = False, tiled: bool = False) -> None:
+        self._origin_arrays = TRANSLATED if translated else TILED if tiled else ()
+        self._first = _FIRST_NUCLEOTIDE if translated else _FIRST_RESIDUE
         self.place = place_of(path)
         # A store may be there by now, of a run that was faster: `commit` leaves it alone.
         if not (can_create(path) or is_store(path)):
@@ -100,17 +106,19 @@ class Ingest:
         self._headers = {"description": _Appender(description), "source": _Appender(source)}
         self._next_offset = 0
         self._origin: dict[str, _Appender] = {}
-        if self._translated:
+        if self._origin_arrays:
             self._begin_origin()
 
     def _begin_origin(self) -> None:
-        """Where rows come from: one entry for each row, and one for each nucleotide record."""
+        """Where rows come from: one entry for each row, and one for each input record."""
         for name, dtype, fill, what in (
             ("read", "int64", -1, "number of the input record, into read_id"),
             ("window", "int32", 0, "window of the record, from 1"),
             ("frame", "int8", 0, "reading frame, negative on the reverse strand"),
-            ("start", "int64", -1, "first nucleotide of the first codon in the record, from 0"),
+            ("start", "int64", -1, self._first),
         ):
+            if name not in self._origin_arrays:
+                continue
             array = self._create(
                 name, dtype, (SEQUENCES_PER_CHUNK,), fill, ("sequence",), {"long_name": what}
             )
@@ -145,7 +153,7 @@ class Ingest:
             origin = block.origin
             ids = np.array(origin.read_ids, dtype=np.dtypes.StringDType())
             self._origin["read_id"].append(ids)
-            for name in ("read", "window", "frame", "start"):
+            for name in self._origin.keys() - {"read_id"}:
                 self._origin[name].append(getattr(origin, name))
         if not len(block.lengths):
             return

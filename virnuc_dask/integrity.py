@@ -16,8 +16,8 @@ from virnuc_dask.store import (
     HEADERS,
     MIN_CHUNK_BYTES,
     SEQUENCES_PER_CHUNK,
-    TRANSLATED,
     Store,
+    origin_arrays,
     residue_slots,
 )
 
@@ -98,10 +98,10 @@ def check_sequences(store: Store) -> str | None:
             digest.update(Block(ids, lengths, residues))
             if problem := _check_headers(store, rows):
                 return problem
-            if store.identity.translation:
-                origin = (np.asarray(store.array(name)[rows]) for name in TRANSLATED[1:])
-                digest.update_origin(Origin([], *origin))
-        if store.identity.translation:
+            if origin := [name for name in origin_arrays(store.identity) if name != "read_id"]:
+                arrays = {name: np.asarray(store.array(name)[rows]) for name in origin}
+                digest.update_origin(Origin([], **arrays))
+        if "read_id" in store.names:
             _add_reads(store, digest)
     except (ValueError, RuntimeError) as error:
         return f"sequence arrays do not decode: {error}"
@@ -131,15 +131,8 @@ def _add_reads(store: Store, digest: InputDigest) -> None:
     reads = store.array("read_id")
     for start in range(0, reads.shape[0], SEQUENCES_PER_CHUNK):
         ids = [str(name) for name in reads[start : start + SEQUENCES_PER_CHUNK]]
-        digest.update_origin(
-            Origin(
-                ids,
-                np.array([], np.int64),
-                np.array([], np.int32),
-                np.array([], np.int8),
-                np.array([], np.int64),
-            )
-        )
+        none = np.array([], np.int64)
+        digest.update_origin(Origin(ids, read=none, start=none))
 
 
 def check_results(store: Store) -> dict[tuple[str, int], str]:

@@ -17,6 +17,7 @@ from virnuc_dask.config import (
     PRECISIONS,
     STORED_DTYPES,
     RunConfig,
+    Tiling,
     Translation,
 )
 
@@ -123,6 +124,16 @@ identity_options = _options(
         help="Proteins with a larger share of X are left out; not with virnucpro.",
     ),
     click.option(
+        "--tile",
+        type=click.IntRange(1),
+        help="Residues: cut proteins, or frames, into tiles of so many, each a row.",
+    ),
+    click.option(
+        "--tile-step",
+        type=click.IntRange(1),
+        help="Residues from one tile's start to the next one's.  [default: half a tile]",
+    ),
+    click.option(
         "--molecule",
         type=click.Choice(MOLECULES),
         default=AUTO,
@@ -133,7 +144,11 @@ identity_options = _options(
 
 
 def settings_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as fields of `Settings`: those of translation in one, or none of them."""
+    """Options as fields of `Settings`: those of translation in one, and of tiling, or none."""
+    tile, step = options.pop("tile"), options.pop("tile_step")
+    if step is not None and tile is None:
+        raise click.UsageError("--tile-step is for --tile")
+    options = options | {"tiling": tile and Tiling(tile, step)}
     names = ("translate", "frames", "window", "genetic_code", "min_residues", "max_unknown")
     given = {name: options.pop(name) for name in names}
     wanted, rule, window, code, residues, unknown = given.values()

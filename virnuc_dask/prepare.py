@@ -100,13 +100,23 @@ def prepare(
     chosen = events.ModelChosen(spec, device, checkpoint.adapter is not None, checkpoint.left_out)
     warn_of_random_weights(spec, stacklevel=4)
     files, summary = listed(inputs), InputSummary()
-    blocks = read_blocks(files, summary, strict=settings.strict, translation=settings.translation)
+    blocks = read_blocks(
+        files,
+        summary,
+        strict=settings.strict,
+        translation=settings.translation,
+        tiling=settings.tiling,
+    )
     with hashing(checkpoint, or_known=True) as digest:
         del checkpoint  # the weights may be large, and reading takes long
         model = _Announced(chosen, digest, emit)
         if existing is None:
             with _explained(store):
-                ingest = Ingest(store, translated=settings.translation is not None)
+                ingest = Ingest(
+                    store,
+                    translated=settings.translation is not None,
+                    tiled=settings.tiling is not None,
+                )
             with ingest:
                 for block in blocks:
                     with _explained(store):
@@ -233,7 +243,8 @@ def check_input(settings: Settings, summary: InputSummary, files: Sequence[str |
         _check_molecule(summary)
     if not summary.records:
         raise InputError(
-            f"none of {summary.reads:,} records gives a row: no frame is open, or long enough",
+            f"none of {summary.reads:,} records gives a row: no frame is open, or long enough"
+            f"{input_read(summary).hint}",
             file=", ".join(map(str, files)),
         )
 
@@ -250,7 +261,7 @@ def _check_molecule(summary: InputSummary) -> None:
             line=first.line,
             record=first.id,
         )
-    letters = summary.records - summary.empty
+    letters = (summary.tiled or summary.records) - summary.empty
     if not summary.reads and letters and summary.nucleotide_like >= _MOST * letters:
         raise UsageError(
             f"{summary.nucleotide_like:,} of {letters:,} records look like nucleotides, and this"
@@ -274,6 +285,8 @@ def input_read(summary: InputSummary) -> events.InputRead:
         summary.reads,
         summary.nucleotides,
         len(summary.without_row),
+        summary.contigs_without_row,
+        summary.tiled,
     )
 
 
@@ -341,4 +354,5 @@ def identity_of(settings: Settings, spec: ModelSpec, summary: InputSummary, rows
         rows_per_chunk=rows,
         per_residue=settings.per_residue,
         translation=str(settings.translation) if settings.translation else None,
+        tiling=str(settings.tiling) if settings.tiling else None,
     )

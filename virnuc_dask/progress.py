@@ -316,9 +316,10 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
     if event.empty:
         yield f"note: {counted(event.empty, 'record')} without a residue; quarantined as empty"
     if event.invalid:
+        which = "their tiles with these are quarantined" if event.tiled else "quarantined"
         yield (
             f"note: {counted(event.invalid, 'record')} with letters that are no residues;"
-            " quarantined as invalid_residues (--strict refuses such input)"
+            f" {which} as invalid_residues (--strict refuses such input)"
         )
     changed = {
         "J read as X": event.ambiguous_j,
@@ -330,7 +331,7 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
     if event.without_row:
         yield (
             f"note: {event.without_row:,} of {counted(event.reads, 'read')} gave no row: no frame"
-            " is open, or long enough"
+            f" is open, or long enough{event.hint}"
         )
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import sha256
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask.config import CONTIG_NUCLEOTIDES, Translation
 from virnuc_dask.errors import InputError
 
 # The 20 amino acids, and ESM's own X B U Z O.
@@ -54,7 +55,7 @@ class Headers:
     Attributes
     ----------
     description : list of str
-        What follows the identifier; of a translated row its read's.
+        What follows the identifier; of a translated row its read's, of a tile its record's.
     source : ndarray, int32, shape (n,)
         Which of `InputSummary.files`.
     """
@@ -69,28 +70,28 @@ class Headers:
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the rows of a block come from, if they were translated.
+    """Where the rows of a block come from, if they were translated or are tiles.
 
     Attributes
     ----------
     read_ids : list of str
-        Identifiers of all nucleotide records of the block, also those without a row.
+        Identifiers of all records that were read for the block, also those without a row.
     read : ndarray, int64, shape (n,)
         Which record of the input, from 0.
-    window : ndarray, int32, shape (n,)
-        Which window of the record, from 1.
-    frame : ndarray, int8, shape (n,)
-        +1, +2, +3; -1, -2, -3 on the reverse strand.
     start : ndarray, int64, shape (n,)
         The first nucleotide of the protein's first codon in the record, from 0; of a reverse frame
-        it is the highest.
+        it is the highest. Of a tile of a protein record, its first residue after cleaning, from 0.
+    window : ndarray, int32, shape (n,), optional
+        Which window of the record, from 1; of translated rows.
+    frame : ndarray, int8, shape (n,), optional
+        +1, +2, +3; -1, -2, -3 on the reverse strand; of translated rows.
     """
 
     read_ids: list[str]
     read: NDArray[np.int64]
-    window: NDArray[np.int32]
-    frame: NDArray[np.int8]
     start: NDArray[np.int64]
+    window: NDArray[np.int32] | None = None
+    frame: NDArray[np.int8] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,15 +124,16 @@ class InputSummary:
     Attributes
     ----------
     records, residues : int
-        Totals after cleaning.
+        Rows, one for each record unless it was translated or tiled, and their residues.
     empty : int
         Records without a residue. They keep their row, with status ``empty``.
     invalid : int
-        Records with letters that are no residues. They keep their row, ``invalid_residues``.
+        Records with letters that are no residues. They keep their row, ``invalid_residues``; of
+        tiles those with such a letter.
     ambiguous_j, gaps, terminal_stops : int
         Letters J read as X, gap letters removed, terminal stops removed.
     lengths : list of ndarray, int32
-        Lengths of all records, block by block.
+        Lengths of all rows, block by block.
     files : dict of str to int
         Inputs, numbered in their order; one that was given twice by its first place.
     empty_files : list of str
@@ -141,9 +143,13 @@ class InputSummary:
     nucleotide_like : int
         Records that use no letter but A C G T U N.
     reads, nucleotides : int
-        Nucleotide records that were translated, and their letters; records are rows then.
+        Nucleotide records that were translated, and their letters.
     without_row : list of str
         Identifiers of the reads that gave no row.
+    contigs_without_row : int
+        Those of them that are so long that ``orf`` would have been the rule for them, and was not.
+    tiled : int
+        Proteins, records or frames, that were cut into tiles.
     protein_like : int
         Reads with a letter that stands for no nucleotide, nor for several.
     first_protein_like : Record, optional
@@ -160,6 +166,8 @@ class InputSummary:
     reads: int = 0
     nucleotides: int = 0
     without_row: list[str] = field(default_factory=list)
+    contigs_without_row: int = 0
+    tiled: int = 0
     protein_like: int = 0
     first_protein_like: Record | None = None
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
@@ -176,30 +184,44 @@ class InputSummary:
             np.fromiter(sources, np.int32, len(records)),
         )
 
+    def take_rows(self, lengths: NDArray[np.int32]) -> None:
+        """Count rows, by their lengths."""
+        self.records += len(lengths)
+        self.residues += int(lengths.sum())
+        self.lengths.append(lengths)
+
     def take_reads(
-        self, records: Sequence[Record], sequences: Sequence[str], with_row: NDArray[np.int64]
+        self,
+        records: Sequence[Record],
+        sequences: Sequence[str],
+        with_row: NDArray[np.int64],
+        how: Translation,
     ) -> None:
         """Count translated records; `with_row` says which of them have rows."""
         self.reads += len(records)
         self.nucleotides += sum(map(len, sequences))
         has_row = np.zeros(len(records), np.bool_)
         has_row[with_row] = True
-        self.without_row += [records[number].id for number in np.flatnonzero(~has_row).tolist()]
+        without = np.flatnonzero(~has_row).tolist()
+        self.without_row += [records[number].id for number in without]
+        if how.rule != "orf":
+            long = (len(sequences[number]) >= CONTIG_NUCLEOTIDES for number in without)
+            self.contigs_without_row += sum(long)
         for record, sequence in zip(records, sequences, strict=True):
             if not _PROTEIN_ONLY.isdisjoint(sequence):
                 self.protein_like += 1
                 self.first_protein_like = self.first_protein_like or record
 
     def all_lengths(self) -> NDArray[np.int32]:
-        """Lengths of all records, shape (records,)."""
+        """Lengths of all rows, shape (records,)."""
         return np.concatenate(self.lengths) if self.lengths else np.zeros(0, np.int32)
 
 
 class InputDigest:
     """SHA-256 of cleaned records: their identifiers, lengths and residues, in order.
 
-    Several streams, so that the digest does not depend on where blocks are cut. Of translated
-    records also those that gave no row, by their identifiers.
+    Several streams, so that the digest does not depend on where blocks are cut. Of translated and
+    tiled rows also where they come from, and of records that gave no row the identifiers.
     """
 
     def __init__(self) -> None:
@@ -220,9 +242,10 @@ class InputDigest:
             self._streams += [sha256() for _ in range(5)]
         reads, *others = self._streams[3:]
         reads.update("".join(f"{name}\n" for name in origin.read_ids).encode())
-        values: list[NDArray[Any]] = [origin.read, origin.window, origin.frame, origin.start]
+        values = (origin.read, origin.window, origin.frame, origin.start)
         for stream, array in zip(others, values, strict=True):
-            stream.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
+            if array is not None:
+                stream.update(array.astype(array.dtype.newbyteorder("<")).tobytes())
 
     def hexdigest(self) -> str:
         """Digest of all records so far."""
@@ -317,11 +340,8 @@ def clean(records: Sequence[Record], summary: InputSummary) -> Block:
     rows = np.repeat(np.arange(len(kept)), lengths32)
     protein_like = np.bincount(rows[_NOT_NUCLEOTIDE[letters]], minlength=len(kept)) > 0
     summary.nucleotide_like += int((~protein_like & (lengths32 > 0)).sum())
-    summary.records += len(records)
-    summary.residues += int(lengths32.sum())
     summary.empty += int((lengths32 == 0).sum())
     summary.invalid += int(invalid.sum())
-    summary.lengths.append(lengths32)
     ids = [record.id for record in records]
     return Block(ids, lengths32, letters, headers=summary.take_headers(records))
 

@@ -20,10 +20,11 @@ from typing import Any, BinaryIO, TextIO, cast
 from Bio.SeqIO.QualityIO import FastqGeneralIterator
 from xopen import xopen
 
-from virnuc_dask.config import Translation
+from virnuc_dask.config import Tiling, Translation
 from virnuc_dask.errors import InputError
 from virnuc_dask.lookalikes import COMMENT_WITHIN, GLUED, SAM, foreign_line, foreign_name
 from virnuc_dask.residues import Block, InputDigest, InputSummary, Record, clean, decoded_header
+from virnuc_dask.tiles import tile_block
 from virnuc_dask.translate import translate_records
 
 if sys.version_info >= (3, 14):
@@ -57,6 +58,7 @@ def read_blocks(
     *,
     strict: bool = False,
     translation: Translation | None = None,
+    tiling: Tiling | None = None,
 ) -> Iterator[Block]:
     """Read inputs in order as blocks of cleaned records.
 
@@ -71,6 +73,8 @@ def read_blocks(
         Raise at the first record that has a letter outside the alphabet.
     translation : Translation, optional
         The records are nucleotides; a block's rows are their proteins.
+    tiling : Tiling, optional
+        A block's rows are tiles of the proteins.
 
     Raises
     ------
@@ -89,8 +93,10 @@ def read_blocks(
             block = clean(records, summary)
         if strict and summary.first_invalid is not None:
             raise summary.first_invalid
-        digest.update(block)
-        yield block
+        for part in [block] if tiling is None else tile_block(block, tiling, summary):
+            summary.take_rows(part.lengths)
+            digest.update(part)
+            yield part
     if not (summary.records or summary.reads):
         raise InputError("no sequence record in the input", file=", ".join(map(str, inputs)))
     summary.sha256 = digest.hexdigest()

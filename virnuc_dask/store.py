@@ -45,7 +45,9 @@ CHUNK_FILE = {
 }
 TASK_ARRAYS = tuple(CHUNK_FILE)
 PER_RESIDUE = ("residue_slot", "residue_embedding")
+# Where rows come from that are not whole records: frames, or tiles of proteins.
 TRANSLATED = ("read_id", "read", "window", "frame", "start")
+TILED = ("read_id", "read", "start")
 HEADERS = ("description", "source")
 INGESTED = ("sequence_id", "length", "offset", "residues", "residue_slot", *HEADERS, *TRANSLATED)
 # What Zarr raises of metadata that is torn, gone, or not ours.
@@ -123,8 +125,8 @@ class Store:
             self.names.difference_update(HEADERS)
         if not self.identity.per_residue:
             self.names.difference_update(PER_RESIDUE)
-        if not self.identity.translation:
-            self.names.difference_update(TRANSLATED)
+        self.names.difference_update(TRANSLATED)
+        self.names.update(origin_arrays(self.identity))
         self._arrays = {name: self.open_array(name) for name in self.names}
         self.dimension = int(self.array("embedding").shape[1])
 
@@ -176,7 +178,7 @@ class Store:
 
     @property
     def records(self) -> int:
-        """Rows, one for each record of the input, in its order."""
+        """Rows: one for each record of the input, in its order, or for each frame or tile."""
         return self.identity.records
 
     @property
@@ -226,7 +228,7 @@ class Store:
         return slice(int(firsts[0]), int(end))
 
     def lengths(self) -> NDArray[np.int32]:
-        """Residues of every record, shape (records,)."""
+        """Residues of every row, shape (records,)."""
         try:
             lengths = np.asarray(self.array("length")[:], np.int32)
         except (ValueError, RuntimeError) as error:
@@ -334,8 +336,9 @@ class Store:
         """What is known of some rows beside their state and embedding, one array for each column.
 
         ``sequence_id``, ``length``, ``description`` and ``source``, the input's name, if the store
-        has them, and of translated rows ``read_id``, the name of the read, and ``read``,
-        ``window``, ``frame``, ``start``. Text is in NumPy's StringDType.
+        has them, of translated rows ``read_id``, the name of the read, and ``read``, ``window``,
+        ``frame``, ``start``, of tiles of proteins these but for ``window`` and ``frame``. Text is
+        in NumPy's StringDType.
         """
         names = ["sequence_id", "length", *HEADERS, *TRANSLATED]
         names = [name for name in names if name in self.names]
@@ -343,7 +346,7 @@ class Store:
         if "source" in columns:
             files = np.array(self.files, np.dtypes.StringDType())
             columns["source"] = files[columns["source"]]
-        if self.identity.translation:
+        if "read" in columns:
             # There is one for each read, also for those without a row.
             numbers, which = np.unique(columns["read"], return_inverse=True)
             columns["read_id"] = self.array("read_id").oindex[numbers][which]
@@ -483,6 +486,13 @@ def residue_slots(
     before = np.cumsum(encoded) - encoded
     shift = np.cumsum(sizes) - sizes - before[firsts]
     return before + np.repeat(shift, rows_per_chunk)[: len(encoded)], int(sizes.sum())
+
+
+def origin_arrays(identity: Identity) -> tuple[str, ...]:
+    """Arrays that say where rows come from, in a store with such an identity."""
+    if identity.translation:
+        return TRANSLATED
+    return TILED if identity.tiling else ()
 
 
 def is_embedded(status: NDArray[np.uint8]) -> NDArray[np.bool_]:

@@ -262,17 +262,14 @@ def translate_records(records: Sequence[Record], how: Translation, summary: Inpu
     found = translate(sequences, how)
     ids = _names([record.id for record in records], found, how)
     origin = Origin(
-        [record.id for record in records],
-        found.read + summary.reads,
-        found.window,
-        found.frame,
-        found.start,
+        read_ids=[record.id for record in records],
+        read=found.read + summary.reads,
+        start=found.start,
+        window=found.window,
+        frame=found.frame,
     )
     headers = summary.take_headers(records).select(found.read)
-    summary.take_reads(records, sequences, found.read)
-    summary.records += len(found.read)
-    summary.residues += len(found.residues)
-    summary.lengths.append(found.lengths)
+    summary.take_reads(records, sequences, found.read, how)
     return Block(ids, found.lengths, found.residues, origin, headers)
 
 

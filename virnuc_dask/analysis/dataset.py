@@ -49,9 +49,10 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
         ``sequence_id`` and ``description``: the first word of its header and the rest;
         ``source``: its input file. ``length`` in residues. ``status``, whose codes are named by its
         attributes ``flag_values`` and ``flag_meanings``. Of translated rows also ``read``, a number
-        into ``read_id``, ``window``, ``frame`` and ``start``. They are read whenever they are
-        looked at, and no Dask arrays, so that masks work: ``data.embedding[data.embedded]``. So
-        are results of analysis, such as ``score_NAME`` and ``map_NAME``.
+        into ``read_id``, ``window``, ``frame`` and ``start``; of tiles of proteins ``read``,
+        ``read_id`` and ``start``. They are read whenever they are looked at, and no Dask arrays,
+        so that masks work: ``data.embedding[data.embedded]``. So are results of analysis, such as
+        ``score_NAME`` and ``map_NAME``.
 
         The attribute ``virnuc_dask``, what the store was made of, is JSON text, which every format
         can keep.

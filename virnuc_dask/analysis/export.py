@@ -48,12 +48,12 @@ def export(
     """Write a store's rows, in their order, into one file.
 
     Columns are `sequence_id`, `length`, `status`, `description`, `source`, of translated rows
-    `read_id`, the name of the read, and `read`, `window`, `frame` and `start`, and the embedding,
-    in the precision of the store. What they are, model, weights, layer, pooling, precision and
-    versions, is JSON text: in Parquet's schema, HDF5's root and AnnData's `uns` under
-    ``virnuc_dask``, in NumPy's archive an array of that name, and beside CSV and TSV a file,
-    ``OUT.json``. Rows go through memory in parts of 16 MB of embeddings, or one chunk; AnnData
-    takes about 20 bytes more for each row of all.
+    `read_id`, the name of the read, and `read`, `window`, `frame` and `start`, of tiles of proteins
+    `read_id`, `read` and `start`, and the embedding, in the precision of the store. What they are,
+    model, weights, layer, pooling, precision and versions, is JSON text: in Parquet's schema,
+    HDF5's root and AnnData's `uns` under ``virnuc_dask``, in NumPy's archive an array of that name,
+    and beside CSV and TSV a file, ``OUT.json``. Rows go through memory in parts of 16 MB of
+    embeddings, or one chunk; AnnData takes about 20 bytes more for each row of all.
 
     Parameters
     ----------

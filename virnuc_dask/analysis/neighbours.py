@@ -506,10 +506,12 @@ def _note(searched: Store, source: Store) -> str | None:
     here, there = (max(1.0, _median_length(each)) for each in (searched, source))
     if max(here, there) <= _LENGTH_FACTOR * min(here, there):
         return None
+    longer = searched if here > there else source
     return (
         f"median lengths are {here:,.0f} residues in {searched.path} and {there:,.0f} in"
-        f" {source.path}: embeddings of fragments and of whole proteins are not comparable. Cut the"
-        " longer sequences to the length of the others"
+        f" {source.path}: embeddings of fragments and of whole proteins are not comparable."
+        f" `run --tile {min(here, there):.0f}` makes a store like {longer.path} whose sequences are"
+        " cut to the others' length"
     )
 
 

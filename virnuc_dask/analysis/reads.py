@@ -1,4 +1,4 @@
-"""What was translated from one read, taken together."""
+"""What was translated from one read, or cut from one protein, taken together."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ How = Literal["mean", "max", "min"]
 
 
 def by_read(data: Any, how: How = "mean") -> Any:
-    """One row for each read instead of one for each of its frames and windows.
+    """One row for each read instead of one for each of its frames, windows and tiles.
+
+    A read is a record of the input; of tiled proteins it is a protein.
 
     Parameters
     ----------
     data : xarray.Dataset
-        From `open_store`, of translated reads; or some of its rows, in their order.
+        From `open_store`, of translated reads or of tiles; or some of its rows, in their order.
     how : {'mean', 'max', 'min'}
         What becomes of a feature, of those of the read's rows that have an embedding.
 
@@ -32,7 +34,7 @@ def by_read(data: Any, how: How = "mean") -> Any:
     Raises
     ------
     UsageError
-        The rows are not of translated reads, not in their order, or `how` is something else.
+        The rows are whole records, not in the order of their reads, or `how` is something else.
     """
     import xarray
     from flox.xarray import rechunk_for_blockwise, xarray_reduce
@@ -40,7 +42,7 @@ def by_read(data: Any, how: How = "mean") -> Any:
     if how not in get_args(How):
         raise UsageError(f"how={how!r}: must be one of {', '.join(get_args(How))}")
     if "read" not in data.coords:
-        raise UsageError("these rows were not translated from reads")
+        raise UsageError("these rows were not translated from reads, nor tiled: each is a record")
     number = data.read.values
     if (np.diff(number) < 0).any():
         raise UsageError("rows are not in the order of their reads")
