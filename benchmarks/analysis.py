@@ -2,6 +2,7 @@
 
     python -m benchmarks.analysis open [--rows 10000000]
     python -m benchmarks.analysis by-read [--rows 1500000 --dimension 1280]
+    python -m benchmarks.analysis predict [--rows 1000000 --dimension 1280]     (or predict-mlp)
 
 Stores are of random vectors (`benchmarks.stores`), in a temporary folder or in `--folder`. Peaks
 are of the whole process, which has imported all that it needs.
@@ -14,6 +15,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,6 +24,9 @@ import numpy as np
 
 import virnuc_dask
 from benchmarks.stores import random_store
+from virnuc_dask.analysis.classifier import Classifier, save_classifier, versions
+from virnuc_dask.analysis.comparable import what_must_agree
+from virnuc_dask.analysis.training import new_pipeline
 
 
 def peak() -> int:
@@ -73,9 +78,38 @@ def measure_by_read(folder: Path, rows: int, dimension: int) -> None:
     assert np.isfinite(sums).all()
 
 
-MEASURES: dict[str, tuple[Callable[[Path, int, int], None], int]] = {
+def measure_predict(folder: Path, rows: int, dimension: int, kind: str = "logistic") -> None:
+    """Score all rows, and the same by a plain loop over chunks."""
+    store = random_store(folder / "scores.zarr", rows, dimension)
+    random = np.random.default_rng(1)
+    features = random.standard_normal((2000, dimension), np.float32)
+    pipeline = new_pipeline(kind, len(features), 0).fit(features, features[:, 0] > 0)
+    model = what_must_agree(store.identity) | {"dimension": dimension}
+    about = {"kind": kind, "classes": ["viral", "other"], "model": model, "median_length": 30.0}
+    save_classifier(Classifier(pipeline, about | {"versions": versions()}), folder / "c.skops")
+    size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
+    print(f"store of {size / 1e9:.2f} GB")
+    with timed(f"predict, {kind}"):
+        found = virnuc_dask.predict(store.path, folder / "c.skops", name="a")
+    assert found.scored == rows
+    with timed("predict again: nothing to compute"):
+        virnuc_dask.predict(store.path, folder / "c.skops", name="a")
+    with timed("a table of all rows, TSV"):
+        virnuc_dask.predict(store.path, folder / "c.skops", name="a", out=folder / "t.tsv")
+    scores = np.empty(rows, np.float32)
+    with timed("a plain loop: read a chunk, predict_proba, keep"):
+        for chunk in range(store.chunk_count):
+            embedding = store.read_chunk(chunk)[1]
+            scores[store.rows(chunk)] = pipeline.predict_proba(embedding)[:, 1]
+    kept = virnuc_dask.open_store(store.path).score_a.values
+    np.testing.assert_allclose(kept, scores, rtol=1e-2, atol=1e-3)
+
+
+MEASURES: dict[str, tuple[Callable[..., None], int]] = {
     "open": (measure_open, 10_000_000),
     "by-read": (measure_by_read, 1_500_000),
+    "predict": (measure_predict, 1_000_000),
+    "predict-mlp": (partial(measure_predict, kind="mlp"), 1_000_000),
 }
 
 

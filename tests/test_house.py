@@ -41,8 +41,14 @@ ORDER = [
     "analysis.export",
     "analysis.reads",
     "analysis.passes",
+    "analysis.comparable",
     "analysis.neighbours",
+    "analysis.outputs",
     "analysis.tables",
+    "analysis.samples",
+    "analysis.classifier",
+    "analysis.training",
+    "analysis.prediction",
     "memory",
     "upstream",
     "huggingface",
@@ -136,6 +142,8 @@ def test_imports_go_one_way(name: str) -> None:
             {"analysis.columns", "analysis.dataset", "analysis.neighbours", "analysis.reads"},
         ),
         ("flox", {"analysis.reads"}),
+        ("skops", {"analysis.classifier"}),
+        ("sklearn", {"analysis.training"}),
     ],
 )
 def test_each_library_has_its_owners(library: str, owners: set[str]) -> None:
@@ -164,6 +172,8 @@ HEAVY = {
     "Bio",
     "pandas",
     "obstore",
+    "sklearn",
+    "skops",
 }
 
 

@@ -1,8 +1,9 @@
 """Protein language model embeddings for millions of sequences, on workers that may vanish.
 
 ``run`` embeds sequences into a Zarr store, ``resume`` goes on with one, ``open_store`` opens it
-lazily, ``open_residues`` a row's residues in it, ``nearest`` finds the rows most alike, and
-``load_encoder`` gives the encoder alone.
+lazily, ``open_residues`` a row's residues in it, ``nearest`` finds the rows most alike, ``train``
+makes a classifier of two stores, ``predict`` scores a store by it, and ``load_encoder`` gives the
+encoder alone.
 ``create_store`` and ``tasks`` are for a Dask graph of your own.
 Importing this package loads neither torch nor distributed; the names are resolved when they are
 first used.
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from virnuc_dask.analysis.dataset import open_residues, open_store, verify
     from virnuc_dask.analysis.export import export
     from virnuc_dask.analysis.neighbours import nearest
+    from virnuc_dask.analysis.prediction import predict
     from virnuc_dask.analysis.reads import by_read
+    from virnuc_dask.analysis.training import train
     from virnuc_dask.config import RunConfig, Tiling, Translation
     from virnuc_dask.coordinator import resume, run
     from virnuc_dask.embed import ChunkReport
@@ -39,9 +42,11 @@ __all__ = [
     "nearest",
     "open_residues",
     "open_store",
+    "predict",
     "resume",
     "run",
     "tasks",
+    "train",
     "verify",
 ]
 
@@ -58,9 +63,11 @@ _HOME = {
     "nearest": "analysis.neighbours",
     "open_residues": "analysis.dataset",
     "open_store": "analysis.dataset",
+    "predict": "analysis.prediction",
     "resume": "coordinator",
     "run": "coordinator",
     "tasks": "graph",
+    "train": "analysis.training",
     "verify": "analysis.dataset",
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import click
 
-from virnuc_dask.config import METRICS
+from virnuc_dask.config import CLASSIFIERS, CONSENSUS, METRICS
 from virnuc_dask.interrupts import cleaning_up
 
 
@@ -100,7 +101,112 @@ def nearest(
         print(f"{lines:,} neighbours in {out}")
 
 
-COMMANDS = (export, nearest)
+@click.command()
+@click.option("--viral", required=True, metavar="STORE", help="Of the class that is looked for.")
+@click.option("--other", required=True, metavar="STORE", help="Of all else.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The classifier's file, .skops.",
+)
+@click.option("--kind", type=click.Choice(CLASSIFIERS), default="logistic", show_default=True)
+@click.option(
+    "--test-size",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.25,
+    show_default=True,
+    help="Share of the sequences, or reads, that is held out.",
+)
+@click.option(
+    "--max-rows",
+    type=click.IntRange(2),
+    default=100_000,
+    show_default=True,
+    help="Rows of each class at most; of more, a random sample.",
+)
+@click.option("--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
+@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Train a classifier on the embeddings of two stores, and measure it on held-out rows.
+
+    Identical sequences, and all frames of a read, are all held out or all trained on. Beside the
+    figures are those of amino-acid composition alone.
+    """
+    from virnuc_dask.analysis.training import train as fit
+
+    with cleaning_up():
+        report = fit(viral, other, out, progress=chunk_counter("read", "chunks"), **options)
+    _say_doubts(report.notes, report.comment)
+    if as_json:
+        print(json.dumps(report.to_json()))
+        return
+    print(*report.lines(), "", f"classifier in {out}", sep="\n")
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--classifier",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A file that `train` made. Nothing in it is run.",
+)
+@click.option("--name", help="Of the scores, `score_NAME`.  [default: that of the classifier]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="A table of the scores, .tsv or .parquet."
+)
+@click.option(
+    "--consensus",
+    type=click.Choice(CONSENSUS),
+    help="In the table, a line for each read that was translated.",
+)
+@click.option(
+    "--guard/--no-guard",
+    default=True,
+    help="In TSV, an apostrophe before names that a spreadsheet would compute.",
+    show_default=True,
+)
+@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@click.option(
+    "--force", is_flag=True, help="Replace scores of another classifier of this name, and OUT."
+)
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
+def predict(store: str, as_json: bool, **options: Any) -> None:
+    """Score the rows of STORE by a classifier, into its array `score_NAME`.
+
+    The same command again computes only what is missing.
+    """
+    from virnuc_dask.analysis.prediction import predict as score
+
+    with cleaning_up():
+        found = score(store, progress=chunk_counter("scored", "chunks"), **options)
+    _say_doubts(found.notes, found.comment)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    print(
+        f"{found.name}: {found.scored:,} rows scored, {found.first:,} of them {found.classes[0]}"
+        f" (0.5 or more); {found.computed_chunks:,} chunks computed"
+    )
+    if found.pending or found.quarantined:
+        print(
+            f"no score: {found.pending:,} rows not embedded yet, {found.quarantined:,} quarantined"
+        )
+    if found.out:
+        print(f"{found.lines:,} lines in {found.out}")
+
+
+COMMANDS = (export, nearest, train, predict)
+
+
+def _say_doubts(notes: list[str], comment: str | None) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if comment:
+        print(f"comment: {comment}", file=sys.stderr)
 
 
 def chunk_counter(verb: str, noun: str) -> Callable[[int, int], None] | None:

@@ -17,6 +17,8 @@ StoredDtype = Literal["float32", "float16"]
 FrameRule = Literal["open", "orf", "virnucpro"]
 Molecule = Literal["auto", "protein", "nucleotide"]
 Metric = Literal["cosine", "euclidean"]
+ClassifierKind = Literal["logistic", "mlp"]
+Consensus = Literal["max", "mean", "virnucpro"]
 
 POOLINGS: tuple[str, ...] = get_args(Pooling)
 LONG_POLICIES: tuple[str, ...] = get_args(LongPolicy)
@@ -24,6 +26,8 @@ PRECISIONS: tuple[str, ...] = get_args(Precision)
 FRAME_RULES: tuple[str, ...] = get_args(FrameRule)
 MOLECULES: tuple[str, ...] = get_args(Molecule)
 METRICS: tuple[str, ...] = get_args(Metric)
+CLASSIFIERS: tuple[str, ...] = get_args(ClassifierKind)
+CONSENSUS: tuple[str, ...] = get_args(Consensus)
 MIN_WINDOW = 30
 # A record of so many nucleotides has hardly a frame without a stop, unless it is within a gene.
 CONTIG_NUCLEOTIDES = 1_000

@@ -13,6 +13,12 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask.analysis.comparable import (
+    check_comparable,
+    length_note,
+    median_length,
+    what_must_agree,
+)
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
     Pool,
@@ -28,10 +34,6 @@ from virnuc_dask.errors import UsageError
 from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.streams import printable
 
-# Rows of two stores can be compared if these are the same.
-_COMPARABLE = ("weights_sha256", "repr_layer", "pooling", "precision")
-_LENGTH_FACTOR = 3
-_CHUNKS_OF_LENGTHS = 8
 _TEXTS = ("sequence_id", "description")
 # All rows are read once for so many queries.
 _QUERIES_AT_ONCE = 4096
@@ -151,16 +153,11 @@ def _check(searched: Store, source: Store, k: int, metric: str) -> None:
         raise UsageError(f"k must be at least 1, not {k}")
     if metric not in METRICS:
         raise UsageError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
-    differences = [
-        f"  {name}: {here!r} and {there!r}"
-        for name, here, there in searched.identity.differences(source.identity)
-        if name in _COMPARABLE
-    ]
-    if differences:
-        raise UsageError(
-            f"rows of {searched.path} and {source.path} are not comparable:\n"
-            + "\n".join(differences)
-        )
+    check_comparable(
+        what_must_agree(searched.identity),
+        what_must_agree(source.identity),
+        f"rows of {searched.path} and {source.path} are not comparable",
+    )
 
 
 # --- queries -------------------------------------------------------------------------------------
@@ -503,22 +500,6 @@ def _taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
 def _note(searched: Store, source: Store) -> str | None:
     if source.id == searched.id:
         return None
-    here, there = (max(1.0, _median_length(each)) for each in (searched, source))
-    if max(here, there) <= _LENGTH_FACTOR * min(here, there):
-        return None
-    longer = searched if here > there else source
-    return (
-        f"median lengths are {here:,.0f} residues in {searched.path} and {there:,.0f} in"
-        f" {source.path}: embeddings of fragments and of whole proteins are not comparable."
-        f" `run --tile {min(here, there):.0f}` makes a store like {longer.path} whose sequences are"
-        " cut to the others' length"
+    return length_note(
+        median_length(searched), str(searched.path), median_length(source), str(source.path)
     )
-
-
-def _median_length(store: Store) -> float:
-    """Of the rows, or of a sample of some hundred thousand."""
-    firsts = np.arange(0, store.records, SEQUENCES_PER_CHUNK)
-    some = firsts[:: -(-len(firsts) // _CHUNKS_OF_LENGTHS)].tolist()
-    with store.reading("`length`"):
-        parts = [store.array("length")[first : first + SEQUENCES_PER_CHUNK] for first in some]
-    return float(np.median(np.concatenate(parts)))

@@ -1,19 +1,34 @@
-"""Neighbours as a table, for other programs: TSV or Parquet."""
+"""Results as a table, for other programs: TSV or Parquet."""
 
 from __future__ import annotations
 
 import csv
-import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
 import numpy as np
 
 from virnuc_dask.analysis.formats import guarded, require
-from virnuc_dask.errors import UsageError
-from virnuc_dask.files import expanded, sync
+from virnuc_dask.analysis.outputs import check_out, whole_file
 from virnuc_dask.streams import printable
+
+# Values of some lines, by the names of the columns.
+Columns = Mapping[str, Any]
+
+_SUFFIXES = (".tsv", ".parquet")
+_TEXT = "string"
+_TYPES_OF_NEIGHBOURS = {
+    "query": _TEXT,
+    "rank": "int64",
+    "neighbour": _TEXT,
+    "row": "int64",
+    "similarity": "float32",
+    "distance": "float32",
+    "length": "int32",
+    "description": _TEXT,
+}
 
 
 def write_table(found: Any, out: str | Path | IO[str], *, guard: bool = True) -> int:
@@ -46,30 +61,60 @@ def write_table(found: Any, out: str | Path | IO[str], *, guard: bool = True) ->
         The file cannot be written.
     """
     columns = _columns(found)
-    if not isinstance(out, str | Path):
-        _write_tsv(columns, out, guard)
-        return len(columns["row"])
-    path = check_table(out)
-    # Not with all of its name, which may be as long as a name can be.
-    unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
-    try:
-        if path.suffix.lower() == ".tsv":
-            with open(unfinished, "w", encoding="utf-8", newline="") as file:
-                _write_tsv(columns, file, guard)
-        else:
-            _write_parquet(columns, found.attrs, unfinished)
-        # Its name is for what survives a power cut.
-        sync(unfinished)
-        unfinished.rename(path)
-        sync(path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+    types = {name: _TYPES_OF_NEIGHBOURS[name] for name in columns}
+    if isinstance(out, str | Path):
+        return write_rows([columns], types, out, about=found.attrs, guard=guard)
+    _tsv_writer(out, types, guard)(columns)
     return len(columns["row"])
 
 
-def check_table(out: str | Path) -> Path:
+def write_rows(
+    parts: Iterable[Columns],
+    types: Mapping[str, str],
+    out: str | Path,
+    *,
+    about: Mapping[str, Any],
+    guard: bool = True,
+    force: bool = False,
+) -> int:
+    """Write a table part by part, so that only one of them is in memory.
+
+    Parameters
+    ----------
+    parts : iterable of mapping
+        Values of some lines, a list or an array for each column.
+    types : mapping of str to str
+        The columns, and the types that they have in Parquet, by pyarrow's names.
+    out : path
+        ``.tsv`` or ``.parquet``.
+    about : mapping
+        What the table is: the metadata of Parquet's schema.
+    guard : bool
+        In TSV, put an apostrophe before a name that a spreadsheet would compute.
+    force : bool
+        Replace a file of this name once the new one is whole.
+
+    Returns
+    -------
+    int
+        Lines without the header.
+
+    Raises
+    ------
+    UsageError
+        As `check_table`.
+    OSError
+        The file cannot be written.
+    """
+    lines = 0
+    with whole_file(check_table(out, force=force)) as path, _writer(path, types, about, guard) as w:
+        for columns in parts:
+            w(columns)
+            lines += len(next(iter(columns.values())))
+    return lines
+
+
+def check_table(out: str | Path, *, force: bool = False) -> Path:
     """The path of a table that can be written. To be asked before a search, which may take long.
 
     Raises
@@ -78,17 +123,9 @@ def check_table(out: str | Path) -> Path:
         It is a URL, its suffix is not known, pyarrow is not there, the file exists, or its
         directory does not.
     """
-    if "://" in str(out):
-        raise UsageError(f"{out}: tables go into a file on this machine")
-    path = Path(expanded(out))
-    if path.suffix.lower() not in (".tsv", ".parquet"):
-        raise UsageError(f"{out}: cannot tell the format; known are .tsv and .parquet")
+    path = check_out(out, _SUFFIXES, force=force)
     if path.suffix.lower() == ".parquet":
         require("pyarrow", ".parquet")
-    if path.exists():
-        raise UsageError(f"{path} exists; give another name, or remove it")
-    if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise UsageError(f"{path}: {path.parent} is no directory that can be written to")
     return path
 
 
@@ -109,30 +146,43 @@ def _columns(found: Any) -> dict[str, list[Any]]:
     return columns
 
 
-def _write_tsv(columns: dict[str, list[Any]], file: IO[str], guard: bool) -> None:
+@contextmanager
+def _writer(
+    path: Path, types: Mapping[str, str], about: Mapping[str, Any], guard: bool
+) -> Iterator[Callable[[Columns], None]]:
+    if path.suffix.lower() == ".tsv":
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            yield _tsv_writer(file, types, guard)
+        return
+    import pyarrow
+    from pyarrow import parquet
+
+    # Said, as nothing tells in a table without a line.
+    schema = pyarrow.schema(
+        [(name, pyarrow.type_for_alias(kind)) for name, kind in types.items()],
+        {name: str(value) for name, value in about.items()},
+    )
+    # Not by its name, which pyarrow takes only in UTF-8.
+    with open(path, "wb") as sink, parquet.ParquetWriter(sink, schema) as table:
+        yield lambda columns: table.write_table(
+            pyarrow.table({name: list(columns[name]) for name in types}, schema=schema)
+        )
+
+
+def _tsv_writer(file: IO[str], types: Mapping[str, str], guard: bool) -> Callable[[Columns], None]:
     def shown(name: str) -> str:
         name = printable(name, len(name)) if file.isatty() else name
         return guarded(name) if guard else name
 
-    texts = ("query", "neighbour", "description")
-    names = {name: map(shown, columns[name]) for name in texts if name in columns}
     # Quotes are put around what would be taken for a tab, a line's end or a quote.
     writer = csv.writer(file, delimiter="\t", lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(zip(*(columns | names).values(), strict=True))
+    writer.writerow(types)
 
+    def write(columns: Columns) -> None:
+        cells = (
+            map(shown, columns[name]) if kind == _TEXT else columns[name]
+            for name, kind in types.items()
+        )
+        writer.writerows(zip(*cells, strict=True))
 
-def _write_parquet(columns: dict[str, list[Any]], about: dict[str, Any], path: Path) -> None:
-    import pyarrow
-    from pyarrow import parquet
-
-    text, number = pyarrow.string(), pyarrow.int64()
-    types = {"query": text, "neighbour": text, "description": text, "rank": number, "row": number}
-    types["length"] = pyarrow.int32()
-    # Said, as nothing tells in a table without a line.
-    fields = [(name, types.get(name, pyarrow.float32())) for name in columns]
-    table = pyarrow.table(columns, schema=pyarrow.schema(fields))
-    table = table.replace_schema_metadata({name: str(value) for name, value in about.items()})
-    # Not by its name, which pyarrow takes only in UTF-8.
-    with open(path, "wb") as file:
-        parquet.write_table(table, file)
+    return write

@@ -1,0 +1,74 @@
+"""Whether embeddings of two origins may be compared: by the model, and by sequence lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from virnuc_dask.config import Identity
+from virnuc_dask.errors import UsageError
+from virnuc_dask.store import SEQUENCES_PER_CHUNK, Store
+
+_FIELDS = ("weights_sha256", "repr_layer", "pooling", "precision")
+_LENGTH_FACTOR = 3
+_CHUNKS_OF_LENGTHS = 8
+
+
+def what_must_agree(identity: Identity) -> dict[str, object]:
+    """The part of a store's identity that embeddings must share to be compared."""
+    return {name: getattr(identity, name) for name in _FIELDS}
+
+
+def check_comparable(here: Mapping[str, object], there: Mapping[str, object], problem: str) -> None:
+    """Refuse embeddings of another model, layer, pooling or precision.
+
+    Parameters
+    ----------
+    here, there : mapping
+        From `what_must_agree`.
+    problem : str
+        The first line of the error; each difference follows in a line of its own.
+
+    Raises
+    ------
+    UsageError
+    """
+    differences = [
+        f"  {name}: {here.get(name)!r} and {there.get(name)!r}"
+        for name in _FIELDS
+        if here.get(name) != there.get(name)
+    ]
+    if differences:
+        raise UsageError("\n".join([f"{problem}:", *differences]))
+
+
+def length_note(here: float, name: str, there: float, other: str) -> str | None:
+    """A warning if median lengths differ by more than a factor of three; else None.
+
+    Parameters
+    ----------
+    here, there : float
+        Median lengths, in residues.
+    name, other : str
+        Whose.
+    """
+    here, there = max(1.0, here), max(1.0, there)
+    if max(here, there) <= _LENGTH_FACTOR * min(here, there):
+        return None
+    longer = name if here > there else other
+    return (
+        f"median lengths are {here:,.0f} residues in {name} and {there:,.0f} in {other}:"
+        " embeddings of fragments and of whole proteins are not comparable."
+        f" `run --tile {min(here, there):.0f}` makes a store like {longer} whose sequences are cut"
+        " to the others' length"
+    )
+
+
+def median_length(store: Store) -> float:
+    """Median length of a store's rows, in residues, or of a sample of some hundred thousand."""
+    firsts = np.arange(0, store.records, SEQUENCES_PER_CHUNK)
+    some = firsts[:: -(-len(firsts) // _CHUNKS_OF_LENGTHS)].tolist()
+    with store.reading("`length`"):
+        parts = [store.array("length")[first : first + SEQUENCES_PER_CHUNK] for first in some]
+    return float(np.median(np.concatenate(parts)))

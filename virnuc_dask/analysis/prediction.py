@@ -1,0 +1,350 @@
+"""Scores of a store's rows by a classifier, kept in the store, and tables of rows or reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.analysis.classifier import Classifier, load_classifier, version_note
+from virnuc_dask.analysis.comparable import (
+    check_comparable,
+    length_note,
+    median_length,
+    what_must_agree,
+)
+from virnuc_dask.analysis.passes import Progress, fill, thread_count
+from virnuc_dask.analysis.tables import Columns, check_table, write_rows
+from virnuc_dask.config import CONSENSUS, Consensus
+from virnuc_dask.errors import UsageError
+from virnuc_dask.files import expanded
+from virnuc_dask.results import Result, keep_result
+from virnuc_dask.store import SEQUENCES_PER_CHUNK, Store
+
+_NAME = re.compile(r"\w{1,64}", re.ASCII)
+# Columns of a table of rows, as far as the store has them.
+_ROW_TYPES = {
+    "sequence_id": "string",
+    "row": "int64",
+    "score": "float32",
+    "length": "int32",
+    "read_id": "string",
+    "window": "int32",
+    "frame": "int8",
+    "start": "int64",
+    "description": "string",
+}
+_READ_TYPES = {
+    "read_id": "string",
+    "read": "int64",
+    "score": "float32",
+    "rows": "int64",
+    "best_row": "int64",
+    "best_sequence_id": "string",
+    "best_frame": "int8",
+}
+_BY_RULE = {"other_score": "float32", "class": "string"}
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """What `predict` did.
+
+    Attributes
+    ----------
+    store, name : str
+        The array ``score_…`` of the store.
+    classes : tuple of two str
+        Scores are probabilities of the first.
+    computed_chunks : int
+        Of this call; all others were there.
+    scored : int
+        Rows that have a score.
+    first : int
+        Of these, rows with a score of 0.5 or more.
+    pending, quarantined : int
+        Rows without a score, because their embedding is not there yet, or never will be.
+    out : str, optional
+    lines : int, optional
+        Of the table, without its header.
+    notes : list of str
+        Reasons for doubt.
+    comment : str, optional
+        A word of warning about random weights.
+    """
+
+    store: str
+    name: str
+    classes: tuple[str, str]
+    computed_chunks: int
+    scored: int
+    first: int
+    pending: int
+    quarantined: int
+    out: str | None = None
+    lines: int | None = None
+    notes: list[str] = field(default_factory=list)
+    comment: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+
+def predict(
+    store: str | Path,
+    classifier: str | Path,
+    *,
+    name: str | None = None,
+    out: str | Path | None = None,
+    consensus: Consensus | None = None,
+    guard: bool = True,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    client: Any = None,
+) -> Prediction:
+    """Score all embedded rows of a store by a classifier that `train` saved.
+
+    Scores are probabilities of the classifier's first class. They become the store's array
+    ``score_NAME``, float32, shape (records,), NaN where there is no embedding, which `open_store`
+    shows and `export` writes. It is written chunk by chunk, and the same call again computes only
+    what is missing: after a kill, or when more rows are embedded. One chunk for each thread is in
+    memory, and some 65,536 rows of the table.
+
+    Parameters
+    ----------
+    store : path
+        It may still be filling. Of the classifier's weights, layer, pooling and precision.
+    classifier : path
+        It is read without pickle, and no code in it is run.
+    name : str, optional
+        Of the result. Default: the classifier's file's name without its suffix.
+    out : path, optional
+        A table, ``.tsv`` or ``.parquet``, of the rows that have a score: ``sequence_id``, ``row``,
+        ``score``, ``length``, of translated rows ``read_id``, ``window``, ``frame``, ``start``, and
+        ``description``.
+    consensus : {'max', 'mean', 'virnucpro'}, optional
+        For a store of translated reads, the table has a line for each read that has a score:
+        ``read_id``, ``read``, its number, ``score``, the maximum or mean over its ``rows``, and of
+        the row with the largest score ``best_row``, ``best_sequence_id`` and ``best_frame``.
+        ``virnucpro`` is that program's rule: the read is of the first class if the largest
+        probability of it, over frames and windows, is at least the largest probability of the
+        second. ``score`` and ``other_score`` are the two, ``class`` is the winner's name.
+    guard : bool
+        In TSV, put an apostrophe before a name that a spreadsheet would compute.
+    force : bool
+        Replace a result of this name that another classifier computed, and a file that is there.
+    workers : int, optional
+        Threads. Default: one for each core, at most 16.
+    progress : callable, optional
+        Called with the chunks done so far and how many there are to do.
+    client : distributed.Client, optional
+        Whose workers compute; default: threads of this process.
+
+    Returns
+    -------
+    Prediction
+
+    Raises
+    ------
+    UsageError
+        The classifier's file is none, or holds what is not trusted; it is not for this store; the
+        result is there and was computed by another; `name`, `consensus` or `out` cannot be.
+    StoreError
+        A chunk is damaged.
+    NotAStoreError
+    """
+    found, opened = load_classifier(classifier), Store(store)
+    threads = thread_count(workers)
+    check_comparable(
+        what_must_agree(opened.identity),
+        found.about["model"],
+        f"{opened.path} has other embeddings than those that {classifier} was trained on",
+    )
+    if opened.dimension != found.about["model"]["dimension"]:
+        raise UsageError(f"{classifier} is not for embeddings of {opened.dimension:,} features")
+    _check_table(opened, out, consensus, force)
+    about = {name: found.about[name] for name in ("kind", "classes")}
+    about |= {"classifier": found.digest()}
+    result = keep_result(opened, "score", name or _name_of(classifier), about, force=force)
+    computed = fill(result, found, workers=threads, client=client, progress=progress)
+    scored, first = _counts(result)
+    done = opened.rows_in(np.flatnonzero(result.present()))
+    lines = None
+    if out is not None:
+        lines = _write(result, found, out, consensus, guard, force)
+    return Prediction(
+        store=str(opened.path),
+        name=result.name,
+        classes=found.classes,
+        computed_chunks=computed,
+        scored=scored,
+        first=first,
+        pending=opened.records - done,
+        quarantined=done - scored,
+        out=None if out is None else str(out),
+        lines=lines,
+        notes=_notes(found, opened, str(classifier)),
+        **opened.model.comment(),
+    )
+
+
+def _name_of(classifier: str | Path) -> str:
+    name = Path(expanded(classifier)).stem
+    if not _NAME.fullmatch(name):
+        raise UsageError(
+            f"{name[:80]!r}, the classifier's name, is no name of a result; give one of letters,"
+            " digits and _ by --name"
+        )
+    return name
+
+
+def _check_table(
+    store: Store, out: str | Path | None, consensus: Consensus | None, force: bool
+) -> None:
+    if consensus is not None:
+        if consensus not in CONSENSUS:
+            raise UsageError(f"consensus must be one of {', '.join(CONSENSUS)}, not {consensus!r}")
+        if out is None:
+            raise UsageError("a consensus is for a table; give its name by --out")
+        if not store.identity.translation:
+            raise UsageError(f"{store.path}: rows were not translated from reads; no --consensus")
+    if out is not None:
+        check_table(out, force=force)
+
+
+def _notes(classifier: Classifier, store: Store, name: str) -> list[str]:
+    notes = [
+        length_note(
+            median_length(store),
+            str(store.path),
+            float(classifier.about["median_length"]),
+            f"what {name} was trained on",
+        ),
+        version_note(classifier),
+    ]
+    return [note for note in notes if note]
+
+
+def _parts(result: Result) -> Iterator[tuple[slice, NDArray[np.float32]]]:
+    """Rows and their scores, whole chunks and some 65,536 rows at a time."""
+    store = result.store
+    per_chunk = store.identity.rows_per_chunk
+    step = max(1, SEQUENCES_PER_CHUNK // per_chunk) * per_chunk
+    for first in range(0, store.records, step):
+        rows = slice(first, min(first + step, store.records))
+        yield rows, result.read(rows)
+
+
+def _counts(result: Result) -> tuple[int, int]:
+    """Rows that have a score, and those of 0.5 or more."""
+    scored = first = 0
+    for _, score in _parts(result):
+        scored += int(np.isfinite(score).sum())
+        first += int((score >= 0.5).sum())
+    return scored, first
+
+
+# --- tables --------------------------------------------------------------------------------------
+
+
+def _write(
+    result: Result,
+    classifier: Classifier,
+    out: str | Path,
+    consensus: Consensus | None,
+    guard: bool,
+    force: bool,
+) -> int:
+    store = result.store
+    types = {
+        name: kind
+        for name, kind in _ROW_TYPES.items()
+        if name in ("row", "score") or name in store.names
+    }
+    parts = _of_rows(result)
+    if consensus is not None:
+        types = _READ_TYPES | (_BY_RULE if consensus == "virnucpro" else {})
+        parts = _of_reads(result, consensus, classifier.classes)
+    about = {
+        "name": result.name,
+        "consensus": consensus or "none",
+        "classes": ", ".join(classifier.classes),
+        "classifier": result.about["classifier"],
+        **store.model.comment(),
+    }
+    return write_rows(parts, types, out, about=about, guard=guard, force=force)
+
+
+def _of_rows(result: Result) -> Iterator[Columns]:
+    for rows, score in _parts(result):
+        has_score = np.isfinite(score)
+        if has_score.any():
+            with result.store.reading("what is known of rows"):
+                columns = result.store.read_columns(rows)
+            columns |= {"row": np.arange(rows.start, rows.stop), "score": score}
+            yield {name: _listed(values[has_score]) for name, values in columns.items()}
+
+
+def _listed(values: NDArray[Any]) -> list[Any]:
+    # A float32 as itself: it is written as short as gives the same number back.
+    return list(values) if values.dtype.kind == "f" else values.tolist()
+
+
+_OF_A_READ = ("read", "read_id", "sequence_id", "frame")
+
+
+def _of_reads(result: Result, consensus: Consensus, classes: tuple[str, str]) -> Iterator[Columns]:
+    """Lines of whole reads; the last read of a part may go on in the next."""
+    carried: dict[str, NDArray[Any]] | None = None
+    for rows, score in _parts(result):
+        has_score = np.isfinite(score)
+        if not has_score.any():
+            continue
+        with result.store.reading("what is known of rows"):
+            known = result.store.read_columns(rows)
+        part = {name: known[name][has_score] for name in _OF_A_READ}
+        part |= {"row": np.arange(rows.start, rows.stop)[has_score], "score": score[has_score]}
+        if carried is not None:
+            part = {name: np.concatenate([carried[name], part[name]]) for name in part}
+        last = int(np.searchsorted(part["read"], part["read"][-1]))
+        carried = {name: values[last:] for name, values in part.items()}
+        if last:
+            whole = {name: values[:last] for name, values in part.items()}
+            yield _by_read(whole, consensus, classes)
+    if carried is not None:
+        yield _by_read(carried, consensus, classes)
+
+
+def _by_read(
+    part: dict[str, NDArray[Any]], consensus: Consensus, classes: tuple[str, str]
+) -> Columns:
+    """A line for each of some reads, whose rows follow one another."""
+    score, read = part["score"], part["read"]
+    firsts = np.flatnonzero(np.diff(read, prepend=read[0] - 1))
+    counts = np.diff(np.append(firsts, len(read)))
+    # By read, and then from the largest score on; of equal ones the first row.
+    best = np.lexsort((part["row"], -score, read))[firsts]
+    found = score[best]
+    if consensus == "mean":
+        found = (np.add.reduceat(score.astype(np.float64), firsts) / counts).astype(np.float32)
+    columns = {
+        "read_id": part["read_id"][best],
+        "read": read[best],
+        "score": found,
+        "rows": counts,
+        "best_row": part["row"][best],
+        "best_sequence_id": part["sequence_id"][best],
+        "best_frame": part["frame"][best],
+    }
+    if consensus == "virnucpro":
+        other = 1 - np.minimum.reduceat(score.astype(np.float64), firsts)
+        columns["other_score"] = other.astype(np.float32)
+        columns["class"] = np.where(found >= other, classes[0], classes[1]).astype(object)
+    return {name: _listed(values) for name, values in columns.items()}

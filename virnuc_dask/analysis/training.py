@@ -1,0 +1,489 @@
+"""Training a classifier on two stores, and measuring it on rows that it has not seen."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask import __version__
+from virnuc_dask.analysis.classifier import SUFFIX, Classifier, save_classifier, versions
+from virnuc_dask.analysis.comparable import check_comparable, length_note, what_must_agree
+from virnuc_dask.analysis.outputs import check_out
+from virnuc_dask.analysis.passes import ChunkCounter, Progress, open_pool, thread_count
+from virnuc_dask.analysis.samples import Sample, count_embedded, draw, groups_of
+from virnuc_dask.config import CLASSIFIERS, ClassifierKind
+from virnuc_dask.errors import UsageError
+from virnuc_dask.store import Store
+
+_BINS = 10
+_FEW = 100
+_HIDDEN_UNITS = 512
+# The inverse strength of the penalty, scikit-learn's C.
+_INVERSE_PENALTY = 0.1
+_MOST_ITERATIONS = 1000
+# Fewer rows have none to spare for deciding when to stop.
+_LEAST_FOR_EARLY_STOPPING = 200
+_KINDS = {"logistic": "logistic regression", "mlp": "a perceptron with a hidden layer of 512"}
+
+
+@dataclass(frozen=True, slots=True)
+class Metrics:
+    """How good probabilities are on held-out rows.
+
+    Attributes
+    ----------
+    auroc : float
+        Area under the receiver operating characteristic; 0.5 is chance.
+    auprc : float
+        Average precision; chance is the first class's share of the held-out rows.
+    brier : float
+        Mean squared difference of probability and truth; 0 is best.
+    calibration_error : float
+        Expected calibration error: mean distance between probability and observed share, in ten
+        bins of equal width, weighted by their rows.
+    reliability : list of dict
+        For each bin: ``above`` and ``to``, its ends, ``rows``, and, null where there are none,
+        ``score``, their mean probability, and ``observed``, the share that is of the first class.
+
+    References
+    ----------
+    Naeini, Cooper and Hauskrecht, AAAI 2015 (expected calibration error); Brier, Monthly Weather
+    Review 78, 1950.
+    """
+
+    auroc: float
+    auprc: float
+    brier: float
+    calibration_error: float
+    reliability: list[dict[str, float | int | None]]
+
+
+@dataclass(frozen=True, slots=True)
+class ClassReport:
+    """What one class was learned from.
+
+    Attributes
+    ----------
+    name : str
+    input_sha256 : str
+        Digest of the store's input.
+    translation : str, optional
+        How reads became rows.
+    rows, embedded, sampled, left_out, training, held_out : int
+        Rows of the store; those with an embedding; those taken at random; of these, those of
+        sequences that are in both classes; those that it was fitted on; those that it was measured
+        on.
+    median_length : float
+        Residues of the sampled rows.
+    """
+
+    name: str
+    input_sha256: str
+    translation: str | None
+    rows: int
+    embedded: int
+    sampled: int
+    left_out: int
+    training: int
+    held_out: int
+    median_length: float
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What `train` did, and how good the classifier is that it saved.
+
+    Attributes
+    ----------
+    out : Path
+    kind : {'logistic', 'mlp'}
+    model : dict
+        Weights, layer, pooling, precision and dimension of the embeddings.
+    classes : list of ClassReport
+        The first is the one whose probability is predicted.
+    shared : int
+        Sequences that are in both classes, and were left out.
+    test_size : float
+    random_state : int
+    embeddings, composition : Metrics
+        Of the classifier that was saved, and of one of the same kind on amino-acid composition
+        alone; on the same held-out rows.
+    notes : list of str
+        Reasons for doubt.
+    comment : str, optional
+        A word of warning about random weights.
+    """
+
+    out: Path
+    kind: ClassifierKind
+    model: dict[str, Any]
+    classes: list[ClassReport]
+    shared: int
+    test_size: float
+    random_state: int
+    embeddings: Metrics
+    composition: Metrics
+    notes: list[str] = field(default_factory=list)
+    comment: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        document = asdict(self) | {"out": str(self.out)}
+        return {name: value for name, value in document.items() if value is not None}
+
+    def lines(self) -> list[str]:
+        """For people: what was learned from, and a table of the metrics."""
+        first = self.classes[0].name
+        chance = self.classes[0].held_out / sum(each.held_out for each in self.classes)
+        lines = [f"classifier    {_KINDS[self.kind]}, {self.model['dimension']} features"]
+        for each in self.classes:
+            sampled = "" if each.sampled == each.embedded else f", {each.sampled:,} taken at random"
+            lines.append(
+                f"{each.name:<13} {each.embedded:,} of {each.rows:,} rows embedded{sampled};"
+                f" trained on {each.training:,}, held out {each.held_out:,}"
+            )
+        if self.shared:
+            rows = " and ".join(f"{each.left_out:,}" for each in self.classes)
+            lines.append(f"left out      {self.shared:,} sequences in both classes, {rows} rows")
+        lines += ["", f"{'held out':<26}embeddings  composition alone"]
+        lines += [
+            f"{title:<26}{getattr(self.embeddings, name):>10.4f}"
+            f"  {getattr(self.composition, name):>17.4f}"
+            for name, title in (
+                ("auroc", "AUROC (chance 0.50)"),
+                ("auprc", f"AUPRC (chance {chance:.2f})"),
+                ("brier", "Brier score"),
+                ("calibration_error", "calibration error"),
+            )
+        ]
+        lines += ["", f"score         rows  mean score  share of {first}"]
+        for each_bin in self.embeddings.reliability:
+            ends = f"{each_bin['above']:.1f} to {each_bin['to']:.1f}"
+            means = [
+                "" if value is None else f"{value:.3f}"
+                for value in (each_bin["score"], each_bin["observed"])
+            ]
+            lines.append(
+                f"{ends:<10} {each_bin['rows']:>7,}  {means[0]:>10}  {means[1]:>9}".rstrip()
+            )
+        return lines
+
+
+def train(
+    viral: str | Path,
+    other: str | Path,
+    out: str | Path,
+    *,
+    kind: ClassifierKind = "logistic",
+    classes: tuple[str, str] = ("viral", "other"),
+    test_size: float = 0.25,
+    max_rows: int = 100_000,
+    random_state: int = 0,
+    force: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    client: Any = None,
+) -> TrainReport:
+    """Train a classifier on the embeddings of two stores, measure it, and save it.
+
+    A quarter of the sequences is held out, and all figures are of these. Rows of one sequence, and
+    rows that were translated from one read, are all held out or all trained on. Sequences that are
+    in both stores are left out. Similar sequences are not kept together: where relatives of a
+    sequence are on both sides, figures are better than on sequences without known relatives;
+    cluster the input first, if that matters. The classifier that is saved is the one that was
+    measured, fitted on the other three quarters.
+
+    Beside it stands a classifier of the same kind on the composition alone, the shares of the 20
+    amino acids and the logarithm of the length: the difference is what embeddings add.
+
+    Features are standardised. ``logistic`` is a logistic regression with an L2 penalty (C=0.1:
+    with scikit-learn's 1, classifiers of a few hundred proteins were too sure of themselves).
+    ``mlp`` has one hidden layer of 512 units, as VirNucPro's; scikit-learn has no dropout and no
+    batch normalisation, so training stops when a tenth of the training rows gets no better.
+    Probabilities hold for the classes' shares in the training rows.
+
+    Memory: about four times the sampled embeddings in float32: 4 GB for D = 1,280 by default.
+
+    Parameters
+    ----------
+    viral, other : path
+        Stores of either class, of the same weights, layer, pooling and precision. They may still
+        be filling; rows with an embedding take part.
+    out : path
+        A new file, ``.skops``.
+    kind : {'logistic', 'mlp'}
+    classes : tuple of two str
+        Names of the classes. Scores are probabilities of the first.
+    test_size : float
+        Share of the sequences, or reads, that is held out.
+    max_rows : int
+        Rows of each class at most; of a larger store a random sample is taken.
+    random_state : int
+        Decides the sample, the split, and where a perceptron begins.
+    force : bool
+        Replace a file that is there.
+    workers : int, optional
+        Threads that read. Default: one for each core, at most 16.
+    progress : callable, optional
+        Called with the chunks read so far and how many there are.
+    client : distributed.Client, optional
+        Whose workers read; default: threads of this process.
+
+    Returns
+    -------
+    TrainReport
+
+    Raises
+    ------
+    UsageError
+        An argument makes no sense, `out` exists, the stores are not comparable or hold the same
+        input, or a class has fewer than two different sequences or reads.
+    StoreError
+        A chunk is damaged.
+    NotAStoreError
+
+    References
+    ----------
+    VirNucPro: Li et al., https://github.com/Li-Jing-1997/VirNucPro.
+    """
+    path = check_out(out, (SUFFIX,), force=force)
+    _check_settings(kind, classes, test_size, max_rows, random_state)
+    threads = thread_count(workers)
+    stores = Store(viral), Store(other)
+    _check_stores(*stores)
+    samples = _draw_both(stores, max_rows, random_state, threads, progress, client)
+    sampled = [len(sample.sequence) for sample in samples]
+    shared = set(samples[0].sequence) & set(samples[1].sequence)
+    samples = [sample.without(shared) for sample in samples]
+    left_out = [
+        before - len(sample.sequence) for before, sample in zip(sampled, samples, strict=True)
+    ]
+    held_out = [
+        _held_out(sample, store, name, test_size, [random_state, number, 1])
+        for number, (sample, store, name) in enumerate(zip(samples, stores, classes, strict=True))
+    ]
+    is_test = np.concatenate(held_out)
+    is_first = np.repeat([1, 0], [len(each) for each in held_out])
+    notes = _notes(samples, classes, sampled, is_test)
+    if shared:
+        notes.append(
+            f"{len(shared):,} sequences are in both classes; they were left out: {left_out[0]:,}"
+            f" rows of {classes[0]} and {left_out[1]:,} of {classes[1]}"
+        )
+    model = what_must_agree(stores[0].identity) | {"dimension": stores[0].dimension}
+    pipeline, embeddings = _fit(
+        kind, [sample.embedding for sample in samples], is_first, is_test, random_state, notes
+    )
+    _, composition = _fit(
+        kind, [sample.composition for sample in samples], is_first, is_test, random_state, notes
+    )
+    report = TrainReport(
+        out=path,
+        kind=kind,
+        model=model,
+        classes=[
+            ClassReport(
+                name=classes[number],
+                input_sha256=store.identity.input_sha256,
+                translation=store.identity.translation,
+                rows=store.records,
+                embedded=sample.embedded,
+                sampled=sampled[number],
+                left_out=left_out[number],
+                training=int((~held_out[number]).sum()),
+                held_out=int(held_out[number].sum()),
+                median_length=float(np.median(sample.length)),
+            )
+            for number, (store, sample) in enumerate(zip(stores, samples, strict=True))
+        ],
+        shared=len(shared),
+        test_size=test_size,
+        random_state=random_state,
+        embeddings=embeddings,
+        composition=composition,
+        notes=list(dict.fromkeys(notes)),
+        **stores[0].model.comment(),
+    )
+    lengths = np.concatenate([sample.length for sample in samples])
+    about = {
+        "kind": kind,
+        "classes": list(classes),
+        "model": model,
+        "median_length": float(np.median(lengths)),
+        # Not where the file was: it may be given to others.
+        "training": {name: value for name, value in report.to_json().items() if name != "out"},
+        "versions": {"virnuc_dask": __version__, **versions()},
+        **stores[0].model.comment(),
+    }
+    save_classifier(Classifier(pipeline, about), check_out(path, (SUFFIX,), force=force))
+    return report
+
+
+def _check_settings(
+    kind: str, classes: tuple[str, str], test_size: float, max_rows: int, random_state: int
+) -> None:
+    if kind not in CLASSIFIERS:
+        raise UsageError(f"kind must be one of {', '.join(CLASSIFIERS)}, not {kind!r}")
+    if len(classes) != 2 or len(set(classes)) != 2 or not all(classes):
+        raise UsageError(f"classes must be two different names, not {classes!r}")
+    if not 0 < test_size < 1:
+        raise UsageError(f"test_size must be a share between 0 and 1, not {test_size}")
+    if max_rows < 2:
+        raise UsageError(f"max_rows must be at least 2, not {max_rows}")
+    if not 0 <= random_state < 2**32:
+        raise UsageError(f"random_state must be from 0 to 2**32 - 1, not {random_state}")
+
+
+def _check_stores(viral: Store, other: Store) -> None:
+    check_comparable(
+        what_must_agree(viral.identity),
+        what_must_agree(other.identity),
+        f"rows of {viral.path} and {other.path} are not comparable",
+    )
+    if viral.identity.input_sha256 == other.identity.input_sha256:
+        raise UsageError(f"{viral.path} and {other.path} hold the same sequences; give two classes")
+
+
+def _draw_both(
+    stores: tuple[Store, Store],
+    max_rows: int,
+    random_state: int,
+    threads: int,
+    progress: Progress | None,
+    client: Any,
+) -> list[Sample]:
+    counts = []
+    for store in stores:
+        with open_pool(store, threads, client) as pool:
+            counts.append(count_embedded(store, pool))
+        if not counts[-1].any():
+            raise UsageError(f"{store.path} has no embedded row yet")
+    counter = ChunkCounter(progress, sum(int(np.count_nonzero(each)) for each in counts))
+    samples = []
+    for number, (store, count) in enumerate(zip(stores, counts, strict=True)):
+        with open_pool(store, threads, client) as pool:
+            samples.append(draw(store, count, max_rows, [random_state, number, 0], pool, counter))
+    return samples
+
+
+def _held_out(
+    sample: Sample, store: Store, name: str, test_size: float, seed: list[int]
+) -> NDArray[np.bool_]:
+    """Which rows are held out, shape (n,): a share of the groups, and at least one."""
+    groups = groups_of(sample)
+    different = np.unique(groups)
+    if len(different) < 2:
+        what = "reads" if store.identity.translation else "sequences"
+        raise UsageError(
+            f"{store.path}: too few different {what} for the class {name!r} that are not in both"
+            f" classes: {len(different)}; at least 2 are needed, and some hundred to learn from"
+        )
+    number = min(max(1, round(test_size * len(different))), len(different) - 1)
+    chosen = np.random.default_rng(seed).choice(different, number, replace=False)
+    return np.isin(groups, chosen)
+
+
+def _notes(
+    samples: list[Sample], classes: tuple[str, str], sampled: list[int], is_test: NDArray[np.bool_]
+) -> list[str]:
+    notes = []
+    medians = [float(np.median(sample.length)) for sample in samples]
+    if note := length_note(medians[0], classes[0], medians[1], classes[1]):
+        notes.append(f"{note}; a classifier may learn the length alone")
+    for sample, name, rows in zip(samples, classes, sampled, strict=True):
+        if rows < sample.embedded:
+            notes.append(
+                f"of {name} {rows:,} rows were taken at random from {sample.embedded:,};"
+                " --max-rows takes more"
+            )
+    held_out = [int(part.sum()) for part in np.split(is_test, [len(samples[0].sequence)])]
+    if min(held_out) < _FEW:
+        notes.append(
+            f"{min(held_out):,} held-out rows of a class are few: another --random-state may give"
+            " quite other figures"
+        )
+    return notes
+
+
+def _fit(
+    kind: ClassifierKind,
+    features: list[NDArray[np.float32]],
+    is_first: NDArray[np.int64],
+    is_test: NDArray[np.bool_],
+    random_state: int,
+    notes: list[str],
+) -> tuple[Any, Metrics]:
+    """A pipeline fitted on the training rows, and its metrics on the others."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    # Both parts from either class, so that the whole is not copied first.
+    parts = np.split(is_test, [len(features[0])])
+    training = np.concatenate([x[~part] for x, part in zip(features, parts, strict=True)])
+    testing = np.concatenate([x[part] for x, part in zip(features, parts, strict=True)])
+    pipeline = new_pipeline(kind, len(training), random_state)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", ConvergenceWarning)
+        pipeline.fit(training, is_first[~is_test])
+    if any(issubclass(each.category, ConvergenceWarning) for each in caught):
+        notes.append(f"a fit did not converge in {_MOST_ITERATIONS:,} iterations")
+    scores = pipeline.predict_proba(testing)[:, 1].astype(np.float64)
+    return pipeline, measure(is_first[is_test], scores)
+
+
+def new_pipeline(kind: ClassifierKind, rows: int, random_state: int) -> Any:
+    """A classifier that has learned nothing yet, for so many training rows."""
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.neural_network import MLPClassifier
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classifier = (
+        LogisticRegression(C=_INVERSE_PENALTY, max_iter=_MOST_ITERATIONS, random_state=random_state)
+        if kind == "logistic"
+        else MLPClassifier(
+            (_HIDDEN_UNITS,),
+            max_iter=_MOST_ITERATIONS,
+            early_stopping=rows >= _LEAST_FOR_EARLY_STOPPING,
+            random_state=random_state,
+        )
+    )
+    return make_pipeline(StandardScaler(), classifier)
+
+
+def measure(is_first: NDArray[np.int64], score: NDArray[np.float64]) -> Metrics:
+    """Metrics of probabilities.
+
+    Parameters
+    ----------
+    is_first : ndarray, int64, shape (n,)
+        1 for rows of the first class, else 0; there must be both.
+    score : ndarray, float64, shape (n,)
+        Probability of the first class.
+    """
+    from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
+
+    number = np.minimum((score * _BINS).astype(np.int64), _BINS - 1)
+    rows = np.bincount(number, minlength=_BINS)
+    scores = np.bincount(number, score, minlength=_BINS)
+    observed = np.bincount(number, is_first, minlength=_BINS)
+    return Metrics(
+        auroc=float(roc_auc_score(is_first, score)),
+        auprc=float(average_precision_score(is_first, score)),
+        brier=float(brier_score_loss(is_first, score)),
+        calibration_error=float(np.abs(scores - observed).sum() / len(score)),
+        reliability=[
+            {
+                "above": each / _BINS,
+                "to": (each + 1) / _BINS,
+                "rows": int(rows[each]),
+                "score": float(scores[each] / rows[each]) if rows[each] else None,
+                "observed": float(observed[each] / rows[each]) if rows[each] else None,
+            }
+            for each in range(_BINS)
+        ],
+    )
