@@ -3,9 +3,11 @@
     python -m benchmarks.analysis open [--rows 10000000]
     python -m benchmarks.analysis by-read [--rows 1500000 --dimension 1280]
     python -m benchmarks.analysis predict [--rows 1000000 --dimension 1280]     (or predict-mlp)
+    python -m benchmarks.analysis map|map-peer|cluster|cluster-peer [--keep --folder FOLDER]
 
 Stores are of random vectors (`benchmarks.stores`), in a temporary folder or in `--folder`. Peaks
-are of the whole process, which has imported all that it needs.
+are of the whole process, which has imported all that it needs. `--keep` leaves the store in
+`--folder` for the next measure.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import argparse
 import re
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,6 +30,7 @@ from benchmarks.stores import random_store
 from virnuc_dask.analysis.classifier import Classifier, save_classifier, versions
 from virnuc_dask.analysis.comparable import what_must_agree
 from virnuc_dask.analysis.training import new_pipeline
+from virnuc_dask.store import Store
 
 
 def peak() -> int:
@@ -105,9 +109,71 @@ def measure_predict(folder: Path, rows: int, dimension: int, kind: str = "logist
     np.testing.assert_allclose(kept, scores, rtol=1e-2, atol=1e-3)
 
 
+def measure_map(folder: Path, rows: int, dimension: int) -> None:
+    """A PCA of all rows; again, when nothing is left to do; and a drawing."""
+    path = _embedded(folder, rows, dimension)
+    with timed("make_map, PCA"):
+        virnuc_dask.make_map(path, force=True, refit=True)
+    with timed("make_map again"):
+        assert virnuc_dask.make_map(path).computed_chunks == 0
+    with TemporaryDirectory() as drawings, timed("draw_map, HTML of 20,000 rows"):
+        virnuc_dask.draw_map(path, out=Path(drawings) / "map.html")
+
+
+def measure_map_peer(folder: Path, rows: int, dimension: int) -> None:
+    """The same by scikit-learn, a batch a chunk: fitted in one pass, applied in another."""
+    from sklearn.decomposition import IncrementalPCA
+
+    store = Store(_embedded(folder, rows, dimension))
+    model = IncrementalPCA(n_components=2)
+    with timed("IncrementalPCA, partial_fit"):
+        for chunk in range(store.chunk_count):
+            model.partial_fit(store.read_chunk(chunk)[1].astype(np.float32))
+    with timed("IncrementalPCA, transform"):
+        for chunk in range(store.chunk_count):
+            model.transform(store.read_chunk(chunk)[1].astype(np.float32))
+
+
+def measure_cluster(folder: Path, rows: int, dimension: int) -> None:
+    """Eight clusters of all rows, and again."""
+    path = _embedded(folder, rows, dimension)
+    with timed("make_clusters"):
+        virnuc_dask.make_clusters(path, force=True, refit=True)
+    with timed("make_clusters again"):
+        assert virnuc_dask.make_clusters(path).computed_chunks == 0
+
+
+def measure_cluster_peer(folder: Path, rows: int, dimension: int) -> None:
+    """The same by scikit-learn, a batch a chunk, one epoch."""
+    from sklearn.cluster import MiniBatchKMeans
+
+    store = Store(_embedded(folder, rows, dimension))
+    model = MiniBatchKMeans(8, random_state=0)
+    with timed("MiniBatchKMeans, partial_fit, one epoch"):
+        for chunk in range(store.chunk_count):
+            model.partial_fit(store.read_chunk(chunk)[1].astype(np.float32))
+    with timed("MiniBatchKMeans, predict"):
+        for chunk in range(store.chunk_count):
+            model.predict(store.read_chunk(chunk)[1].astype(np.float32))
+
+
+def _embedded(folder: Path, rows: int, dimension: int) -> Path:
+    """A store of random vectors, made in a process of its own, which has its own peak."""
+    path = folder / f"embedded-{rows}-{dimension}.zarr"
+    if not path.exists():
+        making = get_context("spawn").Process(target=random_store, args=(path, rows, dimension))
+        making.start()
+        making.join()
+    return path
+
+
 MEASURES: dict[str, tuple[Callable[..., None], int]] = {
     "open": (measure_open, 10_000_000),
     "by-read": (measure_by_read, 1_500_000),
+    "map": (measure_map, 1_000_000),
+    "map-peer": (measure_map_peer, 1_000_000),
+    "cluster": (measure_cluster, 1_000_000),
+    "cluster-peer": (measure_cluster_peer, 1_000_000),
     "predict": (measure_predict, 1_000_000),
     "predict-mlp": (partial(measure_predict, kind="mlp"), 1_000_000),
 }
@@ -120,9 +186,12 @@ def main() -> None:
     parser.add_argument("--rows", type=int)
     parser.add_argument("--dimension", type=int, default=1280)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--keep", action="store_true")
     chosen: Any = parser.parse_args()
     measure, rows = MEASURES[chosen.what]
-    with TemporaryDirectory(dir=chosen.folder) as folder:
+    with (
+        nullcontext(chosen.folder) if chosen.keep else TemporaryDirectory(dir=chosen.folder)
+    ) as folder:
         print("| what | took | peak so far |\n|---|---|---|")
         measure(Path(folder), chosen.rows or rows, chosen.dimension)
 

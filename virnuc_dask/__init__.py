@@ -1,9 +1,10 @@
 """Protein language model embeddings for millions of sequences, on workers that may vanish.
 
 ``run`` embeds sequences into a Zarr store, ``resume`` goes on with one, ``open_store`` opens it
-lazily, ``open_residues`` a row's residues in it, ``nearest`` finds the rows most alike, ``train``
-makes a classifier of two stores, ``predict`` scores a store by it, and ``load_encoder`` gives the
-encoder alone.
+lazily, ``open_residues`` a row's residues in it, ``nearest`` finds the rows most alike,
+``make_map`` and ``make_clusters`` say where rows are and what groups they form, ``train`` makes a
+classifier of two stores, ``predict`` scores a store by it, and ``load_encoder`` gives the encoder
+alone.
 ``create_store`` and ``tasks`` are for a Dask graph of your own.
 Importing this package loads neither torch nor distributed; the names are resolved when they are
 first used.
@@ -15,9 +16,12 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from virnuc_dask.analysis.clusters import Clusters, make_clusters, write_clusters
     from virnuc_dask.analysis.dataset import open_residues, open_store, verify
     from virnuc_dask.analysis.export import export
+    from virnuc_dask.analysis.maps import Map, make_map
     from virnuc_dask.analysis.neighbours import nearest
+    from virnuc_dask.analysis.plots import draw_map
     from virnuc_dask.analysis.prediction import predict
     from virnuc_dask.analysis.reads import by_read
     from virnuc_dask.analysis.training import train
@@ -31,14 +35,19 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "ChunkReport",
+    "Clusters",
+    "Map",
     "RunConfig",
     "RunSummary",
     "Tiling",
     "Translation",
     "by_read",
     "create_store",
+    "draw_map",
     "export",
     "load_encoder",
+    "make_clusters",
+    "make_map",
     "nearest",
     "open_residues",
     "open_store",
@@ -48,18 +57,24 @@ __all__ = [
     "tasks",
     "train",
     "verify",
+    "write_clusters",
 ]
 
 _HOME = {
     "ChunkReport": "embed",
+    "Clusters": "analysis.clusters",
+    "Map": "analysis.maps",
     "RunConfig": "config",
     "RunSummary": "events",
     "Tiling": "config",
     "Translation": "config",
     "by_read": "analysis.reads",
     "create_store": "graph",
+    "draw_map": "analysis.plots",
     "export": "analysis.export",
     "load_encoder": "encoder",
+    "make_clusters": "analysis.clusters",
+    "make_map": "analysis.maps",
     "nearest": "analysis.neighbours",
     "open_residues": "analysis.dataset",
     "open_store": "analysis.dataset",
@@ -69,6 +84,7 @@ _HOME = {
     "tasks": "graph",
     "train": "analysis.training",
     "verify": "analysis.dataset",
+    "write_clusters": "analysis.clusters",
 }
 
 

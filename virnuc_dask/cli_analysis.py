@@ -12,6 +12,7 @@ import click
 
 from virnuc_dask.config import CLASSIFIERS, CONSENSUS, METRICS
 from virnuc_dask.interrupts import cleaning_up
+from virnuc_dask.streams import counted
 
 
 @click.command()
@@ -101,6 +102,146 @@ def nearest(
         print(f"{lines:,} neighbours in {out}")
 
 
+_workers = click.option(
+    "--workers", type=click.IntRange(1), help="Threads.  [default: one a core, at most 16]"
+)
+_seed = click.option(
+    "--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
+)
+_refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that are there now.")
+
+
+@click.command("map")
+@click.argument("store")
+@click.option("--name", help="The map is kept in STORE as map_NAME.  [default: the method]")
+@click.option("--method", type=click.Choice(("pca", "umap")), default="pca", show_default=True)
+@click.option("--sample", type=int, help="Rows that UMAP is fitted to.  [default: 10,000]")
+@_seed
+@click.option("--out", type=click.Path(path_type=Path), help="Draw it into a .html or .png file.")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw it into a .png file too.")
+@click.option(
+    "--colour",
+    default="length",
+    show_default=True,
+    help="length, frame, status, score_NAME, cluster_NAME, or a .tsv file with a header, whose"
+    " first two columns are identifiers and labels.",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    help="Rows that are drawn at most, a random sample.",
+)
+@_refit
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace OUT and PNG, and a map of this name that was made with other settings.",
+)
+@_workers
+def map_(
+    store: str,
+    out: Path | None,
+    png: Path | None,
+    colour: str,
+    points: int,
+    force: bool,
+    random_state: int,
+    **options: Any,
+) -> None:
+    """Give each row of STORE a place in the plane by PCA or UMAP, and draw it.
+
+    The places are kept in STORE. The same command again computes only those that are missing.
+    """
+    from virnuc_dask.analysis.maps import make_map
+    from virnuc_dask.analysis.outputs import check_out
+    from virnuc_dask.analysis.plots import DRAWINGS, write_drawing
+    from virnuc_dask.analysis.points import check_colour, draw_points
+    from virnuc_dask.store import Store
+
+    drawings = []
+    for file, known in ((out, DRAWINGS), (png, DRAWINGS[1:])):
+        if file:
+            drawings.append(check_out(file, known, force=force))
+    if drawings:
+        check_colour(Store(store), colour)
+    progress = chunk_counter("mapped", "chunks")
+    made = make_map(store, force=force, random_state=random_state, progress=progress, **options)
+    _say_doubts([made.note] if made.note else [], made.comment)
+    ratio = made.explained_variance_ratio
+    explained = (
+        f"; its axes explain {ratio[0]:.1%} and {ratio[1]:.1%} of the variance" if ratio else ""
+    )
+    print(
+        f"{made.name} in {store}, fitted to {made.fitted_rows:,} rows{explained};"
+        f" {counted(made.computed_chunks, 'chunk')} computed now"
+    )
+    if not drawings:
+        return
+    shown = draw_points(
+        Store(store),
+        made.name.removeprefix("map_"),
+        colour=colour,
+        points=points,
+        random_state=random_state,
+    )
+    with cleaning_up():
+        for file in drawings:
+            write_drawing(shown, file, force=force)
+            print(f"{len(shown.ids):,} rows in {file}")
+
+
+@click.command()
+@click.argument("store")
+@click.option("--name", default="kmeans", show_default=True, help="Kept in STORE as cluster_NAME.")
+@click.option("--n-clusters", type=click.IntRange(2), default=8, show_default=True)
+@click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+@_seed
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A .tsv or .parquet file.  [default: TSV to standard output]",
+)
+@click.option(
+    "--guard/--no-guard",
+    default=True,
+    help="In TSV, an apostrophe before names that a spreadsheet would compute.",
+    show_default=True,
+)
+@_refit
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace OUT, and clusters of this name that were made with other settings.",
+)
+@_workers
+def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: Any) -> None:
+    """Find clusters of rows of STORE that are alike, by k-means.
+
+    A line for each, the largest first: cluster, size, its row nearest to the centre, how near,
+    silhouette, length, description. Each row's cluster is kept in STORE; the same command again
+    labels only rows without one, by the same centres.
+    """
+    from virnuc_dask.analysis.clusters import make_clusters, write_clusters
+    from virnuc_dask.analysis.tables import check_table
+
+    if out:
+        check_table(out, force=force)
+    progress = chunk_counter("read", "chunks")
+    found = make_clusters(store, force=force, progress=progress, **options)
+    _say_doubts([found.note] if found.note else [], found.comment)
+    print(
+        f"{found.name} in {store}, fitted to {found.fitted_rows:,} rows; silhouette"
+        f" {found.silhouette:.2f}; {counted(found.computed_chunks, 'chunk')} labelled now",
+        file=sys.stderr,
+    )
+    with cleaning_up():
+        write_clusters(found, out or sys.stdout, guard=guard, force=force)
+    if out:
+        print(f"{counted(len(found.sizes), 'cluster')} in {out}")
+
+
 @click.command()
 @click.option("--viral", required=True, metavar="STORE", help="Of the class that is looked for.")
 @click.option("--other", required=True, metavar="STORE", help="Of all else.")
@@ -125,8 +266,8 @@ def nearest(
     show_default=True,
     help="Rows of each class at most; of more, a random sample.",
 )
-@click.option("--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True)
-@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@_seed
+@_workers
 @click.option("--force", is_flag=True, help="Replace OUT.")
 @click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
 def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> None:
@@ -169,7 +310,7 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
     help="In TSV, an apostrophe before names that a spreadsheet would compute.",
     show_default=True,
 )
-@click.option("--workers", type=click.IntRange(1), help="Threads.  [default: one a core]")
+@_workers
 @click.option(
     "--force", is_flag=True, help="Replace scores of another classifier of this name, and OUT."
 )
@@ -199,7 +340,7 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
         print(f"{found.lines:,} lines in {found.out}")
 
 
-COMMANDS = (export, nearest, train, predict)
+COMMANDS = (export, nearest, map_, cluster, train, predict)
 
 
 def _say_doubts(notes: list[str], comment: str | None) -> None:

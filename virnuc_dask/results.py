@@ -124,6 +124,20 @@ def result_names(store: Store) -> list[str]:
     )
 
 
+def result_name(kind: Kind, name: str) -> str:
+    """The array's name.
+
+    Raises
+    ------
+    UsageError
+        The name is not one.
+    """
+    full = f"{kind}_{name}"
+    if not RESULT.fullmatch(full):
+        raise UsageError(f"{name!r}: a result's name is of letters, digits and _, at most 64")
+    return full
+
+
 def open_result(store: Store, name: str) -> Result:
     """Open one of a store's results.
 
@@ -170,9 +184,7 @@ def keep_result(
         The name is not one, or there is another result of this name.
     StoreReplacedError
     """
-    full = f"{kind}_{name}"
-    if not RESULT.fullmatch(full):
-        raise UsageError(f"{name!r}: a result's name is of letters, digits and _, at most 64")
+    full = result_name(kind, name)
     about = json.loads(json.dumps(about))
     store.check_place()
     if full in result_names(store):

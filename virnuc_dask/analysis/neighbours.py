@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,12 +27,12 @@ from virnuc_dask.analysis.passes import (
     open_pool,
     thread_count,
 )
+from virnuc_dask.analysis.rows import TEXTS, by_chunk, embedded_rows, read_vectors, taken
 from virnuc_dask.config import METRICS, Metric, Status
 from virnuc_dask.errors import UsageError
-from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
+from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
 from virnuc_dask.streams import printable
 
-_TEXTS = ("sequence_id", "description")
 # All rows are read once for so many queries.
 _QUERIES_AT_ONCE = 4096
 _PAIRS_AT_ONCE = 1024
@@ -133,7 +131,7 @@ def nearest(
         for start in batches:
             part = rows[start : start + _QUERIES_AT_ONCE]
             if vectors is None:
-                of_part = _vectors(source, part, threads)
+                of_part = read_vectors(source, part, threads)
             else:
                 of_part = vectors[start : start + _QUERIES_AT_ONCE]
             # The same row may be met only in the same store.
@@ -175,7 +173,7 @@ def _queries(
             raise UsageError(f"the vectors need the shape (n, {source.dimension}) and to be finite")
         rows, vectors = np.full(len(query), -1), query.astype(np.float32)
     elif query is None and has_query_store:
-        rows = _embedded_rows(source)
+        rows = embedded_rows(source, np.flatnonzero(source.present()).tolist())
     else:
         ids = [] if query is None else [query] if isinstance(query, str) else query
         rows = _rows_of(source, list(dict.fromkeys(ids)))
@@ -203,11 +201,11 @@ def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
 
 def _check_embedded(store: Store, rows: NDArray[np.int64]) -> None:
     states = np.full(len(rows), Status.PENDING, np.uint8)
-    for chunk, where in _by_chunk(store, rows):
+    for chunk, where in by_chunk(store, rows):
         if store.is_present(chunk):
             with store.reading(f"status of chunk {chunk}"):
                 states[where] = store.read_status(chunk)[rows[where] - store.rows(chunk).start]
-    names = _taken(store, "sequence_id", rows)
+    names = taken(store, "sequence_id", rows)
     pending = states == Status.PENDING
     _refuse(store, "not computed yet; `virnuc-dask resume` computes it:", names[pending])
     for code in np.unique(states[states >= Status.INVALID_RESIDUES]):
@@ -220,40 +218,6 @@ def _refuse(store: Store, problem: str, names: Sequence[str] | NDArray[Any]) -> 
         listed = ", ".join(printable(str(name)) for name in names[:_NAMED])
         more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
         raise UsageError(f"{store.path}: {problem} {listed}{more}")
-
-
-def _embedded_rows(store: Store) -> NDArray[np.int64]:
-    def rows(chunk: int) -> NDArray[np.int64]:
-        with store.reading(f"status of chunk {chunk}"):
-            status = store.read_status(chunk)
-        return np.flatnonzero(is_embedded(status)) + np.int64(store.rows(chunk).start)
-
-    with ThreadPoolExecutor(8) as pool:
-        parts = list(pool.map(rows, np.flatnonzero(store.present()).tolist()))
-    return np.concatenate([np.zeros(0, np.int64), *parts])
-
-
-def _vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray[np.float32]:
-    vectors = np.empty((len(rows), store.dimension), np.float32)
-
-    def read(chunk: int, where: NDArray[np.int64]) -> None:
-        with store.reading(f"chunk {chunk}"):
-            embedding = store.read_chunk(chunk)[1]
-        vectors[where] = embedding[rows[where] - store.rows(chunk).start]
-
-    with ThreadPoolExecutor(threads) as pool:
-        # A chunk may be damaged: an error is raised where its result is taken.
-        deque(pool.map(lambda part: read(*part), _by_chunk(store, rows)), maxlen=0)
-    check_finite(store, vectors)
-    return vectors
-
-
-def _by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Each chunk that has some of the rows, and where these are among them."""
-    chunks = rows // store.identity.rows_per_chunk
-    order = np.argsort(chunks, kind="stable")
-    numbers, firsts = np.unique(chunks[order], return_index=True)
-    yield from zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True)
 
 
 # --- the pass over all chunks --------------------------------------------------------------------
@@ -461,18 +425,18 @@ def _dataset(
     import xarray
 
     dims = ("query", "neighbour")
-    texts = [text for text in _TEXTS if text in searched.names]
+    texts = [text for text in TEXTS if text in searched.names]
     name, values = ("similarity", scores) if metric == "cosine" else ("distance", -scores)
     return xarray.Dataset(
         {
             "row": (dims, neighbours),
-            **{text: (dims, _taken(searched, text, neighbours)) for text in texts},
-            "length": (dims, _taken(searched, "length", neighbours), {"units": "residues"}),
+            **{text: (dims, taken(searched, text, neighbours)) for text in texts},
+            "length": (dims, taken(searched, "length", neighbours), {"units": "residues"}),
             name: (dims, values),
         },
         {
             "query_row": ("query", rows),
-            "query_id": ("query", _taken(source, "sequence_id", rows)),
+            "query_id": ("query", taken(source, "sequence_id", rows)),
         },
         {
             "metric": metric,
@@ -483,18 +447,6 @@ def _dataset(
             ATTRIBUTE: json.dumps(searched.about()),
         },
     )
-
-
-def _taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-    """An array's values at some rows, in their shape; of no row, -1, the empty text and -1."""
-    unique, where = np.unique(rows, return_inverse=True)
-    is_none = unique < 0
-    with store.reading(f"`{name}`"):
-        values = np.asarray(store.array(name).oindex[unique[~is_none]])
-    text = name in _TEXTS
-    found = np.full(len(unique), "" if text else -1, object if text else values.dtype)
-    found[~is_none] = values.tolist() if text else values
-    return found[where.reshape(rows.shape)]
 
 
 def _note(searched: Store, source: Store) -> str | None:

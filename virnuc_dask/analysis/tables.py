@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -62,16 +62,13 @@ def write_table(found: Any, out: str | Path | IO[str], *, guard: bool = True) ->
     """
     columns = _columns(found)
     types = {name: _TYPES_OF_NEIGHBOURS[name] for name in columns}
-    if isinstance(out, str | Path):
-        return write_rows([columns], types, out, about=found.attrs, guard=guard)
-    _tsv_writer(out, types, guard)(columns)
-    return len(columns["row"])
+    return write_rows([columns], types, out, about=found.attrs, guard=guard)
 
 
 def write_rows(
     parts: Iterable[Columns],
     types: Mapping[str, str],
-    out: str | Path,
+    out: str | Path | IO[str],
     *,
     about: Mapping[str, Any],
     guard: bool = True,
@@ -85,8 +82,9 @@ def write_rows(
         Values of some lines, a list or an array for each column.
     types : mapping of str to str
         The columns, and the types that they have in Parquet, by pyarrow's names.
-    out : path
-        ``.tsv`` or ``.parquet``.
+    out : path or text file
+        A file, ``.tsv`` or ``.parquet``; or an open file, for TSV. On a terminal control characters
+        are replaced.
     about : mapping
         What the table is: the metadata of Parquet's schema.
     guard : bool
@@ -107,9 +105,14 @@ def write_rows(
         The file cannot be written.
     """
     lines = 0
-    with whole_file(check_table(out, force=force)) as path, _writer(path, types, about, guard) as w:
+    with ExitStack() as stack:
+        if isinstance(out, str | Path):
+            path = stack.enter_context(whole_file(check_table(out, force=force)))
+            write = stack.enter_context(_writer(path, types, about, guard))
+        else:
+            write = _tsv_writer(out, types, guard)
         for columns in parts:
-            w(columns)
+            write(columns)
             lines += len(next(iter(columns.values())))
     return lines
 

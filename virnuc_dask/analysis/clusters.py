@@ -1,0 +1,458 @@
+"""Clusters of rows that are alike: k-means, one chunk in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.analysis.fits import (
+    Space,
+    check_seed,
+    find_fit,
+    keep_fit,
+    note_of,
+    packed,
+    unpacked,
+)
+from virnuc_dask.analysis.passes import (
+    ChunkCounter,
+    Pool,
+    Progress,
+    as_float32,
+    blocks,
+    check_finite,
+    fill,
+    open_pool,
+    thread_count,
+)
+from virnuc_dask.analysis.rows import random_rows, read_vectors, taken
+from virnuc_dask.analysis.tables import write_rows
+from virnuc_dask.config import METRICS, Metric
+from virnuc_dask.errors import UsageError
+from virnuc_dask.store import Store
+
+_SAMPLE_ROWS = 10_000
+_SAMPLE_PER_CLUSTER = 20
+_STARTS = 10
+_MOST_PASSES = 20
+# A pass that makes the mean square of distances smaller by less than this part is the last.
+_TOLERANCE = 1e-3
+_SILHOUETTE_ROWS = 4_000
+_TYPES = {
+    "cluster": "int64",
+    "size": "int64",
+    "medoid": "string",
+    "row": "int64",
+    "similarity": "float32",
+    "distance": "float32",
+    "silhouette": "float32",
+    "length": "int32",
+    "description": "string",
+}
+# Centres are kept in the metadata of the store, which every reader reads.
+_MOST_VALUES = 2**21
+
+
+@dataclass(frozen=True, slots=True)
+class Clusters:
+    """What `make_clusters` has found; a number for each cluster, the largest first.
+
+    Attributes
+    ----------
+    store : str
+    name : str
+        Of the array in the store, int32, shape (records,), -1 without an embedding:
+        ``cluster_kmeans``.
+    metric : {'cosine', 'euclidean'}
+    sizes : ndarray, int64, shape (k,)
+        Rows in each.
+    medoid_rows : ndarray, int64, shape (k,)
+        The row that is nearest to the centre; of equally near ones the first. -1 if it is empty.
+    medoid_ids, medoid_descriptions : list of str
+    medoid_lengths : ndarray, int32, shape (k,)
+        Residues.
+    medoid_scores : ndarray, float32, shape (k,)
+        Cosine of the medoid and the centre, or their distance.
+    silhouettes : ndarray, float32, shape (k,)
+        Mean silhouette coefficient, from -1 to 1, of those of 4,000 random rows that are in each;
+        NaN where none is.
+    silhouette : float
+        Mean of these rows; NaN where all are in one cluster.
+    fitted_rows : int
+        Rows that the centres were fitted to.
+    computed_chunks : int
+        Chunks that were labelled now; the others were there.
+    note : str, optional
+        A reason to fit them again.
+    comment : str, optional
+        A word of warning about random weights.
+    """
+
+    store: str
+    name: str
+    metric: Metric
+    sizes: NDArray[np.int64]
+    medoid_rows: NDArray[np.int64]
+    medoid_ids: list[str]
+    medoid_descriptions: list[str]
+    medoid_lengths: NDArray[np.int32]
+    medoid_scores: NDArray[np.float32]
+    silhouettes: NDArray[np.float32]
+    silhouette: float
+    fitted_rows: int
+    computed_chunks: int
+    note: str | None = None
+    comment: str | None = None
+
+
+def make_clusters(
+    store: str | Path,
+    name: str = "kmeans",
+    *,
+    n_clusters: int = 8,
+    metric: Metric = "cosine",
+    random_state: int = 0,
+    force: bool = False,
+    refit: bool = False,
+    workers: int | None = None,
+    progress: Progress | None = None,
+    client: Any = None,
+) -> Clusters:
+    """Find clusters of rows that are alike, and keep each row's in the store as ``cluster_NAME``.
+
+    The store may still be filling. The same call again labels only what is missing, by the same
+    centres, which are kept with the result. Memory does not grow with the rows.
+
+    Centres start as scikit-learn's `MiniBatchKMeans` [1]_ finds them, the best of ten tries, in a
+    random sample of 10,000 rows, or 20 for each cluster. Then Lloyd's iterations over all rows [2]_
+    follow: each pass over the chunks moves each centre to the mean of its rows, until a pass makes
+    the mean square of distances smaller by less than a thousandth, or for 20 passes. Such a pass is
+    computed by all threads or workers, and does not depend on the order of rows in the store, which
+    batches of neighbouring chunks would.
+
+    For the cosine the mean of the sample is subtracted from all rows, which are then divided by
+    their lengths, as `nearest` does; distances are taken between these.
+
+    Parameters
+    ----------
+    store : path
+    name : str
+        Letters, digits and underscores.
+    n_clusters : int
+    metric : {'cosine', 'euclidean'}
+    random_state : int
+    force : bool
+        Replace clusters of this name that were made with other settings.
+    refit : bool
+        Fit again, to the rows that are there now, and replace the clusters.
+    workers : int, optional
+        Threads. Default: one for each core, at most 16.
+    progress : callable, optional
+        Called with the chunks read so far and how many will be, for each pass.
+    client : distributed.Client, optional
+        Whose workers compute; default: threads of this process.
+
+    Returns
+    -------
+    Clusters
+
+    Raises
+    ------
+    UsageError
+        The settings make no sense, there are other clusters of this name, or too few rows.
+    StoreError
+        A chunk is damaged, or an embedded row is not finite.
+    NotAStoreError
+
+    References
+    ----------
+    .. [1] Sculley, Web-scale k-means clustering, WWW 2010; starts: Arthur and Vassilvitskii,
+       k-means++, SODA 2007.
+    .. [2] Lloyd, IEEE Transactions on Information Theory 28, 129 (1982).
+    """
+    threads = thread_count(workers)
+    if metric not in METRICS:
+        raise UsageError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
+    if n_clusters < 2:
+        raise UsageError(f"n_clusters must be at least 2, not {n_clusters}")
+    check_seed(random_state)
+    opened = Store(store)
+    most = _MOST_VALUES // opened.dimension
+    if n_clusters > most:
+        raise UsageError(f"{opened.path}: at most {most:,} clusters of {opened.dimension} features")
+    settings = {"n_clusters": n_clusters, "metric": metric, "random_state": random_state}
+    about = find_fit(opened, "cluster", name, settings, force=force, refit=refit)
+    if about is None:
+        about = settings | _fit(opened, settings, threads, client, progress)
+    labeller = _labeller(opened, about)
+    result = keep_fit(opened, "cluster", name, about)
+    done = fill(result, labeller, workers=threads, client=client, progress=progress)
+    labelled = opened.present() & result.present()
+    with open_pool(opened, threads, client) as pool:
+        sizes, medoids = _medoids(labeller, np.flatnonzero(labelled).tolist(), pool, progress)
+    rows = random_rows(opened, labelled, _SILHOUETTE_ROWS, random_state)
+    silhouettes, silhouette = _silhouettes(labeller, read_vectors(opened, rows, threads))
+    is_described = "description" in opened.names
+    return Clusters(
+        str(opened.path),
+        result.name,
+        metric,
+        sizes,
+        medoids,
+        taken(opened, "sequence_id", medoids).tolist(),
+        taken(opened, "description", medoids).tolist() if is_described else [""] * n_clusters,
+        taken(opened, "length", medoids),
+        _scores(labeller, opened, medoids, threads),
+        silhouettes,
+        silhouette,
+        int(about["rows"]),
+        done,
+        note_of(opened, about, result.name),
+        opened.model.comment().get("comment"),
+    )
+
+
+def write_clusters(
+    found: Clusters, out: str | Path | IO[str], *, guard: bool = True, force: bool = False
+) -> int:
+    """Write clusters as a table, one in a line, the largest first.
+
+    The columns are ``cluster``, ``size`` in rows, ``medoid``, its identifier, ``row``,
+    ``similarity`` or ``distance`` of it and the centre, ``silhouette``, and the medoid's ``length``
+    in residues and ``description``.
+
+    Parameters
+    ----------
+    found : Clusters
+    out, guard, force
+        As `write_rows`.
+
+    Returns
+    -------
+    int
+        Clusters.
+    """
+    about = {"store": found.store, "array": found.name, "metric": found.metric}
+    columns = {
+        "cluster": list(range(len(found.sizes))),
+        "size": found.sizes.tolist(),
+        "medoid": found.medoid_ids,
+        "row": found.medoid_rows.tolist(),
+        # As short as gives the same number back.
+        "similarity" if found.metric == "cosine" else "distance": list(found.medoid_scores),
+        "silhouette": list(found.silhouettes),
+        "length": found.medoid_lengths.tolist(),
+        "description": found.medoid_descriptions,
+    }
+    if found.comment:
+        about["comment"] = found.comment
+    types = {name: _TYPES[name] for name in columns}
+    return write_rows([columns], types, out, about=about, guard=guard, force=force)
+
+
+# --- centres -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Labeller:
+    """The number of each row's nearest centre.
+
+    Attributes
+    ----------
+    space : Space
+    centres : ndarray, float32, shape (k, D)
+    """
+
+    space: Space
+    centres: NDArray[np.float32]
+
+    def __call__(self, rows: NDArray[np.float32]) -> NDArray[np.intp]:
+        """Labels, shape (n,)."""
+        return self.look(self.space(rows))[0]
+
+    def look(self, points: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+        """Labels, and squares of the distances, shape (n,) each, of rows in the space."""
+        nearness = points @ self.centres.T
+        nearness -= np.vecdot(self.centres, self.centres) / 2
+        labels = nearness.argmax(axis=1)
+        best = np.take_along_axis(nearness, labels[:, None], axis=1)[:, 0]
+        return labels, np.maximum(np.vecdot(points, points) - 2 * best, 0)
+
+
+def _labeller(store: Store, about: dict[str, Any]) -> _Labeller:
+    size = store.dimension
+    origin = unpacked(store, about, "origin", size)[0]
+    centres = unpacked(store, about, "centres", size)
+    return _Labeller(Space(origin, about["metric"] == "cosine"), centres)
+
+
+def _fit(
+    store: Store,
+    settings: dict[str, Any],
+    threads: int,
+    client: Any,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Centres, as they are kept, of all rows that are there."""
+    present = store.present()
+    labeller = _start(store, present, settings, threads)
+    chunks = np.flatnonzero(present).tolist()
+    before, passes = np.inf, 0
+    with open_pool(store, threads, client) as pool:
+        while passes < _MOST_PASSES:
+            sums, sizes, squares = _sum_all(labeller, chunks, pool, progress)
+            passes += 1
+            centres = labeller.centres.copy()  # one that has no row stays where it is
+            centres[sizes > 0] = sums[sizes > 0] / sizes[sizes > 0, None]
+            order = np.argsort(-sizes, kind="stable")
+            labeller = _Labeller(labeller.space, centres[order])
+            if squares >= before * (1 - _TOLERANCE):
+                break
+            before = squares
+    return {
+        "rows": int(sizes.sum()),
+        "chunks": len(chunks),
+        "passes": passes,
+        "origin": packed(labeller.space.origin),
+        "centres": packed(labeller.centres),
+    }
+
+
+def _start(
+    store: Store, present: NDArray[np.bool_], settings: dict[str, Any], threads: int
+) -> _Labeller:
+    """Centres of a sample."""
+    from sklearn.cluster import MiniBatchKMeans
+    from threadpoolctl import threadpool_limits
+
+    count = settings["n_clusters"]
+    wanted = max(_SAMPLE_ROWS, _SAMPLE_PER_CLUSTER * count)
+    rows = random_rows(store, present, wanted, settings["random_state"])
+    vectors = read_vectors(store, rows, threads)
+    different = len(np.unique(vectors, axis=0))
+    if different < count:
+        raise UsageError(
+            f"{store.path} has {different} different embedded rows, too few for {count} clusters"
+        )
+    is_cosine = settings["metric"] == "cosine"
+    space = Space(vectors.mean(axis=0, dtype=np.float64).astype(np.float32), is_cosine)
+    model = MiniBatchKMeans(count, n_init=_STARTS, random_state=settings["random_state"])
+    with threadpool_limits(1):  # sums of several threads differ in their last bits
+        model.fit(space(vectors))
+    return _Labeller(space, model.cluster_centers_.astype(np.float32))
+
+
+# --- passes over the chunks ----------------------------------------------------------------------
+
+
+def _sum_all(
+    labeller: _Labeller, chunks: list[int], pool: Pool, progress: Progress | None
+) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
+    """Sums of the rows of each cluster, shape (k, D), how many, (k,), and squares of distances."""
+    sums, sizes = np.zeros(labeller.centres.shape), np.zeros(len(labeller.centres), np.int64)
+    squares = 0.0
+    calls = _calls(labeller, chunks, pool)
+    for part, count, square in pool.run(_sum, calls, ChunkCounter(progress, len(chunks))):
+        sums += part
+        sizes += count
+        squares += square
+    check_finite(pool.store, sums)
+    return sums, sizes, squares
+
+
+def _sum(
+    store: Store, chunks: list[int], labeller: _Labeller
+) -> tuple[NDArray[np.float64], NDArray[np.int64], float]:
+    sums, sizes = np.zeros(labeller.centres.shape), np.zeros(len(labeller.centres), np.int64)
+    total = 0.0
+    for _, values in blocks(store, chunks):
+        points = labeller.space(as_float32(values))
+        labels, squares = labeller.look(points)
+        order = np.argsort(labels, kind="stable")
+        found, firsts, counts = np.unique(labels[order], return_index=True, return_counts=True)
+        sums[found] += np.add.reduceat(points[order], firsts, axis=0)
+        sizes[found] += counts
+        total += float(squares.sum(dtype=np.float64))
+    return sums, sizes, total
+
+
+def _medoids(
+    labeller: _Labeller, chunks: list[int], pool: Pool, progress: Progress | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Rows in each cluster, and the one nearest to its centre, -1 in an empty one."""
+    count = len(labeller.centres)
+    sizes, rows = np.zeros(count, np.int64), np.full(count, -1)
+    best = np.full(count, np.inf, np.float32)
+    calls = _calls(labeller, chunks, pool)
+    for of_part, row, square in pool.run(_nearest, calls, ChunkCounter(progress, len(chunks))):
+        sizes += of_part
+        is_nearer = square < best
+        rows[is_nearer], best[is_nearer] = row[is_nearer], square[is_nearer]
+    return sizes, rows
+
+
+def _nearest(
+    store: Store, chunks: list[int], labeller: _Labeller
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    count = len(labeller.centres)
+    sizes, rows = np.zeros(count, np.int64), np.full(count, -1)
+    best = np.full(count, np.inf, np.float32)
+    for numbers, values in blocks(store, chunks):
+        block = as_float32(values)
+        check_finite(store, block)
+        labels, squares = labeller.look(labeller.space(block))
+        sizes += np.bincount(labels, minlength=count)
+        order = np.lexsort((squares, labels))
+        found, firsts = np.unique(labels[order], return_index=True)
+        first = order[firsts]
+        is_nearer = squares[first] < best[found]
+        found, first = found[is_nearer], first[is_nearer]
+        rows[found], best[found] = numbers[first], squares[first]
+    return sizes, rows, best
+
+
+def _calls(labeller: _Labeller, chunks: list[int], pool: Pool) -> Iterator[tuple[Any, ...]]:
+    shared = pool.shared(labeller)
+    return ((group, shared) for group in pool.grouped(chunks))
+
+
+# --- how good they are ---------------------------------------------------------------------------
+
+
+def _scores(
+    labeller: _Labeller, store: Store, medoids: NDArray[np.int64], threads: int
+) -> NDArray[np.float32]:
+    """Cosine or distance of each medoid and its centre; NaN where there is none."""
+    scores = np.full(len(medoids), np.nan, np.float32)
+    is_there = medoids >= 0
+    points = labeller.space(read_vectors(store, medoids[is_there], threads)).astype(np.float64)
+    centres = labeller.centres[is_there].astype(np.float64)
+    if labeller.space.is_unit:
+        lengths = np.sqrt(np.vecdot(points, points) * np.vecdot(centres, centres))
+        scores[is_there] = np.vecdot(points, centres) / np.where(lengths > 0, lengths, 1)
+    else:
+        scores[is_there] = np.linalg.norm(points - centres, axis=1)
+    return scores
+
+
+def _silhouettes(
+    labeller: _Labeller, vectors: NDArray[np.float32]
+) -> tuple[NDArray[np.float32], float]:
+    """Mean silhouette of some rows in each cluster, shape (k,), and of all of them."""
+    from sklearn.metrics import silhouette_samples
+
+    means = np.full(len(labeller.centres), np.nan, np.float32)
+    points = labeller.space(vectors)
+    labels = labeller.look(points)[0]
+    found = np.unique(labels)
+    if not 2 <= len(found) < len(labels):
+        return means, float("nan")
+    values = silhouette_samples(points, labels)
+    for label in found:
+        means[label] = values[labels == label].mean()
+    return means, float(values.mean())

@@ -1,0 +1,278 @@
+"""What a drawing of a map shows: some of its rows, with what is known of each."""
+
+from __future__ import annotations
+
+import csv
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.analysis.fits import check_seed
+from virnuc_dask.analysis.rows import random_rows, taken
+from virnuc_dask.config import Status
+from virnuc_dask.errors import UsageError
+from virnuc_dask.files import expanded
+from virnuc_dask.results import RESULT, Result, open_result, result_names
+from virnuc_dask.store import Store
+from virnuc_dask.streams import counted, printable
+
+MOST_POINTS = 20_000
+_COLUMNS = ("length", "frame", "status")
+_LABELS = ".tsv"
+_UNLABELLED = "no label"
+_LONGEST_TEXT = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Rows of a map, to be drawn. Texts are as they were in files: whoever shows them escapes them.
+
+    Attributes
+    ----------
+    title, subtitle : str
+        What it is: method, rows, model; how many rows are drawn, of how many.
+    warning : str, optional
+        About random weights.
+    axes : tuple of str
+        Names of both axes.
+    xy : ndarray, float32, shape (n, 2)
+    ids, descriptions : list of str
+    lengths : ndarray, int32, shape (n,)
+        Residues.
+    colour : str
+        What colours mean.
+    values : ndarray, float64, shape (n,), or list of str
+        Numbers, NaN where there is none, or categories.
+    categories : list of str
+        All that are in `values`, in their order; none of numbers.
+    is_logarithmic : bool
+        Whether colours are for the logarithms of the numbers.
+    """
+
+    title: str
+    subtitle: str
+    warning: str | None
+    axes: tuple[str, str]
+    xy: NDArray[np.float32]
+    ids: list[str]
+    descriptions: list[str]
+    lengths: NDArray[np.int32]
+    colour: str
+    values: NDArray[np.float64] | list[str]
+    categories: list[str]
+    is_logarithmic: bool = False
+
+
+def check_colour(store: Store, colour: str) -> None:
+    """Make sure that a store's rows can be coloured so. To be asked before any work.
+
+    Raises
+    ------
+    UsageError
+    """
+    if colour == "frame" and not store.identity.translation:
+        raise UsageError(f"{store.path}: its rows were not translated, so they have no frame")
+    if colour in _COLUMNS:
+        return
+    if RESULT.fullmatch(colour) and not colour.startswith("map_"):
+        open_result(store, colour)
+    elif colour.lower().endswith(_LABELS):
+        _read_labels(colour, set())
+    else:
+        results = [name for name in result_names(store) if not name.startswith("map_")]
+        known = ", ".join([*_COLUMNS, *results])
+        raise UsageError(f"cannot colour by {colour!r}: give {known}, or a {_LABELS} file")
+
+
+def draw_points(
+    store: Store,
+    name: str,
+    *,
+    colour: str = "length",
+    points: int = MOST_POINTS,
+    random_state: int = 0,
+) -> Points:
+    """Rows of a map, all or a random sample, with what is known of them.
+
+    Parameters
+    ----------
+    store : Store
+    name : str
+        Of the map, without ``map_``.
+    colour : str
+        As `draw_map`.
+    points : int
+        Rows at most.
+    random_state : int
+
+    Returns
+    -------
+    Points
+
+    Raises
+    ------
+    UsageError
+        There is no such map, it is empty, or there is nothing to colour by.
+    StoreError
+        A chunk is damaged.
+    """
+    if points < 1:
+        raise UsageError(f"points must be at least 1, not {points}")
+    check_seed(random_state)
+    check_colour(store, colour)
+    result = open_result(store, f"map_{name}")
+    present = store.present() & result.present()
+    rows = random_rows(store, present, points, random_state)
+    if not len(rows):
+        raise UsageError(
+            f"{store.path}: `{result.name}` has no row yet; `virnuc-dask map` makes it"
+        )
+    texts = {
+        text: [str(value)[:_LONGEST_TEXT] for value in taken(store, text, rows)]
+        for text in ("sequence_id", "description")
+        if text in store.names
+    }
+    return Points(
+        _title(store, result),
+        _subtitle(store, len(rows), present, points),
+        store.model.comment().get("comment"),
+        _axes(result),
+        _of_result(result, rows),
+        texts["sequence_id"],
+        texts.get("description", [""] * len(rows)),
+        taken(store, "length", rows),
+        *_colours(store, colour, rows),
+    )
+
+
+def _title(store: Store, result: Result) -> str:
+    method = str(result.about.get("method", "map")).upper()
+    name = printable(str(store.path).rstrip("/").rpartition("/")[2], _LONGEST_TEXT)
+    model = Path(store.model.reference).name or store.model.reference
+    how = f"layer {store.model.repr_layer}, {store.model.pooling} pooling"
+    return f"{method} of {name}: {printable(model, _LONGEST_TEXT)}, {how}"
+
+
+def _subtitle(store: Store, drawn: int, present: NDArray[np.bool_], points: int) -> str:
+    said = f"all {drawn:,} embedded rows"
+    if drawn == points:
+        rows = store.rows_in(np.flatnonzero(present))
+        said = f"{drawn:,} of {rows:,} rows, drawn at random"
+    missing = int((~present).sum())
+    return said + (f"; {missing:,} of {store.chunk_count:,} chunks are missing" if missing else "")
+
+
+def _axes(result: Result) -> tuple[str, str]:
+    ratio = result.about.get("explained_variance_ratio")
+    if isinstance(ratio, list) and len(ratio) == 2:
+        first, second = (
+            f"PC {n} ({float(part):.1%} of variance)" for n, part in enumerate(ratio, 1)
+        )
+        return first, second
+    name = str(result.about.get("method", "axis")).upper()
+    return f"{name} 1", f"{name} 2"
+
+
+def _of_result(result: Result, rows: NDArray[np.int64]) -> NDArray[Any]:
+    with result.store.reading(f"`{result.name}`"):
+        return np.asarray(result.array.oindex[rows])
+
+
+# --- colours -------------------------------------------------------------------------------------
+
+_Colours = tuple[str, NDArray[np.float64] | list[str], list[str], bool]
+
+
+def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
+    """Their name, values, categories, and whether they are logarithmic."""
+    if colour == "length":
+        return "length in residues", taken(store, colour, rows).astype(np.float64), [], True
+    if colour == "status":
+        codes = taken(store, colour, rows)
+        return _categories(colour, [Status(int(code)).meaning for code in codes])
+    if colour == "frame":
+        numbers = taken(store, colour, rows).tolist()
+        named = [f"{number:+d}" for number in numbers]
+        return colour, named, [f"{number:+d}" for number in sorted(set(numbers))], False
+    if RESULT.fullmatch(colour):
+        found = _of_result(open_result(store, colour), rows)
+        if colour.startswith("score_"):
+            return colour, found.astype(np.float64), [], False
+        numbers = found.tolist()
+        named = [_cluster(number) for number in numbers]
+        return colour, named, [_cluster(number) for number in sorted(set(numbers))], False
+    ids = taken(store, "sequence_id", rows).tolist()
+    name, labels = _read_labels(colour, set(ids))
+    if not labels:
+        raise UsageError(f"{colour}: none of its identifiers is that of a row that is drawn")
+    named = [labels.get(each, "") for each in ids]
+    numbers = [_number(label) for label in named]
+    if all(number is not None for number in numbers) and len(set(labels.values())) > len(_FEW):
+        return name, np.array(numbers, np.float64), [], False
+    return _categories(name, [label or _UNLABELLED for label in named])
+
+
+# More different numbers than these are a scale, fewer are categories.
+_FEW = range(12)
+
+
+def _categories(name: str, values: list[str]) -> _Colours:
+    """The most frequent first; of equally frequent ones, by their names."""
+    known, counts = np.unique(np.array(values, object).astype(str), return_counts=True)
+    order = sorted(zip((-counts).tolist(), known.tolist(), strict=True))
+    return name, values, [each for _, each in order], False
+
+
+def _cluster(number: int) -> str:
+    return str(number) if number >= 0 else "not labelled yet"
+
+
+def _number(label: str) -> float | None:
+    """A finite number; NaN of no label, None of a word."""
+    try:
+        value = float(label or "nan")
+    except ValueError:
+        return None
+    return value if math.isfinite(value) or not label else None
+
+
+def _read_labels(file: str, wanted: set[str]) -> tuple[str, dict[str, str]]:
+    """The second column's name, and its values for some identifiers, which are the first column.
+
+    Raises
+    ------
+    UsageError
+        It cannot be read, or a line is not as the others.
+    """
+    path = Path(expanded(file))
+    labels: dict[str, str] = {}
+    try:
+        with open(path, encoding="utf-8", newline="") as lines:
+            reader = csv.reader(lines, delimiter="\t", strict=True)
+            header = next(reader, [])
+            if len(header) < 2:
+                raise UsageError(
+                    f"{path}:1: a file of labels has a header and two columns or more, separated by"
+                    " tabs: the identifier and the label"
+                )
+            for line in reader:
+                if not line:
+                    continue
+                if len(line) != len(header):
+                    raise UsageError(
+                        f"{path}:{reader.line_num}: {counted(len(line), 'column')}, not"
+                        f" {len(header)} as the header"
+                    )
+                name, label = line[:2]
+                if name in wanted and labels.setdefault(name, label) != label:
+                    raise UsageError(
+                        f"{path}:{reader.line_num}: {printable(name)} has another label above"
+                    )
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        problem = error.strerror if isinstance(error, OSError) else error
+        raise UsageError(f"{path}: cannot be read as labels: {problem}") from error
+    return header[1][:_LONGEST_TEXT], labels

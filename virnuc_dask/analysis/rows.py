@@ -1,0 +1,103 @@
+"""Some rows of a store by their numbers: embeddings, what is known of them, and random samples."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.analysis.passes import check_finite
+from virnuc_dask.store import Store, is_embedded
+
+TEXTS = ("sequence_id", "description")
+_CHUNKS_OF_A_SAMPLE = 512
+
+
+def embedded_rows(store: Store, chunks: Iterable[int]) -> NDArray[np.int64]:
+    """Numbers of the embedded rows in some chunks that are present; one byte a row is read."""
+
+    def rows(chunk: int) -> NDArray[np.int64]:
+        with store.reading(f"status of chunk {chunk}"):
+            status = store.read_status(chunk)
+        return np.flatnonzero(is_embedded(status)) + np.int64(store.rows(chunk).start)
+
+    with ThreadPoolExecutor(8) as pool:
+        parts = list(pool.map(rows, chunks))
+    return np.concatenate([np.zeros(0, np.int64), *parts])
+
+
+def random_rows(
+    store: Store, present: NDArray[np.bool_], count: int, random_state: int
+) -> NDArray[np.int64]:
+    """Embedded rows, drawn at random without replacement, in their order.
+
+    Where more than 512 chunks are present, 512 of them are drawn first, so that a small sample of a
+    large store does not read all of it. Each row is as likely as any other to be drawn.
+
+    Parameters
+    ----------
+    store : Store
+    present : ndarray, bool, shape (chunk_count,)
+        Chunks to draw from.
+    count : int
+        Rows at most; all, if there are fewer.
+    random_state : int
+
+    Returns
+    -------
+    ndarray, int64, shape (n,)
+    """
+    random = np.random.default_rng(random_state)
+    chunks = np.flatnonzero(present)
+    if len(chunks) > _CHUNKS_OF_A_SAMPLE:
+        chunks = np.sort(random.choice(chunks, _CHUNKS_OF_A_SAMPLE, replace=False))
+    rows = embedded_rows(store, chunks.tolist())
+    if len(rows) > count:
+        rows = np.sort(random.choice(rows, count, replace=False))
+    return rows
+
+
+def read_vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray[np.float32]:
+    """Embeddings of some rows, shape (n, D).
+
+    Raises
+    ------
+    StoreError
+        A chunk is damaged, or an embedding is not finite.
+    """
+    found = np.empty((len(rows), store.dimension), np.float32)
+
+    def read(chunk: int, where: NDArray[np.int64]) -> None:
+        with store.reading(f"chunk {chunk}"):
+            embedding = store.read_chunk(chunk)[1]
+        found[where] = embedding[rows[where] - store.rows(chunk).start]
+
+    with ThreadPoolExecutor(threads) as pool:
+        # A chunk may be damaged: an error is raised where its result is taken.
+        deque(pool.map(lambda part: read(*part), by_chunk(store, rows)), maxlen=0)
+    check_finite(store, found)
+    return found
+
+
+def by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
+    """Each chunk that has some of the rows, and where these are among them."""
+    chunks = rows // store.identity.rows_per_chunk
+    order = np.argsort(chunks, kind="stable")
+    numbers, firsts = np.unique(chunks[order], return_index=True)
+    yield from zip(numbers.tolist(), np.split(order, firsts[1:]), strict=True)
+
+
+def taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """An array's values at some rows, in their shape; of no row, -1, the empty text and -1."""
+    unique, where = np.unique(rows, return_inverse=True)
+    is_none = unique < 0
+    with store.reading(f"`{name}`"):
+        values = np.asarray(store.array(name).oindex[unique[~is_none]])
+    text = name in TEXTS
+    found = np.full(len(unique), "" if text else -1, object if text else values.dtype)
+    found[~is_none] = values.tolist() if text else values
+    return found[where.reshape(rows.shape)]
