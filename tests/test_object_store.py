@@ -161,6 +161,22 @@ def test_tasks_of_anybodys_graph_fill_a_bucket_and_hold_no_secret(url: str, s3: 
     assert (report.checked, report.bad) == (10, {})
 
 
+def test_maps_and_clusters_are_kept_in_a_bucket(url: str, tmp_path: Path) -> None:
+    here = make(str(tmp_path / "here.zarr"))
+    there = make(url)
+    for path in (here.path, url):
+        assert virnuc_dask.make_map(path).computed_chunks == 10
+        assert virnuc_dask.make_clusters(path, n_clusters=3).computed_chunks == 10
+    ours, theirs = virnuc_dask.open_store(here.path), virnuc_dask.open_store(url)
+    for name in ("map_pca", "cluster_kmeans"):
+        assert np.array_equal(ours[name].values, theirs[name].values)
+    before = tree(url)
+    assert virnuc_dask.make_map(url).computed_chunks == 0
+    assert tree(url) == before
+    assert virnuc_dask.draw_map(url, out=tmp_path / "map.png", colour="cluster_kmeans") == 300
+    assert there.records == 300
+
+
 def test_a_task_has_the_url_and_no_secret(url: str, s3: Server) -> None:
     from virnuc_dask.cluster import connect
 

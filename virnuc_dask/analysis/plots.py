@@ -254,7 +254,7 @@ def _categories(plot: Any, source: Any, points: Points) -> list[Any]:
 
 
 def _groups(points: Points) -> list[tuple[str, str, NDArray[np.intp]]]:
-    """Label, colour and points of categories; what has no colour of its own is grey, at last."""
+    """Label, colour and points of categories; the last, in grey, is all that have no colour."""
     values = np.array(points.values, object)
     own = points.categories
     if len(own) > len(_COLOURS):

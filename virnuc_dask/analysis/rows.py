@@ -85,6 +85,8 @@ def read_vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray
 
 def by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Each chunk that has some of the rows, and where these are among them."""
+    if not len(rows):
+        return
     chunks = rows // store.identity.rows_per_chunk
     order = np.argsort(chunks, kind="stable")
     numbers, firsts = np.unique(chunks[order], return_index=True)
@@ -98,6 +100,8 @@ def taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
     with store.reading(f"`{name}`"):
         values = np.asarray(store.array(name).oindex[unique[~is_none]])
     text = name in TEXTS
-    found = np.full(len(unique), "" if text else -1, object if text else values.dtype)
+    found = np.empty(len(unique), object if text else values.dtype)
+    if is_none.any():  # not of types without a sign
+        found[is_none] = "" if text else -1
     found[~is_none] = values.tolist() if text else values
     return found[where.reshape(rows.shape)]
