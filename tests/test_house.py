@@ -45,6 +45,7 @@ ORDER = [
     "analysis.rows",
     "analysis.comparable",
     "analysis.neighbours",
+    "analysis.labels",
     "analysis.tables",
     "analysis.samples",
     "analysis.classifier",
@@ -145,7 +146,13 @@ def test_imports_go_one_way(name: str) -> None:
         ("distributed", {"local", "cluster", "workers", "roster", "work", "coordinator"}),
         (
             "xarray",
-            {"analysis.columns", "analysis.dataset", "analysis.neighbours", "analysis.reads"},
+            {
+                "analysis.columns",
+                "analysis.dataset",
+                "analysis.labels",
+                "analysis.neighbours",
+                "analysis.reads",
+            },
         ),
         ("flox", {"analysis.reads"}),
         ("scipy", {"analysis.maps"}),

@@ -2,6 +2,7 @@
 
 ``run`` embeds sequences into a Zarr store, ``resume`` goes on with one, ``open_store`` opens it
 lazily, ``open_residues`` a row's residues in it, ``nearest`` finds the rows most alike,
+``annotate`` gives rows the labels of these, ``leave_one_out`` says how often such labels are right,
 ``make_map`` and ``make_clusters`` say where rows are and what groups they form, ``train`` makes a
 classifier of two stores, ``predict`` scores a store by it, and ``load_encoder`` gives the encoder
 alone.
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from virnuc_dask.analysis.clusters import Clusters, make_clusters, write_clusters
     from virnuc_dask.analysis.dataset import open_residues, open_store, verify
     from virnuc_dask.analysis.export import export
+    from virnuc_dask.analysis.labels import annotate, leave_one_out
     from virnuc_dask.analysis.maps import Map, make_map
     from virnuc_dask.analysis.neighbours import nearest
     from virnuc_dask.analysis.plots import draw_map
@@ -41,10 +43,12 @@ __all__ = [
     "RunSummary",
     "Tiling",
     "Translation",
+    "annotate",
     "by_read",
     "create_store",
     "draw_map",
     "export",
+    "leave_one_out",
     "load_encoder",
     "make_clusters",
     "make_map",
@@ -68,10 +72,12 @@ _HOME = {
     "RunSummary": "events",
     "Tiling": "config",
     "Translation": "config",
+    "annotate": "analysis.labels",
     "by_read": "analysis.reads",
     "create_store": "graph",
     "draw_map": "analysis.plots",
     "export": "analysis.export",
+    "leave_one_out": "analysis.labels",
     "load_encoder": "encoder",
     "make_clusters": "analysis.clusters",
     "make_map": "analysis.maps",

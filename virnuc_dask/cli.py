@@ -46,7 +46,10 @@ class _Group(click.Group):
         try:
             result = super().invoke(ctx)
             # All that these do is to say something.
-            if ctx.invoked_subcommand in ("plan", "status", "nearest") and lost_output():
+            if (
+                ctx.invoked_subcommand in ("plan", "status", "nearest", "annotate")
+                and lost_output()
+            ):
                 ctx.exit(VirnucError.exit_code)
             return result
         except VirnucError as error:

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from virnuc_dask.config import CLASSIFIERS, CONSENSUS, METRICS
 from virnuc_dask.interrupts import cleaning_up
-from virnuc_dask.streams import counted
+from virnuc_dask.streams import counted, printable
+
+if TYPE_CHECKING:
+    from virnuc_dask.analysis.labels import LeaveOneOut
 
 
 @click.command()
@@ -67,6 +71,7 @@ def export(store: str, out: Path, **options: bool) -> None:
     type=click.Path(path_type=Path),
     help="A .tsv or .parquet file.  [default: TSV to standard output]",
 )
+@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
 @click.option(
     "--guard/--no-guard",
     default=True,
@@ -78,6 +83,7 @@ def nearest(
     queries: tuple[str, ...],
     query_store: str | None,
     out: Path | None,
+    force: bool,
     guard: bool,
     **options: Any,
 ) -> None:
@@ -89,15 +95,13 @@ def nearest(
     from virnuc_dask.analysis.tables import check_table, write_table
 
     if out:
-        check_table(out)
+        check_table(out, force=force)
     progress = chunk_counter("searched", "chunks")
     ids = list(queries) or None
     found = search(store, ids, query_store=query_store, progress=progress, **options)
-    for name in ("note", "comment"):
-        if name in found.attrs:
-            print(f"{name}: {found.attrs[name]}", file=sys.stderr)
+    _say_attrs(found.attrs)
     with cleaning_up():
-        lines = write_table(found, out or sys.stdout, guard=guard)
+        lines = write_table(found, out or sys.stdout, guard=guard, force=force)
     if out:
         print(f"{lines:,} neighbours in {out}")
 
@@ -109,6 +113,115 @@ _seed = click.option(
     "--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
 )
 _refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that are there now.")
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--labels",
+    required=True,
+    metavar="FILE",
+    help="Lines of an identifier, a tab and a label. Several lines: several labels.",
+)
+@click.option(
+    "--reference", help="The store that the labels are of, with the same weights.  [default: STORE]"
+)
+@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Neighbours each.")
+@click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+@click.option(
+    "--centre/--no-centre",
+    default=True,
+    show_default=True,
+    help="Subtract the mean of the reference's rows first; for the cosine.",
+)
+@click.option(
+    "--leave-one-out",
+    "is_leave_one_out",
+    is_flag=True,
+    help="Annotate the reference's labelled rows by each other, and say how often that is right.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --leave-one-out.")
+@_workers
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A .tsv or .parquet file.  [default: TSV to standard output]",
+)
+@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+@click.option(
+    "--guard/--no-guard",
+    default=True,
+    help="In TSV, an apostrophe before names that a spreadsheet would compute.",
+    show_default=True,
+)
+def annotate(
+    store: str,
+    labels: str,
+    reference: str | None,
+    is_leave_one_out: bool,
+    as_json: bool,
+    out: Path | None,
+    force: bool,
+    guard: bool,
+    **options: Any,
+) -> None:
+    """Give each row of STORE the label of the nearest labelled row of a reference.
+
+    A line for each row: query, label, reliability from 0 to 1, all labels of the k neighbours; the
+    nearest neighbour with the label, its row, similarity, length and description.
+    """
+    from virnuc_dask.analysis import labels as analysis
+    from virnuc_dask.analysis.tables import check_table, write_annotations
+
+    if is_leave_one_out and out:
+        raise click.UsageError("--leave-one-out prints a table; it takes no --out")
+    if as_json and not is_leave_one_out:
+        raise click.UsageError("--json is for --leave-one-out; --out writes Parquet")
+    if out:
+        check_table(out, force=force)
+    progress = None if as_json else chunk_counter("searched", "chunks")
+    if is_leave_one_out:
+        found = analysis.leave_one_out(reference or store, labels, progress=progress, **options)
+        if as_json:
+            print(json.dumps(found.to_json()))
+        else:
+            _show_accuracy(found)
+        return
+    parts = analysis.annotate_in_parts(
+        store, labels, reference=reference, progress=progress, **options
+    )
+    with cleaning_up():
+        first = next(parts)
+        _say_attrs(first.attrs)
+        lines = write_annotations(
+            chain([first], parts), out or sys.stdout, guard=guard, force=force
+        )
+    if out:
+        print(f"{lines:,} rows in {out}")
+
+
+def _show_accuracy(found: LeaveOneOut) -> None:
+    _say_attrs(found.about)
+    print(f"{'label':<32} {'rows':>9} {'given':>9} {'correct':>9} {'precision':>9} {'recall':>7}")
+    for each in found.labels:
+        precision = "-" if each.precision is None else f"{each.precision:.1%}"
+        print(
+            f"{printable(each.label, 32):<32} {each.support:>9,} {each.predicted:>9,}"
+            f" {each.correct:>9,} {precision:>9} {each.recall:>7.1%}"
+        )
+    print(
+        f"{found.correct:,} of {found.rows:,} rows correct: accuracy {found.accuracy:.1%}, balanced"
+        f" {found.balanced_accuracy:.1%}; always the most frequent label: {found.baseline:.1%}"
+    )
+    for part in found.reliable:
+        print(
+            f"the most reliable {part.share:.0%} (at least {part.reliability:.3f}):"
+            f" accuracy {part.accuracy:.1%}"
+        )
+    if found.copies:
+        print(f"{found.copies:,} rows have copies, which were no neighbours of each other")
+    if found.unanswered:
+        print(f"{found.unanswered:,} rows had no neighbour")
 
 
 @click.command("map")
@@ -340,7 +453,11 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
         print(f"{found.lines:,} lines in {found.out}")
 
 
-COMMANDS = (export, nearest, map_, cluster, train, predict)
+COMMANDS = (export, nearest, annotate, map_, cluster, train, predict)
+
+
+def _say_attrs(about: dict[str, Any]) -> None:
+    _say_doubts([about["note"]] if "note" in about else [], about.get("comment"))
 
 
 def _say_doubts(notes: list[str], comment: str | None) -> None:

@@ -72,3 +72,12 @@ def median_length(store: Store) -> float:
     with store.reading("`length`"):
         parts = [store.array("length")[first : first + SEQUENCES_PER_CHUNK] for first in some]
     return float(np.median(np.concatenate(parts)))
+
+
+def note_on_lengths(searched: Store, source: Store) -> str | None:
+    """A reason to doubt what is found, if the lengths in two stores differ much."""
+    if source.id == searched.id:
+        return None
+    return length_note(
+        median_length(searched), str(searched.path), median_length(source), str(source.path)
+    )

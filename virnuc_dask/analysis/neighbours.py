@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,12 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.comparable import (
-    check_comparable,
-    length_note,
-    median_length,
-    what_must_agree,
-)
+from virnuc_dask.analysis.comparable import check_comparable, note_on_lengths, what_must_agree
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
     Pool,
@@ -113,18 +108,81 @@ def nearest(
     """
     searched = Store(store)
     source = searched if query_store is None else Store(query_store)
-    _check(searched, source, k, metric)
-    note = _note(searched, source)
+    check_search(searched, source, k, metric)
+    note = note_on_lengths(searched, source)
     threads = thread_count(workers)
     rows, vectors = _queries(source, getattr(query, "values", query), query_store is not None)
-    found = []
+    found = list(
+        search(
+            searched,
+            source,
+            rows,
+            vectors,
+            k=k,
+            metric=metric,
+            centre=centre,
+            threads=threads,
+            progress=progress,
+            client=client,
+        )
+    )
+    scores = np.concatenate([scores for scores, _ in found])
+    neighbours = np.concatenate([neighbours for _, neighbours in found])
+    data = _dataset(searched, source, rows, neighbours, scores, metric, centre)
+    return data.assign_attrs(note=note) if note else data
+
+
+def search(
+    searched: Store,
+    source: Store,
+    rows: NDArray[np.int64],
+    vectors: NDArray[np.float32] | None = None,
+    *,
+    k: int,
+    metric: Metric,
+    centre: bool,
+    threads: int,
+    among: NDArray[np.bool_] | None = None,
+    groups: NDArray[np.int64] | None = None,
+    progress: Progress | None = None,
+    client: Any = None,
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """Find the nearest rows of 4,096 queries at a time.
+
+    Parameters
+    ----------
+    searched, source : Store
+        Whose rows are searched, and whose rows are the queries.
+    rows : ndarray, int64, shape (n,)
+        Rows of the queries in `source`.
+    vectors : ndarray, float32, shape (n, D), optional
+        The queries, if they are no rows.
+    k, metric, centre, progress, client
+        As of `nearest`. The mean is that of all embedded rows of `searched`.
+    threads : int
+    among : ndarray, bool, shape (records,), optional
+        Which rows of `searched` may be neighbours; default: all.
+    groups : ndarray, int64, shape (records,), optional
+        A number for each row. Rows with the same number are no neighbours of each other. Only
+        where `source` is the store that is searched. Default: each row has its own.
+    progress : callable, optional
+    client : distributed.Client, optional
+
+    Yields
+    ------
+    scores : ndarray, float32, shape (queries, k)
+        From the best on; the cosine, or the distance times -1; NaN where there is none.
+    neighbours : ndarray, int64, shape (queries, k)
+        Rows of `searched`; -1 where there is none.
+    """
     present = searched.present()
+    is_centred = centre and metric == "cosine"
+    mean_is_known = not is_centred or _mean_key(searched, present) in _means
+    chunks = np.flatnonzero(present if among is None else present & _any(searched, among)).tolist()
+    batches = range(0, len(rows), _QUERIES_AT_ONCE)
+    total = len(chunks) * len(batches) + (0 if mean_is_known else int(present.sum()))
+    count = ChunkCounter(progress, total)
     with open_pool(searched, threads, client) as pool:
-        batches = range(0, len(rows), _QUERIES_AT_ONCE)
-        is_centred = centre and metric == "cosine"
-        mean_is_known = not is_centred or _mean_key(searched, present) in _means
-        chunks = np.flatnonzero(present).tolist()
-        count = ChunkCounter(progress, len(chunks) * (len(batches) + (not mean_is_known)))
         origin = np.zeros(searched.dimension, np.float32)
         if is_centred:
             origin = _mean(searched, present, pool, count)
@@ -136,17 +194,29 @@ def nearest(
                 of_part = vectors[start : start + _QUERIES_AT_ONCE]
             # The same row may be met only in the same store.
             own = part if source.id == searched.id else np.full(len(part), -1)
+            if groups is not None:
+                own = groups[part]
             if metric == "euclidean":
                 origin = of_part.mean(axis=0)  # the nearer, the smaller the rounding errors
-            task = _Task(of_part, own, origin, min(k, searched.records), metric)
-            found.append(_padded(_search_all(task, chunks, pool, count), len(part), k))
-    scores = np.concatenate([scores for scores, _ in found])
-    neighbours = np.concatenate([neighbours for _, neighbours in found])
-    data = _dataset(searched, source, rows, neighbours, scores, metric, centre)
-    return data.assign_attrs(note=note) if note else data
+            most = min(k, searched.records)
+            task = _Task(of_part, own, origin, most, metric, among, groups)
+            yield _padded(_search_all(task, chunks, pool, count), len(part), k)
 
 
-def _check(searched: Store, source: Store, k: int, metric: str) -> None:
+def _any(store: Store, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Which chunks have any of the rows, shape (chunk_count,)."""
+    firsts = np.arange(0, store.records, store.identity.rows_per_chunk)
+    return np.asarray(np.logical_or.reduceat(rows, firsts))
+
+
+def check_search(searched: Store, source: Store, k: int, metric: str) -> None:
+    """Refuse a search that makes no sense.
+
+    Raises
+    ------
+    UsageError
+        `k` or `metric` is none, or the stores differ in weights, layer, pooling or precision.
+    """
     if k < 1:
         raise UsageError(f"k must be at least 1, not {k}")
     if metric not in METRICS:
@@ -173,7 +243,7 @@ def _queries(
             raise UsageError(f"the vectors need the shape (n, {source.dimension}) and to be finite")
         rows, vectors = np.full(len(query), -1), query.astype(np.float32)
     elif query is None and has_query_store:
-        rows = embedded_rows(source, np.flatnonzero(source.present()).tolist())
+        rows = embedded_rows(source)
     else:
         ids = [] if query is None else [query] if isinstance(query, str) else query
         rows = _rows_of(source, list(dict.fromkeys(ids)))
@@ -231,11 +301,15 @@ class _Task:
     ----------
     vectors : ndarray, float32, shape (n, D)
     own : ndarray, int64, shape (n,)
-        Row of each query in the store that is searched, or -1.
+        Row of each query in the store that is searched, or -1; its group, if there are groups.
     origin : ndarray, float32, shape (D,)
         Is subtracted from all vectors.
     k : int
     metric : {'cosine', 'euclidean'}
+    among : ndarray, bool, shape (records,), optional
+        Rows that may be neighbours.
+    groups : ndarray, int64, shape (records,), optional
+        Group of each row.
     """
 
     vectors: NDArray[np.float32]
@@ -243,6 +317,8 @@ class _Task:
     origin: NDArray[np.float32]
     k: int
     metric: Metric
+    among: NDArray[np.bool_] | None = None
+    groups: NDArray[np.int64] | None = None
 
 
 class _Hits(NamedTuple):
@@ -283,7 +359,7 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
     if task.metric == "cosine":
         queries *= _inverse(squared)[:, None]
     best = _NO_HITS
-    for rows, values in blocks(store, chunks):
+    for rows, values in _blocks(store, chunks, task.among):
         block = as_float32(values)
         block -= task.origin
         # In float32, for all rows: the cosine, or half of what the query's square is more than the
@@ -296,10 +372,14 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
         else:
             scores -= squares / 2
             size, least = squares.max() + squared.max(), (squared - floor**2) / 2
+        # What a query must not meet: itself, or all of its group.
+        unlike = rows if task.groups is None else task.groups[rows]
+        if task.groups is not None:
+            scores[task.own[:, None] == unlike] = -np.inf
         # Twice the largest error that a sum of D products can have.
         margin = 2 * float(size) * (len(task.origin) + 8) * _EPSILON
         number, column = np.divmod(_candidates(scores, least - margin, task.k, margin), len(rows))
-        is_other = rows[column] != task.own[number]
+        is_other = unlike[column] != task.own[number]
         number, column = number[is_other], column[is_other]
         exact = _exact(task, number, values, column)
         above = exact >= floor[number]
@@ -308,6 +388,16 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
             best = _best(task.k, best, hits)
             floor = np.maximum(floor, _floor(best, task))
     return best
+
+
+def _blocks(
+    store: Store, chunks: list[int], among: NDArray[np.bool_] | None
+) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
+    for rows, values in blocks(store, chunks):
+        if among is None:
+            yield rows, values
+        elif (is_among := among[rows]).any():
+            yield rows[is_among], values[is_among]
 
 
 def _candidates(
@@ -446,12 +536,4 @@ def _dataset(
             **searched.model.comment(),
             ATTRIBUTE: json.dumps(searched.about()),
         },
-    )
-
-
-def _note(searched: Store, source: Store) -> str | None:
-    if source.id == searched.id:
-        return None
-    return length_note(
-        median_length(searched), str(searched.path), median_length(source), str(source.path)
     )

@@ -17,8 +17,10 @@ TEXTS = ("sequence_id", "description")
 _CHUNKS_OF_A_SAMPLE = 512
 
 
-def embedded_rows(store: Store, chunks: Iterable[int]) -> NDArray[np.int64]:
-    """Numbers of the embedded rows in some chunks that are present; one byte a row is read."""
+def embedded_rows(store: Store, chunks: Iterable[int] | None = None) -> NDArray[np.int64]:
+    """Numbers of the embedded rows in chunks that are present, all or some; a byte each is read."""
+    if chunks is None:
+        chunks = np.flatnonzero(store.present()).tolist()
 
     def rows(chunk: int) -> NDArray[np.int64]:
         with store.reading(f"status of chunk {chunk}"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,7 @@ Columns = Mapping[str, Any]
 
 _SUFFIXES = (".tsv", ".parquet")
 _TEXT = "string"
-_TYPES_OF_NEIGHBOURS = {
+_TYPES = {
     "query": _TEXT,
     "rank": "int64",
     "neighbour": _TEXT,
@@ -28,10 +29,15 @@ _TYPES_OF_NEIGHBOURS = {
     "distance": "float32",
     "length": "int32",
     "description": _TEXT,
+    "label": _TEXT,
+    "labels": _TEXT,
+    "reliability": "float32",
 }
 
 
-def write_table(found: Any, out: str | Path | IO[str], *, guard: bool = True) -> int:
+def write_table(
+    found: Any, out: str | Path | IO[str], *, guard: bool = True, force: bool = False
+) -> int:
     """Write neighbours as a table, one in a line.
 
     The columns are ``query``, ``rank`` from 1, ``neighbour``, ``row``, ``similarity`` or
@@ -47,6 +53,8 @@ def write_table(found: Any, out: str | Path | IO[str], *, guard: bool = True) ->
         characters are replaced.
     guard : bool
         In TSV, put an apostrophe before a name that a spreadsheet would compute.
+    force : bool
+        Replace a file that is there, once the new one is whole.
 
     Returns
     -------
@@ -61,8 +69,40 @@ def write_table(found: Any, out: str | Path | IO[str], *, guard: bool = True) ->
         The file cannot be written.
     """
     columns = _columns(found)
-    types = {name: _TYPES_OF_NEIGHBOURS[name] for name in columns}
-    return write_rows([columns], types, out, about=found.attrs, guard=guard)
+    types = {name: _TYPES[name] for name in columns}
+    return write_rows([columns], types, out, about=found.attrs, guard=guard, force=force)
+
+
+def write_annotations(
+    parts: Iterable[Any], out: str | Path | IO[str], *, guard: bool = True, force: bool = False
+) -> int:
+    """Write annotations as a table, one row in a line, a part at a time.
+
+    The columns are ``query``, ``label``, ``reliability``, ``labels``, ``neighbour``, ``row``,
+    ``similarity`` or ``distance``, ``length`` and ``description``.
+
+    Parameters
+    ----------
+    parts : iterable of xarray.Dataset
+        What `annotate_in_parts` yields, at least one.
+    out, guard, force
+        As of `write_table`.
+
+    Returns
+    -------
+    int
+        Lines without the header.
+
+    Raises
+    ------
+    UsageError, OSError
+        As `write_table`.
+    """
+    rest = iter(parts)
+    first = next(rest)
+    types = {name: _TYPES[name] for name in _annotated(first)}
+    columns = map(_annotated, chain([first], rest))
+    return write_rows(columns, types, out, about=first.attrs, guard=guard, force=force)
 
 
 def write_rows(
@@ -146,6 +186,18 @@ def _columns(found: Any) -> dict[str, list[Any]]:
     }
     if "description" in found:
         columns["description"] = found.description.values[query, rank].tolist()
+    return columns
+
+
+def _annotated(part: Any) -> Columns:
+    score = "similarity" if "similarity" in part else "distance"
+    names = ["label", "reliability", "labels", "sequence_id", "row", score, "length", "description"]
+    columns = {"query": part.query_id.values.tolist()}
+    for name in filter(part.__contains__, names):
+        values = part[name].values
+        # As short as gives the same number back.
+        found = list(values) if values.dtype == np.float32 else values.tolist()
+        columns["neighbour" if name == "sequence_id" else name] = found
     return columns
 
 
