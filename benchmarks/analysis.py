@@ -103,7 +103,7 @@ def measure_predict(folder: Path, rows: int, dimension: int, kind: str = "logist
     scores = np.empty(rows, np.float32)
     with timed("a plain loop: read a chunk, predict_proba, keep"):
         for chunk in range(store.chunk_count):
-            embedding = store.read_chunk(chunk)[1]
+            embedding = store.read_chunk(chunk)[1].astype(np.float32)
             scores[store.rows(chunk)] = pipeline.predict_proba(embedding)[:, 1]
     kept = virnuc_dask.open_store(store.path).score_a.values
     np.testing.assert_allclose(kept, scores, rtol=1e-2, atol=1e-3)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from virnuc_dask.analysis.outputs import whole_file
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
+from virnuc_dask.streams import printable
 
 SUFFIX = ".skops"
 FORMAT = 1
@@ -59,7 +60,8 @@ class Classifier:
         Standardises, then classifies; class 1 is the first of `classes`.
     about : dict
         JSON values: ``kind``, ``classes``, ``model`` (weights, layer, pooling, precision and
-        dimension of the embeddings that it takes), ``training``, ``versions``.
+        dimension of the embeddings that it takes), ``median_length`` (residues of the rows it was
+        trained on), ``versions``, and ``training``, a report.
     """
 
     pipeline: Any
@@ -176,10 +178,16 @@ def _checked(file: Path) -> Classifier:
     score = classifier(np.zeros((1, int(about["model"]["dimension"])), np.float32))
     if score.shape != (1,) or not 0 <= score[0] <= 1:
         raise ValueError("it gives no probabilities")
-    if not all(isinstance(name, str) for name in classifier.classes):
+    if not all(is_class_name(name) for name in classifier.classes):
         raise ValueError("the classes have no names")
-    classifier.digest()
+    # All else that is used of it.
+    float(about["median_length"]), about["versions"].get("scikit-learn"), classifier.digest()
     return classifier
+
+
+def is_class_name(name: object) -> bool:
+    """Whether it is a text that can be shown as it is: it may come from a file."""
+    return isinstance(name, str) and bool(name) and printable(name) == name
 
 
 def versions() -> dict[str, str]:
@@ -189,8 +197,8 @@ def versions() -> dict[str, str]:
 
 def version_note(classifier: Classifier) -> str | None:
     """A warning if it was trained by another version of scikit-learn; else None."""
-    there = str(classifier.about.get("versions", {}).get("scikit-learn"))
+    there = printable(str(classifier.about["versions"].get("scikit-learn")), 20)
     here = version("scikit-learn")
     if there.split(".")[:2] == here.split(".")[:2]:
         return None
-    return f"the classifier is of scikit-learn {there[:20]}, this is {here}: scores may differ"
+    return f"the classifier is of scikit-learn {there}, this is {here}: scores may differ"

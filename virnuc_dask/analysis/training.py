@@ -11,7 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask import __version__
-from virnuc_dask.analysis.classifier import SUFFIX, Classifier, save_classifier, versions
+from virnuc_dask.analysis.classifier import (
+    SUFFIX,
+    Classifier,
+    is_class_name,
+    save_classifier,
+    versions,
+)
 from virnuc_dask.analysis.comparable import check_comparable, length_note, what_must_agree
 from virnuc_dask.analysis.outputs import check_out
 from virnuc_dask.analysis.passes import ChunkCounter, Progress, open_pool, thread_count
@@ -329,7 +335,7 @@ def _check_settings(
 ) -> None:
     if kind not in CLASSIFIERS:
         raise UsageError(f"kind must be one of {', '.join(CLASSIFIERS)}, not {kind!r}")
-    if len(classes) != 2 or len(set(classes)) != 2 or not all(classes):
+    if len(classes) != 2 or len(set(classes)) != 2 or not all(map(is_class_name, classes)):
         raise UsageError(f"classes must be two different names, not {classes!r}")
     if not 0 < test_size < 1:
         raise UsageError(f"test_size must be a share between 0 and 1, not {test_size}")
