@@ -17,6 +17,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from virnuc_dask.analysis.approximate import build_index
     from virnuc_dask.analysis.clusters import Clusters, make_clusters, write_clusters
     from virnuc_dask.analysis.dataset import open_residues, open_store, verify
     from virnuc_dask.analysis.export import export
@@ -44,6 +45,7 @@ __all__ = [
     "Tiling",
     "Translation",
     "annotate",
+    "build_index",
     "by_read",
     "create_store",
     "draw_map",
@@ -73,6 +75,7 @@ _HOME = {
     "Tiling": "config",
     "Translation": "config",
     "annotate": "analysis.labels",
+    "build_index": "analysis.approximate",
     "by_read": "analysis.reads",
     "create_store": "graph",
     "draw_map": "analysis.plots",

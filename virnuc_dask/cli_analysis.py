@@ -55,6 +55,7 @@ def export(store: str, out: Path, **options: bool) -> None:
     " of --query-store]",
 )
 @click.option("--query-store", help="Another store, of the same weights, layer and pooling.")
+@click.option("--index", help="What `index` made of STORE: an approximate search, and a quick one.")
 @click.option("--k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours each.")
 @click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
 @click.option(
@@ -113,6 +114,24 @@ _seed = click.option(
     "--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
 )
 _refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that are there now.")
+
+
+@click.command("index")
+@click.argument("store")
+@click.argument("out", required=False)
+@_seed
+@_workers
+@click.option("--force", is_flag=True, help="Replace an index of another store.")
+def index_(store: str, out: str | None, **options: Any) -> None:
+    """Build an approximate index of STORE's rows for `nearest --index`, or add what it lacks.
+
+    OUT is a directory; by default STORE.faiss. It takes one byte for each feature of each row.
+    """
+    from virnuc_dask.analysis.approximate import build_index
+
+    with cleaning_up():
+        path = build_index(store, out, progress=chunk_counter("added", "chunks"), **options)
+    print(f"index in {path}")
 
 
 @click.command()
@@ -453,7 +472,7 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
         print(f"{found.lines:,} lines in {found.out}")
 
 
-COMMANDS = (export, nearest, annotate, map_, cluster, train, predict)
+COMMANDS = (export, nearest, index_, annotate, map_, cluster, train, predict)
 
 
 def _say_attrs(about: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask.analysis.approximate import open_index
 from virnuc_dask.analysis.comparable import check_comparable, note_on_lengths, what_must_agree
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
@@ -20,6 +21,7 @@ from virnuc_dask.analysis.passes import (
     blocks,
     check_finite,
     open_pool,
+    sum_rows,
     thread_count,
 )
 from virnuc_dask.analysis.rows import TEXTS, by_chunk, embedded_rows, read_vectors, taken
@@ -47,11 +49,12 @@ def nearest(
     metric: Metric = "cosine",
     centre: bool = True,
     query_store: str | Path | None = None,
+    index: str | Path | None = None,
     workers: int | None = None,
     progress: Progress | None = None,
     client: Any = None,
 ) -> Any:
-    """Find the k rows of a store that are nearest to each query. Exact, not approximate.
+    """Find the k rows of a store that are nearest to each query. Exact, unless by an index.
 
     Only embedded rows take part; the store may still be filling. A row is no neighbour of itself,
     but a copy of its sequence is. Memory does not grow with the rows of the store, but the result,
@@ -79,6 +82,9 @@ def nearest(
         unrelated proteins have a cosine of 0.9. Distances do not depend on it.
     query_store : path, optional
         Another store, of the same weights, layer, pooling and precision.
+    index : path, optional
+        What `build_index` made of the store: the search is approximate, and quick. For the cosine,
+        centred; the mean is that of the rows when the index was made.
     workers : int, optional
         Threads, each with one thread of BLAS. Default: one for each core, at most 16.
     progress : callable, optional
@@ -112,24 +118,53 @@ def nearest(
     note = note_on_lengths(searched, source)
     threads = thread_count(workers)
     rows, vectors = _queries(source, getattr(query, "values", query), query_store is not None)
-    found = list(
-        search(
-            searched,
-            source,
-            rows,
-            vectors,
-            k=k,
-            metric=metric,
-            centre=centre,
-            threads=threads,
-            progress=progress,
-            client=client,
+    if index is None:
+        found = list(
+            search(
+                searched,
+                source,
+                rows,
+                vectors,
+                k=k,
+                metric=metric,
+                centre=centre,
+                threads=threads,
+                progress=progress,
+                client=client,
+            )
         )
-    )
+    else:
+        if metric != "cosine" or not centre:
+            raise UsageError("an index is for the cosine, centred")
+        found = list(_look_up(searched, source, rows, vectors, k, index, threads))
     scores = np.concatenate([scores for scores, _ in found])
     neighbours = np.concatenate([neighbours for _, neighbours in found])
     data = _dataset(searched, source, rows, neighbours, scores, metric, centre)
+    data = data.assign_attrs(approximate=int(index is not None))
     return data.assign_attrs(note=note) if note else data
+
+
+def _look_up(
+    searched: Store,
+    source: Store,
+    rows: NDArray[np.int64],
+    vectors: NDArray[np.float32] | None,
+    k: int,
+    path: str | Path,
+    threads: int,
+) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+    """As `search`, by an index."""
+    index = open_index(path)
+    if index.store != searched.id:
+        raise UsageError(f"{path} is an index of another store than {searched.path}")
+    for start in range(0, len(rows), _QUERIES_AT_ONCE):
+        part = rows[start : start + _QUERIES_AT_ONCE]
+        if vectors is None:
+            of_part = read_vectors(source, part, threads)
+        else:
+            of_part = vectors[start : start + _QUERIES_AT_ONCE]
+        own = part if source.id == searched.id else np.full(len(part), -2)
+        yield index.search(of_part, own, k, threads)
 
 
 def search(
@@ -478,7 +513,7 @@ def _mean(
     if key not in _means:
         total, rows = np.zeros(store.dimension), 0
         calls = ((group,) for group in pool.grouped(np.flatnonzero(present).tolist()))
-        for part, number in pool.run(_sum, calls, count):
+        for part, number in pool.run(sum_rows, calls, count):
             total += part
             rows += number
         check_finite(store, total)
@@ -490,14 +525,6 @@ def _mean(
 
 def _mean_key(store: Store, present: NDArray[np.bool_]) -> tuple[str, bytes]:
     return store.id, np.packbits(present).tobytes()
-
-
-def _sum(store: Store, chunks: list[int]) -> tuple[NDArray[np.float64], int]:
-    total, count = np.zeros(store.dimension), 0
-    for rows, values in blocks(store, chunks):
-        total += as_float32(values).sum(axis=0, dtype=np.float64)
-        count += len(rows)
-    return total, count
 
 
 # --- the result ----------------------------------------------------------------------------------
