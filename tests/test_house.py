@@ -57,6 +57,7 @@ ORDER = [
     "analysis.clusters",
     "analysis.points",
     "analysis.plots",
+    "analysis.report",
     "memory",
     "upstream",
     "huggingface",
@@ -159,10 +160,11 @@ def test_imports_go_one_way(name: str) -> None:
         ("flox", {"analysis.reads"}),
         ("scipy", {"analysis.maps"}),
         ("skops", {"analysis.classifier"}),
-        ("sklearn", {"analysis.clusters", "analysis.training"}),
+        ("sklearn", {"analysis.clusters", "analysis.report", "analysis.training"}),
         ("umap", {"analysis.maps"}),
         ("bokeh", {"analysis.plots"}),
         ("matplotlib", {"analysis.plots"}),
+        ("jinja2", {"analysis.report"}),
     ],
 )
 def test_each_library_has_its_owners(library: str, owners: set[str]) -> None:
@@ -190,6 +192,7 @@ HEAVY = {
     "esm",
     "Bio",
     "pandas",
+    "jinja2",
     "obstore",
     "scipy",
     "skops",

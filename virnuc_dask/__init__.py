@@ -4,8 +4,8 @@
 lazily, ``open_residues`` a row's residues in it, ``nearest`` finds the rows most alike,
 ``annotate`` gives rows the labels of these, ``leave_one_out`` says how often such labels are right,
 ``make_map`` and ``make_clusters`` say where rows are and what groups they form, ``train`` makes a
-classifier of two stores, ``predict`` scores a store by it, and ``load_encoder`` gives the encoder
-alone.
+classifier of two stores, ``predict`` scores a store by it, ``report`` writes a page about a store,
+and ``load_encoder`` gives the encoder alone.
 ``create_store`` and ``tasks`` are for a Dask graph of your own.
 Importing this package loads neither torch nor distributed; the names are resolved when they are
 first used.
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from virnuc_dask.analysis.plots import draw_map
     from virnuc_dask.analysis.prediction import predict
     from virnuc_dask.analysis.reads import by_read
+    from virnuc_dask.analysis.report import report
     from virnuc_dask.analysis.training import train
     from virnuc_dask.config import RunConfig, Tiling, Translation
     from virnuc_dask.coordinator import resume, run
@@ -58,6 +59,7 @@ __all__ = [
     "open_residues",
     "open_store",
     "predict",
+    "report",
     "resume",
     "run",
     "tasks",
@@ -88,6 +90,7 @@ _HOME = {
     "open_residues": "analysis.dataset",
     "open_store": "analysis.dataset",
     "predict": "analysis.prediction",
+    "report": "analysis.report",
     "resume": "coordinator",
     "run": "coordinator",
     "tasks": "graph",

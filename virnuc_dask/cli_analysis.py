@@ -411,12 +411,12 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
     from virnuc_dask.analysis.training import train as fit
 
     with cleaning_up():
-        report = fit(viral, other, out, progress=chunk_counter("read", "chunks"), **options)
-    _say_doubts(report.notes, report.comment)
+        made = fit(viral, other, out, progress=chunk_counter("read", "chunks"), **options)
+    _say_doubts(made.notes, made.comment)
     if as_json:
-        print(json.dumps(report.to_json()))
+        print(json.dumps(made.to_json()))
         return
-    print(*report.lines(), "", f"classifier in {out}", sep="\n")
+    print(*made.lines(), "", f"classifier in {out}", sep="\n")
 
 
 @click.command()
@@ -472,7 +472,29 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
         print(f"{found.lines:,} lines in {found.out}")
 
 
-COMMANDS = (export, nearest, index_, annotate, map_, cluster, train, predict)
+@click.command()
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--query", metavar="ID", help="A row whose nearest neighbours are shown.")
+@click.option(
+    "--telemetry",
+    type=click.Path(path_type=Path),
+    help="What runs wrote.  [default: STORE.telemetry.jsonl, if it is there]",
+)
+@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+def report(store: str, out: Path, **options: Any) -> None:
+    """Write OUT.html, one page about STORE that needs nothing else; also while a run is going.
+
+    What it is, states, chunks, lengths, composition, speed, a map and scores.
+    """
+    from virnuc_dask.analysis.report import report as write
+
+    with cleaning_up():
+        path = write(store, out, **options)
+    print(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+
+
+COMMANDS = (export, nearest, index_, annotate, map_, cluster, train, predict, report)
 
 
 def _say_attrs(about: dict[str, Any]) -> None:

@@ -1,0 +1,536 @@
+"""What a store is and holds, as one HTML page that needs nothing else, for people."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.analysis.dataset import quarantined, row_states
+from virnuc_dask.analysis.neighbours import nearest
+from virnuc_dask.analysis.outputs import check_out, whole_file
+from virnuc_dask.analysis.passes import as_float32, check_finite
+from virnuc_dask.analysis.rows import taken
+from virnuc_dask.config import Status
+from virnuc_dask.results import Result, open_result, result_names
+from virnuc_dask.store import RESIDUES_PER_STORED_CHUNK, Store, is_embedded
+from virnuc_dask.streams import duration, printable
+
+TEMPLATE = Path(__file__).with_name("report.html")
+
+# Percent of residues. UniProtKB/Swiss-Prot release 2013_04, release statistics, section 5.1.
+_LETTERS = "ARNDCQEGHILKMFPSTWYV"
+_PERCENT = [8.25, 5.53, 4.06, 5.45, 1.37, 3.93, 6.75, 7.07, 2.27, 5.96]
+_PERCENT += [9.66, 5.84, 2.42, 3.86, 4.70, 6.56, 5.34, 1.08, 2.92, 6.87]
+_SWISS_PROT = dict(zip(_LETTERS, _PERCENT, strict=True))
+_POINTS = 2000
+_CHUNKS_SAMPLED = 64
+_RESIDUE_CHUNKS_SAMPLED = 8
+_BARS = 24
+_CELLS = 256
+_LISTED = 20
+_NEIGHBOURS = 10
+# Of Okabe and Ito, told apart by the colour-blind; each has a shape of its own too.
+_SERIES = (
+    ("#0072b2", "circle"),
+    ("#d55e00", "square"),
+    ("#009e73", "triangle"),
+    ("#cc79a7", "diamond"),
+    ("#56b4e9", "cross"),
+    ("#000000", "ring"),
+)
+
+
+def report(
+    store: str | Path,
+    out: str | Path,
+    *,
+    query: str | None = None,
+    telemetry: str | Path | None = None,
+    force: bool = False,
+    random_state: int = 0,
+) -> Path:
+    """Write a page about a store: what it is, how far, what is in it. Also while it fills.
+
+    The page holds no script and loads nothing. States, lengths and scores are of all rows;
+    residues, and the points of the map, are a sample, whose size the page says. So a store of a
+    million rows takes seconds, and memory holds one chunk of embeddings.
+
+    Parameters
+    ----------
+    store : path
+    out : path
+        A new ``.html`` file.
+    query : str, optional
+        Identifier of a row whose nearest neighbours are shown.
+    telemetry : path, optional
+        What runs wrote. Default: ``STORE.telemetry.jsonl``, if it is there.
+    force : bool
+        Replace a file that is there, once the new one is whole.
+    random_state : int
+        Of the samples.
+
+    Returns
+    -------
+    Path
+        Of the page.
+
+    Raises
+    ------
+    UsageError
+        `out` is there already or is no ``.html`` file, or `query` is no embedded row.
+    StoreError
+        A chunk is damaged.
+    NotAStoreError
+    OSError
+        The page cannot be written.
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    path = check_out(out, (".html", ".htm"), force=force)
+    opened = Store(store)
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters["count"] = lambda number: f"{number:,}"
+    environment.filters["percent"] = lambda share: f"{share:.1%}"
+    environment.filters["shown"] = lambda text: printable(str(text), 120)
+    page = environment.from_string(TEMPLATE.read_text(encoding="utf-8"))
+    text = page.render(_facts(opened, query, telemetry, np.random.default_rng(random_state)))
+    with whole_file(path) as unfinished:
+        unfinished.write_text(text, encoding="utf-8", errors="replace")
+    return path
+
+
+def _facts(
+    store: Store, query: str | None, telemetry: str | Path | None, random: np.random.Generator
+) -> dict[str, Any]:
+    # First, for an identifier that is unknown is to be said at once.
+    neighbours = _neighbours(store, query) if query else None
+    present = store.present()
+    lengths = store.lengths()
+    states = row_states(store.path)
+    quarantine = sum(states.get(state.meaning, 0) for state in Status if state.quarantined)
+    scores = [open_result(store, name) for name in result_names(store) if name[:6] == "score_"]
+    return {
+        "name": Path(str(store.path)).name,
+        "store": store,
+        "model": store.model,
+        "provenance": store.provenance,
+        "about": list(_about(store)),
+        "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "states": list(states.items()),
+        "done": store.rows_in(np.flatnonzero(present)),
+        "embedded": sum(states.get(s.meaning, 0) for s in Status if 0 < s < 16),
+        "chunks_done": int(present.sum()),
+        "cells": _cells(present),
+        "lengths": _length_chart(lengths, store.identity.max_residues),
+        "length_facts": _length_facts(lengths),
+        "composition": _composition(store),
+        "telemetry": _telemetry(store, telemetry),
+        "quarantine": quarantine,
+        "quarantined": list(islice(quarantined(store.path), _LISTED)) if quarantine else [],
+        "map": _map(store, present, random),
+        "query": query,
+        "neighbours": neighbours,
+        "scores": [_score(store, result) for result in scores],
+    }
+
+
+# --- what it is ----------------------------------------------------------------------------------
+
+
+def _about(store: Store) -> Iterator[tuple[str, str]]:
+    identity, provenance = store.identity, store.provenance
+    yield "Model", store.model.reference
+    yield "SHA-256 of the weights", identity.weights_sha256
+    yield "Layer", str(identity.repr_layer)
+    yield "Pooling", identity.pooling
+    yield "Features", f"{store.dimension:,}, stored as {identity.dtype}"
+    yield "Precision", f"{identity.precision} on {store.device or 'an unknown device'}"
+    yield "Long sequences", f"{identity.long}, over {identity.max_residues:,} residues"
+    if identity.translation:
+        yield "Translation", str(identity.translation)
+    files = store.files or [str(name) for name in provenance.get("inputs", [])]
+    yield "Input", ", ".join(files)
+    yield "SHA-256 of the input", identity.input_sha256
+    yield "Made", str(provenance.get("created", "unknown")).replace("T", " ")
+    versions = provenance.get("versions", {})
+    yield "Versions", ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _cells(present: NDArray[np.bool_]) -> list[dict[str, Any]]:
+    """Chunks in order; a cell is one chunk or an even share of them."""
+    count = min(len(present), _CELLS)
+    edges = np.linspace(0, len(present), count + 1).astype(int)
+    return [
+        {
+            "share": float(present[a:b].mean()),
+            "title": f"chunk {a:,}" if b == a + 1 else f"chunks {a:,} to {b - 1:,}",
+        }
+        for a, b in pairwise(edges.tolist())
+    ]
+
+
+# --- charts --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Bars:
+    """A histogram.
+
+    Attributes
+    ----------
+    edges : list of float
+    counts : list of int
+        One fewer.
+    ticks : list of float
+        Round numbers on the axis.
+    beyond : int
+        Values above the last edge, which are not drawn.
+    """
+
+    edges: list[float]
+    counts: list[int]
+    ticks: list[float]
+    beyond: int = 0
+
+    @property
+    def most(self) -> int:
+        """The highest count, at least 1."""
+        return max(1, *self.counts)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Round numbers within a range, about five."""
+    if not high > low:
+        return [low]
+    raw = (high - low) / 4
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw)
+    first = math.ceil(low / step)
+    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def _length_chart(lengths: NDArray[np.int32], longest: int) -> Bars:
+    # The longest percent would leave no room for the others.
+    high = max(float(np.quantile(lengths, 0.99)), 1.0) + 1
+    step = max(1, math.ceil(high / _BARS))
+    edges = np.arange(0, step * _BARS + 1, step)
+    edges = edges[: np.searchsorted(edges, high) + 1]
+    counts = np.histogram(lengths, edges)[0]
+    # The last edge belongs to the last bar.
+    return Bars(
+        edges.astype(float).tolist(),
+        counts.tolist(),
+        _ticks(0, float(edges[-1])),
+        int((lengths > edges[-1]).sum()),
+    )
+
+
+def _length_facts(lengths: NDArray[np.int32]) -> list[tuple[str, str]]:
+    low, median, high = np.quantile(lengths, [0, 0.5, 1])
+    return [
+        ("Shortest", f"{low:,.0f}"),
+        ("Median", f"{median:,.0f}"),
+        ("Mean", f"{lengths.mean():,.1f}"),
+        ("Longest", f"{high:,.0f}"),
+        ("Residues in all", f"{lengths.sum(dtype=np.int64):,}"),
+    ]
+
+
+def _composition(store: Store) -> dict[str, Any]:
+    array = store.array("residues")
+    firsts = list(range(0, array.shape[0], RESIDUES_PER_STORED_CHUNK))
+    step = -(-len(firsts) // _RESIDUE_CHUNKS_SAMPLED) if firsts else 1
+    counts = np.zeros(256, np.int64)
+    with store.reading("`residues`"):
+        for first in firsts[::step]:
+            part = np.asarray(array[first : first + RESIDUES_PER_STORED_CHUNK])
+            counts += np.bincount(part, minlength=256)
+    total = int(counts.sum())
+    known = {letter: int(counts[ord(letter)]) for letter in _SWISS_PROT}
+    others = total - sum(known.values())
+    bars: list[dict[str, Any]] = [
+        {"letter": letter, "here": 100 * known[letter] / max(total, 1), "there": there}
+        for letter, there in sorted(_SWISS_PROT.items())
+    ]
+    most = max(max(bar["here"], bar["there"]) for bar in bars)
+    return {
+        "bars": bars,
+        "most": most,
+        "ticks": _ticks(0, most),
+        "residues": total,
+        "all": len(firsts[::step]) == len(firsts),
+        "others": others / max(total, 1),
+    }
+
+
+# --- telemetry -----------------------------------------------------------------------------------
+
+_PHASES = {
+    "read_s": "reading",
+    "wait_s": "waiting for the device",
+    "compute_s": "computing",
+    "write_s": "writing",
+}
+
+
+def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
+    """What the runs took, of the lines that can be read; None where there are none."""
+    if path is None:
+        if "://" in str(store.path):
+            return None
+        path = f"{store.path}.telemetry.jsonl"
+    ends: list[tuple[float, float, float]] = []
+    phases = dict.fromkeys(_PHASES, 0.0)
+    memory, runs, lost = 0.0, set(), 0
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            for line in file:
+                try:
+                    event = json.loads(line)
+                    runs.add(str(event["run"]))
+                    lost += event["event"] == "worker_lost"
+                    if event["event"] != "chunk_done" or not event["computed"]:
+                        continue
+                    end = datetime.fromisoformat(event["time"]).timestamp()
+                    numbers = [float(event[name]) for name in ("rows", "residues", *_PHASES)]
+                    memory = max(memory, float(event["memory"]))
+                except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+                    continue  # a kill leaves half a line
+                if not all(map(math.isfinite, numbers)):
+                    continue
+                ends.append((end, numbers[0], numbers[1]))
+                for name, seconds in zip(_PHASES, numbers[2:], strict=True):
+                    phases[name] += seconds
+    except OSError:
+        return None
+    if not ends:
+        return None
+    times, rows, residues = np.array(sorted(ends)).T
+    # Between the first and the last chunk of all runs, without pauses of more than an hour.
+    gaps = np.diff(times)
+    busy = float(gaps[gaps < 3600].sum())
+    spent = sum(phases.values())
+    return {
+        "runs": len(runs),
+        "chunks": len(ends),
+        "rows": int(rows.sum()),
+        "lost": lost,
+        "memory": f"{memory / 2**20:,.0f} MiB",
+        "span": duration(busy) if busy else None,
+        "rate": f"{rows[1:].sum() / busy:,.1f}" if busy else None,
+        "residue_rate": f"{residues[1:].sum() / busy:,.0f}" if busy else None,
+        "line": _cumulative(times, rows),
+        "phases": [
+            {"name": _PHASES[name], "share": seconds / max(spent, 1e-9), "took": duration(seconds)}
+            for name, seconds in phases.items()
+        ],
+    }
+
+
+def _cumulative(times: NDArray[np.float64], rows: NDArray[np.float64]) -> dict[str, Any] | None:
+    """Rows done over hours or minutes, at most 200 points from 0 to 1."""
+    span = float(times[-1] - times[0])
+    if len(times) < 3 or not span:
+        return None
+    done = np.cumsum(rows)
+    some = np.unique(np.linspace(0, len(times) - 1, min(len(times), 200)).astype(int))
+    x, y = (times[some] - times[0]) / span, done[some] / done[-1]
+    unit, name = next(pair for pair in _UNITS if span >= 2 * pair[0] or pair[0] == 1)
+    return {
+        "points": [(round(float(a), 4), round(float(b), 4)) for a, b in zip(x, y, strict=True)],
+        "x_ticks": [(tick * unit / span, f"{tick:g}") for tick in _ticks(0, span / unit)],
+        "y_ticks": [(tick / done[-1], f"{tick:,.0f}") for tick in _ticks(0, float(done[-1]))],
+        "unit": name,
+    }
+
+
+_UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
+
+
+# --- the map -------------------------------------------------------------------------------------
+
+
+def _map(
+    store: Store, present: NDArray[np.bool_], random: np.random.Generator
+) -> dict[str, Any] | None:
+    """Points of a sample: of a result, if there is one, or of a PCA."""
+    names = [name for name in result_names(store) if name.startswith("map_")]
+    result = open_result(store, names[0]) if names else None
+    if result:
+        present = present & result.present()
+    rows, values = _sample(store, np.flatnonzero(present), random, result)
+    if len(rows) < 3:
+        return None
+    facts: dict[str, Any] = {"method": f"the result {names[0]}" if names else "PCA"}
+    if result:
+        points = values.astype(np.float64)
+        facts["about"] = [(key, str(value)) for key, value in result.about.items()]
+        facts["axes"] = ("first axis", "second axis")
+    else:
+        points, explained = _principal(values)
+        facts["about"] = []
+        facts["axes"] = tuple(
+            f"component {number} ({share:.1%} of the variance)"
+            for number, share in enumerate(explained, 1)
+        )
+    low, high = points.min(axis=0), points.max(axis=0)
+    scaled = (points - low) / np.where(high > low, high - low, 1)
+    group, series = _groups(store, rows)
+    ids, lengths = taken(store, "sequence_id", rows), taken(store, "length", rows)
+    dots = [
+        {
+            "x": float(x),
+            "y": float(y),
+            "series": int(number),
+            "title": f"{printable(str(name), 60)}, {length:,} residues",
+        }
+        for (x, y), number, name, length in zip(scaled, group, ids, lengths, strict=True)
+    ]
+    return facts | {"dots": dots, "series": series}
+
+
+def _sample(
+    store: Store, chunks: NDArray[np.int64], random: np.random.Generator, result: Result | None
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Some embedded rows of some chunks, and their embeddings or their values of a result."""
+    # Small chunks may be more.
+    most = max(_CHUNKS_SAMPLED, 2 * _POINTS // store.identity.rows_per_chunk)
+    some = np.sort(random.permutation(chunks)[:most]).tolist()
+    each = -(-_POINTS // max(1, len(some)))
+    rows: list[NDArray[np.int64]] = []
+    values: list[NDArray[np.float32]] = []
+    for chunk in some:
+        with store.reading(f"chunk {chunk}"):
+            status = store.read_status(chunk)
+            chosen = np.flatnonzero(is_embedded(status))
+            chosen = np.sort(random.permutation(chosen)[:each])
+            span = store.rows(chunk)
+            if result:
+                part = result.read(span)[chosen]
+            else:
+                part = as_float32(np.asarray(store.array("embedding")[span])[chosen])
+        check_finite(store, part)
+        rows.append(span.start + chosen)
+        values.append(part)
+    if not rows:
+        return np.zeros(0, np.int64), np.zeros((0, 2), np.float32)
+    # So many more than are wanted at most as there are chunks.
+    keep = np.sort(random.permutation(sum(map(len, rows)))[:_POINTS])
+    return np.concatenate(rows)[keep], np.concatenate(values)[keep]
+
+
+def _principal(values: NDArray[np.float32]) -> tuple[NDArray[np.float64], list[float]]:
+    from sklearn.decomposition import PCA
+
+    pca = PCA(2, svd_solver="randomized", random_state=0)
+    points = pca.fit_transform(values.astype(np.float64))
+    return points, [float(share) for share in np.nan_to_num(pca.explained_variance_ratio_)]
+
+
+def _groups(
+    store: Store, rows: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
+    """By input file, if there are some; else by length, in four parts of equal size."""
+    files = store.files
+    if 1 < len(files) <= len(_SERIES):
+        with store.reading("`source`"):
+            group = np.asarray(store.array("source").oindex[rows], np.int64)
+        names = [Path(name).name for name in files]
+    else:
+        lengths = taken(store, "length", rows)
+        cuts = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75]).astype(int))
+        group = np.searchsorted(cuts, lengths, side="left")
+        bounds = [0, *cuts.tolist()]
+        names = [f"{a + 1:,} to {b:,} residues" for a, b in pairwise(bounds)]
+        names.append(f"over {bounds[-1]:,} residues")
+    series = [
+        {"name": name, "colour": colour, "shape": shape, "count": int((group == number).sum())}
+        for number, (name, (colour, shape)) in enumerate(zip(names, _SERIES, strict=False))
+    ]
+    return group, series
+
+
+# --- neighbours and scores -----------------------------------------------------------------------
+
+
+def _neighbours(store: Store, query: str) -> list[dict[str, Any]]:
+    found = nearest(store.path, query, k=_NEIGHBOURS).isel(query=0)
+    return [
+        {
+            "id": str(found.sequence_id.values[rank]),
+            "similarity": f"{found.similarity.values[rank]:.3f}",
+            "length": int(found.length.values[rank]),
+            "description": str(found.description.values[rank]) if "description" in found else "",
+        }
+        for rank in np.flatnonzero(found.row.values >= 0).tolist()
+    ]
+
+
+def _score(store: Store, result: Result) -> dict[str, Any]:
+    """Scores of all rows, chunk by chunk, and the reads or rows with the highest."""
+    edges = np.linspace(0, 1, 21)
+    counts, total = np.zeros(20, np.int64), 0
+    is_translated = store.identity.translation is not None
+    reads = store.array("read_id").shape[0] if is_translated else 0
+    sums, of_read = np.zeros(reads), np.zeros(reads, np.int64)
+    best = (np.zeros(0), np.zeros(0, np.int64))
+    for chunk in np.flatnonzero(result.present()).tolist():
+        span = store.rows(chunk)
+        values = result.read(span).astype(np.float64)
+        rows = np.flatnonzero(np.isfinite(values))
+        values = values[rows]
+        counts += np.histogram(np.clip(values, 0, 1), edges)[0]
+        total += len(rows)
+        if is_translated:
+            with store.reading("`read`"):
+                read = np.asarray(store.array("read")[span])[rows]
+            np.add.at(sums, read, values)
+            np.add.at(of_read, read, 1)
+        else:
+            best = _highest(
+                np.concatenate([best[0], values]), np.concatenate([best[1], span.start + rows])
+            )
+    if is_translated:
+        scored = np.flatnonzero(of_read)
+        best = _highest(sums[scored] / of_read[scored], scored)
+    names = taken(store, "sequence_id", best[1]) if not is_translated else _read_ids(store, best[1])
+    return {
+        "name": result.name,
+        "about": [(key, str(value)) for key, value in result.about.items()],
+        "bars": Bars(edges.tolist(), counts.tolist(), [0, 0.25, 0.5, 0.75, 1]),
+        "rows": total,
+        "unit": "read" if is_translated else "row",
+        "top": [
+            {
+                "id": str(name),
+                "score": f"{value:.3f}",
+                "rows": int(of_read[number]) if is_translated else 1,
+            }
+            for name, value, number in zip(names, best[0], best[1].tolist(), strict=True)
+        ],
+    }
+
+
+def _highest(
+    values: NDArray[np.float64], numbers: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
+    order = np.lexsort((numbers, -values))[:_LISTED]
+    return values[order], numbers[order]
+
+
+def _read_ids(store: Store, reads: NDArray[np.int64]) -> list[str]:
+    unique, where = np.unique(reads, return_inverse=True)
+    with store.reading("`read_id`"):
+        names = np.asarray(store.array("read_id").oindex[unique])
+    return [str(name) for name in names[where]]
