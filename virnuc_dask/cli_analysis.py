@@ -255,8 +255,8 @@ def _show_accuracy(found: LeaveOneOut) -> None:
     "--colour",
     default="length",
     show_default=True,
-    help="length, frame, status, score_NAME, cluster_NAME, or a .tsv file with a header, whose"
-    " first two columns are identifiers and labels.",
+    help="length, frame, status, score_NAME, cluster_NAME, or a .tsv file of lines of an"
+    " identifier, a tab and a label, as for annotate.",
 )
 @click.option(
     "--points",

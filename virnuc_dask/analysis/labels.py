@@ -442,7 +442,7 @@ class _Labels:
 
 
 def _read_labels(path: str | Path, store: Store) -> _Labels:
-    lines = _parsed(path)
+    lines = read_lines(path)
     numbers = {name: code for code, name in enumerate(sorted({label for _, label in lines}))}
     wanted: dict[str, list[int]] = {}
     for name, label in lines:
@@ -492,8 +492,14 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
     )
 
 
-def _parsed(path: str | Path) -> list[tuple[str, str]]:
-    """Identifier and label of each line."""
+def read_lines(path: str | Path) -> list[tuple[str, str]]:
+    """Identifier and label of each line of a file.
+
+    Raises
+    ------
+    UsageError
+        It cannot be read, or a line has no tab, no identifier or no label.
+    """
     lines: list[tuple[str, str]] = []
     try:
         # A header may have bytes that are no UTF-8; so the same may be here.

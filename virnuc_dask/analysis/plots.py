@@ -70,10 +70,10 @@ def draw_map(
         ``.html``: one file that needs no network, to zoom, to point at rows and to search them.
         ``.png``: a picture.
     colour : str
-        ``length``, ``frame``, ``status``, ``score_NAME``, ``cluster_NAME``, or a ``.tsv`` file with
-        a header, whose first two columns are identifiers and labels. Labels are categories, unless
-        all are numbers, of more than twelve values. The eight most frequent categories have a
-        colour each, all others are grey.
+        ``length``, ``frame``, ``status``, ``score_NAME``, ``cluster_NAME``, or a ``.tsv`` file of
+        identifiers and labels, as of `annotate`. Labels are categories, unless all are numbers, of
+        more than twelve values. The eight most frequent categories have a colour each, all others
+        are grey.
     points : int
         Rows that are drawn at most; a random sample, if there are more.
     random_state : int

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +11,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.fits import check_seed
+from virnuc_dask.analysis.labels import SEPARATOR, read_lines
 from virnuc_dask.analysis.rows import random_rows, taken
 from virnuc_dask.config import Status
 from virnuc_dask.errors import UsageError
-from virnuc_dask.files import expanded
 from virnuc_dask.results import RESULT, Result, open_result, result_names
 from virnuc_dask.store import Store
-from virnuc_dask.streams import counted, printable
+from virnuc_dask.streams import printable
 
 MOST_POINTS = 20_000
 _COLUMNS = ("length", "frame", "status")
@@ -81,7 +80,7 @@ def check_colour(store: Store, colour: str) -> None:
     if RESULT.fullmatch(colour) and not colour.startswith("map_"):
         open_result(store, colour)
     elif colour.lower().endswith(_LABELS):
-        _read_labels(colour, set())
+        read_lines(colour)
     else:
         results = [name for name in result_names(store) if not name.startswith("map_")]
         known = ", ".join([*_COLUMNS, *results])
@@ -206,9 +205,13 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
         named = [_cluster(number) for number in numbers]
         return colour, named, [_cluster(number) for number in sorted(set(numbers))], False
     ids = taken(store, "sequence_id", rows).tolist()
-    name, labels = _read_labels(colour, set(ids))
+    labels: dict[str, str] = {}
+    for name, label in read_lines(colour):
+        labels[name] = f"{labels[name]}{SEPARATOR}{label}" if name in labels else label
+    labels = {name: labels[name] for name in ids if name in labels}
     if not labels:
         raise UsageError(f"{colour}: none of its identifiers is that of a row that is drawn")
+    name = Path(colour).stem[:_LONGEST_TEXT]
     named = [labels.get(each, "") for each in ids]
     numbers = [_number(label) for label in named]
     if all(number is not None for number in numbers) and len(set(labels.values())) > len(_FEW):
@@ -238,41 +241,3 @@ def _number(label: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) or not label else None
-
-
-def _read_labels(file: str, wanted: set[str]) -> tuple[str, dict[str, str]]:
-    """The second column's name, and its values for some identifiers, which are the first column.
-
-    Raises
-    ------
-    UsageError
-        It cannot be read, or a line is not as the others.
-    """
-    path = Path(expanded(file))
-    labels: dict[str, str] = {}
-    try:
-        with open(path, encoding="utf-8", newline="") as lines:
-            reader = csv.reader(lines, delimiter="\t", strict=True)
-            header = next(reader, [])
-            if len(header) < 2:
-                raise UsageError(
-                    f"{path}:1: a file of labels has a header and two columns or more, separated by"
-                    " tabs: the identifier and the label"
-                )
-            for line in reader:
-                if not line:
-                    continue
-                if len(line) != len(header):
-                    raise UsageError(
-                        f"{path}:{reader.line_num}: {counted(len(line), 'column')}, not"
-                        f" {len(header)} as the header"
-                    )
-                name, label = line[:2]
-                if name in wanted and labels.setdefault(name, label) != label:
-                    raise UsageError(
-                        f"{path}:{reader.line_num}: {printable(name)} has another label above"
-                    )
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        problem = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{path}: cannot be read as labels: {problem}") from error
-    return header[1][:_LONGEST_TEXT], labels
