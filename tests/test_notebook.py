@@ -1,7 +1,9 @@
-"""In a notebook: a live bar, tables, and an event loop that runs already."""
+"""Notebooks: a live bar, tables, an event loop that runs already; and those of the examples."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,18 @@ def test_elsewhere_nothing_is_shown(capfd: pytest.CaptureFixture[str], tmp_path:
     with pytest.warns(virnuc_dask.errors.RandomWeightsWarning):
         virnuc_dask.run(proteins, tmp_path / "out.zarr", model="demo", workers=1)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", ["reads_to_viral", "neighbours_and_map"])
+def test_the_examples_run_from_their_first_cell_to_the_last(name: str, tmp_path: Path) -> None:
+    shutil.copytree(EXAMPLES, tmp_path, dirs_exist_ok=True)
+    book = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)
+    code = [cell for cell in book.cells if cell.cell_type == "code"]
+    # They are kept with what they have printed, of real weights.
+    assert [cell.execution_count for cell in code] == [*range(1, len(code) + 1)]
+    assert all(output.output_type != "error" for cell in code for output in cell.outputs)
+    assert "weights b8013f181c0e" in str(code)
+    (model,) = re.findall(r'MODEL = "(.*)"', code[0].source)
+    code[0].source = code[0].source.replace(model, "demo")
+    folder = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(book, timeout=400, resources=folder).execute()

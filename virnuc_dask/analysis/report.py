@@ -26,7 +26,7 @@ from virnuc_dask.streams import duration, printable
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
-# Percent of residues. UniProtKB/Swiss-Prot release 2013_04, release statistics, section 5.1.
+# Percent of residues. UniProtKB/Swiss-Prot release 2013_04, release statistics.
 _LETTERS = "ARNDCQEGHILKMFPSTWYV"
 _PERCENT = [8.25, 5.53, 4.06, 5.45, 1.37, 3.93, 6.75, 7.07, 2.27, 5.96]
 _PERCENT += [9.66, 5.84, 2.42, 3.86, 4.70, 6.56, 5.34, 1.08, 2.92, 6.87]
