@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
 import pandas as pd
 import pytest
 import xarray
-from conftest import VIRAL_PROTEINS, Maker, chunk_bytes, tree
+import zarr
+from conftest import VIRAL_PROTEINS, Cli, Maker, chunk_bytes, tree
 from numpy.typing import NDArray
 from pyarrow import parquet
 
 import virnuc_dask
 from virnuc_dask.analysis.passes import fill
-from virnuc_dask.errors import StoreError, StoreReplacedError, UsageError
+from virnuc_dask.config import Status
+from virnuc_dask.errors import ResultReplacedError, StoreError, StoreReplacedError, UsageError
 from virnuc_dask.results import Result, keep_result, open_result, result_names
 from virnuc_dask.store import Store
 
@@ -38,6 +41,12 @@ def filled(store: Store) -> Result:
     result = keep_result(store, "score", "x", {"by": "a test"})
     fill(result, first_feature)
     return result
+
+
+def chunks_of(result: Result) -> dict[str, bytes]:
+    """Its chunks' bytes."""
+    found = tree(result.store.path / result.name)
+    return {name: content for name, (_, _, content) in found.items() if name != "zarr.json"}
 
 
 def test_a_result_has_a_value_for_each_row_and_changes_no_embedding(store: Store) -> None:
@@ -92,13 +101,10 @@ def test_only_what_is_missing_is_computed(make_store: Maker) -> None:
 def test_workers_of_a_cluster_write_the_same(
     store: Store, make_store: Maker, client: object
 ) -> None:
-    expected = tree(filled(make_store(VIRAL_PROTEINS, "other.zarr")).store.path / "score_x")
+    other = filled(make_store(VIRAL_PROTEINS, "other.zarr"))
     result = keep_result(store, "score", "x", {"by": "a test"})
     fill(result, lambda rows: rows[:, 0], client=client)  # pickled by value
-    found = tree(store.path / "score_x")
-    assert {n: content for n, (_, _, content) in found.items()} == {
-        n: content for n, (_, _, content) in expected.items()
-    }
+    assert chunks_of(result) == chunks_of(other)
 
 
 def test_quarantined_rows_have_no_value(make_store: Maker, awkward: Path) -> None:
@@ -116,7 +122,7 @@ def test_another_result_of_the_name_is_not_mixed_in(store: Store) -> None:
     with pytest.raises(UsageError, match=r"`score_x` is there and was computed otherwise \(by\)"):
         keep_result(store, "score", "x", {"by": "another"})
     assert open_result(store, "score_x").present().all()
-    result = keep_result(store, "score", "x", {"by": "another"}, force=True)
+    result = keep_result(store, "score", "x", {"by": "another"}, replace=True)
     assert not result.present().any()
     assert np.isnan(result.array[:]).all()
 
@@ -171,6 +177,114 @@ def test_nothing_is_written_into_another_store(store: Store, make_store: Maker) 
         keep_result(store, "score", "y", {})
     fill(result, first_feature)  # into the one that was opened, wherever it is
     assert tree(other.path) == before
+
+
+def test_a_command_fills_no_result_that_another_has_replaced(store: Store) -> None:
+    old = keep_result(store, "score", "x", {"by": "the first"})
+    fill(old, first_feature)
+    old.remove_chunk(3)
+    new = keep_result(store, "score", "x", {"by": "the second"}, replace=True)
+    with pytest.raises(ResultReplacedError, match="`score_x` was replaced by another command"):
+        fill(old, first_feature)
+    with pytest.raises(ResultReplacedError):
+        old.write(3, old.empty(3))
+    assert not new.present().any()
+    assert fill(new, first_feature) == 10
+
+
+def test_what_lands_in_a_result_that_is_new_meanwhile_is_removed(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old = keep_result(store, "score", "x", {"by": "the first"})
+    write = Result._write
+
+    def replaced_while_it_writes(result: Result, chunk: int, values: NDArray[Any]) -> None:
+        keep_result(store, "score", "x", {"by": "the second"}, replace=True)
+        write(result, chunk, values)
+
+    monkeypatch.setattr(Result, "_write", replaced_while_it_writes)
+    with pytest.raises(ResultReplacedError):
+        old.write(3, old.empty(3))
+    new = open_result(store, "score_x")
+    assert (new.about, new.touched().any()) == ({"by": "the second"}, False)
+
+
+def test_only_the_result_that_was_seen_is_replaced(store: Store) -> None:
+    first = keep_result(store, "map", "x", {"by": "the first"})
+    second = keep_result(store, "map", "x", {"by": "the second"}, replace=first.id)
+    with pytest.raises(UsageError, match="computed otherwise"):
+        keep_result(store, "map", "x", {"by": "the third"}, replace=first.id)
+    assert open_result(store, "map_x").id == second.id
+
+
+def test_a_workers_store_is_the_one_that_was_opened(
+    store: Store, make_store: Maker, client: Any
+) -> None:
+    result = keep_result(store, "score", "x", {})
+    store.path.rename(store.path.with_name("moved.zarr"))
+    other = make_store(VIRAL_PROTEINS, store.path.name)
+    keep_result(other, "score", "x", {})
+    before = tree(other.path)
+    with pytest.raises(StoreReplacedError):
+        fill(result, lambda rows: rows[:, 0], client=client)
+    assert tree(other.path) == before
+
+
+def test_rows_that_are_embedded_later_have_values_later(store: Store) -> None:
+    whole = store.read_chunk(2)
+    status, embedding = whole[0].copy(), whole[1].copy()
+    status[5], embedding[5] = Status.TIMED_OUT, np.nan
+    store.write_chunk(2, status, embedding)
+    result = filled(store)
+    assert np.flatnonzero(np.isnan(result.array[:])).tolist() == [69]
+    assert virnuc_dask.verify(store.path).exit_code == 0
+    store.write_chunk(2, *whole)
+    report = virnuc_dask.verify(store.path, repair=True)
+    assert report.results == {
+        "score_x: chunk 2": "values are not of the rows that have an embedding"
+    }
+    assert fill(result, first_feature) == 1
+    assert np.isfinite(result.array[:]).all()
+    assert virnuc_dask.verify(store.path).exit_code == 0
+    # What is removed of the embeddings is removed of results.
+    file = store.path / store.keys(4)[-1]
+    file.write_bytes(file.read_bytes()[:-9])
+    assert list(virnuc_dask.verify(store.path, repair=True).bad) == [4]
+    assert np.flatnonzero(~result.present()).tolist() == [4]
+
+
+def test_torn_metadata_is_found_and_mended(store: Store, cli: Cli) -> None:
+    filled(store)
+    file = store.path / "score_x" / "zarr.json"
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(StoreError, match="verify --repair"):
+        virnuc_dask.export(store.path, store.path.with_name("out.csv"))
+    found = cli("verify", store.path)
+    assert (found.returncode, "score_x: metadata" in found.stdout) == (4, True)
+    assert cli("verify", store.path, "--repair").returncode == 0
+    assert not (store.path / "score_x").exists()
+    assert filled(store).present().all()
+    file.write_bytes(b"{}")
+    assert not keep_result(store, "score", "x", {}, replace=True).present().any()
+
+
+def test_what_somebody_else_has_put_there_is_no_result(store: Store) -> None:
+    group = zarr.open_group(store.path, zarr_format=3)
+    group.create_array("score_mine", shape=(7,), dtype="float32")
+    before = tree(store.path)
+    report = virnuc_dask.verify(store.path, repair=True)
+    assert (report.exit_code, report.leftovers) == (0, [f"{store.path}/score_mine"])
+    virnuc_dask.export(store.path, store.path.with_name("out.csv"))
+    with pytest.raises(UsageError, match="no result of this program"):
+        keep_result(store, "score", "mine", {}, replace=True)
+    assert tree(store.path) == before
+
+
+def test_what_a_killed_writer_leaves_is_removed(store: Store) -> None:
+    filled(store)
+    (store.path / "score_x" / "c.0.abc.partial").write_bytes(b"x")
+    virnuc_dask.verify(store.path, repair=True)
+    assert virnuc_dask.verify(store.path).leftovers == []
 
 
 def test_exports_have_results(store: Store) -> None:

@@ -247,6 +247,14 @@ def verify(
         print(f"{report.sequences}; run again from the input, into another store")
     for file in report.leftovers:
         print(f"not part of the store: {file}")
+    if report.results:
+        print(
+            f"{len(report.results):,} parts of results were removed; the commands that made them"
+            " compute them again"
+            if repair
+            else "verify --repair removes damaged results; the commands that made them compute them"
+            " again"
+        )
     print(
         f"{report.checked - len(report.bad):,} chunks good, {len(report.bad):,} damaged,"
         f" {report.missing:,} not computed yet"

@@ -65,6 +65,28 @@ class StoreError(VirnucError):
     """A store that is damaged, or cannot be read or written."""
 
 
+class ResultReplacedError(StoreError):
+    """A result that another command has replaced while this one was filling it.
+
+    Parameters
+    ----------
+    path : str
+        Of the store.
+    name : str
+        Of the result.
+    """
+
+    def __init__(self, path: str, name: str) -> None:
+        self.path, self.name = path, name
+        super().__init__(
+            f"{path}: `{name}` was replaced by another command, or removed, while this one was"
+            " filling it; nothing of this one was left in it"
+        )
+
+    def __reduce__(self) -> tuple[type[ResultReplacedError], tuple[str, str]]:
+        return type(self), (self.path, self.name)
+
+
 class StoreReplacedError(StoreError):
     """A place that no longer holds the store that was opened there.
 

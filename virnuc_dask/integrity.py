@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 
 import numpy as np
 from numpy.typing import NDArray
@@ -10,13 +13,14 @@ from numpy.typing import NDArray
 from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError
 from virnuc_dask.residues import Block, InputDigest, Origin
-from virnuc_dask.results import open_result, result_names
+from virnuc_dask.results import Result, damaged_results, open_result, result_names
 from virnuc_dask.store import (
     CHUNK_FILE,
     HEADERS,
     MIN_CHUNK_BYTES,
     SEQUENCES_PER_CHUNK,
     Store,
+    is_embedded,
     origin_arrays,
     residue_slots,
 )
@@ -136,20 +140,46 @@ def _add_reads(store: Store, digest: InputDigest) -> None:
 
 
 def check_results(store: Store) -> dict[tuple[str, int], str]:
-    """Damaged chunks of results and what is wrong with each, by the result's name and the chunk."""
-    found: dict[tuple[str, int], str] = {}
-    for name in result_names(store):
-        result = open_result(store, name)
-        # A file that is too small is no chunk, and damage all the same.
-        for chunk in np.flatnonzero(result.touched()).tolist():
-            try:
-                values = result.read(store.rows(chunk))
-            except StoreError as error:
-                found[name, chunk] = str(error)
-                continue
-            if result.kind != "cluster" and np.isinf(values).any():
-                found[name, chunk] = "a value is infinite"
-    return found
+    """Damaged chunks of results and what is wrong with each, by the result's name and the chunk.
+
+    They decode, and there is a finite value for each row with an embedding and for no other. A
+    result whose metadata is damaged has the chunk -1.
+    """
+    torn = damaged_results(store)
+    found = {(name, -1): problem for name, problem in torn.items()}
+    present = store.present()
+
+    def check(result: Result, chunk: int) -> None:
+        if problem := _problem_of_result(result, chunk, bool(present[chunk])):
+            found[result.name, chunk] = problem
+
+    with ThreadPoolExecutor(8) as pool:
+        for name in result_names(store):
+            if name not in torn:
+                result = open_result(store, name)
+                # A file that is too small is no chunk, and damage all the same.
+                chunks = np.flatnonzero(result.touched()).tolist()
+                deque(pool.map(check, repeat(result), chunks), maxlen=0)
+    return dict(sorted(found.items()))
+
+
+def _problem_of_result(result: Result, chunk: int, is_embedded_chunk: bool) -> str | None:
+    store = result.store
+    try:
+        values = result.read(store.rows(chunk))
+        status = store.read_status(chunk) if is_embedded_chunk else None
+    except StoreError as error:
+        return str(error)
+    except (ValueError, RuntimeError):
+        return None  # the states are damaged, which is said of the chunk itself
+    if status is None:
+        return None
+    has_value = values >= 0 if result.kind == "cluster" else np.isfinite(values)
+    if result.kind == "map":
+        has_value = has_value.all(axis=1)
+    if (has_value != is_embedded(status)).any():
+        return "values are not of the rows that have an embedding"
+    return None
 
 
 def leftovers(store: Store) -> list[str]:
@@ -160,14 +190,18 @@ def leftovers(store: Store) -> list[str]:
     """
     patterns = {name: CHUNK_FILE.get(name, re.compile(r"c\.(\d+)")) for name in store.names}
     limits = {name: store.array(name).cdata_shape[0] for name in store.names}
+    torn = damaged_results(store)
     for name in result_names(store):
-        patterns[name], limits[name] = open_result(store, name).chunk_file, store.chunk_count
+        is_whole = name not in torn
+        patterns[name] = open_result(store, name).chunk_file if is_whole else re.compile(r"c\..*")
+        limits[name] = store.chunk_count
     found = [entry for entry in store.place.listing() if entry not in {*patterns, "zarr.json"}]
     for name, pattern in patterns.items():
         limit = limits[name]
         for entry, size in store.place.listing(name).items():
             match = pattern.fullmatch(entry)
-            is_chunk = match is not None and int(match[1]) < limit and size is not None
+            is_chunk = match is not None and size is not None
+            is_chunk &= name in torn or (match is not None and int(match[1]) < limit)
             if entry != "zarr.json" and not is_chunk:
                 found.append(f"{name}/{entry}")
     return sorted(filter(store.place.is_abandoned, found))

@@ -3,8 +3,8 @@
 A result is an array of its own in the store, such as ``score_virus``, with a value or two for each
 row, chunked as the rows are. It follows the rules of embeddings: a chunk that has its file is done,
 durably, and the same command again computes only what is missing. Results are no part of the
-store's identity; a run neither reads nor removes them. Embeddings that are computed again are the
-same, so results stay right.
+store's identity; a run neither reads nor removes them. What `verify --repair` removes of the
+embeddings it removes of all results too: a row that ran out of time may have an embedding later.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ import json
 import re
 from dataclasses import dataclass
 from typing import Any, Literal, cast, get_args
+from uuid import uuid4
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import Crc32cCodec, ZstdCodec
 
-from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.errors import ResultReplacedError, StoreError, UsageError
 from virnuc_dask.store import ATTRIBUTE, MIN_CHUNK_BYTES, Store, listed
 
 Kind = Literal["score", "cluster", "map"]
@@ -42,6 +43,8 @@ class Result:
     store : Store
     name : str
         Kind and name: ``score_virus``.
+    id : str
+        Random; a result that replaces this one has another.
     array : zarr.Array
         float32, NaN where there is no value; a cluster's are int32, and -1. Shape (records,), of a
         map (records, 2).
@@ -51,6 +54,7 @@ class Result:
 
     store: Store
     name: str
+    id: str
     array: Any
     about: dict[str, Any]
 
@@ -82,7 +86,7 @@ class Result:
         shape = (rows.stop - rows.start, *self.array.shape[1:])
         return np.full(shape, self.array.fill_value, self.array.dtype)
 
-    def read(self, rows: slice) -> NDArray[Any]:
+    def read(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
         """Values of some rows.
 
         Raises
@@ -91,7 +95,7 @@ class Result:
             They are damaged.
         """
         try:
-            return np.asarray(self.array[rows])
+            return np.asarray(self.array.oindex[rows])
         except (ValueError, RuntimeError) as error:
             raise StoreError(
                 f"{self.store.path}: `{self.name}` is damaged ({error}); `verify --repair` removes"
@@ -99,7 +103,33 @@ class Result:
             ) from error
 
     def write(self, chunk: int, values: NDArray[Any]) -> None:
-        """Write a chunk; when it has its name it is done, durably."""
+        """Write a chunk; when it has its name it is done, durably.
+
+        Raises
+        ------
+        ResultReplacedError
+            Another command has replaced this result meanwhile.
+        """
+        self.check()
+        self._write(chunk, values)
+        try:
+            self.check()
+        except ResultReplacedError:
+            self.remove_chunk(chunk)  # of another result
+            raise
+
+    def check(self) -> None:
+        """Make sure that this result is still the one of its name.
+
+        Raises
+        ------
+        ResultReplacedError
+        """
+        now = _look(self.store, self.name)
+        if not isinstance(now, Result) or now.id != self.id:
+            raise ResultReplacedError(str(self.store.path), self.name)
+
+    def _write(self, chunk: int, values: NDArray[Any]) -> None:
         rows = self.store.rows(chunk)
         if values.shape != (rows.stop - rows.start, *self.array.shape[1:]):
             raise ValueError(f"chunk {chunk} of {self.name} does not take {values.shape}")
@@ -115,13 +145,33 @@ class Result:
         self.store.place.remove(f"{self.name}/c.{chunk}" + ".0" * (self.array.ndim - 1))
 
 
+def results_of(store: Store) -> list[Result]:
+    """Results that a store holds, in the order of their names.
+
+    Raises
+    ------
+    StoreError
+        The metadata of one is damaged; `damaged_results` says of which.
+    """
+    return [open_result(store, name) for name in result_names(store)]
+
+
 def result_names(store: Store) -> list[str]:
-    """Results that a store holds, in the order of their names."""
+    """Names of the results that a store holds, damaged ones too, in their order.
+
+    An array that somebody else has put there, by whatever name, is none.
+    """
     return sorted(
         name
         for name, size in store.place.listing().items()
-        if size is None and RESULT.fullmatch(name) and store.place.size(f"{name}/zarr.json")
+        if size is None and RESULT.fullmatch(name) and not isinstance(_look(store, name), _Foreign)
     )
+
+
+def damaged_results(store: Store) -> dict[str, str]:
+    """Results whose metadata is damaged, and what is wrong with it."""
+    looks = {name: _look(store, name) for name in result_names(store)}
+    return {name: look for name, look in looks.items() if isinstance(look, str)}
 
 
 def result_name(kind: Kind, name: str) -> str:
@@ -146,20 +196,24 @@ def open_result(store: Store, name: str) -> Result:
     UsageError
         There is none of this name.
     StoreError
-        Its metadata is damaged, or not that of a result of this store.
+        Its metadata is damaged.
     """
-    if name not in (names := result_names(store)):
-        raise UsageError(f"{store.path} has no `{name}`; it has {', '.join(names) or 'no results'}")
-    array = store.open_array(name)
-    about = array.attrs.get(ATTRIBUTE)
-    rows = (store.records, store.identity.rows_per_chunk)
-    if not isinstance(about, dict) or (array.shape[0], array.chunks[0]) != rows:
-        raise StoreError(f"{store.path}: `{name}` is not a result of this program")
-    return Result(store, name, array, about)
+    found = _look(store, name) if RESULT.fullmatch(name) else _Foreign()
+    if isinstance(found, _Foreign):
+        names = ", ".join(result_names(store)) or "no results"
+        raise UsageError(f"{store.path} has no `{name}`; it has {names}")
+    if isinstance(found, str):
+        raise StoreError(f"{found}; `verify --repair` removes it, as `--replace` does")
+    return found
 
 
 def keep_result(
-    store: Store, kind: Kind, name: str, about: dict[str, Any], *, force: bool = False
+    store: Store,
+    kind: Kind,
+    name: str,
+    about: dict[str, Any],
+    *,
+    replace: bool | str = False,
 ) -> Result:
     """Open a result to go on with it, or make a new one.
 
@@ -171,8 +225,9 @@ def keep_result(
         Letters, digits and underscores.
     about : dict
         What it is computed by, as JSON values: all that its values depend on beside the embeddings.
-    force : bool
-        Replace one that was computed by something else.
+    replace : bool or str
+        Replace one that was computed by something else, or whose metadata is damaged; a text: only
+        the one with this id.
 
     Returns
     -------
@@ -187,20 +242,23 @@ def keep_result(
     full = result_name(kind, name)
     about = json.loads(json.dumps(about))
     store.check_place()
-    if full in result_names(store):
-        there = open_result(store, full)
+    there = _look(store, full)
+    if isinstance(there, Result):
         if there.about == about:
             return there
-        if not force:
+        if replace is not True and replace != there.id:
             names = sorted({*about, *there.about})
             changed = [name for name in names if about.get(name) != there.about.get(name)]
             raise UsageError(
                 f"{store.path}: `{full}` is there and was computed otherwise"
-                f" ({', '.join(changed)}); give another name, or --force, which replaces it"
+                f" ({', '.join(changed)}); give another name, or --replace"
             )
-        _remove(store, full)
-    elif store.place.has_array(full):  # begun, or removed half
-        _remove(store, full)
+    elif isinstance(there, str) and not replace:
+        raise StoreError(f"{there}; `verify --repair` removes it, as `--replace` does")
+    elif isinstance(there, _Foreign) and store.place.size(f"{full}/zarr.json"):
+        raise UsageError(f"{store.path}: `{full}` is there, and is no result of this program")
+    if store.place.has_array(full):  # also one that was begun, or removed half
+        store.place.remove(full)
     is_map = kind == "map"
     zarr.create_array(
         store.zarr_store,
@@ -210,16 +268,33 @@ def keep_result(
         dtype="int32" if kind == "cluster" else "float32",
         fill_value=-1 if kind == "cluster" else float("nan"),
         dimension_names=("sequence", "axis") if is_map else ("sequence",),
-        attributes={"long_name": _LONG_NAMES[kind], ATTRIBUTE: about},
+        attributes={"long_name": _LONG_NAMES[kind], ATTRIBUTE: {"id": uuid4().hex, "by": about}},
         chunk_key_encoding={"name": "default", "separator": "."},
         compressors=(ZstdCodec(level=1), Crc32cCodec()),
     )
     return open_result(store, full)
 
 
-def _remove(store: Store, name: str) -> None:
-    """Remove a result, its metadata last: what a kill leaves is still of the old one."""
-    for entry in store.place.listing(name):
-        if entry != "zarr.json":
-            store.place.remove(f"{name}/{entry}")
-    store.place.remove(name)
+class _Foreign:
+    """An array that is not ours, or none."""
+
+
+def _look(store: Store, name: str) -> Result | str | _Foreign:
+    """A result; what is wrong with its metadata; or that it is none of ours."""
+    if not store.place.size(f"{name}/zarr.json"):
+        return _Foreign()
+    try:
+        array = store.open_array(name)
+    except StoreError as error:
+        return str(error)
+    document = array.attrs.get(ATTRIBUTE)
+    if document is None:
+        return _Foreign()
+    rows = (store.records, store.identity.rows_per_chunk)
+    if (array.shape[0], array.chunks[0]) != rows or not (
+        isinstance(document, dict)
+        and isinstance(document.get("id"), str)
+        and isinstance(document.get("by"), dict)
+    ):
+        return f"{store.path}: the metadata of `{name}` is not that of a result of this store"
+    return Result(store, name, document["id"], array, document["by"])

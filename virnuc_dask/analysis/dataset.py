@@ -18,7 +18,7 @@ from virnuc_dask.config import ModelSpec, Status
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.integrity import check_chunk, check_results, check_sequences, leftovers
 from virnuc_dask.packing import encoded_lengths
-from virnuc_dask.results import open_result
+from virnuc_dask.results import open_result, results_of
 from virnuc_dask.store import ATTRIBUTE, TASK_ARRAYS, TRANSLATED, Store
 
 _CHUNKS_PER_CHECK = 16
@@ -326,19 +326,28 @@ def verify(
     strays = leftovers(opened)
     if repair:
         opened.check_place()
-        for chunk in bad:
-            opened.remove_chunk(chunk)
         for name, chunk in damaged:
-            open_result(opened, name).remove_chunk(chunk)
+            if chunk < 0:
+                opened.place.remove(name)
+            else:
+                open_result(opened, name).remove_chunk(chunk)
+        results = results_of(opened)
+        for chunk in bad:
+            for result in results:  # of which no row may be embedded differently later
+                result.remove_chunk(chunk)
+            opened.remove_chunk(chunk)
         for key in strays:
-            if key.rpartition("/")[0] in TASK_ARRAYS:
+            if key.rpartition("/")[0] in {*TASK_ARRAYS, *(result.name for result in results)}:
                 opened.place.remove(key)
     return VerifyReport(
         len(chunks),
         opened.chunk_count - len(chunks),
         bad,
         sequences,
-        {f"{name}: chunk {chunk}": problem for (name, chunk), problem in damaged.items()},
+        {
+            f"{name}: {f'chunk {chunk}' if chunk >= 0 else 'metadata'}": problem
+            for (name, chunk), problem in damaged.items()
+        },
         [f"{opened.path}/{key}" for key in strays],
         repair,
     )

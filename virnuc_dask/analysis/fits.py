@@ -69,7 +69,7 @@ def find_fit(
 
 def keep_fit(store: Store, kind: Kind, name: str, about: dict[str, Any]) -> Result:
     """The result to fill; one that was fitted otherwise is replaced, as `find_fit` allowed."""
-    return keep_result(store, kind, name, about, force=True)
+    return keep_result(store, kind, name, about, replace=True)
 
 
 def note_of(store: Store, about: dict[str, Any], name: str) -> str | None:

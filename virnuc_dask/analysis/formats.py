@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from virnuc_dask import __version__
 from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.results import Result, open_result, result_names
+from virnuc_dask.results import Result, results_of
 from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.streams import Descriptor
 
@@ -98,7 +98,7 @@ def read_parts(store: Store) -> Iterator[Part]:
         A chunk is damaged, or the store cannot be read.
     """
     present = store.present()
-    results = [open_result(store, name) for name in result_names(store)]
+    results = results_of(store)
     try:
         for first in range(0, store.records, rows_per_part(store)):
             yield _read_part(store, first, present, results)

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.errors import ResultReplacedError, StoreError, StoreReplacedError, UsageError
 from virnuc_dask.results import Result, open_result
 from virnuc_dask.store import Store, is_embedded
 
@@ -151,7 +151,7 @@ def open_pool(store: Store, threads: int, client: Any) -> Iterator[Pool]:
     """Threads of this process, or the workers of a Dask client if there is one."""
     if client is not None:
         width = 2 * max(1, sum(client.nthreads().values()))
-        to_client = partial(client.submit, _at, store.place.location, pure=False)
+        to_client = partial(client.submit, _at, store.place.location, store.id, pure=False)
         yield Pool(store, to_client, width, partial(client.scatter, broadcast=True))
         return
     from threadpoolctl import threadpool_limits
@@ -200,21 +200,26 @@ def fill(
     ------
     StoreError
         A chunk of embeddings is damaged.
+    ResultReplacedError
+        Another command has replaced the result meanwhile.
     StoreReplacedError
+        Another store is in the store's place.
     """
     store = result.store
     due = np.flatnonzero(store.present() & ~result.present()).tolist()
     count = ChunkCounter(progress, len(due))
     with open_pool(store, thread_count(workers), client) as pool:
         shared = pool.shared(transform)
-        calls = ((group, result.name, shared) for group in pool.grouped(due))
+        calls = ((group, result.name, result.id, shared) for group in pool.grouped(due))
         for _ in pool.run(_fill, calls, count):
             pass
     return len(due)
 
 
-def _fill(store: Store, chunks: list[int], name: str, transform: Transform) -> None:
+def _fill(store: Store, chunks: list[int], name: str, id_: str, transform: Transform) -> None:
     result = open_result(store, name)
+    if result.id != id_:
+        raise ResultReplacedError(str(store.path), name)
     for chunk in chunks:
         values = result.empty(chunk)
         start = store.rows(chunk).start
@@ -225,5 +230,8 @@ def _fill(store: Store, chunks: list[int], name: str, transform: Transform) -> N
         result.write(chunk, values)
 
 
-def _at(location: str, function: Callable[..., Any], *arguments: Any) -> Any:
-    return function(Store(location), *arguments)
+def _at(location: str, id_: str, function: Callable[..., Any], *arguments: Any) -> Any:
+    store = Store(location)
+    if store.id != id_:
+        raise StoreReplacedError(location)
+    return function(store, *arguments)

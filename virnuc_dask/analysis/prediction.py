@@ -172,7 +172,7 @@ def predict(
     _check_table(opened, out, consensus, force)
     about = {name: found.about[name] for name in ("kind", "classes")}
     about |= {"classifier": found.digest()}
-    result = keep_result(opened, "score", name or _name_of(classifier), about, force=force)
+    result = keep_result(opened, "score", name or _name_of(classifier), about, replace=force)
     computed = fill(result, found, workers=threads, client=client, progress=progress)
     scored, first = _counts(result)
     done = opened.rows_in(np.flatnonzero(result.present()))
