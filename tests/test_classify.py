@@ -39,7 +39,7 @@ from virnuc_dask.analysis import passes, prediction, samples, training
 from virnuc_dask.analysis.classifier import load_classifier, save_classifier
 from virnuc_dask.analysis.samples import Sample, groups_of
 from virnuc_dask.cli import main
-from virnuc_dask.config import RANDOM_WEIGHTS, Settings, Translation
+from virnuc_dask.config import RANDOM_WEIGHTS, Settings, Tiling, Translation
 from virnuc_dask.embed import embed_chunk
 from virnuc_dask.errors import UsageError
 from virnuc_dask.prepare import prepare
@@ -524,6 +524,25 @@ def test_reads_by_consensus(
         is_viral = groups.score.max() >= other
         assert table["class"].tolist() == np.where(is_viral, "viral", "other").tolist()
         assert 0 < is_viral.sum() < len(is_viral)
+
+
+def test_proteins_in_tiles_by_consensus(
+    make_store: Maker, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prediction, "SEQUENCES_PER_CHUNK", 64)
+    store = make_store(VIRAL_PROTEINS, "t.zarr", tiling=Tiling(100))
+    out = tmp_path / "proteins.parquet"
+    found = virnuc_dask.predict(store.path, trained, out=out, consensus="mean")
+    data = virnuc_dask.open_store(store.path)
+    rows = pd.DataFrame({"read": data.read.values, "score": data.score_virus.values}).dropna()
+    groups = rows.groupby("read")
+    table = parquet.read_table(out).to_pandas().set_index("read")
+    assert found.lines == len(table) == 300 < len(rows)
+    assert "best_frame" not in table
+    assert np.array_equal(table["rows"], groups.size())
+    np.testing.assert_allclose(table.score, groups.score.mean(), rtol=1e-6)
+    assert table.best_row.tolist() == groups.score.idxmax().tolist()
+    assert table.read_id.tolist() == data.read_id.values[table.index].tolist()
 
 
 def test_virnucpros_rule_by_hand() -> None:

@@ -23,7 +23,7 @@ import virnuc_dask
 from virnuc_dask import objects
 from virnuc_dask.analysis import labels as labels_module
 from virnuc_dask.analysis import neighbours, passes
-from virnuc_dask.config import RANDOM_WEIGHTS
+from virnuc_dask.config import RANDOM_WEIGHTS, Tiling, Translation
 from virnuc_dask.errors import UsageError
 from virnuc_dask.places import place_of
 from virnuc_dask.store import Store
@@ -208,6 +208,58 @@ def test_copies_do_not_answer_for_each_other(make_store: Maker, tmp_path: Path) 
     longer = {"a": "MKTAYIAKQR", "b": "MKTAYIAKQRW", "c": "CCHHPPCC"}
     store = make_store(fasta(tmp_path / "b.faa", longer), "b.zarr", max_residues=10)
     assert virnuc_dask.leave_one_out(store.path, labels).copies == 2
+
+
+TILES = {
+    "a": "MKTAYIAKQRQISFVKSHFSRQ",
+    "b": "MLKVVGGWCCHHPPCCWW",
+    "c": "MLKVVGGWMKTAYIAKQRDDEE",
+    "d": "GGSTTRNNPPWWYYFFLLIIMM",
+}
+
+
+def test_rows_of_one_protein_or_read_do_not_answer_for_each_other(
+    make_store: Maker, tmp_path: Path
+) -> None:
+    labels = tmp_path / "labels.tsv"
+    labels.write_text("".join(f"{name}\t{name}\n" for name in TILES))
+    store = make_store(fasta(tmp_path / "a.faa", TILES), tiling=Tiling(8, 7), rows_per_chunk=2)
+    data = virnuc_dask.open_store(store.path)
+    found = virnuc_dask.leave_one_out(store.path, labels)
+    # Each label is of one protein's tiles only, which do not meet.
+    assert (found.rows, found.correct, found.unanswered) == (store.records, 0, 0)
+    assert found.copies == store.records
+    # b's and c's first tiles are equal: so no tile of b meets one of c.
+    groups = labels_module._groups(store, np.arange(store.records))
+    protein = data.read.values
+    assert [np.unique(groups[protein == number]).size for number in range(4)] == [1, 1, 1, 1]
+    assert np.unique(groups).size == 3
+    (reads := tmp_path / "r.fa").write_text(">r1\n" + "ATGGCTAAAGGTCTGA" * 6 + "\n>r2\nATGAAAC\n")
+    frames = make_store(reads, "r.zarr", translation=Translation(rule="orf", min_residues=5))
+    of_read = virnuc_dask.open_store(frames.path).read.values
+    groups = labels_module._groups(frames, np.arange(frames.records))
+    assert np.unique(groups[of_read == 0]).size == 1
+    assert (of_read == 0).sum() > 1
+
+
+def test_an_identifier_may_be_a_reads_or_a_proteins(make_store: Maker, tmp_path: Path) -> None:
+    store = make_store(fasta(tmp_path / "a.faa", TILES), tiling=Tiling(8, 7), rows_per_chunk=2)
+    data = virnuc_dask.open_store(store.path)
+    ids, proteins = data.sequence_id.values.tolist(), data.read_id.values
+    names = proteins[data.read.values].tolist()
+    assert ids[1] not in TILES
+    labels = tmp_path / "labels.tsv"
+    labels.write_text(f"identifier\tlabel\na\tx\na\tz\nb\ty\n{ids[1]}\tits own\nnobody\tx\n")
+    known = labels_module._read_labels(labels, store)
+    wanted = {"a": ["x", "z"], "b": ["y"], "c": [], "d": []}
+    for row, name in enumerate(names):
+        found = [known.names[code] for code in known.of(np.array([row]))[1]]
+        assert found == (["its own"] if row == 1 else wanted[name])
+    assert "1 identifier of" in known.note
+    # A protein whose rows all have labels of their own is not one that is missing.
+    lines = "".join(f"{name}\tx\n" for name, of in zip(ids, names, strict=True) if of == "a")
+    labels.write_text(f"b\ty\na\ty\n{lines}")
+    assert not labels_module._read_labels(labels, store).note
 
 
 def test_only_labelled_embedded_rows_take_part(

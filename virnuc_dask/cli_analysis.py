@@ -120,8 +120,9 @@ _refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that
 @click.argument("store")
 @click.argument("out", required=False)
 @_seed
+@click.option("--refit", is_flag=True, help="Learn the lists anew, from the rows there are now.")
 @_workers
-@click.option("--force", is_flag=True, help="Replace an index of another store.")
+@click.option("--force", is_flag=True, help="Replace an index that is damaged or of another store.")
 def index_(store: str, out: str | None, **options: Any) -> None:
     """Build an approximate index of STORE's rows for `nearest --index`, or add what it lacks.
 
@@ -238,7 +239,10 @@ def _show_accuracy(found: LeaveOneOut) -> None:
             f" accuracy {part.accuracy:.1%}"
         )
     if found.copies:
-        print(f"{found.copies:,} rows have copies, which were no neighbours of each other")
+        print(
+            f"{found.copies:,} rows share a sequence, read or protein with others; these were no"
+            " neighbours of each other"
+        )
     if found.unanswered:
         print(f"{found.unanswered:,} rows had no neighbour")
 

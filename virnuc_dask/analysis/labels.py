@@ -19,6 +19,7 @@ from virnuc_dask.analysis.comparable import note_on_lengths
 from virnuc_dask.analysis.neighbours import check_search, search
 from virnuc_dask.analysis.passes import Progress, thread_count
 from virnuc_dask.analysis.rows import embedded_rows, taken
+from virnuc_dask.analysis.samples import joined
 from virnuc_dask.config import Metric
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
@@ -63,7 +64,9 @@ def annotate(
     labels : path
         A text file with lines of an identifier, a tab and a label. Further columns are ignored. An
         identifier on several lines has several labels. A first line whose identifier the reference
-        lacks is taken for a header.
+        lacks is taken for a header. Of translated reads, and of tiles, an identifier may also be
+        that of a read or protein, ``read_id``: its labels are those of all its rows, but for rows
+        whose own identifier is in the file.
     reference : path, optional
         A store of the same weights, layer, pooling and precision, with the rows that the labels
         are of. Default: `store`. A row is no neighbour of itself. Rows without a label or without
@@ -234,9 +237,10 @@ class LeaveOneOut:
     correct : int
         Rows that were given a label that they carry.
     unanswered : int
-        Rows with no neighbour, since all labelled rows have the same sequence.
+        Rows with no neighbour, since no labelled row is outside of their group.
     copies : int
-        Rows whose sequence another labelled row has too; these were no neighbours of each other.
+        Rows whose sequence, read or protein another labelled row has too; these were no neighbours
+        of each other.
     labels : list of LabelAccuracy
         The most frequent first.
     reliable : list of ReliableShare
@@ -301,7 +305,9 @@ def leave_one_out(
     """Annotate each labelled row of a reference by the others, and count how often that is right.
 
     Rows with the same sequence, as far as it was encoded, are no neighbours of each other: a copy
-    has the same embedding and mostly the same label, which says nothing of other proteins. Close
+    has the same embedding and mostly the same label, which says nothing of other proteins. Nor are
+    frames and windows of one read, or tiles of one protein. Rows that are joined through others
+    are one group, as they are where a classifier is measured. Close
     relatives remain, so the accuracy is that of queries that have relatives in the reference as
     close as these have.
 
@@ -389,19 +395,25 @@ def _reliable_share(
 
 
 def _groups(store: Store, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The first of some rows with the same encoded residues, shape (records,); -1 for the rest."""
-    groups = np.full(store.records, -1, np.int64)
-    firsts: dict[bytes, int] = {}
+    """Group of some rows, of one sequence, read or protein, shape (records,); -1 for the rest."""
+    sequences: list[bytes] = []
+    reads = np.full(len(rows), -1)
     chunks, positions = np.unique(rows // store.identity.rows_per_chunk, return_index=True)
     for chunk, part in zip(chunks.tolist(), np.split(rows, positions[1:]), strict=True):
         lengths, residues = store.read_rows(chunk)
         ends = np.cumsum(lengths, dtype=np.int64)
         encoded = store.encoded(lengths)
         start = store.rows(chunk).start
+        if "read" in store.names:
+            here = slice(len(sequences), len(sequences) + len(part))
+            with store.reading("`read`"):
+                reads[here] = np.asarray(store.array("read")[store.rows(chunk)])[part - start]
         for row in part.tolist():
             begin = int(ends[row - start] - lengths[row - start])
             sequence = residues[begin : begin + int(encoded[row - start])].tobytes()
-            groups[row] = firsts.setdefault(blake2b(sequence, digest_size=16).digest(), row)
+            sequences.append(blake2b(sequence, digest_size=16).digest())
+    groups = np.full(store.records, -1, np.int64)
+    groups[rows] = joined(sequences, reads)
     return groups
 
 
@@ -453,11 +465,12 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
     counts = np.zeros(store.records + 1, np.int64)
     codes: list[int] = []
     for first in range(0, store.records, SEQUENCES_PER_CHUNK):
-        with store.reading("`sequence_id`"):
-            ids = store.array("sequence_id")[first : first + SEQUENCES_PER_CHUNK].tolist()
-        for row, name in enumerate(ids, first):
-            if found := wanted.get(name):
-                matched.add(name)
+        ids, read_ids = _identifiers(store, slice(first, first + SEQUENCES_PER_CHUNK))
+        for row, names in enumerate(zip(ids, read_ids, strict=True), first):
+            known = [name for name in names if name in wanted]
+            if known:
+                matched.update(known)
+                found = wanted[known[0]]
                 counts[row + 1] = len(found)
                 codes += found
     if not matched:
@@ -490,6 +503,17 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
     return _Labels(
         list(numbers), np.cumsum(counts), np.array(codes, np.int64), is_labelled, "; ".join(notes)
     )
+
+
+def _identifiers(store: Store, rows: slice) -> tuple[list[str], list[str]]:
+    """Those of rows, and of the reads or proteins that they are of; the former again without."""
+    with store.reading("`sequence_id`"):
+        ids = store.array("sequence_id")[rows].tolist()
+    if "read_id" not in store.names:
+        return ids, ids
+    with store.reading("`read_id`"):
+        numbers, which = np.unique(np.asarray(store.array("read")[rows]), return_inverse=True)
+        return ids, store.array("read_id").oindex[numbers][which].tolist()
 
 
 def read_lines(path: str | Path) -> list[tuple[str, str]]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.approximate import open_index
+from virnuc_dask.analysis.approximate import Index, mean_row, open_index
 from virnuc_dask.analysis.comparable import check_comparable, note_on_lengths, what_must_agree
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
@@ -21,14 +21,13 @@ from virnuc_dask.analysis.passes import (
     blocks,
     check_finite,
     open_pool,
-    sum_rows,
     thread_count,
 )
 from virnuc_dask.analysis.rows import TEXTS, by_chunk, embedded_rows, read_vectors, taken
 from virnuc_dask.config import METRICS, Metric, Status
 from virnuc_dask.errors import UsageError
 from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
-from virnuc_dask.streams import printable
+from virnuc_dask.streams import counted, printable
 
 # All rows are read once for so many queries.
 _QUERIES_AT_ONCE = 4096
@@ -84,7 +83,8 @@ def nearest(
         Another store, of the same weights, layer, pooling and precision.
     index : path, optional
         What `build_index` made of the store: the search is approximate, and quick. For the cosine,
-        centred; the mean is that of the rows when the index was made.
+        centred; the mean is that of the rows when the index was made. Chunks that it lacks are not
+        searched; a note says so.
     workers : int, optional
         Threads, each with one thread of BLAS. Default: one for each core, at most 16.
     progress : callable, optional
@@ -115,7 +115,7 @@ def nearest(
     searched = Store(store)
     source = searched if query_store is None else Store(query_store)
     check_search(searched, source, k, metric)
-    note = note_on_lengths(searched, source)
+    notes = [note_on_lengths(searched, source)]
     threads = thread_count(workers)
     rows, vectors = _queries(source, getattr(query, "values", query), query_store is not None)
     if index is None:
@@ -136,12 +136,28 @@ def nearest(
     else:
         if metric != "cosine" or not centre:
             raise UsageError("an index is for the cosine, centred")
-        found = list(_look_up(searched, source, rows, vectors, k, index, threads))
+        opened = open_index(index)
+        if opened.store != searched.id:
+            raise UsageError(f"{index} is an index of another store than {searched.path}")
+        notes.append(_note_on_chunks(searched, opened))
+        found = list(_look_up(searched, source, rows, vectors, k, opened, threads))
     scores = np.concatenate([scores for scores, _ in found])
     neighbours = np.concatenate([neighbours for _, neighbours in found])
     data = _dataset(searched, source, rows, neighbours, scores, metric, centre)
     data = data.assign_attrs(approximate=int(index is not None))
+    note = "; ".join(note for note in notes if note)
     return data.assign_attrs(note=note) if note else data
+
+
+def _note_on_chunks(searched: Store, index: Index) -> str | None:
+    present = np.flatnonzero(searched.present())
+    lacking = len(np.setdiff1d(present, index.chunks))
+    if not lacking:
+        return None
+    return (
+        f"the index lacks {lacking:,} of {counted(len(present), 'chunk')}; `virnuc-dask index` adds"
+        " what it lacks"
+    )
 
 
 def _look_up(
@@ -150,20 +166,17 @@ def _look_up(
     rows: NDArray[np.int64],
     vectors: NDArray[np.float32] | None,
     k: int,
-    path: str | Path,
+    index: Index,
     threads: int,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
     """As `search`, by an index."""
-    index = open_index(path)
-    if index.store != searched.id:
-        raise UsageError(f"{path} is an index of another store than {searched.path}")
     for start in range(0, len(rows), _QUERIES_AT_ONCE):
         part = rows[start : start + _QUERIES_AT_ONCE]
         if vectors is None:
             of_part = read_vectors(source, part, threads)
         else:
             of_part = vectors[start : start + _QUERIES_AT_ONCE]
-        own = part if source.id == searched.id else np.full(len(part), -2)
+        own = part if source.id == searched.id else np.full(len(part), -1)
         yield index.search(of_part, own, k, threads)
 
 
@@ -511,15 +524,10 @@ def _mean(
     """Mean of all embedded rows, shape (D,); zeros if there is none."""
     key = _mean_key(store, present)
     if key not in _means:
-        total, rows = np.zeros(store.dimension), 0
-        calls = ((group,) for group in pool.grouped(np.flatnonzero(present).tolist()))
-        for part, number in pool.run(sum_rows, calls, count):
-            total += part
-            rows += number
-        check_finite(store, total)
+        mean, _ = mean_row(store, np.flatnonzero(present).tolist(), pool, count)
         while len(_means) >= _MEANS_KEPT:
             del _means[next(iter(_means))]
-        _means[key] = (total / max(rows, 1)).astype(np.float32)
+        _means[key] = mean
     return _means[key]
 
 

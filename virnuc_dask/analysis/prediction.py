@@ -130,9 +130,10 @@ def predict(
         ``score``, ``length``, of translated rows ``read_id``, ``window``, ``frame``, ``start``, and
         ``description``.
     consensus : {'max', 'mean', 'virnucpro'}, optional
-        For a store of translated reads, the table has a line for each read that has a score:
-        ``read_id``, ``read``, its number, ``score``, the maximum or mean over its ``rows``, and of
-        the row with the largest score ``best_row``, ``best_sequence_id`` and ``best_frame``.
+        For a store of translated reads, or of tiles of proteins, the table has a line for each read
+        or protein that has a score: ``read_id``, ``read``, its number, ``score``, the maximum or
+        mean over its ``rows``, and of the row with the largest score ``best_row``,
+        ``best_sequence_id`` and, of translated reads, ``best_frame``.
         ``virnucpro`` is that program's rule: the read is of the first class if the largest
         probability of it, over frames and windows, is at least the largest probability of the
         second. ``score`` and ``other_score`` are the two, ``class`` is the winner's name.
@@ -213,8 +214,11 @@ def _check_table(
             raise UsageError(f"consensus must be one of {', '.join(CONSENSUS)}, not {consensus!r}")
         if out is None:
             raise UsageError("a consensus is for a table; give its name by --out")
-        if not store.identity.translation:
-            raise UsageError(f"{store.path}: rows were not translated from reads; no --consensus")
+        if "read" not in store.names:
+            raise UsageError(
+                f"{store.path}: rows were not translated from reads, and are no tiles; no"
+                " --consensus"
+            )
     if out is not None:
         check_table(out, force=force)
 
@@ -271,6 +275,8 @@ def _write(
     parts = _of_rows(result)
     if consensus is not None:
         types = _READ_TYPES | (_BY_RULE if consensus == "virnucpro" else {})
+        if "frame" not in store.names:
+            del types["best_frame"]
         parts = _of_reads(result, consensus, classifier.classes)
     about = {
         "name": result.name,
@@ -309,7 +315,7 @@ def _of_reads(result: Result, consensus: Consensus, classes: tuple[str, str]) ->
             continue
         with result.store.reading("what is known of rows"):
             known = result.store.read_columns(rows)
-        part = {name: known[name][has_score] for name in _OF_A_READ}
+        part = {name: known[name][has_score] for name in _OF_A_READ if name in known}
         part |= {"row": np.arange(rows.start, rows.stop)[has_score], "score": score[has_score]}
         if carried is not None:
             part = {name: np.concatenate([carried[name], part[name]]) for name in part}
@@ -341,8 +347,9 @@ def _by_read(
         "rows": counts,
         "best_row": part["row"][best],
         "best_sequence_id": part["sequence_id"][best],
-        "best_frame": part["frame"][best],
     }
+    if "frame" in part:
+        columns["best_frame"] = part["frame"][best]
     if consensus == "virnucpro":
         other = 1 - np.minimum.reduceat(score.astype(np.float64), firsts)
         columns["other_score"] = other.astype(np.float32)

@@ -36,7 +36,8 @@ class Sample:
     sequence : list of bytes
         Digest of the residues that were encoded: equal for rows that must have equal embeddings.
     read : ndarray, int64, shape (n,)
-        Number of the read that a row was translated from; -1 where rows are proteins.
+        Number of the read that a row was translated from, or of the protein that it is a tile of;
+        -1 where rows are proteins.
     """
 
     embedded: int
@@ -171,12 +172,24 @@ def _read_chunk(store: Store, chunk: int, which: NDArray[np.int64]) -> Sample:
 
 
 def groups_of(sample: Sample) -> NDArray[np.int64]:
+    """Group of each row of a sample, as of `joined`."""
+    return joined(sample.sequence, sample.read)
+
+
+def joined(sequences: list[bytes], reads: NDArray[np.int64]) -> NDArray[np.int64]:
     """Group of each row, shape (n,): rows of one sequence, or of one read, are in one group.
 
     Groups are joined through rows that share a sequence with one and a read with another; each is
     named by its first row.
+
+    Parameters
+    ----------
+    sequences : list of bytes
+        Digest of the residues of each row.
+    reads : ndarray, int64, shape (n,)
+        Number of the read, or of the protein that a row is a tile of; -1 where rows are proteins.
     """
-    parent = list(range(len(sample.sequence)))
+    parent = list(range(len(sequences)))
 
     def root(row: int) -> int:
         while parent[row] != row:
@@ -185,7 +198,7 @@ def groups_of(sample: Sample) -> NDArray[np.int64]:
         return row
 
     first: dict[bytes | int, int] = {}
-    for row, keys in enumerate(zip(sample.sequence, sample.read.tolist(), strict=True)):
+    for row, keys in enumerate(zip(sequences, reads.tolist(), strict=True)):
         for key in keys:
             if key != -1:
                 low, high = sorted((root(row), root(first.setdefault(key, row))))
