@@ -113,7 +113,7 @@ def measure_map(folder: Path, rows: int, dimension: int) -> None:
     """A PCA of all rows; again, when nothing is left to do; and a drawing."""
     path = _embedded(folder, rows, dimension)
     with timed("make_map, PCA"):
-        virnuc_dask.make_map(path, force=True, refit=True)
+        virnuc_dask.make_map(path, replace=True, refit=True)
     with timed("make_map again"):
         assert virnuc_dask.make_map(path).computed_chunks == 0
     with TemporaryDirectory() as drawings, timed("draw_map, HTML of 20,000 rows"):
@@ -138,7 +138,7 @@ def measure_cluster(folder: Path, rows: int, dimension: int) -> None:
     """Eight clusters of all rows, and again."""
     path = _embedded(folder, rows, dimension)
     with timed("make_clusters"):
-        virnuc_dask.make_clusters(path, force=True, refit=True)
+        virnuc_dask.make_clusters(path, replace=True, refit=True)
     with timed("make_clusters again"):
         assert virnuc_dask.make_clusters(path).computed_chunks == 0
 

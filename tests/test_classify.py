@@ -407,7 +407,10 @@ def test_another_classifier_of_the_name_is_refused(
     with pytest.raises(UsageError, match=r"`score_virus` is there and was computed otherwise"):
         virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops")
     assert tree(viral.path) == before
-    virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops", force=True)
+    with pytest.raises(UsageError, match="was computed otherwise"):
+        virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops", force=True)
+    assert tree(viral.path) == before
+    virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops", replace=True)
     about = open_result(viral, "score_virus").about
     assert about["classifier"] == load_classifier(tmp_path / "b" / "virus.skops").digest()
     # The same classifier elsewhere, and trained again, is no other.
@@ -768,6 +771,12 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     assert done.stderr == f"comment: {RANDOM_WEIGHTS}\n"
     assert done.stdout.startswith("score_virus: 130 rows scored, ")
     assert done.stdout.endswith(f"5 chunks computed\n130 lines in {table}\n")
+    virnuc_dask.train(viral.path, other.path, file, random_state=3, force=True)
+    again = ("predict", viral.path, "--classifier", file, "--out", table)
+    for one, problem in (("--force", "computed otherwise"), ("--replace", "t.tsv exists")):
+        done = invoke(*again, one)
+        assert (done.exit_code, problem in done.stderr) == (2, True)
+    assert invoke(*again, "--force", "--replace").exit_code == 0
     done = invoke("predict", viral.path, "--classifier", tmp_path / "no.skops")
     assert (done.exit_code, done.stdout) == (2, "")
     assert "no.skops: cannot be read" in done.stderr

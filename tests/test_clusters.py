@@ -130,7 +130,7 @@ def test_rows_that_come_later_get_the_same_centres(make_store: Maker) -> None:
     assert tree(store.path) == after
     with pytest.raises(UsageError, match=r"other settings \(n_clusters\)"):
         virnuc_dask.make_clusters(store.path, n_clusters=5)
-    assert virnuc_dask.make_clusters(store.path, n_clusters=5, force=True).note is None
+    assert virnuc_dask.make_clusters(store.path, n_clusters=5, replace=True).note is None
 
 
 def test_what_makes_no_sense_is_refused(make_store: Maker, awkward: Path) -> None:
@@ -178,7 +178,13 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     for wrong in (("--out", "c.parquet"), ("--n-clusters", 4), ("--out", "c.txt")):
         done = cli("cluster", store.path, "--n-clusters", 3, *wrong)
         assert (done.returncode, done.stdout) == (2, "")
-    assert (
-        cli("cluster", store.path, "--n-clusters", 4, "--force", "--out", "c.tsv").returncode == 0
-    )
+    four = ("cluster", store.path, "--n-clusters", 4, "--out", "c.tsv")
+    (tmp_path / "c.tsv").write_text("mine")
+    before = tree(store.path)
+    # Each of the two is about one thing: the file, or what the store keeps.
+    for one, problem in (("--force", "other settings"), ("--replace", "c.tsv exists")):
+        done = cli(*four, one)
+        assert (done.returncode, problem in done.stderr) == (2, True), done.stderr
+    assert (tree(store.path), (tmp_path / "c.tsv").read_text()) == (before, "mine")
+    assert cli(*four, "--force", "--replace").returncode == 0
     assert len((tmp_path / "c.tsv").read_text().splitlines()) == 5

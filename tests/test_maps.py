@@ -438,6 +438,10 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     assert tree(tmp_path) == before
     done = cli("map", store.path, "--out", "map.png", "--force")
     assert done.returncode == 0, done.stderr
+    other = ("map", store.path, "--method", "umap", "--name", "pca", "--sample", 50)
+    done = cli(*other, "--out", "map.png", "--force")
+    assert (done.returncode, "other settings" in done.stderr) == (2, True)
+    assert cli(*other, "--replace").returncode == 0
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 

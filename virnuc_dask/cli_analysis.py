@@ -271,10 +271,9 @@ def _show_accuracy(found: LeaveOneOut) -> None:
 )
 @_refit
 @click.option(
-    "--force",
-    is_flag=True,
-    help="Replace OUT and PNG, and a map of this name that was made with other settings.",
+    "--replace", is_flag=True, help="Replace the map of this name that was made with other settings."
 )
+@click.option("--force", is_flag=True, help="Replace OUT and PNG, once the new ones are whole.")
 @_workers
 def map_(
     store: str,
@@ -303,7 +302,7 @@ def map_(
     if drawings:
         check_colour(Store(store), colour)
     progress = chunk_counter("mapped", "chunks")
-    made = make_map(store, force=force, random_state=random_state, progress=progress, **options)
+    made = make_map(store, random_state=random_state, progress=progress, **options)
     _say_doubts([made.note] if made.note else [], made.comment)
     ratio = made.explained_variance_ratio
     explained = (
@@ -347,10 +346,11 @@ def map_(
 )
 @_refit
 @click.option(
-    "--force",
+    "--replace",
     is_flag=True,
-    help="Replace OUT, and clusters of this name that were made with other settings.",
+    help="Replace the clusters of this name that were made with other settings.",
 )
+@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
 @_workers
 def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: Any) -> None:
     """Find clusters of rows of STORE that are alike, by k-means.
@@ -365,7 +365,7 @@ def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: A
     if out:
         check_table(out, force=force)
     progress = chunk_counter("read", "chunks")
-    found = make_clusters(store, force=force, progress=progress, **options)
+    found = make_clusters(store, progress=progress, **options)
     _say_doubts([found.note] if found.note else [], found.comment)
     print(
         f"{found.name} in {store}, fitted to {found.fitted_rows:,} rows; silhouette"
@@ -448,8 +448,9 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
 )
 @_workers
 @click.option(
-    "--force", is_flag=True, help="Replace scores of another classifier of this name, and OUT."
+    "--replace", is_flag=True, help="Replace the scores of this name that are by another classifier."
 )
+@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
 def predict(store: str, as_json: bool, **options: Any) -> None:
     """Score the rows of STORE by a classifier, into its array `score_NAME`.

@@ -117,7 +117,7 @@ def make_clusters(
     n_clusters: int = 8,
     metric: Metric = "cosine",
     random_state: int = 0,
-    force: bool = False,
+    replace: bool = False,
     refit: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -146,7 +146,7 @@ def make_clusters(
     n_clusters : int
     metric : {'cosine', 'euclidean'}
     random_state : int
-    force : bool
+    replace : bool
         Replace clusters of this name that were made with other settings.
     refit : bool
         Fit again, to the rows that are there now, and replace the clusters.
@@ -186,7 +186,7 @@ def make_clusters(
     if n_clusters > most:
         raise UsageError(f"{opened.path}: at most {most:,} clusters of {opened.dimension} features")
     settings = {"n_clusters": n_clusters, "metric": metric, "random_state": random_state}
-    about = find_fit(opened, "cluster", name, settings, force=force, refit=refit)
+    about = find_fit(opened, "cluster", name, settings, force=replace, refit=refit)
     if about is None:
         about = settings | _fit(opened, settings, threads, client, progress)
     labeller = _labeller(opened, about)

@@ -88,7 +88,7 @@ def make_map(
     method: Method = "pca",
     sample: int | None = None,
     random_state: int = 0,
-    force: bool = False,
+    replace: bool = False,
     refit: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -120,7 +120,7 @@ def make_map(
         Rows that UMAP is fitted to. Default: 10,000.
     random_state : int
         Of UMAP and its sample. PCA is not random.
-    force : bool
+    replace : bool
         Replace a map of this name that was made with other settings.
     refit : bool
         Fit again, to the rows that are there now, and replace the map.
@@ -153,7 +153,7 @@ def make_map(
     name = method if name is None else name
     threads = thread_count(workers)
     opened = Store(store)
-    about = find_fit(opened, "map", name, settings, force=force, refit=refit)
+    about = find_fit(opened, "map", name, settings, force=replace, refit=refit)
     if method == "umap":
         client = None
     transform: Any = None

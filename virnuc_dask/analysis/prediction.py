@@ -104,6 +104,7 @@ def predict(
     out: str | Path | None = None,
     consensus: Consensus | None = None,
     guard: bool = True,
+    replace: bool = False,
     force: bool = False,
     workers: int | None = None,
     progress: Progress | None = None,
@@ -139,8 +140,10 @@ def predict(
         second. ``score`` and ``other_score`` are the two, ``class`` is the winner's name.
     guard : bool
         In TSV, put an apostrophe before a name that a spreadsheet would compute.
+    replace : bool
+        Replace a result of this name that another classifier computed.
     force : bool
-        Replace a result of this name that another classifier computed, and a file that is there.
+        Replace `out`, if it is there.
     workers : int, optional
         Threads. Default: one for each core, at most 16.
     progress : callable, optional
@@ -173,7 +176,7 @@ def predict(
     _check_table(opened, out, consensus, force)
     about = {name: found.about[name] for name in ("kind", "classes")}
     about |= {"classifier": found.digest()}
-    result = keep_result(opened, "score", name or _name_of(classifier), about, replace=force)
+    result = keep_result(opened, "score", name or _name_of(classifier), about, replace=replace)
     computed = fill(result, found, workers=threads, client=client, progress=progress)
     scored, first = _counts(result)
     done = opened.rows_in(np.flatnonzero(result.present()))
