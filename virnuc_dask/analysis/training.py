@@ -32,8 +32,9 @@ _HIDDEN_UNITS = 512
 # The inverse strength of the penalty, scikit-learn's C.
 _INVERSE_PENALTY = 0.1
 _MOST_ITERATIONS = 1000
-# Fewer rows have none to spare for deciding when to stop.
+# Fewer rows have none to spare for deciding when to stop. A tenth is, of each class.
 _LEAST_FOR_EARLY_STOPPING = 200
+_LEAST_OF_A_CLASS = 10
 _KINDS = {"logistic": "logistic regression", "mlp": "a perceptron with a hidden layer of 512"}
 
 
@@ -210,7 +211,8 @@ def train(
     Features are standardised. ``logistic`` is a logistic regression with an L2 penalty (C=0.1:
     with scikit-learn's 1, classifiers of a few hundred proteins were too sure of themselves).
     ``mlp`` has one hidden layer of 512 units, as VirNucPro's; scikit-learn has no dropout and no
-    batch normalisation, so training stops when a tenth of the training rows gets no better.
+    batch normalisation, so training stops when a tenth of the training rows gets no better,
+    or, if there are fewer than 200 or a class has fewer than 10, when their loss does.
     Probabilities hold for the classes' shares in the training rows.
 
     Memory: about four times the sampled embeddings in float32: 4 GB for D = 1,280 by default.
@@ -431,7 +433,9 @@ def _fit(
     parts = np.split(is_test, [len(features[0])])
     training = np.concatenate([x[~part] for x, part in zip(features, parts, strict=True)])
     testing = np.concatenate([x[part] for x, part in zip(features, parts, strict=True)])
-    pipeline = new_pipeline(kind, len(training), random_state)
+    fewest = min(int((~part).sum()) for part in parts)
+    is_early = len(training) >= _LEAST_FOR_EARLY_STOPPING and fewest >= _LEAST_OF_A_CLASS
+    pipeline = new_pipeline(kind, random_state, early_stopping=is_early)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         pipeline.fit(training, is_first[~is_test])
@@ -441,8 +445,8 @@ def _fit(
     return pipeline, measure(is_first[is_test], scores)
 
 
-def new_pipeline(kind: ClassifierKind, rows: int, random_state: int) -> Any:
-    """A classifier that has learned nothing yet, for so many training rows."""
+def new_pipeline(kind: ClassifierKind, random_state: int, *, early_stopping: bool) -> Any:
+    """A classifier that has learned nothing yet."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
@@ -454,7 +458,7 @@ def new_pipeline(kind: ClassifierKind, rows: int, random_state: int) -> Any:
         else MLPClassifier(
             (_HIDDEN_UNITS,),
             max_iter=_MOST_ITERATIONS,
-            early_stopping=rows >= _LEAST_FOR_EARLY_STOPPING,
+            early_stopping=early_stopping,
             random_state=random_state,
         )
     )
