@@ -27,7 +27,7 @@ from virnuc_dask.analysis import report as report_module
 from virnuc_dask.analysis.passes import fill
 from virnuc_dask.errors import UsageError
 from virnuc_dask.places import place_of
-from virnuc_dask.results import keep_result
+from virnuc_dask.results import keep_result, open_result
 from virnuc_dask.store import Store
 
 HOSTILE = [
@@ -276,9 +276,42 @@ def test_telemetry(make_store: Maker, tmp_path: Path) -> None:
         assert said in page.text
     empty = tmp_path / "empty"
     empty.write_text("")
-    for missing in (empty, tmp_path / "none"):
-        page = written(store, telemetry=missing, force=True)
-        assert "residues a second" not in page.text
+    assert "residues a second" not in written(store, telemetry=empty, force=True).text
+
+
+def test_telemetry_that_cannot_be_read_is_said(
+    make_store: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(VIRAL_PROTEINS)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.jsonl").write_text("")
+    written(store, telemetry="~/mine.jsonl")
+    for wrong in ("~/typo.jsonl", tmp_path):
+        with pytest.raises(UsageError, match="telemetry cannot be read"):
+            written(store, "no.html", telemetry=wrong)
+    usual = tmp_path / f"{store.path.name}.telemetry.jsonl"
+    written(store, "without.html")
+    usual.mkdir()
+    with pytest.raises(UsageError, match=r"telemetry\.jsonl: this telemetry cannot be read"):
+        written(store, "no.html")
+    assert not (tmp_path / "no.html").exists()
+
+
+def test_the_map_that_has_most_is_shown(make_store: Maker) -> None:
+    store = make_store(VIRAL_PROTEINS, tiling=virnuc_dask.Tiling(400, 300))
+    keep_result(store, "map", "a", {"none": 1})
+    page = written(store)
+    assert "embedded rows, by PCA" in page.text
+    assert f"Tiling {store.identity.tiling}" in page.text
+    virnuc_dask.make_map(store.path, "b")
+    virnuc_dask.make_map(store.path, "c")
+    open_result(store, "map_b").remove_chunk(2)
+    page = written(store, force=True)
+    assert "by the result map_c" in page.text
+    assert "method pca" in page.text
+    about = open_result(store, "map_c").about
+    for name in ("mean", "axes"):
+        assert about[name][:20] not in page.html
 
 
 def test_what_cannot_be_written_is_said_first(make_store: Maker, tmp_path: Path, cli: Cli) -> None:

@@ -20,6 +20,8 @@ from virnuc_dask.analysis.outputs import check_out, whole_file
 from virnuc_dask.analysis.passes import as_float32, check_finite
 from virnuc_dask.analysis.rows import taken
 from virnuc_dask.config import Status
+from virnuc_dask.errors import UsageError
+from virnuc_dask.files import expanded
 from virnuc_dask.results import Result, open_result, result_names
 from virnuc_dask.store import RESIDUES_PER_STORED_CHUNK, Store, is_embedded
 from virnuc_dask.streams import duration, printable
@@ -86,7 +88,8 @@ def report(
     Raises
     ------
     UsageError
-        `out` is there already or is no ``.html`` file, or `query` is no embedded row.
+        `out` is there already or is no ``.html`` file, `query` is no embedded row, or `telemetry`
+        cannot be read.
     StoreError
         A chunk is damaged.
     NotAStoreError
@@ -113,8 +116,9 @@ def report(
 def _facts(
     store: Store, query: str | None, telemetry: str | Path | None, random: np.random.Generator
 ) -> dict[str, Any]:
-    # First, for an identifier that is unknown is to be said at once.
+    # First, for an identifier or a file that is not there is to be said at once.
     neighbours = _neighbours(store, query) if query else None
+    speed = _telemetry(store, telemetry)
     present = store.present()
     lengths = store.lengths()
     states = row_states(store.path)
@@ -135,7 +139,7 @@ def _facts(
         "lengths": _length_chart(lengths, store.identity.max_residues),
         "length_facts": _length_facts(lengths),
         "composition": _composition(store),
-        "telemetry": _telemetry(store, telemetry),
+        "telemetry": speed,
         "quarantine": quarantine,
         "quarantined": list(islice(quarantined(store.path), _LISTED)) if quarantine else [],
         "map": _map(store, present, random),
@@ -159,6 +163,8 @@ def _about(store: Store) -> Iterator[tuple[str, str]]:
     yield "Long sequences", f"{identity.long}, over {identity.max_residues:,} residues"
     if identity.translation:
         yield "Translation", str(identity.translation)
+    if identity.tiling:
+        yield "Tiling", str(identity.tiling)
     files = store.files or [str(name) for name in provenance.get("inputs", [])]
     yield "Input", ", ".join(files)
     yield "SHA-256 of the input", identity.input_sha256
@@ -286,6 +292,7 @@ _PHASES = {
 
 def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
     """What the runs took, of the lines that can be read; None where there are none."""
+    is_given = path is not None
     if path is None:
         if "://" in str(store.path):
             return None
@@ -294,7 +301,7 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
     phases = dict.fromkeys(_PHASES, 0.0)
     memory, runs, lost = 0.0, set(), 0
     try:
-        with open(path, encoding="utf-8", errors="replace") as file:
+        with open(expanded(path), encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     event = json.loads(line)
@@ -312,8 +319,12 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
                 ends.append((end, numbers[0], numbers[1]))
                 for name, seconds in zip(_PHASES, numbers[2:], strict=True):
                     phases[name] += seconds
-    except OSError:
-        return None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not is_given:
+            return None
+        raise UsageError(
+            f"{path}: this telemetry cannot be read: {error.strerror or error}"
+        ) from error
     if not ends:
         return None
     times, rows, residues = np.array(sorted(ends)).T
@@ -358,24 +369,33 @@ def _cumulative(times: NDArray[np.float64], rows: NDArray[np.float64]) -> dict[s
 _UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
+# Of a fit, for programs.
+_NUMBERS = ("mean", "axes", "origin", "centres", "sampled_rows")
+
+
 # --- the map -------------------------------------------------------------------------------------
 
 
 def _map(
     store: Store, present: NDArray[np.bool_], random: np.random.Generator
 ) -> dict[str, Any] | None:
-    """Points of a sample: of a result, if there is one, or of a PCA."""
-    names = [name for name in result_names(store) if name.startswith("map_")]
-    result = open_result(store, names[0]) if names else None
+    """Points of a sample: of the result that has most, if there is one, or of a PCA."""
+    results = [open_result(store, name) for name in result_names(store) if name[:4] == "map_"]
+    # The first of those that have most chunks, if any has one.
+    counts = [int((present & each.present()).sum()) for each in results]
+    most = max(counts, default=0)
+    result = results[counts.index(most)] if most else None
     if result:
         present = present & result.present()
     rows, values = _sample(store, np.flatnonzero(present), random, result)
     if len(rows) < 3:
         return None
-    facts: dict[str, Any] = {"method": f"the result {names[0]}" if names else "PCA"}
+    facts: dict[str, Any] = {"method": f"the result {result.name}" if result else "PCA"}
     if result:
         points = values.astype(np.float64)
-        facts["about"] = [(key, str(value)) for key, value in result.about.items()]
+        facts["about"] = [
+            (key, str(value)) for key, value in result.about.items() if key not in _NUMBERS
+        ]
         facts["axes"] = ("first axis", "second axis")
     else:
         points, explained = _principal(values)
