@@ -11,6 +11,7 @@ import pickle
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 from dataclasses import replace
@@ -23,7 +24,7 @@ import pandas as pd
 import pytest
 import skops.io
 from click.testing import CliRunner
-from conftest import VIRAL_PROTEINS, Maker, command, tree
+from conftest import ROOT, VIRAL_PROTEINS, Maker, command, tree
 from models import Malicious
 from numpy.typing import NDArray
 from pyarrow import parquet
@@ -288,6 +289,33 @@ def test_the_same_again_is_the_same_classifier(viral: Store, other: Store, tmp_p
     assert digests[0] == digests[1]
     assert digests[3] == digests[4]
     assert len(set(digests)) == 3
+
+
+def test_a_digest_is_of_parameters_too(viral: Store, other: Store, tmp_path: Path) -> None:
+    out = tmp_path / "mlp.skops"
+    virnuc_dask.train(viral.path, other.path, out, kind="mlp")
+    classifier = load_classifier(out)
+    digest = classifier.digest()
+    for step, how in ((1, {"activation": "tanh"}), (0, {"with_mean": False})):
+        save_classifier(classifier, tmp_path / f"{step}.skops")
+        changed = load_classifier(tmp_path / f"{step}.skops")
+        assert changed.digest() == digest
+        changed.pipeline.steps[step][1].set_params(**how)
+        assert changed.digest() != digest
+
+
+def test_a_class_of_one_training_row(make_store: Maker, viral: Store, tmp_path: Path) -> None:
+    """Early stopping would take a share of each class, and there is none of one row."""
+    many = make_store(proteins(tmp_path / "m.faa", 270, "DDD", 4), "many.zarr")
+    few = make_store(proteins(tmp_path / "f.faa", 2, "KKK", 5), "few.zarr")
+    report = virnuc_dask.train(few.path, many.path, tmp_path / "few.skops", kind="mlp")
+    assert [each.training for each in report.classes] == [1, 202]
+    virnuc_dask.train(viral.path, many.path, tmp_path / "enough.skops", kind="mlp")
+    stops = [
+        load_classifier(tmp_path / f"{name}.skops").pipeline[-1].early_stopping
+        for name in ("few", "enough")
+    ]
+    assert stops == [False, True]
 
 
 def test_a_cluster_reads_and_scores_the_same(
@@ -566,23 +594,45 @@ def test_virnucpros_rule_by_hand() -> None:
 # --- kills ---
 
 
+# Waits for its end once 20 chunks are there.
+WAITS = """
+import sys, time
+from virnuc_dask.cli import main
+from virnuc_dask.results import Result
+
+write, chunks = Result.write, []
+
+def some(self, chunk, values):
+    if len(chunks) == 20:
+        time.sleep(600)
+    write(self, chunk, values)
+    chunks.append(chunk)
+
+Result.write = some
+main(sys.argv[1:])
+"""
+
+
 def test_predict_is_killed_and_goes_on(make_store: Maker, trained: Path, tmp_path: Path) -> None:
     store = make_store(VIRAL_PROTEINS, "killed.zarr", rows_per_chunk=1)
     shutil.copytree(store.path, whole := tmp_path / "whole.zarr")
     arguments = ("--classifier", trained, "--workers", 1)
     process = subprocess.Popen(
-        command("predict", store.path, *arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", WAITS, "predict", str(store.path), *map(str, arguments)],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     folder = store.path / "score_virus"
     deadline = time.monotonic() + 120
     while sum(file.name[2:].isdigit() for file in folder.glob("c.*")) < 20:
+        assert process.poll() is None
         assert time.monotonic() < deadline
-        time.sleep(0.001)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+        time.sleep(0.02)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
     present = open_result(store, "score_virus").present()
-    assert 20 <= present.sum() < 300
+    assert present.sum() == 20
     before = {f"c.{chunk}": tree(folder)[f"c.{chunk}"] for chunk in np.flatnonzero(present)}
     again = subprocess.run(
         command("predict", store.path, *arguments, "--json"), capture_output=True, check=True
@@ -697,6 +747,57 @@ def test_a_classifier_that_was_tampered_with(
             after.writestr(name, content)
     with pytest.raises(UsageError, match="types that are not trusted, and was not loaded"):
         load_classifier(changed)
+
+
+def an_array(shape: str, kind: str = "<f8") -> bytes:
+    """An array that says it has a shape, and holds three numbers."""
+    header = f"{{'descr': '{kind}', 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(24)
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        an_array("(1125899906842624,)"),
+        an_array("(4,)"),
+        an_array("(2,)"),
+        an_array("(-1, -3)"),
+        an_array("(3,)", "|O"),
+        an_array("(1099511627776,)", "|V0"),
+        b"PK\x05\x06" + bytes(18),
+        b"",
+    ],
+)
+def test_an_array_that_is_not_what_it_says(array: bytes, trained: Path, tmp_path: Path) -> None:
+    changed = tmp_path / "changed.skops"
+    with zipfile.ZipFile(trained) as before, zipfile.ZipFile(changed, "w") as after:
+        names = before.namelist()
+        for name in names:
+            after.writestr(name, array if name == names[0] else before.read(name))
+    with pytest.raises(UsageError, match="not a classifier"):
+        load_classifier(changed)
+
+
+def test_what_is_loaded_was_checked(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file may be replaced between a look at it and the next: there is one only."""
+    reads, read = [], Path.read_bytes
+
+    def once(path: Path) -> bytes:
+        reads.append(path)
+        content = read(path)
+        path.unlink()
+        return content
+
+    monkeypatch.setattr(Path, "read_bytes", once)
+    assert load_classifier(trained).classes == ("viral", "other")
+    assert reads == [trained]
+
+    def all_memory(_: Path) -> bytes:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "read_bytes", all_memory)
+    with pytest.raises(UsageError, match="MemoryError"):
+        load_classifier(trained)
 
 
 def test_files_that_are_damaged_or_something_else(

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
+import lzma
+import math
 import warnings
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
@@ -43,10 +47,12 @@ _LOADERS = {
 }
 # Of arrays, unpacked: a hundred times a perceptron on embeddings of 5,120 features.
 _MOST_BYTES = 2**32
+_SCHEMA = "schema.json"
 # What skops, zipfile and NumPy raise of a file that is damaged, or something else.
 _DAMAGED = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError),
     *(AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, ImportError),
+    *(MemoryError, zlib.error, lzma.LZMAError),
 )
 
 
@@ -85,8 +91,9 @@ class Classifier:
         found = sha256(json.dumps([self.about[name] for name in _DECISIVE]).encode())
         for _, step in self.pipeline.steps:
             for name, value in sorted(vars(step).items()):
-                # What was learned, by scikit-learn's convention.
-                if name.endswith("_"):
+                # Parameters, as of `get_params`, and what was learned. By scikit-learn's
+                # convention all others, which are of no matter for scores, begin with _.
+                if not name.startswith("_"):
                     found.update(name.encode())
                     for part in value if isinstance(value, list) else [value]:
                         is_array = isinstance(part, np.ndarray | np.generic)
@@ -116,26 +123,28 @@ def load_classifier(path: str | Path) -> Classifier:
     """Read a classifier. Nothing that the file holds is run.
 
     Its list of objects is read first, and refused if it names any type, or way of building one,
-    that a classifier does not need.
+    that a classifier does not need; so is an array that says it has more values than are there.
 
     Raises
     ------
     UsageError
         There is no such file, it holds something else, or types that are not trusted.
     """
-    file = Path(expanded(path))
     try:
-        with zipfile.ZipFile(file) as archive:
+        # Once: what is loaded is what was checked, whatever becomes of the file.
+        content = Path(expanded(path)).read_bytes()
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             if size > _MOST_BYTES:
                 raise UsageError(f"{path}: {size:,} bytes unpacked are too many for a classifier")
-            strange = sorted(set(_strangers(json.loads(archive.read("schema.json")))))
-        if strange:
-            raise UsageError(
-                f"{path}: has types that are not trusted, and was not loaded:"
-                f" {', '.join(name[:80] for name in strange[:5])!r}"
-            )
-        return _checked(file)
+            strange = sorted(set(_strangers(json.loads(archive.read(_SCHEMA)))))
+            if strange:
+                raise UsageError(
+                    f"{path}: has types that are not trusted, and was not loaded:"
+                    f" {', '.join(name[:80] for name in strange[:5])!r}"
+                )
+            _check_arrays(archive)
+        return _checked(content)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _DAMAGED as error:
@@ -160,13 +169,35 @@ def _strangers(node: Any) -> Iterator[str]:
             yield from _strangers(each)
 
 
-def _checked(file: Path) -> Classifier:
+def _check_arrays(archive: zipfile.ZipFile) -> None:
+    """Make sure that all else in a file is arrays of numbers, each as large as it says it is.
+
+    NumPy takes memory by an array's header, before it reads a value.
+
+    Raises
+    ------
+    ValueError
+        And what zipfile and NumPy raise of what is damaged.
+    """
+    for entry in archive.infolist():
+        if entry.filename == _SCHEMA:
+            continue
+        with archive.open(entry) as file:
+            if np.lib.format.read_magic(file) != (1, 0):
+                raise ValueError("an array of another format")
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            size = file.tell() + math.prod(shape) * dtype.itemsize
+        if dtype.kind not in "fiub" or min(shape, default=0) < 0 or size != entry.file_size:
+            raise ValueError(f"an array of {str(dtype)[:20]}, {str(shape)[:80]}, that it has not")
+
+
+def _checked(content: bytes) -> Classifier:
     from skops.io import loads
 
     with warnings.catch_warnings():
         # Another version of scikit-learn: `version_note` says so.
         warnings.simplefilter("ignore")
-        found = loads(file.read_bytes(), trusted=sorted(_TRUSTED))
+        found = loads(content, trusted=sorted(_TRUSTED))
     about = json.loads(found["about"])
     if about.pop("format") != FORMAT:
         raise ValueError("of another version of this program")
