@@ -321,7 +321,7 @@ def _digest(row: NDArray[np.float32]) -> bytes:
 def _fit_umap(store: Store, settings: dict[str, Any], threads: int) -> tuple[dict[str, Any], _Umap]:
     """What is kept of a fit, the rows of its sample; and the fit."""
     present = store.present()
-    rows = random_rows(store, present, settings["sample"], settings["random_state"])
+    rows, _ = random_rows(store, present, settings["sample"], settings["random_state"])
     about = settings | {
         "rows": len(rows),
         "chunks": int(present.sum()),

@@ -125,7 +125,7 @@ def draw_points(
     check_colour(store, colour)
     result = open_result(store, f"map_{name}")
     present = store.present() & result.present()
-    rows = random_rows(store, present, points, random_state)
+    rows, is_sample = random_rows(store, present, points, random_state)
     if not len(rows):
         raise UsageError(
             f"{store.path}: `{result.name}` has no row yet; `virnuc-dask map` makes it"
@@ -137,7 +137,7 @@ def draw_points(
     }
     return Points(
         _title(store, result),
-        _subtitle(store, len(rows), present, points),
+        _subtitle(store, len(rows), present, is_sample),
         store.model.comment().get("comment"),
         _axes(result),
         _of_result(result, rows),
@@ -156,9 +156,9 @@ def _title(store: Store, result: Result) -> str:
     return f"{method} of {name}: {printable(model, _LONGEST_TEXT)}, {how}"
 
 
-def _subtitle(store: Store, drawn: int, present: NDArray[np.bool_], points: int) -> str:
+def _subtitle(store: Store, drawn: int, present: NDArray[np.bool_], is_sample: bool) -> str:
     said = f"all {drawn:,} embedded rows"
-    if drawn == points:
+    if is_sample:
         rows = store.rows_in(np.flatnonzero(present))
         said = f"{drawn:,} of {rows:,} rows, drawn at random"
     missing = int((~present).sum())

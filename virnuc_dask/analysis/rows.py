@@ -34,8 +34,8 @@ def embedded_rows(store: Store, chunks: Iterable[int] | None = None) -> NDArray[
 
 def random_rows(
     store: Store, present: NDArray[np.bool_], count: int, random_state: int
-) -> NDArray[np.int64]:
-    """Embedded rows, drawn at random without replacement, in their order.
+) -> tuple[NDArray[np.int64], bool]:
+    """Embedded rows, all or drawn at random without replacement, in their order.
 
     Where more than 512 chunks are present, 512 of them are drawn first, so that a small sample of a
     large store does not read all of it. Each row is as likely as any other to be drawn.
@@ -51,16 +51,20 @@ def random_rows(
 
     Returns
     -------
-    ndarray, int64, shape (n,)
+    rows : ndarray, int64, shape (n,)
+    is_sample : bool
+        Whether there may be others, which were not drawn.
     """
     random = np.random.default_rng(random_state)
     chunks = np.flatnonzero(present)
-    if len(chunks) > _CHUNKS_OF_A_SAMPLE:
+    is_sample = len(chunks) > _CHUNKS_OF_A_SAMPLE
+    if is_sample:
         chunks = np.sort(random.choice(chunks, _CHUNKS_OF_A_SAMPLE, replace=False))
     rows = embedded_rows(store, chunks.tolist())
     if len(rows) > count:
+        is_sample = True
         rows = np.sort(random.choice(rows, count, replace=False))
-    return rows
+    return rows, is_sample
 
 
 def read_vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray[np.float32]:
