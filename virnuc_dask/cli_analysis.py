@@ -271,7 +271,9 @@ def _show_accuracy(found: LeaveOneOut) -> None:
 )
 @_refit
 @click.option(
-    "--replace", is_flag=True, help="Replace the map of this name that was made with other settings."
+    "--replace",
+    is_flag=True,
+    help="Replace the map of this name that was made with other settings.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT and PNG, once the new ones are whole.")
 @_workers
@@ -448,7 +450,9 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
 )
 @_workers
 @click.option(
-    "--replace", is_flag=True, help="Replace the scores of this name that are by another classifier."
+    "--replace",
+    is_flag=True,
+    help="Replace the scores of this name that are by another classifier.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")

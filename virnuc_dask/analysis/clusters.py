@@ -14,7 +14,6 @@ from virnuc_dask.analysis.fits import (
     Space,
     check_seed,
     find_fit,
-    keep_fit,
     note_of,
     packed,
     unpacked,
@@ -34,6 +33,7 @@ from virnuc_dask.analysis.rows import random_rows, read_vectors, taken
 from virnuc_dask.analysis.tables import write_rows
 from virnuc_dask.config import METRICS, Metric
 from virnuc_dask.errors import UsageError
+from virnuc_dask.results import keep_result
 from virnuc_dask.store import Store
 
 _SAMPLE_ROWS = 10_000
@@ -186,11 +186,11 @@ def make_clusters(
     if n_clusters > most:
         raise UsageError(f"{opened.path}: at most {most:,} clusters of {opened.dimension} features")
     settings = {"n_clusters": n_clusters, "metric": metric, "random_state": random_state}
-    about = find_fit(opened, "cluster", name, settings, force=replace, refit=refit)
+    about, other = find_fit(opened, "cluster", name, settings, replace=replace, refit=refit)
     if about is None:
         about = settings | _fit(opened, settings, threads, client, progress)
     labeller = _labeller(opened, about)
-    result = keep_fit(opened, "cluster", name, about)
+    result = keep_result(opened, "cluster", name, about, replace=other)
     done = fill(result, labeller, workers=threads, client=client, progress=progress)
     labelled = opened.present() & result.present()
     with open_pool(opened, threads, client) as pool:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.results import Kind, Result, keep_result, open_result, result_name, result_names
+from virnuc_dask.results import Kind, damaged_results, open_result, result_name, result_names
 from virnuc_dask.store import Store
 
 MOST_SEED = 2**32 - 1
@@ -45,31 +45,38 @@ class Space:
 
 
 def find_fit(
-    store: Store, kind: Kind, name: str, settings: dict[str, Any], *, force: bool, refit: bool
-) -> dict[str, Any] | None:
+    store: Store, kind: Kind, name: str, settings: dict[str, Any], *, replace: bool, refit: bool
+) -> tuple[dict[str, Any] | None, bool | str]:
     """What a result of this name was fitted as, if it is there and to be gone on with.
+
+    Returns
+    -------
+    about : dict, optional
+        None if there is to be a new fit.
+    replace : bool or str
+        What `keep_result` may replace by it: nothing, or the result that was there.
 
     Raises
     ------
     UsageError
         The name is not one, or there is a result of this name with other settings.
+    StoreError
+        Its metadata is damaged.
     """
     full = result_name(kind, name)
     if full not in result_names(store):
-        return None
-    about = open_result(store, full).about
+        return None, False
+    if (replace or refit) and full in damaged_results(store):
+        return None, True
+    there = open_result(store, full)
+    about = there.about
     changed = [key for key, value in settings.items() if about.get(key) != value]
-    if changed and not force:
+    if changed and not replace:
         raise UsageError(
             f"{store.path}: `{full}` is there and was made with other settings"
-            f" ({', '.join(changed)}); give another name, or --force, which replaces it"
+            f" ({', '.join(changed)}); give another name, or --replace"
         )
-    return None if changed or refit else about
-
-
-def keep_fit(store: Store, kind: Kind, name: str, about: dict[str, Any]) -> Result:
-    """The result to fill; one that was fitted otherwise is replaced, as `find_fit` allowed."""
-    return keep_result(store, kind, name, about, replace=True)
+    return (None, there.id) if changed or refit else (about, False)
 
 
 def note_of(store: Store, about: dict[str, Any], name: str) -> str | None:

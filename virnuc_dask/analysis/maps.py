@@ -17,7 +17,6 @@ from virnuc_dask.analysis.fits import (
     Space,
     check_seed,
     find_fit,
-    keep_fit,
     note_of,
     packed,
     unpacked,
@@ -34,7 +33,7 @@ from virnuc_dask.analysis.passes import (
 )
 from virnuc_dask.analysis.rows import random_rows, read_vectors
 from virnuc_dask.errors import UsageError
-from virnuc_dask.results import MAP_DIMENSIONS
+from virnuc_dask.results import MAP_DIMENSIONS, keep_result
 from virnuc_dask.store import Store
 
 Method = Literal["pca", "umap"]
@@ -153,7 +152,7 @@ def make_map(
     name = method if name is None else name
     threads = thread_count(workers)
     opened = Store(store)
-    about = find_fit(opened, "map", name, settings, force=replace, refit=refit)
+    about, other = find_fit(opened, "map", name, settings, replace=replace, refit=refit)
     if method == "umap":
         client = None
     transform: Any = None
@@ -161,7 +160,7 @@ def make_map(
         about = settings | _fit_pca(opened, threads, client, progress)
     elif about is None:
         about, transform = _fit_umap(opened, settings, threads)
-    result = keep_fit(opened, "map", name, about)
+    result = keep_result(opened, "map", name, about, replace=other)
     done = 0
     if (opened.present() & ~result.present()).any():
         if method == "pca":

@@ -34,6 +34,7 @@ _QUERIES_AT_ONCE = 4096
 _PAIRS_AT_ONCE = 1024
 _EPSILON = float(np.finfo(np.float32).eps)
 _NAMED = 10
+_ALIKE = 3
 
 # The means of stores that were searched last, by store and its present chunks.
 _means: dict[tuple[str, bytes], NDArray[np.float32]] = {}
@@ -307,13 +308,19 @@ def _queries(
 def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
     """All rows of the identifiers, in the order of these."""
     found: dict[str, list[int]] = {name: [] for name in ids}
+    alike: list[str] = []
     for first in range(0, store.records, SEQUENCES_PER_CHUNK):
         with store.reading("`sequence_id`"):
             names = store.array("sequence_id")[first : first + SEQUENCES_PER_CHUNK].tolist()
         for row, name in enumerate(names, first):
             if name in found:
                 found[name].append(row)
-    _refuse(store, "no record has the identifier", [name for name in ids if not found[name]])
+            elif len(alike) < _ALIKE and any(each and each in name for each in ids):
+                alike.append(name)  # as of an accession, which is only a part of it
+    unknown = [name for name in ids if not found[name]]
+    of_unknown = [name for name in alike if any(each in name for each in unknown)]
+    hint = f"; did you mean {', '.join(map(printable, of_unknown))}?" if of_unknown else ""
+    _refuse(store, "no record has the identifier", unknown, hint)
     return np.array([row for name in ids for row in found[name]], np.int64)
 
 
@@ -331,11 +338,13 @@ def _check_embedded(store: Store, rows: NDArray[np.int64]) -> None:
         _refuse(store, f"quarantined ({meaning}), so without an embedding:", names[states == code])
 
 
-def _refuse(store: Store, problem: str, names: Sequence[str] | NDArray[Any]) -> None:
+def _refuse(
+    store: Store, problem: str, names: Sequence[str] | NDArray[Any], hint: str = ""
+) -> None:
     if len(names):
         listed = ", ".join(printable(str(name)) for name in names[:_NAMED])
         more = f" and {len(names) - _NAMED:,} more" if len(names) > _NAMED else ""
-        raise UsageError(f"{store.path}: {problem} {listed}{more}")
+        raise UsageError(f"{store.path}: {problem} {listed}{more}{hint}")
 
 
 # --- the pass over all chunks --------------------------------------------------------------------

@@ -48,6 +48,8 @@ class Metrics:
         Area under the receiver operating characteristic; 0.5 is chance.
     auprc : float
         Average precision; chance is the first class's share of the held-out rows.
+    sensitivity, specificity : float
+        Share of the first class that scores 0.5 or more, and of the other class that scores less.
     brier : float
         Mean squared difference of probability and truth; 0 is best.
     calibration_error : float
@@ -65,6 +67,8 @@ class Metrics:
 
     auroc: float
     auprc: float
+    sensitivity: float
+    specificity: float
     brier: float
     calibration_error: float
     reliability: list[dict[str, float | int | None]]
@@ -164,6 +168,8 @@ class TrainReport:
             for name, title in (
                 ("auroc", "AUROC (chance 0.50)"),
                 ("auprc", f"AUPRC (chance {chance:.2f})"),
+                ("sensitivity", "sensitivity at 0.5"),
+                ("specificity", "specificity at 0.5"),
                 ("brier", "Brier score"),
                 ("calibration_error", "calibration error"),
             )
