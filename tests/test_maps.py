@@ -244,13 +244,29 @@ def test_a_sample_is_as_likely_to_have_any_row(
     monkeypatch.setattr(some, "_CHUNKS_OF_A_SAMPLE", 4)
     counts = np.zeros(300)
     for seed in range(400):
-        rows = some.random_rows(store, store.present(), 60, seed)
+        rows, is_sample = some.random_rows(store, store.present(), 60, seed)
+        assert is_sample
         assert len(np.unique(rows // 30)) <= 4
         assert len(rows) == len(np.unique(rows)) == 60
         counts[rows] += 1
     assert 50 < counts.min() <= counts.mean() == 80 <= counts.max() < 110
-    again = some.random_rows(store, store.present(), 60, 399)
+    again, _ = some.random_rows(store, store.present(), 60, 399)
     assert np.array_equal(again, rows)
+
+
+def test_a_drawing_says_whether_it_is_a_sample(
+    make_store: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(VIRAL_PROTEINS, rows_per_chunk=30)
+    virnuc_dask.make_map(store.path)
+
+    def said(count: int) -> str:
+        return points.draw_points(store, "pca", points=count).subtitle
+
+    assert said(300) == said(301) == "all 300 embedded rows"
+    assert said(299) == "299 of 300 rows, drawn at random"
+    monkeypatch.setattr(some, "_CHUNKS_OF_A_SAMPLE", 4)
+    assert said(200) == "120 of 300 rows, drawn at random"
 
 
 # --- drawings ------------------------------------------------------------------------------------
@@ -430,6 +446,8 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
         ("--png", "other.html"),
         ("--out", "no/map.html"),
         ("--out", "new.html", "--colour", "none"),
+        ("--colour", "none"),
+        ("--out", "new.png", "--png", "../" + tmp_path.name + "/new.png"),
         ("--sample", 5),
         ("--method", "umap", "--name", "pca"),
     ):

@@ -60,7 +60,9 @@ _MOST_VALUES = 2**21
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """What `make_clusters` has found; a number for each cluster, the largest first.
+    """What `make_clusters` has found; a number for each cluster.
+
+    The largest is first, by the rows that the centres were fitted to.
 
     Attributes
     ----------
@@ -195,7 +197,7 @@ def make_clusters(
     labelled = opened.present() & result.present()
     with open_pool(opened, threads, client) as pool:
         sizes, medoids = _medoids(labeller, np.flatnonzero(labelled).tolist(), pool, progress)
-    rows = random_rows(opened, labelled, _SILHOUETTE_ROWS, random_state)
+    rows, _ = random_rows(opened, labelled, _SILHOUETTE_ROWS, random_state)
     silhouettes, silhouette = _silhouettes(labeller, read_vectors(opened, rows, threads))
     is_described = "description" in opened.names
     return Clusters(
@@ -220,7 +222,7 @@ def make_clusters(
 def write_clusters(
     found: Clusters, out: str | Path | IO[str], *, guard: bool = True, force: bool = False
 ) -> int:
-    """Write clusters as a table, one in a line, the largest first.
+    """Write clusters as a table, one in a line, in the order of their numbers.
 
     The columns are ``cluster``, ``size`` in rows, ``medoid``, its identifier, ``row``,
     ``similarity`` or ``distance`` of it and the centre, ``silhouette``, and the medoid's ``length``
@@ -309,11 +311,14 @@ def _fit(
             passes += 1
             centres = labeller.centres.copy()  # one that has no row stays where it is
             centres[sizes > 0] = sums[sizes > 0] / sizes[sizes > 0, None]
-            order = np.argsort(-sizes, kind="stable")
-            labeller = _Labeller(labeller.space, centres[order])
+            labeller = _Labeller(labeller.space, centres)
             if squares >= before * (1 - _TOLERANCE):
                 break
             before = squares
+        # The last move may have changed which is the largest.
+        sizes = _sum_all(labeller, chunks, pool, progress)[1]
+    order = np.argsort(-sizes, kind="stable")
+    labeller = _Labeller(labeller.space, labeller.centres[order])
     return {
         "rows": int(sizes.sum()),
         "chunks": len(chunks),
@@ -332,7 +337,7 @@ def _start(
 
     count = settings["n_clusters"]
     wanted = max(_SAMPLE_ROWS, _SAMPLE_PER_CLUSTER * count)
-    rows = random_rows(store, present, wanted, settings["random_state"])
+    rows, _ = random_rows(store, present, wanted, settings["random_state"])
     vectors = read_vectors(store, rows, threads)
     different = len(np.unique(vectors, axis=0))
     if different < count:
