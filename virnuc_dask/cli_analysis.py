@@ -301,8 +301,9 @@ def map_(
     for file, known in ((out, DRAWINGS), (png, DRAWINGS[1:])):
         if file:
             drawings.append(check_out(file, known, force=force))
-    if drawings:
-        check_colour(Store(store), colour)
+    if len({path.resolve() for path in drawings}) < len(drawings):
+        raise click.UsageError(f"--out and --png are one file, {drawings[0]}; --out alone draws it")
+    check_colour(Store(store), colour)
     progress = chunk_counter("mapped", "chunks")
     made = make_map(store, random_state=random_state, progress=progress, **options)
     _say_doubts([made.note] if made.note else [], made.comment)
@@ -357,9 +358,10 @@ def map_(
 def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: Any) -> None:
     """Find clusters of rows of STORE that are alike, by k-means.
 
-    A line for each, the largest first: cluster, size, its row nearest to the centre, how near,
-    silhouette, length, description. Each row's cluster is kept in STORE; the same command again
-    labels only rows without one, by the same centres.
+    A line for each: cluster, size, its row nearest to the centre, how near, silhouette, length,
+    description. Numbers are by size, from the largest on, when the centres are fitted. Each row's
+    cluster is kept in STORE; the same command again labels only rows without one, by the same
+    centres.
     """
     from virnuc_dask.analysis.clusters import make_clusters, write_clusters
     from virnuc_dask.analysis.tables import check_table
@@ -440,7 +442,7 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
 @click.option(
     "--consensus",
     type=click.Choice(CONSENSUS),
-    help="In the table, a line for each read that was translated.",
+    help="In the table, a line for each read, or protein of tiles.",
 )
 @click.option(
     "--guard/--no-guard",
@@ -452,7 +454,7 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
 @click.option(
     "--replace",
     is_flag=True,
-    help="Replace the scores of this name that are by another classifier.",
+    help="Replace the scores of this name that were made by another classifier.",
 )
 @click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
@@ -478,7 +480,11 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
             f"no score: {found.pending:,} rows not embedded yet, {found.quarantined:,} quarantined"
         )
     if found.out:
-        print(f"{found.lines:,} lines in {found.out}")
+        of_all = "" if found.reads is None else f" of {counted(found.reads, 'record')}"
+        print(
+            f"{found.lines:,}{of_all} in {found.out}, {found.first_lines:,} of them"
+            f" {found.classes[0]}"
+        )
 
 
 @click.command()

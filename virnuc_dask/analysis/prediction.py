@@ -32,6 +32,7 @@ _ROW_TYPES = {
     "sequence_id": "string",
     "row": "int64",
     "score": "float32",
+    "class": "string",
     "length": "int32",
     "read_id": "string",
     "window": "int32",
@@ -43,12 +44,13 @@ _READ_TYPES = {
     "read_id": "string",
     "read": "int64",
     "score": "float32",
+    "class": "string",
     "rows": "int64",
     "best_row": "int64",
     "best_sequence_id": "string",
     "best_frame": "int8",
 }
-_BY_RULE = {"other_score": "float32", "class": "string"}
+_BY_RULE = {"other_score": "float32"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +72,10 @@ class Prediction:
     pending, quarantined : int
         Rows without a score, because their embedding is not there yet, or never will be.
     out : str, optional
-    lines : int, optional
-        Of the table, without its header.
+    lines, first_lines : int, optional
+        Of the table, without its header; those of the first class.
+    reads : int, optional
+        Of the input, also those without a row; only for a table with a line for each read.
     notes : list of str
         Reasons for doubt.
     comment : str, optional
@@ -88,6 +92,8 @@ class Prediction:
     quarantined: int
     out: str | None = None
     lines: int | None = None
+    first_lines: int | None = None
+    reads: int | None = None
     notes: list[str] = field(default_factory=list)
     comment: str | None = None
 
@@ -180,9 +186,9 @@ def predict(
     computed = fill(result, found, workers=threads, client=client, progress=progress)
     scored, first = _counts(result)
     done = opened.rows_in(np.flatnonzero(result.present()))
-    lines = None
+    lines = first_lines = None
     if out is not None:
-        lines = _write(result, found, out, consensus, guard, force)
+        lines, first_lines = _write(result, found, out, consensus, guard, force)
     return Prediction(
         store=str(opened.path),
         name=result.name,
@@ -194,6 +200,8 @@ def predict(
         quarantined=done - scored,
         out=None if out is None else str(out),
         lines=lines,
+        first_lines=first_lines,
+        reads=opened.array("read_id").shape[0] if consensus else None,
         notes=_notes(found, opened, str(classifier)),
         **opened.model.comment(),
     )
@@ -227,7 +235,12 @@ def _check_table(
 
 
 def _notes(classifier: Classifier, store: Store, name: str) -> list[str]:
+    learned = {each["input_sha256"]: each["name"] for each in classifier.about["training"]["classes"]}
+    of_training = learned.get(store.identity.input_sha256)
     notes = [
+        of_training
+        and f"{name} learned {of_training!r} from most of these rows, so their scores are too good;"
+        " judge it by its held-out figures",
         length_note(
             median_length(store),
             str(store.path),
@@ -268,14 +281,15 @@ def _write(
     consensus: Consensus | None,
     guard: bool,
     force: bool,
-) -> int:
+) -> tuple[int, int]:
+    """A table; how many lines it has, and how many of them are of the first class."""
     store = result.store
     types = {
         name: kind
         for name, kind in _ROW_TYPES.items()
-        if name in ("row", "score") or name in store.names
+        if name in ("row", "score", "class") or name in store.names
     }
-    parts = _of_rows(result)
+    parts = _of_rows(result, classifier.classes)
     if consensus is not None:
         types = _READ_TYPES | (_BY_RULE if consensus == "virnucpro" else {})
         if "frame" not in store.names:
@@ -288,16 +302,25 @@ def _write(
         "classifier": result.about["classifier"],
         **store.model.comment(),
     }
-    return write_rows(parts, types, out, about=about, guard=guard, force=force)
+    first = 0
+
+    def counted() -> Iterator[Columns]:
+        nonlocal first
+        for columns in parts:
+            first += columns["class"].count(classifier.classes[0])
+            yield columns
+
+    return write_rows(counted(), types, out, about=about, guard=guard, force=force), first
 
 
-def _of_rows(result: Result) -> Iterator[Columns]:
+def _of_rows(result: Result, classes: tuple[str, str]) -> Iterator[Columns]:
     for rows, score in _parts(result):
         has_score = np.isfinite(score)
         if has_score.any():
             with result.store.reading("what is known of rows"):
                 columns = result.store.read_columns(rows)
             columns |= {"row": np.arange(rows.start, rows.stop), "score": score}
+            columns["class"] = np.where(score >= 0.5, *classes).astype(object)
             yield {name: _listed(values[has_score]) for name, values in columns.items()}
 
 
@@ -353,8 +376,10 @@ def _by_read(
     }
     if "frame" in part:
         columns["best_frame"] = part["frame"][best]
+    is_first = found >= 0.5
     if consensus == "virnucpro":
         other = 1 - np.minimum.reduceat(score.astype(np.float64), firsts)
         columns["other_score"] = other.astype(np.float32)
-        columns["class"] = np.where(found >= other, classes[0], classes[1]).astype(object)
+        is_first = found >= other
+    columns["class"] = np.where(is_first, *classes).astype(object)
     return {name: _listed(values) for name, values in columns.items()}

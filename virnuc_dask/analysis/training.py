@@ -284,6 +284,12 @@ def train(
     is_test = np.concatenate(held_out)
     is_first = np.repeat([1, 0], [len(each) for each in held_out])
     notes = _notes(samples, classes, sampled, is_test)
+    for store, name in zip(stores, classes, strict=True):
+        if missing := store.records - store.rows_in(np.flatnonzero(store.present())):
+            notes.append(
+                f"{name}: {missing:,} of {store.records:,} rows are not embedded yet; `virnuc-dask"
+                " resume` computes them"
+            )
     if shared:
         notes.append(
             f"{len(shared):,} sequences are in both classes; they were left out: {left_out[0]:,}"
@@ -490,6 +496,8 @@ def measure(is_first: NDArray[np.int64], score: NDArray[np.float64]) -> Metrics:
     return Metrics(
         auroc=float(roc_auc_score(is_first, score)),
         auprc=float(average_precision_score(is_first, score)),
+        sensitivity=float((score[is_first == 1] >= 0.5).mean()),
+        specificity=float((score[is_first == 0] < 0.5).mean()),
         brier=float(brier_score_loss(is_first, score)),
         calibration_error=float(np.abs(scores - observed).sum() / len(score)),
         reliability=[
