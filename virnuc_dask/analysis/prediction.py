@@ -235,12 +235,8 @@ def _check_table(
 
 
 def _notes(classifier: Classifier, store: Store, name: str) -> list[str]:
-    learned = {each["input_sha256"]: each["name"] for each in classifier.about["training"]["classes"]}
-    of_training = learned.get(store.identity.input_sha256)
     notes = [
-        of_training
-        and f"{name} learned {of_training!r} from most of these rows, so their scores are too good;"
-        " judge it by its held-out figures",
+        _training_note(classifier, store, name),
         length_note(
             median_length(store),
             str(store.path),
@@ -250,6 +246,18 @@ def _notes(classifier: Classifier, store: Store, name: str) -> list[str]:
         version_note(classifier),
     ]
     return [note for note in notes if note]
+
+
+def _training_note(classifier: Classifier, store: Store, name: str) -> str | None:
+    training = classifier.about.get("training")
+    classes = training.get("classes") if isinstance(training, dict) else None
+    for each in classes if isinstance(classes, list) else []:
+        if isinstance(each, dict) and each.get("input_sha256") == store.identity.input_sha256:
+            return (
+                f"{name} was trained on most of these rows, so their scores are too good; judge it"
+                " by its held-out figures"
+            )
+    return None
 
 
 def _parts(result: Result) -> Iterator[tuple[slice, NDArray[np.float32]]]:
