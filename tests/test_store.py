@@ -346,6 +346,7 @@ OTHER_VALUES = {
     "rows_per_chunk": 64,
     "per_residue": True,
     "translation": "six-frame; virnucpro; window 300",
+    "tiling": "48 residues, step 24",
 }
 
 
