@@ -108,6 +108,12 @@ def make_store(tmp_path: Path) -> Maker:
     return make
 
 
+@pytest.fixture
+def store(make_store: Maker) -> Store:
+    """300 real proteins in ten chunks."""
+    return make_store(VIRAL_PROTEINS, "viral.zarr")
+
+
 @pytest.fixture(scope="session")
 def client() -> Iterator[Any]:
     """Two worker processes, kept for the whole session."""

@@ -19,11 +19,6 @@ from virnuc_dask.errors import UsageError
 from virnuc_dask.store import Store
 
 
-@pytest.fixture
-def store(make_store: Maker) -> Store:
-    return make_store(VIRAL_PROTEINS, "viral.zarr")
-
-
 def rows_file(index: Path) -> Path:
     """The file that an index has its rows in; it has no other but one."""
     (found,) = set(index.iterdir()) - {index / "about.json"}

@@ -25,12 +25,6 @@ from virnuc_dask.results import open_result
 from virnuc_dask.store import Store
 
 
-@pytest.fixture
-def store(make_store: Maker) -> Store:
-    """300 real proteins in ten chunks."""
-    return make_store(VIRAL_PROTEINS, "viral.zarr")
-
-
 def labels(store: Store, name: str = "cluster_kmeans") -> NDArray[np.int32]:
     return open_result(store, name).read(slice(None))
 

@@ -31,12 +31,6 @@ from virnuc_dask.store import Store
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("chrome")
 
 
-@pytest.fixture
-def store(make_store: Maker) -> Store:
-    """300 real proteins in ten chunks."""
-    return make_store(VIRAL_PROTEINS, "viral.zarr")
-
-
 def coordinates(store: Store, name: str = "map_pca") -> NDArray[np.float32]:
     return open_result(store, name).read(slice(None))
 

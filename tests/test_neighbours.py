@@ -28,12 +28,6 @@ from virnuc_dask.store import Store
 
 
 @pytest.fixture
-def store(make_store: Maker) -> Store:
-    """300 real proteins in ten chunks."""
-    return make_store(VIRAL_PROTEINS, "viral.zarr")
-
-
-@pytest.fixture
 def few_rows_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks for each chunk, several calls for each search, several batches of queries."""
     monkeypatch.setattr(passes, "_VALUES_PER_BLOCK", 64 * 7)

@@ -23,12 +23,6 @@ from virnuc_dask.results import Result, keep_result, open_result, result_names
 from virnuc_dask.store import Store
 
 
-@pytest.fixture
-def store(make_store: Maker) -> Store:
-    """300 real proteins in ten chunks."""
-    return make_store(VIRAL_PROTEINS, "viral.zarr")
-
-
 def first_feature(rows: NDArray[np.float32]) -> NDArray[np.float32]:
     return rows[:, 0]
 

@@ -18,17 +18,38 @@ from virnuc_dask.streams import counted, printable
 if TYPE_CHECKING:
     from virnuc_dask.analysis.labels import LeaveOneOut
 
+# --- options of several commands -----------------------------------------------------------------
 
-@click.command()
-@click.argument("store")
-@click.argument("out", type=click.Path(path_type=Path))
-@click.option("--partial", is_flag=True, help="Also of a store that is not complete.")
-@click.option(
+_force = click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+_guard = click.option(
     "--guard/--no-guard",
     default=True,
     help="In CSV and TSV, an apostrophe before names that a spreadsheet would compute.",
     show_default=True,
 )
+_metric = click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+_out_table = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A .tsv or .parquet file.  [default: TSV to standard output]",
+)
+_workers = click.option(
+    "--workers", type=click.IntRange(1), help="Threads.  [default: one a core, at most 16]"
+)
+_seed = click.option(
+    "--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
+)
+_refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that are there now.")
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--partial", is_flag=True, help="Also of a store that is not complete.")
+@_guard
 @click.option("--matrix", is_flag=True, help="In HDF5, one matrix instead of a dataset a row.")
 @click.option(
     "--force",
@@ -57,28 +78,17 @@ def export(store: str, out: Path, **options: bool) -> None:
 @click.option("--query-store", help="Another store, of the same weights, layer and pooling.")
 @click.option("--index", help="What `index` made of STORE: an approximate search, and a quick one.")
 @click.option("--k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours each.")
-@click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+@_metric
 @click.option(
     "--centre/--no-centre",
     default=True,
     show_default=True,
     help="Subtract the mean of STORE's rows first; for the cosine.",
 )
-@click.option(
-    "--workers", type=click.IntRange(1), help="Threads.  [default: one a core, at most 16]"
-)
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="A .tsv or .parquet file.  [default: TSV to standard output]",
-)
-@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
-@click.option(
-    "--guard/--no-guard",
-    default=True,
-    help="In TSV, an apostrophe before names that a spreadsheet would compute.",
-    show_default=True,
-)
+@_workers
+@_out_table
+@_force
+@_guard
 def nearest(
     store: str,
     queries: tuple[str, ...],
@@ -105,15 +115,6 @@ def nearest(
         lines = write_table(found, out or sys.stdout, guard=guard, force=force)
     if out:
         print(f"{lines:,} neighbours in {out}")
-
-
-_workers = click.option(
-    "--workers", type=click.IntRange(1), help="Threads.  [default: one a core, at most 16]"
-)
-_seed = click.option(
-    "--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
-)
-_refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that are there now.")
 
 
 @click.command("index")
@@ -147,7 +148,7 @@ def index_(store: str, out: str | None, **options: Any) -> None:
     "--reference", help="The store that the labels are of, with the same weights.  [default: STORE]"
 )
 @click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Neighbours each.")
-@click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+@_metric
 @click.option(
     "--centre/--no-centre",
     default=True,
@@ -162,18 +163,9 @@ def index_(store: str, out: str | None, **options: Any) -> None:
 )
 @click.option("--json", "as_json", is_flag=True, help="With --leave-one-out.")
 @_workers
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="A .tsv or .parquet file.  [default: TSV to standard output]",
-)
-@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
-@click.option(
-    "--guard/--no-guard",
-    default=True,
-    help="In TSV, an apostrophe before names that a spreadsheet would compute.",
-    show_default=True,
-)
+@_out_table
+@_force
+@_guard
 def annotate(
     store: str,
     labels: str,
@@ -334,26 +326,17 @@ def map_(
 @click.argument("store")
 @click.option("--name", default="kmeans", show_default=True, help="Kept in STORE as cluster_NAME.")
 @click.option("--n-clusters", type=click.IntRange(2), default=8, show_default=True)
-@click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+@_metric
 @_seed
-@click.option(
-    "--out",
-    type=click.Path(path_type=Path),
-    help="A .tsv or .parquet file.  [default: TSV to standard output]",
-)
-@click.option(
-    "--guard/--no-guard",
-    default=True,
-    help="In TSV, an apostrophe before names that a spreadsheet would compute.",
-    show_default=True,
-)
+@_out_table
+@_guard
 @_refit
 @click.option(
     "--replace",
     is_flag=True,
     help="Replace the clusters of this name that were made with other settings.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+@_force
 @_workers
 def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: Any) -> None:
     """Find clusters of rows of STORE that are alike, by k-means.
@@ -444,19 +427,14 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
     type=click.Choice(CONSENSUS),
     help="In the table, a line for each read, or protein of tiles.",
 )
-@click.option(
-    "--guard/--no-guard",
-    default=True,
-    help="In TSV, an apostrophe before names that a spreadsheet would compute.",
-    show_default=True,
-)
+@_guard
 @_workers
 @click.option(
     "--replace",
     is_flag=True,
     help="Replace the scores of this name that were made by another classifier.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+@_force
 @click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
 def predict(store: str, as_json: bool, **options: Any) -> None:
     """Score the rows of STORE by a classifier, into its array `score_NAME`.
@@ -496,7 +474,7 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
     type=click.Path(path_type=Path),
     help="What runs wrote.  [default: STORE.telemetry.jsonl, if it is there]",
 )
-@click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+@_force
 def report(store: str, out: Path, **options: Any) -> None:
     """Write OUT.html, one page about STORE that needs nothing else; also while a run is going.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,10 +22,9 @@ from virnuc_dask.analysis.tables import Columns, check_table, write_rows
 from virnuc_dask.config import CONSENSUS, Consensus
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
-from virnuc_dask.results import Result, keep_result
+from virnuc_dask.results import RESULT, Result, keep_result
 from virnuc_dask.store import SEQUENCES_PER_CHUNK, Store
 
-_NAME = re.compile(r"\w{1,64}", re.ASCII)
 # Columns of a table of rows, as far as the store has them.
 _ROW_TYPES = {
     "sequence_id": "string",
@@ -209,7 +207,7 @@ def predict(
 
 def _name_of(classifier: str | Path) -> str:
     name = Path(expanded(classifier)).stem
-    if not _NAME.fullmatch(name):
+    if not RESULT.fullmatch(f"score_{name}"):
         raise UsageError(
             f"{name[:80]!r}, the classifier's name, is no name of a result; give one of letters,"
             " digits and _ by --name"

@@ -19,6 +19,7 @@ from virnuc_dask.analysis.classifier import (
     versions,
 )
 from virnuc_dask.analysis.comparable import check_comparable, length_note, what_must_agree
+from virnuc_dask.analysis.fits import check_seed
 from virnuc_dask.analysis.outputs import check_out
 from virnuc_dask.analysis.passes import ChunkCounter, Progress, open_pool, thread_count
 from virnuc_dask.analysis.samples import Sample, count_embedded, draw, groups_of
@@ -355,8 +356,7 @@ def _check_settings(
         raise UsageError(f"test_size must be a share between 0 and 1, not {test_size}")
     if max_rows < 2:
         raise UsageError(f"max_rows must be at least 2, not {max_rows}")
-    if not 0 <= random_state < 2**32:
-        raise UsageError(f"random_state must be from 0 to 2**32 - 1, not {random_state}")
+    check_seed(random_state)
 
 
 def _check_stores(viral: Store, other: Store) -> None:
