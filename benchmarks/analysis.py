@@ -3,7 +3,7 @@
     python -m benchmarks.analysis open [--rows 10000000]
     python -m benchmarks.analysis by-read [--rows 1500000 --dimension 1280]
     python -m benchmarks.analysis predict [--rows 1000000 --dimension 1280]     (or predict-mlp)
-    python -m benchmarks.analysis map|map-peer|cluster|cluster-peer [--keep --folder FOLDER]
+    python -m benchmarks.analysis map|map-peer|cluster|cluster-peer|export [--keep --folder FOLDER]
 
 Stores are of random vectors (`benchmarks.stores`), in a temporary folder or in `--folder`. Peaks
 are of the whole process, which has imported all that it needs. `--keep` leaves the store in
@@ -157,6 +157,14 @@ def measure_cluster_peer(folder: Path, rows: int, dimension: int) -> None:
             model.predict(store.read_chunk(chunk)[1].astype(np.float32))
 
 
+def measure_export(folder: Path, rows: int, dimension: int) -> None:
+    """All rows in the formats that hold them best."""
+    path = _embedded(folder, rows, dimension)
+    for name in ("x.h5ad", "x.parquet"):
+        with TemporaryDirectory(dir=folder) as exports, timed(f"export, {name[1:]}"):
+            virnuc_dask.export(path, Path(exports) / name)
+
+
 def _embedded(folder: Path, rows: int, dimension: int) -> Path:
     """A store of random vectors, made in a process of its own, which has its own peak."""
     path = folder / f"embedded-{rows}-{dimension}.zarr"
@@ -174,6 +182,7 @@ MEASURES: dict[str, tuple[Callable[..., None], int]] = {
     "map-peer": (measure_map_peer, 1_000_000),
     "cluster": (measure_cluster, 1_000_000),
     "cluster-peer": (measure_cluster_peer, 1_000_000),
+    "export": (measure_export, 1_000_000),
     "predict": (measure_predict, 1_000_000),
     "predict-mlp": (partial(measure_predict, kind="mlp"), 1_000_000),
 }

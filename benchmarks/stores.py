@@ -9,7 +9,7 @@ import numpy as np
 
 from virnuc_dask.config import FORMAT, Identity, Status, Translation
 from virnuc_dask.ingest import Ingest
-from virnuc_dask.residues import Block, Headers, Origin
+from virnuc_dask.residues import Block, Headers, InputDigest, Origin
 from virnuc_dask.store import Store
 
 RESIDUES = 30
@@ -46,27 +46,29 @@ def random_store(
     shutil.rmtree(path, ignore_errors=True)
     random = np.random.default_rng(0)
     how = Translation() if rows_per_read else None
+    digest = InputDigest()
     with Ingest(path, translated=how is not None) as ingest:
         reads = 0
         for first in range(0, rows, _BLOCK):
             count = min(_BLOCK, rows - first)
             origin = _origin(random, reads, count, rows_per_read) if rows_per_read else None
             reads += len(origin.read_ids) if origin else 0
-            ingest.append(
-                Block(
-                    list(map(row_name, range(first, first + count))),
-                    np.full(count, RESIDUES, np.int32),
-                    np.full(RESIDUES * count, ord("A"), np.uint8),
-                    origin,
-                    Headers(
-                        ["RNA-dependent RNA polymerase OS=Some virus"] * count,
-                        np.zeros(count, np.int32),
-                    ),
-                )
+            block = Block(
+                list(map(row_name, range(first, first + count))),
+                np.full(count, RESIDUES, np.int32),
+                np.full(RESIDUES * count, ord("A"), np.uint8),
+                origin,
+                Headers(
+                    ["RNA-dependent RNA polymerase OS=Some virus"] * count,
+                    np.zeros(count, np.int32),
+                ),
             )
+            digest.update(block)
+            ingest.append(block)
         identity = Identity(
             FORMAT,
-            *("0" * 64, rows, "0" * 64, 33, "mean", "float16", "float16", "", 1022, "truncate"),
+            *(digest.hexdigest(), rows, "0" * 64, 33, "mean", "float16", "float16"),
+            *("", 1022, "truncate"),
             rows_per_chunk=rows_per_chunk,
             per_residue=False,
             translation=str(how) if how else None,

@@ -28,6 +28,7 @@ ORDER = [
     "sequences",
     "packing",
     "files",
+    "caches",
     "objects",
     "places",
     "store",

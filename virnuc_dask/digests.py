@@ -5,28 +5,25 @@ time of the last change, ctime, cannot be set, so a file with other content diff
 was written within the clock's granularity or its file system keeps no such time. A digest that is
 wrong all the same lets nothing into a store: every worker hashes the weights that it has loaded.
 
-Nothing here raises. What cannot be kept, or is damaged, is hashed again.
+What cannot be kept, or is damaged, is hashed again.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 
 import torch
 
-from virnuc_dask import __version__
-from virnuc_dask.files import write_durably
+from virnuc_dask import __version__, caches
 
 # To be counted up whenever the same weights get another digest.
 _ALGORITHM = 1
+_KIND = "weights"
 # The coarsest times that file systems keep. A younger file may change once more and look the same.
 _SETTLED_NS = 2 * 10**9
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -86,17 +83,8 @@ def recall(files: FileStates) -> str | None:
     str, optional
         64 hexadecimal digits.
     """
-    # A foreign file may be anything, also JSON that is nested too deeply.
-    with suppress(OSError, ValueError, RecursionError):
-        entry = _entry(files)
-        if entry is None or not _is_private(entry.parent):
-            return None
-        found = json.loads(entry.read_bytes())
-        if isinstance(found, dict) and found.get("key") == _key(files):
-            digest = found.get("sha256")
-            if isinstance(digest, str) and _SHA256.fullmatch(digest):
-                return digest
-    return None
+    digest = caches.recall(_KIND, _name(files), _key(files))
+    return digest if isinstance(digest, str) and _SHA256.fullmatch(digest) else None
 
 
 def remember(files: FileStates, digest: str) -> None:
@@ -108,14 +96,8 @@ def remember(files: FileStates, digest: str) -> None:
         As they were before they were read, and still are.
     digest : str
     """
-    entry = _entry(files)
-    if entry is None or not files.are_settled:
-        return
-    with suppress(OSError):
-        entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_private(entry.parent):
-            content = {"key": _key(files), "sha256": digest}
-            write_durably(entry, json.dumps(content, indent=1).encode())
+    if files.are_settled:
+        caches.remember(_KIND, _name(files), _key(files), digest)
 
 
 def forget(files: FileStates) -> None:
@@ -125,9 +107,12 @@ def forget(files: FileStates) -> None:
     ----------
     files : FileStates
     """
-    if entry := _entry(files):
-        with suppress(OSError):
-            entry.unlink()
+    caches.forget(_KIND, _name(files))
+
+
+def _name(files: FileStates) -> bytes:
+    """Of the paths only, so that a new digest takes the place of an old one."""
+    return os.fsencode("\0".join(state[0] for state in files.states))
 
 
 def _key(files: FileStates) -> list[object]:
@@ -135,21 +120,3 @@ def _key(files: FileStates) -> list[object]:
     # decide. A home may be shared by several machines.
     kind = torch.backends.cpu.get_cpu_capability()
     return [_ALGORITHM, __version__, torch.__version__, kind, [list(s) for s in files.states]]
-
-
-def _entry(files: FileStates) -> Path | None:
-    """Where the digest of such files is kept; one for the same paths, so that old ones go."""
-    # As the XDG Base Directory Specification has it; torch's hub keeps weights beside it.
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():
-        folder = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # pathlib raises without one
-    if not folder.is_absolute():
-        return None
-    name = sha256(os.fsencode("\0".join(state[0] for state in files.states))).hexdigest()[:32]
-    return folder / "virnuc_dask" / f"weights-{name}.json"
-
-
-def _is_private(folder: Path) -> bool:
-    """Whether nobody else can have written into a directory."""
-    found = folder.stat()
-    return found.st_uid == os.geteuid() and not found.st_mode & 0o022

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask import caches
 from virnuc_dask.analysis.approximate import Index, mean_row, open_index
 from virnuc_dask.analysis.comparable import check_comparable, note_on_lengths, what_must_agree
 from virnuc_dask.analysis.passes import (
@@ -36,9 +40,8 @@ _EPSILON = float(np.finfo(np.float32).eps)
 _NAMED = 10
 _ALIKE = 3
 
-# The means of stores that were searched last, by store and its present chunks.
-_means: dict[tuple[str, bytes], NDArray[np.float32]] = {}
-_MEANS_KEPT = 16
+# To be counted up whenever the same rows get another mean.
+_MEAN = 1
 
 
 def nearest(
@@ -62,9 +65,9 @@ def nearest(
     at a time, for which all rows are read once.
 
     The first centred search reads the embeddings twice, since no similarity is known before the
-    mean is. The mean is kept in memory, for this process's next search of the same chunks. It is
-    not kept in the store, which only its runs write to. Norms are not kept: beside the product
-    they cost 3 % of the time, and they would take 4 bytes a row.
+    mean is. The mean is kept for the next search of the same chunks in the user's cache directory,
+    not in the store, which only its runs write to. Norms are not kept: beside the product they
+    cost 3 % of the time, and they would take 4 bytes a row.
 
     Parameters
     ----------
@@ -226,15 +229,15 @@ def search(
     """
     present = searched.present()
     is_centred = centre and metric == "cosine"
-    mean_is_known = not is_centred or _mean_key(searched, present) in _means
+    origin = np.zeros(searched.dimension, np.float32)
+    known_mean = _kept_mean(searched, present) if is_centred else origin
     chunks = np.flatnonzero(present if among is None else present & _any(searched, among)).tolist()
     batches = range(0, len(rows), _QUERIES_AT_ONCE)
-    total = len(chunks) * len(batches) + (0 if mean_is_known else int(present.sum()))
+    total = len(chunks) * len(batches) + (int(present.sum()) if known_mean is None else 0)
     count = ChunkCounter(progress, total)
     with open_pool(searched, threads, client) as pool:
-        origin = np.zeros(searched.dimension, np.float32)
         if is_centred:
-            origin = _mean(searched, present, pool, count)
+            origin = _mean(searched, present, pool, count) if known_mean is None else known_mean
         for start in batches:
             part = rows[start : start + _QUERIES_AT_ONCE]
             if vectors is None:
@@ -531,17 +534,24 @@ def _mean(
     store: Store, present: NDArray[np.bool_], pool: Pool, count: ChunkCounter
 ) -> NDArray[np.float32]:
     """Mean of all embedded rows, shape (D,); zeros if there is none."""
-    key = _mean_key(store, present)
-    if key not in _means:
-        mean, _ = mean_row(store, np.flatnonzero(present).tolist(), pool, count)
-        while len(_means) >= _MEANS_KEPT:
-            del _means[next(iter(_means))]
-        _means[key] = mean
-    return _means[key]
+    mean, _ = mean_row(store, np.flatnonzero(present).tolist(), pool, count)
+    content = b64encode(mean.astype("<f4").tobytes()).decode()
+    caches.remember("mean", store.id.encode(), _mean_key(present), content)
+    return mean
 
 
-def _mean_key(store: Store, present: NDArray[np.bool_]) -> tuple[str, bytes]:
-    return store.id, np.packbits(present).tobytes()
+def _kept_mean(store: Store, present: NDArray[np.bool_]) -> NDArray[np.float32] | None:
+    """The mean that an earlier search of the same chunks has kept."""
+    kept = caches.recall("mean", store.id.encode(), _mean_key(present))
+    with suppress(TypeError, ValueError):  # the file may hold anything
+        mean = np.frombuffer(b64decode(kept, validate=True), "<f4").astype(np.float32)
+        if mean.shape == (store.dimension,) and np.isfinite(mean).all():
+            return mean
+    return None
+
+
+def _mean_key(present: NDArray[np.bool_]) -> list[Any]:
+    return [_MEAN, len(present), sha256(np.packbits(present).tobytes()).hexdigest()]
 
 
 # --- the result ----------------------------------------------------------------------------------
