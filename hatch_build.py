@@ -37,7 +37,7 @@ class KernelsHook(BuildHookInterface[Any]):
         """Called before the wheel is put together."""
         if self.target_name != "wheel":
             return
-        package = Path(self.root, "virnuc_dask")
+        package = Path(self.root, "virnuc_dask", "encoder")
         source = package / "kernels.cpp"
         for old in package.glob("_kernels_*.so"):
             old.unlink()
@@ -56,6 +56,6 @@ class KernelsHook(BuildHookInterface[Any]):
                 said = getattr(error, "stderr", "")
                 self.app.display_warning(f"built without {library.name}: {error}\n{said}")
                 library.unlink(missing_ok=True)
-        build_data["artifacts"].append("virnuc_dask/_kernels_*.so")
+        build_data["artifacts"].append("virnuc_dask/encoder/_kernels_*.so")
         build_data["pure_python"] = False
         build_data["infer_tag"] = True

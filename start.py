@@ -20,7 +20,7 @@ INSTALLED_FROM = (
     "pyproject.toml",
     "constraints.txt",
     "hatch_build.py",
-    "virnuc_dask/kernels.cpp",
+    "virnuc_dask/encoder/kernels.cpp",
 )
 QUERY = "sp|P36782|VE2_HPV12"
 # Written last, so that an interrupted installation is taken up again.
@@ -90,7 +90,10 @@ def test(arguments: list[str]) -> int:
 
 def check(_arguments: list[str]) -> int:
     commands = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
-    return max(show("-m", *command) for command in commands)
+    found = max(show("-m", *command) for command in commands)
+    # Who may import whom: the contracts in pyproject.toml.
+    rooms = [PYTHON.with_name("lint-imports"), "--no-logo"]
+    return max(found, subprocess.run(rooms, check=False).returncode)
 
 
 def show(*command: str) -> int:

@@ -31,10 +31,10 @@ from numpy.typing import NDArray
 
 from benchmarks.encoder import cosine
 from tests.models import upstream_mean, upstream_network
-from virnuc_dask.config import POOLINGS, Translation
-from virnuc_dask.encoder import load_encoder
-from virnuc_dask.residues import InputSummary
-from virnuc_dask.sequences import read_blocks
+from virnuc_dask.encoder.encoder import load_encoder
+from virnuc_dask.inputs.reader import read_blocks
+from virnuc_dask.inputs.records import InputSummary
+from virnuc_dask.settings import POOLINGS, Translation
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 PRECISIONS = {"cpu": ("bfloat16",), "cuda": ("float32", "bfloat16", "float16")}

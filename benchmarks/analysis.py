@@ -30,7 +30,7 @@ from benchmarks.stores import random_store
 from virnuc_dask.analysis.classifier import Classifier, save_classifier, versions
 from virnuc_dask.analysis.comparable import what_must_agree
 from virnuc_dask.analysis.training import new_pipeline
-from virnuc_dask.store import Store
+from virnuc_dask.store.store import Store
 
 
 def peak() -> int:

@@ -91,8 +91,8 @@ def measure(name: str, source: str) -> tuple[float, float]:
 
 def ours(source: str) -> Callable[[], object]:
     """All of it."""
-    from virnuc_dask.config import Settings, Translation
-    from virnuc_dask.prepare import prepare
+    from virnuc_dask.runtime.prepare import prepare
+    from virnuc_dask.settings import Settings, Translation
 
     how = Translation() if source.endswith("fq") else None
     settings = Settings("demo", repr_layer=0, translation=how)

@@ -34,7 +34,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.stores import random_store, row_name
-from virnuc_dask.store import Store
+from virnuc_dask.store.store import Store
 
 K = 10
 Turn = dict[str, Any]

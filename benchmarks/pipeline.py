@@ -1,6 +1,6 @@
 """What the pipeline costs beside the bare encoder loop, and how it grows; measured turn by turn.
 
-    python -m benchmarks.pipeline bare       beside the bare encoder loop, same work, same run
+    python -m benchmarks.pipeline bare       beside the bare encoder loop, same window, same run
     python -m benchmarks.pipeline workers    one worker against two, of one thread each
     python -m benchmarks.pipeline chunks     100,000 chunks of nothing: Dask, coordinator, memory
     python -m benchmarks.pipeline scan       resume and status of 100,000 present chunks
@@ -40,15 +40,16 @@ import torch
 from distributed import Client, Future, LocalCluster
 
 from tests.models import random_network, save_network
-from virnuc_dask import events, resume, run, work
-from virnuc_dask.cluster import CALM, MALLOC, THREADS_PER_WORKER
-from virnuc_dask.config import Identity, ModelSpec, Settings
-from virnuc_dask.embed import ChunkReport, embed_chunk, embed_rows
-from virnuc_dask.embed import Rows as EmbeddedRows
-from virnuc_dask.encoder import load_encoder
-from virnuc_dask.prepare import prepare
-from virnuc_dask.store import Store
-from virnuc_dask.workers import embed_on_worker
+from virnuc_dask import resume, run
+from virnuc_dask.encoder.encoder import load_encoder
+from virnuc_dask.runtime import events, window
+from virnuc_dask.runtime.clusters import CALM, MALLOC, THREADS_PER_WORKER
+from virnuc_dask.runtime.embed import ChunkReport, embed_chunk, embed_rows
+from virnuc_dask.runtime.embed import Rows as EmbeddedRows
+from virnuc_dask.runtime.prepare import prepare
+from virnuc_dask.runtime.workers import embed_on_worker
+from virnuc_dask.settings import Identity, ModelSpec, Settings
+from virnuc_dask.store.store import Store
 
 Rows = list[tuple[str, str]]
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -255,7 +256,7 @@ def many_chunks(folder: Path, arguments: argparse.Namespace) -> Rows:
     ):
         store = one_row_chunks(folder / f"{chunks}", chunks)
         rows.append((f"{name}: chunks", f"{chunks:,}"))
-        work.embed_on_worker = partial(embed_on_worker, embed=task)  # type: ignore[assignment]
+        window.embed_on_worker = partial(embed_on_worker, embed=task)  # type: ignore[assignment]
         watch = _Watch()
         summary = resume(store.path, workers=2, listener=watch)
         assert summary.computed_chunks == store.chunk_count

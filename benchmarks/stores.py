@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from virnuc_dask.config import FORMAT, Identity, Status, Translation
-from virnuc_dask.ingest import Ingest
-from virnuc_dask.residues import Block, Headers, InputDigest, Origin
-from virnuc_dask.store import Store
+from virnuc_dask.inputs.records import Block, Headers, InputDigest, Origin
+from virnuc_dask.settings import FORMAT, Identity, Status, Translation
+from virnuc_dask.store.create import Ingest
+from virnuc_dask.store.store import Store
 
 RESIDUES = 30
 _BLOCK = 65_536

@@ -15,8 +15,8 @@ from hypothesis import settings
 from nursery import Nursery
 from s3 import Server, objects
 
-from virnuc_dask.config import Settings
-from virnuc_dask.store import TASK_ARRAYS, Store
+from virnuc_dask.settings import Settings
+from virnuc_dask.store.store import TASK_ARRAYS, Store
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -96,8 +96,8 @@ def make_store(tmp_path: Path) -> Maker:
     """
 
     def make(inputs: Path, name: str = "out.zarr", *, embed: bool = True, **settings: Any) -> Store:
-        from virnuc_dask.embed import embed_chunk
-        from virnuc_dask.prepare import prepare
+        from virnuc_dask.runtime.embed import embed_chunk
+        from virnuc_dask.runtime.prepare import prepare
 
         chosen = Settings(**({"model": "demo", "rows_per_chunk": 32, "repr_layer": 0} | settings))
         store, model = prepare(inputs, tmp_path / name, chosen, lambda _event: None)
@@ -117,7 +117,7 @@ def store(make_store: Maker) -> Store:
 @pytest.fixture(scope="session")
 def client() -> Iterator[Any]:
     """Two worker processes, kept for the whole session."""
-    from virnuc_dask.cluster import connect
+    from virnuc_dask.runtime.clusters import connect
 
     with connect("local", workers=2) as connected:
         yield connected

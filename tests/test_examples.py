@@ -13,7 +13,7 @@ import pytest
 import yaml
 from conftest import EXAMPLES
 
-from virnuc_dask.cli import main
+from virnuc_dask.cli.main import main
 
 
 def test_kubernetes_runs_commands_that_exist() -> None:

@@ -17,8 +17,8 @@ from harness import assert_ledger
 from models import random_network, save_network
 
 import virnuc_dask
-from virnuc_dask.cluster import connect
-from virnuc_dask.store import Store
+from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.store.store import Store
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)

@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from conftest import Cli, Maker, tree
 from models import Malicious
+from rows import NAMES
 
 import virnuc_dask
-from virnuc_dask.analysis import dataset
 from virnuc_dask.errors import StoreError, VirnucError
-from virnuc_dask.store import Store
+from virnuc_dask.store import status
+from virnuc_dask.store.store import Store
 
 
 def with_pickle_codec(store: Store, _bait: bytes) -> None:
@@ -54,10 +55,10 @@ def test_a_strangers_store_runs_nothing(
         (store.path / name).write_bytes(bait)
     tamper(store, bait)
     for use in (
-        dataset.status,
-        dataset.row_states,
+        status.status,
+        status.row_states,
         virnuc_dask.verify,
-        lambda path: list(dataset.quarantined(path)),
+        lambda path: list(status.quarantined(path)),
         lambda path: virnuc_dask.open_store(path).compute(),
         lambda path: virnuc_dask.resume(path, client=client),
         lambda path: virnuc_dask.run(awkward, path, model="demo", client=client),
@@ -67,21 +68,9 @@ def test_a_strangers_store_runs_nothing(
             use(store.path)
         assert not canary.exists(), use
     with pytest.raises((StoreError, ValueError, RuntimeError, KeyError)):
-        list(dataset.quarantined(store.path))
+        list(status.quarantined(store.path))
     pickle.loads(bait)
     assert canary.exists()  # it would have sung
-
-
-NAMES = (
-    "../../../../etc/x",
-    "/etc/passwd",
-    "=cmd|'/c'!A1",
-    "\x1b]0;owned\x07\x1b[2J",
-    "c.0.0",
-    "zarr.json",
-    "%n%s{0}${HOME}`id`",
-    "x" * 1_000_000,
-)
 
 
 def test_identifiers_are_only_data(cli: Cli, tmp_path: Path) -> None:

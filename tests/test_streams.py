@@ -15,9 +15,9 @@ import pytest
 from conftest import VIRAL_PROTEINS, Cli, Maker, command
 
 import virnuc_dask
-from virnuc_dask.config import Settings
-from virnuc_dask.prepare import prepare
-from virnuc_dask.progress import display
+from virnuc_dask.runtime.display import display
+from virnuc_dask.runtime.prepare import prepare
+from virnuc_dask.settings import Settings
 
 needs_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
 FULL = "No space left on device"
@@ -262,7 +262,7 @@ def test_what_a_listener_meets_is_not_the_stores_disk(tmp_path: Path) -> None:
 
 @needs_full
 def test_an_error_that_a_child_cannot_tell_of_is_still_no_death(tmp_path: Path) -> None:
-    child = [sys.executable, "-m", "virnuc_dask.isolate", str(tmp_path / "none")]
+    child = [sys.executable, "-m", "virnuc_dask.runtime.isolate", str(tmp_path / "none")]
     with (
         open("/dev/full", "w") as full,
         # Its parent holds on to the pipe: at its end the child would be gone, whatever it met.
@@ -320,13 +320,13 @@ def interrupted(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
 @pytest.mark.parametrize(
     ("moment", "arguments"),
     [
-        ("import virnuc_dask.interrupts", ("--help",)),
+        ("import virnuc_dask.cli.interrupts", ("--help",)),
         ("import virnuc_dask.streams", ("--help",)),
         ("import click", ("--help",)),
-        ("import virnuc_dask.options", ("--version",)),
+        ("import virnuc_dask.cli.options", ("--version",)),
         ("import numpy", ("status", "none.zarr")),
         ("import torch", ("run", VIRAL_PROTEINS, "out.zarr", "--model=demo")),
-        ("import virnuc_dask.progress", ("resume", "none.zarr")),
+        ("import virnuc_dask.runtime.display", ("resume", "none.zarr")),
         ("end .", ("--help",)),
         ("end .", ("status", "none.zarr")),
     ],

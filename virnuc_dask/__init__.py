@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from virnuc_dask.analysis.approximate import build_index
     from virnuc_dask.analysis.clusters import Clusters, make_clusters, write_clusters
-    from virnuc_dask.analysis.dataset import open_residues, open_store, verify
+    from virnuc_dask.analysis.dataset import open_residues, open_store
     from virnuc_dask.analysis.export import export
     from virnuc_dask.analysis.labels import annotate, leave_one_out
     from virnuc_dask.analysis.maps import Map, make_map
@@ -29,12 +29,13 @@ if TYPE_CHECKING:
     from virnuc_dask.analysis.reads import by_read
     from virnuc_dask.analysis.report import report
     from virnuc_dask.analysis.training import train
-    from virnuc_dask.config import RunConfig, Tiling, Translation
-    from virnuc_dask.coordinator import resume, run
-    from virnuc_dask.embed import ChunkReport
-    from virnuc_dask.encoder import load_encoder
-    from virnuc_dask.events import RunSummary
-    from virnuc_dask.graph import create_store, tasks
+    from virnuc_dask.encoder.encoder import load_encoder
+    from virnuc_dask.runtime.embed import ChunkReport
+    from virnuc_dask.runtime.events import RunSummary
+    from virnuc_dask.runtime.run import resume, run
+    from virnuc_dask.runtime.tasks import create_store, tasks
+    from virnuc_dask.settings import RunConfig, Tiling, Translation
+    from virnuc_dask.store.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -69,21 +70,21 @@ __all__ = [
 ]
 
 _HOME = {
-    "ChunkReport": "embed",
+    "ChunkReport": "runtime.embed",
     "Clusters": "analysis.clusters",
     "Map": "analysis.maps",
-    "RunConfig": "config",
-    "RunSummary": "events",
-    "Tiling": "config",
-    "Translation": "config",
+    "RunConfig": "settings",
+    "RunSummary": "runtime.events",
+    "Tiling": "settings",
+    "Translation": "settings",
     "annotate": "analysis.labels",
     "build_index": "analysis.approximate",
     "by_read": "analysis.reads",
-    "create_store": "graph",
+    "create_store": "runtime.tasks",
     "draw_map": "analysis.plots",
     "export": "analysis.export",
     "leave_one_out": "analysis.labels",
-    "load_encoder": "encoder",
+    "load_encoder": "encoder.encoder",
     "make_clusters": "analysis.clusters",
     "make_map": "analysis.maps",
     "nearest": "analysis.neighbours",
@@ -91,11 +92,11 @@ _HOME = {
     "open_store": "analysis.dataset",
     "predict": "analysis.prediction",
     "report": "analysis.report",
-    "resume": "coordinator",
-    "run": "coordinator",
-    "tasks": "graph",
+    "resume": "runtime.run",
+    "run": "runtime.run",
+    "tasks": "runtime.tasks",
     "train": "analysis.training",
-    "verify": "analysis.dataset",
+    "verify": "store.verify",
     "write_clusters": "analysis.clusters",
 }
 

@@ -7,7 +7,7 @@ import _signal  # type: ignore[import-not-found]
 def main() -> None:
     """Run the command line, whatever becomes of its output, and whenever it is interrupted."""
     before = _signal.pthread_sigmask(_signal.SIG_BLOCK, [_signal.SIGINT])
-    from virnuc_dask.interrupts import leave_at_interrupt
+    from virnuc_dask.cli.interrupts import leave_at_interrupt
 
     leave_at_interrupt()
     _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
@@ -16,7 +16,7 @@ def main() -> None:
     from virnuc_dask.streams import lost_output, protect
 
     protect()
-    from virnuc_dask.cli import main as command
+    from virnuc_dask.cli.main import main as command
 
     try:
         command()

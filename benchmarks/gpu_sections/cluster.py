@@ -37,7 +37,7 @@ from benchmarks.gpu_sections.runs import (
     workplace,
     write_reads,
 )
-from virnuc_dask.store import Store
+from virnuc_dask.store.store import Store
 
 # Computing of the first run: a share of the section's time, but not more than so many seconds.
 _SHARE, _MOST_S = 0.12, 25.0

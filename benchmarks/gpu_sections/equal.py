@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_sections.report import Options, Report, run_section
 from tests.models import checkpoint_data, random_network, random_sequences
-from virnuc_dask.config import Pooling, Precision
-from virnuc_dask.encoder import Encoder
-from virnuc_dask.packing import cut_segments
-from virnuc_dask.weights import Checkpoint, describe
+from virnuc_dask.encoder.encoder import Encoder
+from virnuc_dask.encoder.packing import cut_segments
+from virnuc_dask.encoder.weights import Checkpoint, describe
+from virnuc_dask.settings import Pooling, Precision
 
 Rows = NDArray[np.float32]
 

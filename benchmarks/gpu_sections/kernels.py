@@ -4,7 +4,7 @@
 
 Shapes are those of one batch: 65,536 tokens of ESM-2 650M, and of 3B. Attention is measured for
 sequences of different lengths and for all tiles that one might choose, which is how
-`virnuc_dask.fused.TILE` was chosen.
+`virnuc_dask.encoder.fused.TILE` was chosen.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from benchmarks.gpu_sections.report import Options, Report, run_section
 from benchmarks.gpu_sections.runs import DeviceWatch
-from virnuc_dask import fused
-from virnuc_dask.attention import Layout, PackedKernel, attend
-from virnuc_dask.fused import Tile
+from virnuc_dask.encoder import fused
+from virnuc_dask.encoder.attention import Layout, PackedKernel, attend
+from virnuc_dask.encoder.fused import Tile
 
 # Tokens of the shortest and the longest sequence; None: lengths of proteins.
 LENGTHS = {
@@ -139,7 +139,7 @@ def measure_elementwise(
             ms = milliseconds(work, device)
             add(model, name, by, f"{ms:.3f}", f"{size * features * tokens / ms / 1e6:,.0f}")
         for block in (2048, 4096, 8192):
-            with patch("virnuc_dask.fused.GELU_BLOCK", block):
+            with patch("virnuc_dask.encoder.fused.GELU_BLOCK", block):
                 ms = milliseconds(lambda wide=wide: fused.gelu(wide), device)
             rate = f"{16 * features * tokens / ms / 1e6:,.0f}"
             add(model, "GELU", f"ours, {block} a program", f"{ms:.3f}", rate)
@@ -191,7 +191,7 @@ def attention(
         ms = milliseconds(lambda peer=peer, same=same: peer(qkv, heads, same), device)
         found.append((name, f"{ms:.3f}"))
     for tile in CHOICES if all_tiles else [fused.TILE]:
-        with patch("virnuc_dask.fused.TILE", tile):
+        with patch("virnuc_dask.encoder.fused.TILE", tile):
             same = layout()
             case = (qkv, heads, same.bounds, same.programs, same.turns)
             try:

@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from benchmarks.gpu_sections.report import Options, Report, run_section
 from tests.models import random_network, random_sequences, save_network
-from virnuc_dask.encoder import Encoder, load_encoder
-from virnuc_dask.retry import is_sticky
+from virnuc_dask.encoder.encoder import Encoder, load_encoder
+from virnuc_dask.runtime.failures import is_sticky
 
 Rows = NDArray[np.float32]
 

@@ -24,7 +24,7 @@ import numpy as np
 import psutil
 
 from benchmarks.gpu_sections.report import Options, Report
-from virnuc_dask.events import Event
+from virnuc_dask.runtime.events import Event
 
 ROOT = Path(__file__).parents[2]
 GENOME = ROOT / "examples" / "lambda_virus.fa.gz"

@@ -6,7 +6,7 @@ Every engine gets the same sequences, as many as it can do in some seconds, and 
 residues of each. The weights are random, which cost the same as trained ones. Ours is called as a
 worker calls it: three threads, chunks of about 2^17 residues, from letters to rows on the host;
 store and network are left out. It computes in float16, as a run does on a GPU. *Unfused* is the
-same encoder without the kernels of `virnuc_dask.fused`.
+same encoder without the kernels of `virnuc_dask.encoder.fused`.
 
 The peers have their weights in bfloat16. *fair-esm* is the loop of its `scripts/extract.py`
 without writing, *HF* Hugging Face's `EsmModel` with sdpa on the same batches of 4,096 tokens, and
@@ -42,10 +42,10 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.encoder import SHAPES, flop, padded_batches, random_sequences
 from benchmarks.gpu_sections.report import Options, Report, run_section
 from tests.models import checkpoint_data, random_network
-from virnuc_dask.config import ModelSpec, Precision
-from virnuc_dask.encoder import Encoder
-from virnuc_dask.packing import Segments, cut_segments
-from virnuc_dask.weights import Checkpoint
+from virnuc_dask.encoder.encoder import Encoder
+from virnuc_dask.encoder.packing import Segments, cut_segments
+from virnuc_dask.encoder.weights import Checkpoint
+from virnuc_dask.settings import ModelSpec, Precision
 
 Rows = NDArray[np.float32]
 Encode = Callable[[list[str]], Rows]
@@ -463,7 +463,11 @@ class Model:
         spec = ModelSpec(self.name, "0" * 64, dimension, layers, "mean", precision)
         checkpoint = Checkpoint(self.name, checkpoint_data(self.network))
         release()
-        gate = nullcontext() if fused else patch("virnuc_dask.fused.serve", lambda *_, **__: False)
+        gate = (
+            nullcontext()
+            if fused
+            else patch("virnuc_dask.encoder.fused.serve", lambda *_, **__: False)
+        )
         with torch.device(self.device), gate:
             encoder = Encoder(checkpoint, spec, self.device)
         release()
@@ -630,7 +634,7 @@ class Chunk:
         return cls(residues, np.array([len(sequence) for sequence in sequences], np.int32))
 
     def segments(self) -> Segments:
-        """What the encoder is to encode, as `virnuc_dask.embed` cuts it."""
+        """What the encoder is to encode, as `virnuc_dask.runtime.embed` cuts it."""
         return cut_segments(self.lengths, MAX_RESIDUES, "truncate")
 
 

@@ -24,10 +24,11 @@ from benchmarks.gpu_sections.runs import (
     workplace,
     write_reads,
 )
-from virnuc_dask import RunConfig, cluster
-from virnuc_dask.cluster import connect
-from virnuc_dask.config import Settings, Translation
-from virnuc_dask.prepare import prepare
+from virnuc_dask import RunConfig
+from virnuc_dask.runtime import clusters
+from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.runtime.prepare import prepare
+from virnuc_dask.settings import Settings, Translation
 
 # Default first: if time is short, it is there.
 CHUNKS = (3, 1, 2)
@@ -41,8 +42,8 @@ _MOST_ROUNDS = 3
 def main(report: Report, options: Options) -> None:
     """Take turns until the time is over."""
     # On cores a worker has fewer threads than are tried here.
-    cluster.THREADS_PER_WORKER = max(CHUNKS)
-    cluster.THREADS_PER_GPU = max(CHUNKS)
+    clusters.THREADS_PER_WORKER = max(CHUNKS)
+    clusters.THREADS_PER_GPU = max(CHUNKS)
     kind = "local" if options.dry_run else "local-cuda"
     with workplace(report, options) as (folder, weights):
         empty = _store(folder, weights, options)

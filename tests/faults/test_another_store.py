@@ -12,22 +12,23 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
+from clusters import dask_cluster
+from clusters import worker as another_worker
 from conftest import VIRAL_PROTEINS, tree
 from harness import Run, assert_ledger, await_end, await_workers
 from s3 import BUCKET, Server
-from test_cluster import dask_cluster
-from test_cluster import worker as another_worker
 
 import virnuc_dask
-from virnuc_dask import faults, objects
-from virnuc_dask.cluster import connect
-from virnuc_dask.config import ModelSpec, Settings
-from virnuc_dask.embed import embed_chunk, embed_here
+from virnuc_dask.encoder import faults
 from virnuc_dask.errors import NotAStoreError, StoreReplacedError
-from virnuc_dask.files import Held
-from virnuc_dask.places import place_of
-from virnuc_dask.prepare import prepare
-from virnuc_dask.store import Store
+from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.runtime.embed import embed_chunk, embed_here
+from virnuc_dask.runtime.prepare import prepare
+from virnuc_dask.settings import ModelSpec, Settings
+from virnuc_dask.store import bucket
+from virnuc_dask.store.directory import Held
+from virnuc_dask.store.location import place_of
+from virnuc_dask.store.store import Store
 
 SAME: dict[str, Any] = {"model": "demo", "rows_per_chunk": 32, "repr_layer": 0}
 OTHER: dict[str, Any] = SAME | {"pooling": "max"}
@@ -182,7 +183,7 @@ def url(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
     yield f"s3://{BUCKET}/{uuid4().hex}/out.zarr"
-    objects._client.cache_clear()
+    bucket._client.cache_clear()
 
 
 @pytest.mark.parametrize("moment", ["computed", "half written"])

@@ -18,10 +18,10 @@ from conftest import VIRAL_PROTEINS, Cli, Maker, tree
 from harness import assert_ledger
 
 import virnuc_dask
-from virnuc_dask.analysis import dataset
-from virnuc_dask.drift import sample_drift
 from virnuc_dask.errors import StoreError
-from virnuc_dask.store import INGESTED, MIN_CHUNK_BYTES, TRANSLATED, Store
+from virnuc_dask.runtime.drift import sample_drift
+from virnuc_dask.store import status, verify
+from virnuc_dask.store.store import INGESTED, MIN_CHUNK_BYTES, TRANSLATED, Store
 
 ARRAYS = ("status", "residue_embedding", "embedding")
 # Half of the proteins are longer, here and there: no two chunks have the same status.
@@ -79,9 +79,9 @@ def check_damage(
     file.write_bytes(content)
     damaged = tree(store.path)
     stunted = len(content) < MIN_CHUNK_BYTES
-    missing = np.flatnonzero(~dataset.status(store.path).present).tolist()
+    missing = np.flatnonzero(~status.status(store.path).present).tolist()
     assert missing == [chunk] * stunted, "a file's name alone is trusted"
-    report = dataset.verify(store.path)
+    report = verify.verify(store.path)
     assert (list(report.bad), report.exit_code, report.sequences) == ([chunk], 4, None)
     if not stunted:
         if array == "status" and not decodes:
@@ -90,7 +90,7 @@ def check_damage(
         else:
             assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
         assert tree(store.path) == damaged
-        assert list(dataset.verify(store.path, repair=True).bad) == [chunk]
+        assert list(verify.verify(store.path, repair=True).bad) == [chunk]
         assert not store.touched()[chunk]
     assert virnuc_dask.resume(store.path, client=client).computed_chunks == 1
     assert_ledger(store, whole)
@@ -124,12 +124,12 @@ def check_flipped_bits(store: Store, array: str, bits: int) -> None:
     """`verify` finds every one of some random bits of a file; the rest of it is healthy."""
     file = file_of(store, array, 3)
     content = file.read_bytes()
-    assert dataset.verify(store.path).exit_code == 0
+    assert verify.verify(store.path).exit_code == 0
     for bit in random.Random(array).sample(range(8 * len(content)), bits):
         file.write_bytes(flip(content, bit))
-        assert list(dataset.verify(store.path).bad) == [3], f"bit {bit} is not noticed"
+        assert list(verify.verify(store.path).bad) == [3], f"bit {bit} is not noticed"
     file.write_bytes(content)
-    assert dataset.verify(store.path).exit_code == 0
+    assert verify.verify(store.path).exit_code == 0
 
 
 @pytest.mark.parametrize("array", ARRAYS)
@@ -159,7 +159,7 @@ def test_another_chunks_embeddings_are_found_by_a_sample(
     file = file_of(store, "embedding", 2)
     shutil.copyfile(file_of(store, "embedding", 3), file)
     damaged = tree(store.path)
-    assert dataset.verify(store.path).exit_code == 0  # they are what a chunk may be
+    assert verify.verify(store.path).exit_code == 0  # they are what a chunk may be
     drift = sample_drift(store.path, 60, seed=1)
     assert not drift.good
     assert store.rows(2).start <= drift.worst_row < store.rows(2).stop
@@ -174,11 +174,11 @@ def test_another_chunks_residues_are_found_by_a_sample(
     make_store: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A full file of residues has no empty slots to disagree with."""
-    monkeypatch.setattr("virnuc_dask.ingest._RESIDUE_VALUES_PER_CHUNK", 2**16)
+    monkeypatch.setattr("virnuc_dask.store.create._RESIDUE_VALUES_PER_CHUNK", 2**16)
     store = make_store(VIRAL_PROTEINS, **SETTINGS)
     one, other = (store.path / key for key in store.keys(0)[1:3])
     shutil.copyfile(other, one)
-    assert dataset.verify(store.path).exit_code == 0
+    assert verify.verify(store.path).exit_code == 0
     drift = sample_drift(store.path, 300)
     assert not drift.good
     assert store.rows(0).start <= drift.worst_row < store.rows(0).stop
@@ -208,16 +208,16 @@ def test_strays_are_ignored_by_readers_and_removed_where_tasks_write(
         removable.append(store.path / "embedding" / "c.0.2")
         data = virnuc_dask.open_store(store.path)
         assert data.identical(virnuc_dask.open_store(whole.path))
-        assert dataset.status(store.path).present.all()
+        assert status.status(store.path).present.all()
         before = tree(store.path)
         assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
         assert tree(store.path) == before
-        report = dataset.verify(store.path, repair=True)
+        report = verify.verify(store.path, repair=True)
         assert (report.exit_code, report.bad) == (0, {})
         assert set(report.leftovers) == set(map(str, (*removable, *kept)))
         assert all(file.exists() for file in (*living, *kept))
         assert not any(os.path.lexists(file) for file in removable)
-    assert set(dataset.verify(store.path, repair=True).leftovers) == set(map(str, (*living, *kept)))
+    assert set(verify.verify(store.path, repair=True).leftovers) == set(map(str, (*living, *kept)))
     for file in kept:
         file.unlink()
     assert_ledger(store, whole)
@@ -248,9 +248,9 @@ def test_without_its_metadata_nothing_touches_a_store(
         file.write_bytes(DAMAGE[damage](file.read_bytes(), random.Random(1)))
     damaged = tree(store.path)
     calls: tuple[Callable[[], object], ...] = (
-        lambda: dataset.status(store.path),
-        lambda: dataset.row_states(store.path),
-        lambda: dataset.verify(store.path, repair=True),
+        lambda: status.status(store.path),
+        lambda: status.row_states(store.path),
+        lambda: verify.verify(store.path, repair=True),
         lambda: virnuc_dask.resume(store.path),
         lambda: virnuc_dask.run(VIRAL_PROTEINS, store.path, model="demo", repr_layer=0),
         lambda: virnuc_dask.open_store(store.path),

@@ -17,8 +17,10 @@ from conftest import Maker, chunk_bytes, tree
 from harness import clear_partial_files_of_the_killed
 
 import virnuc_dask
-from virnuc_dask import RunConfig, events, faults
-from virnuc_dask.store import Store
+from virnuc_dask import RunConfig
+from virnuc_dask.encoder import faults
+from virnuc_dask.runtime import events
+from virnuc_dask.store.store import Store
 
 OPTIONS = {
     "scheduler": ["--host", "127.0.0.1", "--port", "0"],
@@ -38,7 +40,7 @@ def start(what: str, folder: Path, *options: str) -> subprocess.Popen[bytes]:
 @pytest.fixture
 def attached(tmp_path: Path) -> Iterator[Any]:
     """A client of a scheduler and two workers that were started by hand and have no nannies."""
-    from virnuc_dask.cluster import connect
+    from virnuc_dask.runtime.clusters import connect
 
     file = tmp_path / "scheduler.json"
     processes = [start(what, tmp_path) for what in ("scheduler", "worker", "worker")]
@@ -107,8 +109,8 @@ def assert_nothing_lost(
 LOADS_SLOWLY = """
 import time
 from pathlib import Path
-from virnuc_dask import embed
-from virnuc_dask.weights import load_checkpoint
+from virnuc_dask.runtime import embed
+from virnuc_dask.encoder.weights import load_checkpoint
 
 def slowly(reference):
     time.sleep(8)

@@ -26,9 +26,9 @@ from harness import (
 from xopen import xopen
 
 import virnuc_dask
-from virnuc_dask import faults
-from virnuc_dask.analysis.dataset import row_states
-from virnuc_dask.store import Store
+from virnuc_dask.encoder import faults
+from virnuc_dask.store.status import row_states
+from virnuc_dask.store.store import Store
 
 RECORDS = 2_000
 # With single residues, so that a task writes all that it ever does.

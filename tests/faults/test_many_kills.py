@@ -27,8 +27,10 @@ from harness import (
 )
 
 import virnuc_dask
-from virnuc_dask import RunConfig, events, faults
-from virnuc_dask.store import Store
+from virnuc_dask import RunConfig
+from virnuc_dask.encoder import faults
+from virnuc_dask.runtime import events
+from virnuc_dask.store.store import Store
 
 # Layer 0 is quick, so that most of a run is what can be interrupted: tasks, and their files.
 IDENTITY = ("--model=demo", "--repr-layer", 0, "--rows-per-chunk", 16)

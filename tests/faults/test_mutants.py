@@ -22,7 +22,7 @@ from test_power_cut import (
 from test_write_path import Bench, check_deaths_in_a_chunk
 from zarr.codecs import ZstdCodec
 
-from virnuc_dask.store import Store
+from virnuc_dask.store.store import Store
 
 bench, lab = test_write_path.bench, test_power_cut.lab
 store, whole = test_damage.store, test_damage.whole
@@ -37,7 +37,7 @@ def write_in_place(path, content):
         os.fsync(file.fileno())
     files.sync(path.parent)
 
-files.write_durably = write_in_place
+files.write_durably = directory.write_durably = write_in_place
 """
 COMMIT_FIRST = """
 def write_backwards(self, chunk, status, embedding, residues):
@@ -71,7 +71,7 @@ NO_SYNC_OF_FILES = """
 real_fsync = os.fsync
 os.fsync = lambda file: os.path.isdir(f"/proc/self/fd/{file}") and real_fsync(file)
 """
-NO_SYNC_OF_NAMES = "files.sync = lambda path: None"
+NO_SYNC_OF_NAMES = "files.sync = directory.sync = lambda path: None"
 NO_SYNC_OF_THE_STORES_NAME = """
 real_sync, real_sync_tree = files.sync, files.sync_tree
 
@@ -80,7 +80,8 @@ def sync_tree_alone(root):
     real_sync_tree(root)
     files.sync = lambda path: None
 
-files.sync_tree = sync_tree_alone
+directory.sync_tree = sync_tree_alone
+directory.sync = lambda path: None
 """
 
 
@@ -105,7 +106,7 @@ def test_a_store_that_does_not_sync_loses_acknowledged_chunks_to_a_power_cut(
 @pytest.mark.parametrize(
     ("mutation", "complaint"),
     [
-        ("files.sync_tree = lambda root: None", "is damaged"),
+        ("directory.sync_tree = lambda root: None", "is damaged"),
         (NO_SYNC_OF_THE_STORES_NAME, "is lost"),
     ],
     ids=["no sync of the tree", "no sync of its name"],
@@ -123,7 +124,7 @@ def test_an_ingest_that_does_not_sync_loses_its_store_to_a_power_cut(
 def test_a_store_that_trusts_any_file_is_deceived_by_an_empty_one(
     store: Store, whole: Store, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("virnuc_dask.store.MIN_CHUNK_BYTES", 0)
+    monkeypatch.setattr("virnuc_dask.store.store.MIN_CHUNK_BYTES", 0)
     with pytest.raises(AssertionError, match="a file's name alone is trusted"):
         check_damage(store, whole, "residue_embedding", 9, b"", client)
 

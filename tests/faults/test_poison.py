@@ -18,14 +18,16 @@ from conftest import Maker, chunk_bytes, command, tree
 from harness import clear_partial_files_of_the_killed
 
 import virnuc_dask
-from virnuc_dask import RunConfig, events, faults
-from virnuc_dask.config import ModelSpec, Status
-from virnuc_dask.embed import embed_rows, get_encoder
+from virnuc_dask import RunConfig
+from virnuc_dask.encoder import faults
+from virnuc_dask.encoder.weights import describe, load_checkpoint
 from virnuc_dask.errors import VirnucError
-from virnuc_dask.isolate import embed_apart
-from virnuc_dask.retry import Patience
-from virnuc_dask.store import Store
-from virnuc_dask.weights import describe, load_checkpoint
+from virnuc_dask.runtime import events
+from virnuc_dask.runtime.embed import embed_rows, get_encoder
+from virnuc_dask.runtime.failures import Patience
+from virnuc_dask.runtime.isolate import embed_apart
+from virnuc_dask.settings import ModelSpec, Status
+from virnuc_dask.store.store import Store
 
 # What meets a motif fares as the table says; a list is for the first, second, ... time.
 ABORTS, KILLS, RAISES, NAN = "WWCWW", "CCWCC", "HWHWH", "WCWCW"
@@ -340,7 +342,7 @@ def test_a_child_that_raises_blames_no_row(awkward: Path, make_store: Maker) -> 
 def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "job.json")  # nobody writes to it: the child would wait for ever
     child = subprocess.Popen(
-        [sys.executable, "-m", "virnuc_dask.isolate", str(tmp_path)], stdin=subprocess.PIPE
+        [sys.executable, "-m", "virnuc_dask.runtime.isolate", str(tmp_path)], stdin=subprocess.PIPE
     )
     with pytest.raises(subprocess.TimeoutExpired):
         child.wait(timeout=5)

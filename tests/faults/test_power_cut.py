@@ -26,8 +26,8 @@ from harness import assert_ledger, clear_partial_files_of_the_killed, finished_c
 from nursery import Nursery, wait_for, wait_until_stopped
 
 import virnuc_dask
-from virnuc_dask.analysis import dataset
-from virnuc_dask.store import Store
+from virnuc_dask.store import verify
+from virnuc_dask.store.store import Store
 
 SETTINGS = {"rows_per_chunk": 4, "repr_layer": 0, "per_residue": True}
 # Nothing reaches the disk by the passing of time while a test lasts: only what was synced.
@@ -153,7 +153,7 @@ def check_cuts(nursery: Nursery, lab: Lab, cut: Any) -> None:
                 for key in store.keys(chunk):
                     assert (store.path / key).read_bytes() == expected[key]
             # A chunk that is not present may have some of its files, and these are whole as well.
-            bad = dataset.verify(store.path).bad
+            bad = verify.verify(store.path).bad
             assert all(chunk not in present for chunk in bad)
             assert all(problem.endswith("chunk is missing") for problem in bad.values()), bad
 

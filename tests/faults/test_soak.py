@@ -28,10 +28,11 @@ from hypothesis.stateful import (
 )
 
 import virnuc_dask
-from virnuc_dask import RunConfig, events
-from virnuc_dask.analysis import dataset
+from virnuc_dask import RunConfig
 from virnuc_dask.errors import StoreError
-from virnuc_dask.store import MIN_CHUNK_BYTES, Store
+from virnuc_dask.runtime import events
+from virnuc_dask.store import status
+from virnuc_dask.store.store import MIN_CHUNK_BYTES, Store
 
 SOAK_MINUTES = float(os.environ.get("SOAK_MINUTES", "30"))
 CHUNKS = 12
@@ -300,7 +301,7 @@ class Filling(RuleBasedStateMachine):
     def store_is_as_the_model_says(self) -> None:
         if not self.path.exists():
             return
-        found = dataset.status(self.path).present
+        found = status.status(self.path).present
         assert {int(chunk) for chunk in found.nonzero()[0]} == self.present()
         report = virnuc_dask.verify(self.path)
         assert set(report.bad) == self.bad()

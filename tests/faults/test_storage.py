@@ -8,13 +8,14 @@ import random
 import re
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
-import test_retry
 import test_write_path
-from conftest import VIRAL_PROTEINS, Cli, Maker, command, tree
+from conftest import VIRAL_PROTEINS, Cli, Maker, chunk_bytes, command, tree
 from harness import Run, assert_ledger, clear_partial_files_of_the_killed, finished_chunks
 from nursery import Nursery
 from test_write_path import (
@@ -26,15 +27,14 @@ from test_write_path import (
 )
 
 import virnuc_dask
-from virnuc_dask import retry
-from virnuc_dask.analysis import dataset
-from virnuc_dask.config import Settings
-from virnuc_dask.errors import StoreError
-from virnuc_dask.prepare import prepare
-from virnuc_dask.store import Store
+from virnuc_dask.errors import StoreError, UsageError
+from virnuc_dask.runtime import events, failures
+from virnuc_dask.runtime.prepare import prepare
+from virnuc_dask.settings import Settings
+from virnuc_dask.store import verify
+from virnuc_dask.store.store import Store
 
 bench = test_write_path.bench
-disk = test_retry.disk
 
 # Small files and few rows, so that a run is under way for long enough to be met by a fault.
 IDENTITY = ("--model=demo", "--rows-per-chunk", 4, "--per-residue")
@@ -53,7 +53,7 @@ def check_errors(nursery: Nursery, bench: Bench, call: str, number: int, most: i
         assert nursery.trace(embedding(store, 0), bench.log, *what) == number
         assert bench.log.read_text().count("(INJECTED)") == 1
         assert_nothing_is_half_there(store, bench.whole, 0)
-        assert dataset.verify(store.path).leftovers == []
+        assert verify.verify(store.path).leftovers == []
         finish(nursery, store, bench.whole)
 
 
@@ -73,7 +73,7 @@ def test_a_call_that_fails_fails_the_task_and_the_next_one_finishes(
     call: str, number: int, hopeless: bool, nursery: Nursery, bench: Bench
 ) -> None:
     error = OSError(number, "")
-    assert (retry.is_hopeless(error), retry.is_transient(error)) == (hopeless, not hopeless)
+    assert (failures.is_hopeless(error), failures.is_transient(error)) == (hopeless, not hopeless)
     check_errors(nursery, bench, call, number, most=8)
 
 
@@ -83,16 +83,85 @@ def test_every_call_may_fail(call: str, nursery: Nursery, bench: Bench) -> None:
     check_errors(nursery, bench, call, errno.EIO, most=1_000)
 
 
-# --- full ---
+# --- full, or read-only ---
 
 
-@pytest.mark.parametrize("room", [0, 4, 16, 32, 88])
-def test_a_disk_that_fills_earlier_or_later_costs_nothing_either(
+def mount(*arguments: str) -> None:
+    done = subprocess.run(["mount", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"cannot mount a file system here: {done.stderr.strip()}")
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mount("-t", "tmpfs", "-o", "size=4m", "tmpfs", str(path))
+    yield path
+    subprocess.run(["umount", "--lazy", str(path)], check=True)
+
+
+def assert_whole_in_the_end(store: Store, reference: Store, client: Any) -> None:
+    """The ledger: each row in one state and as it should be, nothing stray, nothing done twice."""
+    before = tree(store.path)
+    present = store.present()
+    summary = virnuc_dask.resume(store.path, client=client)
+    assert summary.exit_code == 0
+    assert summary.computed_chunks == (~present).sum()
+    assert sum(summary.counts.values()) == reference.records
+    assert chunk_bytes(store.path) == chunk_bytes(reference.path)
+    after = tree(store.path)
+    for chunk in np.flatnonzero(present):
+        for key in store.keys(int(chunk)):
+            assert after[key] == before[key]
+    assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
+    assert tree(store.path) == after
+    report = virnuc_dask.verify(store.path)
+    assert (report.exit_code, report.leftovers) == (0, [])
+
+
+@pytest.mark.parametrize("room", [0, 4, 8, 16, 24, 32, 40, 60, 88])
+def test_a_full_disk_stops_the_run_at_once_and_costs_nothing(
     room: int, disk: Path, make_store: Maker, client: Any
 ) -> None:
-    test_retry.test_a_full_disk_stops_the_run_at_once_and_costs_nothing(
-        room, disk, make_store, client
-    )
+    reference = make_store(VIRAL_PROTEINS)
+    store = make_store(VIRAL_PROTEINS, str(disk / "full.zarr"), embed=False)
+    filler = disk / "filler"
+    free = os.statvfs(disk).f_bavail * os.statvfs(disk).f_bsize
+    filler.write_bytes(b"\0" * (free - room * 1024))
+    seen: list[events.Event] = []
+    summary = virnuc_dask.resume(store.path, client=client, listener=seen.append)
+    assert summary.exit_code == 4
+    assert summary.stopped is not None
+    assert "No space left on device" in summary.stopped
+    assert str(store.path) in summary.stopped
+    assert "MB are free" in summary.stopped
+    failed = [event for event in seen if isinstance(event, events.ChunkFailed)]
+    threads = sum(client.nthreads().values())
+    assert 1 <= len(failed) <= threads  # what ran already, and nothing after it
+    assert all(event.final for event in failed)
+    assert sum(isinstance(event, events.CannotGoOn) for event in seen) == 1
+    assert len(summary.missing) == (~store.present()).sum() > 0
+    assert virnuc_dask.verify(store.path).leftovers == []
+    filler.unlink()
+    assert_whole_in_the_end(store, reference, client)
+
+
+def test_a_read_only_disk_stops_the_run_at_once(disk: Path, make_store: Maker, client: Any) -> None:
+    reference = make_store(VIRAL_PROTEINS)
+    store = make_store(VIRAL_PROTEINS, str(disk / "out.zarr"), embed=False)
+    mount("-o", "remount,ro", str(disk))
+    before = tree(store.path)
+    # Workers of others may have it so, and are asked; those of our own meet it.
+    with pytest.raises(UsageError, match=r"2 of 2 workers cannot(.|\n)*Read-only file system"):
+        virnuc_dask.resume(store.path, client=client)
+    summary = virnuc_dask.resume(store.path, workers=1)
+    assert summary.exit_code == 4
+    assert "Read-only file system" in str(summary.stopped)
+    assert tree(store.path) == before
+    mount("-o", "remount,rw", str(disk))
+    assert_whole_in_the_end(store, reference, client)
 
 
 def fill(disk: Path, room: int) -> Path:
@@ -116,7 +185,7 @@ def test_a_disk_that_fills_while_the_input_is_read_is_left_as_it_was(
     made, _ = prepare(VIRAL_PROTEINS, disk / "out.zarr", chosen, lambda _event: None)
     assert os.listdir(disk) == ["out.zarr"]
     assert made.identity == reference.identity
-    assert dataset.verify(made.path).sequences is None
+    assert verify.verify(made.path).sequences is None
 
 
 def test_a_full_disk_is_one_line_and_an_exit_code(disk: Path, cli: Cli) -> None:

@@ -15,7 +15,7 @@ from conftest import chunk_bytes, tree
 from harness import Run, assert_ledger, finished_chunks
 
 import virnuc_dask
-from virnuc_dask.store import Store
+from virnuc_dask.store.store import Store
 
 IDENTITY = ("--model=demo", "--repr-layer", 0, "--rows-per-chunk", 16)
 SEED = 20_261

@@ -20,7 +20,7 @@ from harness import assert_ledger, clear_partial_files_of_the_killed, finished_c
 from nursery import Nursery
 
 import virnuc_dask
-from virnuc_dask.store import Store
+from virnuc_dask.store.store import Store
 
 SETTINGS = {"rows_per_chunk": 4, "repr_layer": 0, "per_residue": True}
 VALUES_PER_CHUNK = 16 * 64
@@ -108,7 +108,7 @@ def embedding(store: Store, *chunks: int) -> str:
 
 @pytest.fixture
 def bench(tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    monkeypatch.setattr("virnuc_dask.ingest._RESIDUE_VALUES_PER_CHUNK", VALUES_PER_CHUNK)
+    monkeypatch.setattr("virnuc_dask.store.create._RESIDUE_VALUES_PER_CHUNK", VALUES_PER_CHUNK)
     source = tmp_path / "some.faa"
     source.write_text("".join(f">p{n}\n{sequence}\n" for n, sequence in enumerate(PEPTIDES)))
     empty = make_store(source, "empty.zarr", embed=False, **SETTINGS)
@@ -202,7 +202,7 @@ def test_a_resume_finishes_what_the_death_of_every_chunk_has_left(
 
 def making(bench: Bench, path: Path) -> str:
     made = f"make({str(bench.folder / 'some.faa')!r}, {str(path)!r}, {SETTINGS})"
-    return f"ingest._RESIDUE_VALUES_PER_CHUNK = {VALUES_PER_CHUNK}; {made}"
+    return f"create._RESIDUE_VALUES_PER_CHUNK = {VALUES_PER_CHUNK}; {made}"
 
 
 def content(path: Path) -> dict[str, bytes]:

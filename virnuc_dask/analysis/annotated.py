@@ -22,8 +22,8 @@ from virnuc_dask.analysis.formats import (
     put,
     rows_per_part,
 )
-from virnuc_dask.config import Status
-from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.settings import Status
+from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
 
 # Makes an array of some name, shape and type in a group.
 _Create = Callable[[Any, str, tuple[int, ...], np.dtype[Any]], Any]

@@ -32,7 +32,7 @@ from virnuc_dask.analysis.passes import (
 from virnuc_dask.analysis.rows import embedded_rows
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded, sync, write_durably
-from virnuc_dask.store import Store
+from virnuc_dask.store.store import Store
 
 # Rows to learn from for each list, as faiss asks for at least 39.
 _ROWS_PER_LIST = 64

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from virnuc_dask.analysis.outputs import whole_file
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
-from virnuc_dask.streams import printable
+from virnuc_dask.text import printable
 
 SUFFIX = ".skops"
 FORMAT = 1

@@ -10,14 +10,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.fits import (
-    Space,
-    check_seed,
-    find_fit,
-    note_of,
-    packed,
-    unpacked,
-)
+from virnuc_dask.analysis.fits import Space, check_seed, find_fit, note_of, packed, unpacked
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
     Pool,
@@ -31,10 +24,10 @@ from virnuc_dask.analysis.passes import (
 )
 from virnuc_dask.analysis.rows import random_rows, read_vectors, taken
 from virnuc_dask.analysis.tables import write_rows
-from virnuc_dask.config import METRICS, Metric
 from virnuc_dask.errors import UsageError
-from virnuc_dask.results import keep_result
-from virnuc_dask.store import Store
+from virnuc_dask.settings import METRICS, Metric
+from virnuc_dask.store.results import keep_result
+from virnuc_dask.store.store import Store
 
 _SAMPLE_ROWS = 10_000
 _SAMPLE_PER_CLUSTER = 20

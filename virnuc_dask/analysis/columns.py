@@ -16,7 +16,7 @@ from xarray import Variable
 from xarray.backends import BackendArray
 from xarray.core import indexing
 
-from virnuc_dask.store import Store, is_embedded
+from virnuc_dask.store.store import Store, is_embedded
 
 
 class _Column(BackendArray):

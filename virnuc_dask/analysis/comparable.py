@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from virnuc_dask.config import Identity
 from virnuc_dask.errors import UsageError
-from virnuc_dask.store import SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.settings import Identity
+from virnuc_dask.store.store import SEQUENCES_PER_CHUNK, Store
 
 _FIELDS = ("weights_sha256", "repr_layer", "pooling", "precision")
 _LENGTH_FACTOR = 3

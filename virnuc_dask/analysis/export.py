@@ -25,8 +25,8 @@ from virnuc_dask.analysis.formats import (
 )
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.files import expanded, sync, sync_tree
-from virnuc_dask.integrity import check_sequences
-from virnuc_dask.store import Store
+from virnuc_dask.store.checks import check_sequences
+from virnuc_dask.store.store import Store
 
 _COMPRESSED = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}
 _DELIMITERS = {".csv": ",", ".tsv": "\t"}

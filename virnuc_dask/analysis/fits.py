@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.results import Kind, damaged_results, open_result, result_name, result_names
-from virnuc_dask.store import Store
+from virnuc_dask.store.results import Kind, damaged_results, open_result, result_name, result_names
+from virnuc_dask.store.store import Store
 
 MOST_SEED = 2**32 - 1
 

@@ -17,10 +17,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask import __version__
-from virnuc_dask.config import Status
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.results import Result, results_of
-from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
+from virnuc_dask.settings import Status
+from virnuc_dask.store.results import Result, results_of
+from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.streams import Descriptor
 
 # A cell that begins with one of these is a formula to a spreadsheet. See OWASP, "CSV injection".

@@ -20,12 +20,12 @@ from virnuc_dask.analysis.neighbours import check_search, search
 from virnuc_dask.analysis.passes import Progress, thread_count
 from virnuc_dask.analysis.rows import embedded_rows, taken
 from virnuc_dask.analysis.samples import joined
-from virnuc_dask.config import Metric
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
-from virnuc_dask.residues import decoded_header
-from virnuc_dask.store import SEQUENCES_PER_CHUNK, Store
-from virnuc_dask.streams import counted, printable
+from virnuc_dask.inputs.records import decoded_header
+from virnuc_dask.settings import Metric
+from virnuc_dask.store.store import SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.text import counted, printable
 
 # Between the labels of one row; GO annotation files use it too.
 SEPARATOR = "|"

@@ -13,14 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.fits import (
-    Space,
-    check_seed,
-    find_fit,
-    note_of,
-    packed,
-    unpacked,
-)
+from virnuc_dask.analysis.fits import Space, check_seed, find_fit, note_of, packed, unpacked
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
     Progress,
@@ -33,8 +26,8 @@ from virnuc_dask.analysis.passes import (
 )
 from virnuc_dask.analysis.rows import random_rows, read_vectors
 from virnuc_dask.errors import UsageError
-from virnuc_dask.results import MAP_DIMENSIONS, keep_result
-from virnuc_dask.store import Store
+from virnuc_dask.store.results import MAP_DIMENSIONS, keep_result
+from virnuc_dask.store.store import Store
 
 Method = Literal["pca", "umap"]
 METHODS: tuple[str, ...] = get_args(Method)

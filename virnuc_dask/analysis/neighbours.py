@@ -28,10 +28,10 @@ from virnuc_dask.analysis.passes import (
     thread_count,
 )
 from virnuc_dask.analysis.rows import TEXTS, by_chunk, embedded_rows, read_vectors, taken
-from virnuc_dask.config import METRICS, Metric, Status
 from virnuc_dask.errors import UsageError
-from virnuc_dask.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
-from virnuc_dask.streams import counted, printable
+from virnuc_dask.settings import METRICS, Metric, Status
+from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.text import counted, printable
 
 # All rows are read once for so many queries.
 _QUERIES_AT_ONCE = 4096

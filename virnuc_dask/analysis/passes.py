@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.errors import ResultReplacedError, StoreError, StoreReplacedError, UsageError
-from virnuc_dask.results import Result, open_result
-from virnuc_dask.store import Store, is_embedded
+from virnuc_dask.store.results import Result, open_result
+from virnuc_dask.store.store import Store, is_embedded
 
 # Values of rows that are multiplied at once: 2 MiB in float32 stay in a core's cache.
 _VALUES_PER_BLOCK = 2**19

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from virnuc_dask.analysis.outputs import check_out, whole_file
 from virnuc_dask.analysis.points import MOST_POINTS, Points, draw_points
-from virnuc_dask.store import Store
+from virnuc_dask.store.store import Store
 
 DRAWINGS = (".html", ".png")
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from virnuc_dask.analysis.fits import check_seed
 from virnuc_dask.analysis.labels import SEPARATOR, read_lines
 from virnuc_dask.analysis.rows import random_rows, taken
-from virnuc_dask.config import Status
 from virnuc_dask.errors import UsageError
-from virnuc_dask.results import RESULT, Result, open_result, result_names
-from virnuc_dask.store import Store
-from virnuc_dask.streams import printable
+from virnuc_dask.settings import Status
+from virnuc_dask.store.results import RESULT, Result, open_result, result_names
+from virnuc_dask.store.store import Store
+from virnuc_dask.text import printable
 
 MOST_POINTS = 20_000
 _COLUMNS = ("length", "frame", "status")

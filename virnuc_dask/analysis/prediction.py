@@ -19,11 +19,11 @@ from virnuc_dask.analysis.comparable import (
 )
 from virnuc_dask.analysis.passes import Progress, fill, thread_count
 from virnuc_dask.analysis.tables import Columns, check_table, write_rows
-from virnuc_dask.config import CONSENSUS, Consensus
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
-from virnuc_dask.results import RESULT, Result, keep_result
-from virnuc_dask.store import SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.settings import CONSENSUS, Consensus
+from virnuc_dask.store.results import RESULT, Result, keep_result
+from virnuc_dask.store.store import SEQUENCES_PER_CHUNK, Store
 
 # Columns of a table of rows, as far as the store has them.
 _ROW_TYPES = {

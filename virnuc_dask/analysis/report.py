@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.dataset import quarantined, row_states
 from virnuc_dask.analysis.neighbours import nearest
 from virnuc_dask.analysis.outputs import check_out, whole_file
 from virnuc_dask.analysis.passes import as_float32, check_finite
 from virnuc_dask.analysis.rows import taken
-from virnuc_dask.config import Status
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
-from virnuc_dask.results import Result, open_result, result_names
-from virnuc_dask.store import RESIDUES_PER_STORED_CHUNK, Store, is_embedded
-from virnuc_dask.streams import duration, printable
+from virnuc_dask.settings import Status
+from virnuc_dask.store.results import Result, open_result, result_names
+from virnuc_dask.store.status import quarantined, row_states
+from virnuc_dask.store.store import RESIDUES_PER_STORED_CHUNK, Store, is_embedded
+from virnuc_dask.text import duration, printable
 
 TEMPLATE = Path(__file__).with_name("report.html")
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.passes import check_finite
-from virnuc_dask.store import Store, is_embedded
+from virnuc_dask.store.store import Store, is_embedded
 
 TEXTS = ("sequence_id", "description")
 _CHUNKS_OF_A_SAMPLE = 512

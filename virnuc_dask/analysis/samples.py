@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.passes import ChunkCounter, Pool, as_float32, check_finite
-from virnuc_dask.store import Store, is_embedded
+from virnuc_dask.store.store import Store, is_embedded
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
 _OTHER = len(AMINO_ACIDS)

@@ -13,7 +13,7 @@ import numpy as np
 
 from virnuc_dask.analysis.formats import guarded, require
 from virnuc_dask.analysis.outputs import check_out, whole_file
-from virnuc_dask.streams import printable
+from virnuc_dask.text import printable
 
 # Values of some lines, by the names of the columns.
 Columns = Mapping[str, Any]

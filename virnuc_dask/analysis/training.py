@@ -23,9 +23,9 @@ from virnuc_dask.analysis.fits import check_seed
 from virnuc_dask.analysis.outputs import check_out
 from virnuc_dask.analysis.passes import ChunkCounter, Progress, open_pool, thread_count
 from virnuc_dask.analysis.samples import Sample, count_embedded, draw, groups_of
-from virnuc_dask.config import CLASSIFIERS, ClassifierKind
 from virnuc_dask.errors import UsageError
-from virnuc_dask.store import Store
+from virnuc_dask.settings import CLASSIFIERS, ClassifierKind
+from virnuc_dask.store.store import Store
 
 _BINS = 10
 _FEW = 100

@@ -1,0 +1,257 @@
+"""The command line as its users meet it: real processes, real exit codes."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
+
+from virnuc_dask.cli.main import main
+
+
+def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Path) -> None:
+    done = cli("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--max-residues", 50)
+    assert done.returncode == 3
+    for part in ("embedded", "truncated", "quarantined: empty", "out.zarr", "sequences/s"):
+        assert part in done.stdout
+    assert 'open with: virnuc_dask.open_store("out.zarr")' in done.stdout
+    assert "row 3  stop  invalid_residues" in done.stdout
+    assert "2 records with letters that are no residues" in done.stderr
+    assert "Traceback" not in done.stderr
+    again = cli("run", awkward, "out.zarr", "--model=demo", "--max-residues", 50)
+    assert again.returncode == 3
+    assert "1 of 1, 0 computed now" in again.stdout
+
+
+@pytest.mark.parametrize(("name", "store"), [("run", ["out.zarr"]), ("plan", [])])
+@pytest.mark.parametrize("options", [(), ("--model", ""), ("--json",)])
+def test_a_model_must_be_named(
+    name: str, store: list[str], options: tuple[str, ...], cli: Cli, awkward: Path, tmp_path: Path
+) -> None:
+    refused = cli(name, awkward, *store, *options)
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr.startswith("error: which model?")
+    for part in ("--model", "esm2_t33_650M_UR50D", "demo", "random weights"):
+        assert part in refused.stderr
+    assert os.listdir(tmp_path) == ["awkward.faa"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("run", "in.faa"), "Missing argument 'INPUTS...'"),
+        (("run", "in.faa", "out.zarr", "--pooling", "sum"), "'sum' is not one of"),
+        (("plan", "in.faa", "--frames", "orf"), "--frames is for --translate six-frame"),
+    ],
+)
+def test_what_else_is_wrong_comes_before_the_model(
+    arguments: tuple[str, ...], message: str, cli: Cli
+) -> None:
+    refused = cli(*arguments)
+    assert refused.returncode == 2
+    assert message in refused.stderr
+    assert "which model?" not in refused.stderr
+
+
+def test_standard_input_is_read(cli: Cli, awkward: Path) -> None:
+    done = cli(
+        "run", "-", "out.zarr", "--model=demo", "--workers", 1, "--json", input=awkward.read_text()
+    )
+    assert done.returncode == 3
+    assert json.loads(done.stdout.splitlines()[-1])["records"] == 7
+
+
+def test_json_is_json_and_nothing_else_on_stdout(cli: Cli, awkward: Path) -> None:
+    done = cli("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--json")
+    documents = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [document["event"] for document in documents][-2:] == ["chunk_done", "run_summary"]
+    assert documents[-1]["exit_code"] == done.returncode == 3
+
+
+def truncated_gzip(path: Path) -> None:
+    path.write_bytes(VIRAL_PROTEINS.read_bytes()[:5000])
+
+
+def binary(path: Path) -> None:
+    path.write_bytes(bytes(range(256)) * 20)
+
+
+def utf16(path: Path) -> None:
+    path.write_text(">a\nMKT\n", encoding="utf-16")
+
+
+def unequal(path: Path) -> None:
+    path.write_text("@a\nMKT\n+\nIII\n@b\nMKTAY\n+\nIII\n")
+
+
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+@pytest.mark.parametrize("damage", [truncated_gzip, binary, utf16, unequal, empty])
+def test_bad_input_is_one_clear_line_and_exit_code_2(damage: Any, cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "bad.fa"
+    damage(path)
+    done = cli("run", path, "out.zarr", "--model=demo")
+    assert done.returncode == 2
+    assert done.stdout == ""
+    model, line = done.stderr.splitlines()
+    assert model.startswith("model: demo (random weights")
+    assert line.startswith(f"error: {path}")
+    if damage is not empty:
+        assert ", line " in line
+    assert os.listdir(tmp_path) == ["bad.fa"]
+
+
+def test_strict_refuses_with_file_line_and_record(cli: Cli, awkward: Path) -> None:
+    done = cli("run", awkward, "out.zarr", "--model=demo", "--strict")
+    assert done.returncode == 2
+    assert f"{awkward}, line 6, record 'stop': an internal stop '*'" in done.stderr
+
+
+def test_another_identity_is_refused_by_name(make_store: Maker, cli: Cli) -> None:
+    make_store(VIRAL_PROTEINS, embed=False)
+    done = cli(
+        "run", VIRAL_PROTEINS, "out.zarr", "--model=demo", "--pooling", "max", "--repr-layer", 0
+    )
+    assert done.returncode == 2
+    assert "pooling: the store has 'mean', this run asks for 'max'" in done.stderr
+    assert "repr_layer" not in done.stderr
+
+
+def test_status_draws_the_chunks_that_are_there(make_store: Maker, cli: Cli) -> None:
+    store = make_store(VIRAL_PROTEINS)
+    store.remove_chunk(0)
+    store.remove_chunk(7)
+    done = cli("status", "out.zarr")
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0] == "░██████░██"
+    assert "8 of 10 chunks, 236 of 300 rows (78.7%)" in done.stdout
+    assert "virnuc-dask resume out.zarr" in done.stdout
+    found = json.loads(cli("status", "out.zarr", "--json", "--rows").stdout)
+    assert found["missing"] == [0, 7]
+    assert sum(found["states"].values()) == 300
+    assert found["states"]["pending"] == 64
+
+
+def test_verify_names_damage_and_repair_mends_it(make_store: Maker, cli: Cli) -> None:
+    store = make_store(VIRAL_PROTEINS)
+    assert cli("verify", "out.zarr").returncode == 0
+    file = store.path / "embedding" / "c.2.0"
+    content = bytearray(file.read_bytes())
+    content[100] ^= 4
+    file.write_bytes(content)
+    (store.path / "embedding" / "notes.txt").write_text("mine")
+    found = cli("verify", "out.zarr")
+    assert found.returncode == 4
+    assert "chunk 2: does not decode" in found.stdout
+    assert "notes.txt" in found.stdout
+    assert cli("verify", "out.zarr", "--repair").returncode == 0
+    assert cli("resume", "out.zarr", "--workers", 1, "-q").returncode == 0
+    assert json.loads(cli("verify", "out.zarr", "--json").stdout)["bad"] == {}
+
+
+def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
+    done = cli("plan", VIRAL_PROTEINS, "--model=demo")
+    assert done.returncode == 0
+    assert "300" in done.stdout
+    assert "137,862 (median 276, most 3,164)" in done.stdout
+    found = json.loads(cli("plan", VIRAL_PROTEINS, "--model=demo", "--json").stdout)
+    assert found["long_records"] == 29
+    assert os.listdir(tmp_path) == []
+
+
+def test_another_esm_is_one_clear_line_and_only_where_fair_esm_is_needed(
+    make_store: Maker, cli: Cli, awkward: Path, other_esm: dict[str, str]
+) -> None:
+    make_store(awkward)
+    for arguments in (
+        ("run", awkward, "new.zarr", "--model=demo"),
+        ("plan", awkward, "--model=demo"),
+        ("resume", "out.zarr"),
+        ("verify", "out.zarr", "--sample", 1),
+    ):
+        refused = cli(*arguments, env=other_esm)
+        assert refused.returncode == 2
+        (line,) = refused.stderr.splitlines()
+        assert re.match("error: the module esm at .*/site/esm/__init__.py is not fair-esm's", line)
+    assert not Path(awkward.parent, "new.zarr").exists()
+    assert cli("verify", "out.zarr", "--cluster", "local", env=other_esm).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "message"),
+    [
+        (
+            "esm.py",
+            "import sys; sys.exit(3)",
+            "module esm at .*esm.py is not .* .SystemExit: 3",
+        ),
+        ("esm/__init__.py", "raise OSError('a\\nb')", "the module esm at .* .OSError: a\\)"),
+        ("esm/readme.txt", "", "not installed, and the module esm at .*/esm is not fair-esm's"),
+        ("readme.txt", "", "fair-esm is not installed: pip install fair-esm"),
+    ],
+)
+def test_what_is_in_fair_esms_place_is_named(
+    file: str, text: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(text)
+    # Without site-packages, and so without fair-esm.
+    code = "from virnuc_dask.encoder.upstream import fair_esm; fair_esm()"
+    found = subprocess.run(
+        [sys.executable, "-S", "-c", code],
+        cwd=tmp_path,
+        env={"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))},
+        stderr=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
+    assert re.match(f"virnuc_dask.errors.UsageError: .*{message}", found.stderr.splitlines()[-1])
+
+
+def test_nucleotides_are_refused(cli: Cli, tmp_path: Path) -> None:
+    path = tmp_path / "dna.fa.gz"
+    path.write_bytes(gzip.compress(b">a\nACGTTGCA\n>b\nACGTNACGT\n"))
+    assert "look like nucleotides" in cli("plan", path, "--model=demo").stderr
+    assert cli("plan", path, "--model=demo", "--molecule", "protein").returncode == 0
+
+
+def test_a_terminal_gets_a_live_bar(awkward: Path, tmp_path: Path) -> None:
+    import pty
+
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        command("run", awkward, tmp_path / "out.zarr", "--model=demo", "--workers", 1),
+        stderr=follower,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "TERM": "xterm", "COLUMNS": "160"},
+    )
+    os.close(follower)
+    shown = b""
+    try:
+        while part := os.read(leader, 4096):
+            shown += part
+    except OSError:
+        pass  # Linux says EIO where others say end of file
+    assert process.wait(timeout=60) == 3
+    text = shown.decode()
+    for part in ("rows", "seq/s", "res/s", "ETA", "1 worker", "retried", "quarantined", "100%"):
+        assert part in text
+    assert "\x1b[?25l" in text  # drawn in place
+
+
+@pytest.mark.parametrize("name", sorted(main.commands))
+def test_every_command_has_help(name: str) -> None:
+    done = CliRunner().invoke(main, [name, "--help"])
+    assert done.exit_code == 0
+    assert "Usage:" in done.output

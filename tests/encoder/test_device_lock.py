@@ -1,0 +1,112 @@
+"""One chunk at a time on a device, over threads and processes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from virnuc_dask.encoder import device_lock
+from virnuc_dask.encoder.device_lock import Turn
+
+HOLD = """
+import fcntl, sys, time
+from virnuc_dask.encoder.device_lock import _open
+fcntl.flock(_open("card"), fcntl.LOCK_EX)
+print("held", flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.fixture
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Turn:
+    """A turn at a card that is not here: the lock's file is as it would be."""
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    turn = Turn(torch.device("cpu"))
+    turn._file = device_lock._open("card")
+    return turn
+
+
+def held_elsewhere(folder: Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD],
+        env=os.environ | {"TMPDIR": str(folder)},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_threads_take_turns() -> None:
+    turn, inside, most = Turn(torch.device("cpu")), 0, 0
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(50):
+            with turn:
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0.0001)
+                inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+
+
+def test_a_process_that_is_killed_gives_its_turn_away(card: Turn, tmp_path: Path) -> None:
+    process = held_elsewhere(tmp_path)
+    killer = threading.Timer(0.5, process.kill)
+    began = time.monotonic()
+    killer.start()
+    with card:
+        waited = time.monotonic() - began
+    assert 0.4 < waited < device_lock._PATIENCE_S / 2
+    process.wait()
+
+
+def test_a_process_that_hangs_keeps_nobody_for_ever(
+    card: Turn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device_lock, "_PATIENCE_S", 0.3)
+    process = held_elsewhere(tmp_path)
+    with card:
+        assert process.poll() is None
+    with card:  # and it is given back as if it had been had
+        pass
+    process.kill()
+    process.wait()
+
+
+def test_where_there_are_no_locks_there_are_turns_of_threads_only(
+    card: Turn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "no locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)  # as some network file systems do
+    for _ in range(2):
+        with card:
+            assert card._threads.locked()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
+    assert device_lock._open("card") is None
+
+
+def test_a_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    target = tmp_path / "target"
+    (tmp_path / f"virnuc_dask-{os.getuid()}-card.lock").symlink_to(target)
+    assert device_lock._open("card") is None
+    assert not target.exists()

@@ -1,0 +1,676 @@
+"""Clusters of our own and of others: what listens, TLS, and workers that do not fit."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from contextlib import ExitStack
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from clusters import dask_cluster, worker
+from conftest import ROOT, Cli, Maker
+from dask.system import CPU_COUNT
+from harness import (
+    Run,
+    assert_ledger,
+    await_end,
+    clear_partial_files_of_the_killed,
+    finished_chunks,
+)
+from models import random_network, save_network
+
+import virnuc_dask
+from virnuc_dask import RunConfig, __version__
+from virnuc_dask.encoder import faults
+from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.runtime import clusters, events, workers
+from virnuc_dask.runtime.clusters import connect, resolve
+from virnuc_dask.settings import Shard
+from virnuc_dask.store import checks
+from virnuc_dask.store.store import Store
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
+    def look() -> tuple[int, str]:
+        import torch
+
+        return torch.get_num_threads(), Path("/proc/self/environ").read_text()
+
+    with connect("local", workers=workers) as client:
+        found = client.run(look)
+    assert len(found) == workers
+    for threads, environment in found.values():
+        assert threads == max(1, CPU_COUNT // workers)
+        # As the process was started with: later is too late for malloc.
+        assert "MALLOC_TRIM_THRESHOLD_=1073741824" in environment
+        assert "MALLOC_MMAP_THRESHOLD_=33554432" in environment
+
+
+@pytest.mark.parametrize("forked", [True, False])
+def test_workers_are_forked_from_what_was_loaded_for_them_alone(
+    forked: bool, peptides: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "some folder"
+    folder.mkdir()
+    # Whatever lies about in the working directory is nobody's module.
+    for name in ("random", "esm", "zarr"):
+        (folder / f"{name}.py").write_text("open('canary', 'w')")
+    # A socket's path may be too long; then they are started one by one.
+    (long := tmp_path / ("long" * 25)).mkdir()
+    temporary = {} if forked else {"TMPDIR": str(long)}
+    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "17")
+    usual = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
+    usual["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, nothing is forked
+    run = Run(
+        *("run", peptides, tmp_path / "out.zarr"),
+        *("--model=demo", "--repr-layer", 0, "--workers", 1),
+        program=[str(Path(sys.executable).with_name("virnuc-dask"))],
+        env=usual | threads | temporary,
+        cwd=folder,
+    )
+    event = next(event for event in run if event["event"] == "chunk_done")
+    process = psutil.Process(event["pid"])
+    environment, words = process.environ(), " ".join(process.cmdline())
+    assert run.finish() == 0
+    assert ("forkserver" in words) == forked
+    if forked:
+        # Of a forked process, this is what it was forked from was started with.
+        assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == str(CPU_COUNT)
+    assert environment["MALLOC_TRIM_THRESHOLD_"] == "1073741824"
+    assert environment["MALLOC_MMAP_THRESHOLD_"] == "33554432"
+    assert not (folder / "canary").exists()
+
+
+def test_gpus_that_are_not_there_are_a_clear_error(awkward: Path, tmp_path: Path, cli: Cli) -> None:
+    refused = cli(
+        *("run", awkward, "out.zarr", "--model=demo", "--cluster", "local-cuda"),
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert refused.returncode == 2
+    assert "--cluster local" in refused.stderr
+    what = "torch finds no GPU" if find_spec("dask_cuda") else "pip install 'virnuc_dask[cuda]'"
+    assert what in refused.stderr
+    assert "Traceback" not in refused.stderr
+    # Said before the input is read.
+    assert not (tmp_path / "out.zarr").exists()
+
+
+def test_auto_is_what_there_is() -> None:
+    assert resolve("tcp://127.0.0.1:8786") == "tcp://127.0.0.1:8786"
+    if torch.cuda.is_available() and not find_spec("dask_cuda"):
+        with pytest.raises(UsageError, match="needs dask-cuda"):
+            resolve("auto")
+    else:
+        assert resolve("auto") == ("local-cuda" if torch.cuda.is_available() else "local")
+
+
+def test_a_device_that_is_not_there_is_said_before_any_chunk(
+    awkward: Path, tmp_path: Path, cli: Cli
+) -> None:
+    refused = cli("run", awkward, "out.zarr", "--model=demo", "--device", "cuda:99")
+    assert refused.returncode == 2
+    assert "error: 1 of 1 workers cannot do this run; nothing was computed" in refused.stderr
+    assert "cannot load the model on cuda:99" in refused.stderr
+    assert not Store(tmp_path / "out.zarr").present().any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("dask_cuda") is None, reason="needs dask-cuda")
+def test_gpus_embed_and_a_killed_worker_costs_nothing(peptides: Path, tmp_path: Path) -> None:
+    seen: list[events.Event] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.ChunkDone) and not any(
+            isinstance(earlier, events.ChunkDone) for earlier in seen
+        ):
+            os.kill(event.pid, signal.SIGKILL)
+        seen.append(event)
+
+    settings = {"model": "demo", "precision": "float32", "rows_per_chunk": 64}
+    path = tmp_path / "gpu.zarr"
+    summary = virnuc_dask.run(peptides, path, cluster="local-cuda", listener=listen, **settings)
+    assert (summary.exit_code, summary.workers_lost) == (0, 1)
+    virnuc_dask.run(peptides, tmp_path / "cpu.zarr", **settings)
+    found, expected = (
+        virnuc_dask.open_store(tmp_path / f"{name}.zarr").embedding.values
+        for name in ("gpu", "cpu")
+    )
+    assert np.abs(found - expected).max() <= 1e-4 * np.linalg.norm(expected, axis=1).max()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(find_spec("dask_cuda") is None, reason="needs dask-cuda")
+def test_a_run_on_gpus_is_killed_and_the_same_command_goes_on(
+    peptides: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "out.zarr"
+    command = ("--model=demo", "--cluster", "local-cuda", "--rows-per-chunk", 8)
+    first = Run("run", peptides, path, *command)
+    pids = set()
+    for event in first:
+        if event["event"] == "chunk_done":
+            pids.add(event["pid"])
+            first.process.send_signal(signal.SIGKILL)
+    assert first.process.wait(timeout=60) == -signal.SIGKILL
+    await_end(pids)
+    store = Store(path)
+    clear_partial_files_of_the_killed(store)
+    done = np.flatnonzero(store.present()).tolist()
+    assert 0 < len(done) < store.chunk_count
+    before = finished_chunks(store)
+    second = Run("run", peptides, path, *command)
+    assert second.finish() == 0
+    assert sorted([*done, *second.computed()]) == list(range(store.chunk_count))
+    assert before.items() <= finished_chunks(store).items()
+    assert virnuc_dask.resume(path, cluster="local-cuda").computed_chunks == 0
+    assert Run("run", peptides, tmp_path / "whole.zarr", *command).finish() == 0
+    assert_ledger(store, Store(tmp_path / "whole.zarr"))
+
+
+@pytest.mark.skipif(find_spec("dask_cuda") is None, reason="needs dask-cuda")
+def test_each_gpu_has_a_worker_and_a_killed_one_is_replaced(
+    make_store: Maker, peptides: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """dask-cuda itself, on cores: that there are GPUs is made up, for they cannot always be had."""
+    monkeypatch.setattr(clusters, "visible_gpus", lambda: ["0", "1", "2"])
+    # dask-cuda's own, for tests on machines that lack them.
+    for name in ("DASK_CUDA_TEST_SINGLE_GPU", "DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC"):
+        monkeypatch.setenv(name, "1")
+    whole = make_store(peptides, "whole.zarr")
+    store = make_store(peptides, embed=False)
+    killed: list[int] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.ChunkDone) and not killed:
+            os.kill(event.pid, signal.SIGKILL)
+            killed.append(event.pid)
+
+    with connect("local-cuda", 2) as client:
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["0,1", "1,0"]
+        assert set(client.nthreads().values()) == {3}
+        config = RunConfig(device="cpu")
+        summary = virnuc_dask.resume(store.path, client=client, config=config, listener=listen)
+        assert (summary.exit_code, summary.workers_lost) == (0, 1)
+        client.wait_for_workers(2, timeout=60)
+        seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+        assert sorted(seen.values()) == ["0,1", "1,0"]
+        assert killed[0] not in client.run(os.getpid).values()
+    clear_partial_files_of_the_killed(store)
+    assert_ledger(store, whole)
+
+
+def test_nothing_listens_beyond_loopback() -> None:
+    with connect("local", workers=1):
+        ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
+        listening = [
+            connection.laddr.ip
+            for process in ours
+            for connection in process.net_connections("inet")
+            if connection.status == psutil.CONN_LISTEN
+        ]
+    assert listening
+    assert set(listening) <= {"127.0.0.1", "::1"}
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate that is its own authority, and its key."""
+    folder = tmp_path_factory.mktemp("tls")
+    request = "req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -keyout key.pem"
+    try:
+        subprocess.run(
+            ["openssl", *request.split(), "-out", "cert.pem"],
+            cwd=folder,
+            check=True,
+            capture_output=True,
+        )
+    except FileNotFoundError:
+        pytest.skip("needs the openssl command to make a certificate")
+    return folder
+
+
+def test_tls_works_and_nothing_goes_without_it(
+    certificate: Path, cli: Cli, awkward: Path, tmp_path: Path
+) -> None:
+    cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
+    tls = ("--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key)
+    with dask_cluster(tmp_path, "--protocol", "tls", *tls) as file:
+        common = ("run", awkward, "out.zarr", "--model=demo", "--repr-layer", 0, "--cluster", file)
+        refused = cli(*common)
+        assert refused.returncode == 2
+        assert "TLS" in refused.stderr
+        assert "Traceback" not in refused.stderr
+        absent = cli(*common, "--tls-ca-file", "absent.pem")
+        assert absent.returncode == 2
+        assert "absent.pem: no such file" in absent.stderr
+        done = cli(*common, *tls)
+        assert done.returncode == 3, done.stderr
+        assert cli("verify", "out.zarr", "--cluster", file, *tls).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '{"address": 5}', "{}", "no json", '{"address": "tcp://127.0.0.1:abc"}'],
+)
+def test_a_scheduler_file_that_is_none_is_a_clear_error(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "scheduler.json"
+    file.write_text(content)
+    with pytest.raises(UsageError, match=r"scheduler\.json"), connect(str(file)):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("options", "most"), [(("--nthreads", "32"), 3), (("--resources", "GPU=1"), 1)]
+)
+def test_a_worker_gets_no_more_chunks_than_help_it(
+    options: tuple[str, ...], most: int, make_store: Maker, peptides: Path, tmp_path: Path
+) -> None:
+    """Whatever its threads and resources: chunks that wait in it would die with it."""
+    store = make_store(peptides, embed=False)
+    with dask_cluster(tmp_path, worker_options=options) as file, connect(str(file)) as watcher:
+        found = []
+
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.ChunkDone):
+                found.append(sum(map(len, watcher.processing().values())))
+
+        assert virnuc_dask.resume(store.path, cluster=str(file), listener=listen).exit_code == 0
+    assert (most > 1) <= max(found) <= most
+
+
+@pytest.fixture
+def slow(
+    make_store: Maker, peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> tuple[Store, Store, Path]:
+    """Chunks of one row that take a worker a second, the same done, and the table that says so."""
+    some = tmp_path / "some.faa"
+    some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:28]))
+    whole = make_store(some, "whole.zarr", rows_per_chunk=1)
+    store = make_store(some, embed=False, rows_per_chunk=1)
+    table = tmp_path / "faults.json"
+    table.write_text(json.dumps({"": "slow"}))
+    monkeypatch.setenv(faults.VARIABLE, str(table))
+    return store, whole, table
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
+    number: int, slow: tuple[Store, Store, Path], tmp_path: Path
+) -> None:
+    store, whole, table = slow
+    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+        client.wait_for_workers(1)
+        workers = set(client.nthreads())
+        run = Run("resume", store.path, "--cluster", file)
+        for event in run:
+            if event["event"] == "chunk_done" and len(run.computed()) == 1:
+                run.process.send_signal(number)
+        assert run.process.wait(timeout=60) in (-number, 128 + number)
+        before = finished_chunks(store)
+        assert 0 < store.present().sum() < store.chunk_count
+        nothing = tmp_path / "nothing.json"
+        nothing.write_text("{}")
+        nothing.replace(table)  # at once: the worker reads it
+        deadline = time.monotonic() + 60
+        while client.run_on_scheduler(lambda dask_scheduler: len(dask_scheduler.tasks)):
+            assert time.monotonic() < deadline, "tasks stay on the scheduler"
+            time.sleep(0.1)
+        assert set(client.nthreads()) == workers
+        again = Run("resume", store.path, "--cluster", file)
+        assert again.finish() == 0
+        assert Run("resume", store.path, "--cluster", file).finish() == 0
+    assert before.items() <= finished_chunks(store).items()
+    assert_ledger(store, whole)
+
+
+def test_a_hanging_worker_with_others_work_is_not_killed(
+    make_store: Maker, peptides: Path, tmp_path: Path
+) -> None:
+    whole = make_store(peptides, "whole.zarr")
+    store = make_store(peptides, embed=False)
+    seen: list[events.Event] = []
+    stopped: list[int] = []
+    with dask_cluster(tmp_path) as file, worker(file), connect(str(file)) as other:
+        other.wait_for_workers(2)
+        # What somebody else has computed, on either.
+        theirs = [other.submit(pow, 2, n, workers=[w]) for n, w in enumerate(other.nthreads())]
+        assert other.gather(theirs) == [1, 2]
+
+        def listen(event: events.Event) -> None:
+            seen.append(event)
+            done = [event for event in seen if isinstance(event, events.ChunkDone)]
+            if len(done) == 10 and not stopped:
+                stopped.append(done[-1].pid)
+                os.kill(done[-1].pid, signal.SIGSTOP)
+
+        config = RunConfig(deadline_floor=4, deadline_first=60)
+        try:
+            summary = virnuc_dask.resume(
+                store.path, cluster=str(file), config=config, listener=listen
+            )
+        finally:
+            for pid in stopped:
+                os.kill(pid, signal.SIGCONT)
+        overdue = [event.replaced for event in seen if isinstance(event, events.ChunkOverdue)]
+        assert overdue
+        assert not any(overdue)
+        assert (summary.exit_code, summary.workers_lost) == (0, 0)
+        assert other.gather(theirs) == [1, 2]
+        assert stopped[0] in other.run(os.getpid).values()
+    assert_ledger(store, whole)
+
+
+# --- workers that do not fit ---
+
+
+@pytest.fixture
+def other_version(tmp_path: Path) -> dict[str, str]:
+    """The environment of a worker that has another version of the package."""
+    shutil.copytree(ROOT / "virnuc_dask", tmp_path / "other" / "virnuc_dask")
+    init = tmp_path / "other" / "virnuc_dask" / "__init__.py"
+    init.write_text(init.read_text().replace(f'"{__version__}"', '"0.0.7"'))
+    return os.environ | {"PYTHONPATH": str(tmp_path / "other")}
+
+
+def test_all_that_workers_lack_is_said_at_once_and_before_any_chunk(
+    awkward: Path,
+    tmp_path: Path,
+    cli: Cli,
+    other_version: dict[str, str],
+    blinded: tuple[str, ...],
+) -> None:
+    save_network(random_network(2, 32, 4), tmp_path / "hidden" / "weights.pt")
+    run = ("run", awkward, "hidden/out.zarr", "--model", "hidden/weights.pt")
+    with (
+        dask_cluster(tmp_path, env=other_version) as file,
+        worker(file, prefix=blinded),
+        worker(file),
+    ):
+        with connect(str(file)) as client:
+            client.wait_for_workers(3)
+        refused = cli(*run, "--cluster", file)
+        assert refused.returncode == 2
+        head, *lacks = refused.stderr.splitlines()[-4:]
+        assert head == "error: 2 of 3 workers cannot do this run; nothing was computed"
+        store, model, version = sorted(line.split("  ")[2] for line in lacks)
+        assert store == f"{tmp_path}/hidden/out.zarr: no store there"
+        assert model.startswith(f"model '{tmp_path}/hidden/weights.pt': neither a file nor")
+        assert version == f"virnuc_dask 0.0.7, this run {__version__}"
+        # The user's cluster is as it was, and has nothing to do.
+        with connect(str(file)) as client:
+            assert len(client.nthreads()) == 3
+            assert not any(client.processing().values())
+    assert not Store(tmp_path / "hidden" / "out.zarr").present().any()
+    assert not list((tmp_path / "hidden").rglob("*.partial"))
+
+
+def test_a_scheduler_without_the_package_is_told_before_any_chunk(
+    awkward: Path, tmp_path: Path, cli: Cli
+) -> None:
+    """It unpickles tasks on their way."""
+    (there := tmp_path / "bare" / "virnuc_dask").mkdir(parents=True)
+    (there / "__init__.py").write_text("raise ImportError('no virnuc_dask here')")
+    bare = os.environ | {"PYTHONPATH": str(there.parent)}
+    with dask_cluster(tmp_path, scheduler_env=bare) as file:
+        refused = cli(
+            "run", awkward, "out.zarr", "--model=demo", "--repr-layer", 0, "--cluster", file
+        )
+    assert refused.returncode == 2
+    assert refused.stderr.splitlines()[-1] == (
+        "error: the scheduler cannot take this work; it needs virnuc_dask too:"
+        " ImportError: no virnuc_dask here"
+    )
+    assert not Store(tmp_path / "out.zarr").present().any()
+
+
+@pytest.mark.parametrize(
+    ("kind", "lack"),
+    [
+        ("other_version", f"virnuc_dask 0.0.7, this run {__version__}"),
+        ("other_esm", "the module esm at "),
+    ],
+)
+def test_an_unfit_worker_that_joins_later_is_left_alone(
+    kind: str,
+    lack: str,
+    slow: tuple[Store, Store, Path],
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+) -> None:
+    environment = request.getfixturevalue(kind)
+    store, whole, _ = slow
+    seen: list[events.Event] = []
+    with ExitStack() as stack:
+        file = stack.enter_context(dask_cluster(tmp_path))
+
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.WorkersChecked):
+                stack.enter_context(worker(file, env=os.environ | environment))
+            seen.append(event)
+
+        summary = virnuc_dask.resume(store.path, cluster=str(file), listener=listen)
+        unfit = [event for event in seen if isinstance(event, events.WorkerUnfit)]
+        ((found,),) = [event.lacks for event in unfit]
+        assert found.startswith(lack)
+        assert len({event.pid for event in seen if isinstance(event, events.ChunkDone)}) == 1
+        assert (summary.exit_code, summary.retries) == (0, 0)
+    assert_ledger(store, whole)
+
+
+def test_a_run_whose_last_fit_worker_is_gone_ends_with_a_clear_error(
+    make_store: Maker, peptides: Path, other_version: dict[str, str], tmp_path: Path
+) -> None:
+    store = make_store(peptides, embed=False)
+    with ExitStack() as stack:
+        file = stack.enter_context(dask_cluster(tmp_path))
+
+        def listen(event: events.Event) -> None:
+            if isinstance(event, events.WorkersChecked):
+                stack.enter_context(worker(file, env=os.environ | other_version))
+            elif isinstance(event, events.WorkersChanged) and event.workers == 2:
+                # Without its nanny, which would start another.
+                (fit,) = (
+                    process
+                    for process in psutil.Process().children()
+                    if "worker" in process.cmdline() and "PYTHONPATH" not in process.environ()
+                )
+                os.killpg(fit.pid, signal.SIGKILL)
+
+        with pytest.raises(VirnucError, match=r"no worker is left .*\n.*virnuc_dask 0\.0\.7"):
+            virnuc_dask.resume(store.path, cluster=str(file), listener=listen)
+    assert virnuc_dask.resume(store.path, workers=1).exit_code == 0
+
+
+def test_a_worker_that_dies_when_it_is_asked_keeps_no_run_from_beginning(
+    make_store: Maker, awkward: Path, tmp_path: Path
+) -> None:
+    store = make_store(awkward, embed=False, rows_per_chunk=2)
+    killed: list[int] = []
+    seen: list[events.Event] = []
+    with dask_cluster(tmp_path) as file:
+        with connect(str(file)) as client:
+            client.wait_for_workers(1)
+            (pid,) = client.run(os.getpid).values()
+
+        def kill() -> None:
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(1)
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+        killer = threading.Thread(target=kill)
+        killer.start()
+        began = time.monotonic()
+        virnuc_dask.resume(store.path, cluster=str(file), listener=seen.append)
+        killer.join()
+        assert time.monotonic() - began < 60
+    assert killed
+    assert store.present().all()
+
+
+def test_a_worker_that_hangs_keeps_no_run_from_beginning(
+    make_store: Maker, awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "_STRAGGLERS_S", 1.0)
+    store = make_store(awkward, embed=False, rows_per_chunk=1)
+    with dask_cluster(tmp_path) as file, worker(file, "--no-nanny") as hangs:
+        with connect(str(file)) as client:
+            client.wait_for_workers(2)
+        hangs.send_signal(signal.SIGSTOP)
+        seen: list[events.Event] = []
+        config = RunConfig(deadline_floor=2, deadline_first=5)
+        virnuc_dask.resume(store.path, cluster=str(file), config=config, listener=seen.append)
+    (checked,) = (event for event in seen if isinstance(event, events.WorkersChecked))
+    assert checked.workers == 1
+    assert store.present().all()
+
+
+def test_workers_can_verify(make_store: Maker, peptides: Path, client: Any) -> None:
+    store = make_store(peptides)
+    damaged = store.path / "embedding" / "c.3.0"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    here, there = virnuc_dask.verify(store.path), virnuc_dask.verify(store.path, client=client)
+    assert here == there
+    assert list(there.bad) == [3]
+    assert there.checked == store.chunk_count
+    # It was they who read: a chunk's check is a task of its module.
+    assert client.run(lambda: checks.__name__ in sys.modules)
+
+
+# Stands for a GPU whose memory is somebody else's.
+SHORT_OF_MEMORY = """
+from virnuc_dask.runtime import embed
+
+def short(reference):
+    raise MemoryError("the card is full")
+
+embed.load_checkpoint = short
+"""
+
+
+def test_a_model_that_no_worker_has_memory_for_is_said_before_any_chunk(
+    make_store: Maker, awkward: Path, tmp_path: Path
+) -> None:
+    store = make_store(awkward, embed=False)
+    (tmp_path / "short.py").write_text(SHORT_OF_MEMORY)
+    with (
+        dask_cluster(tmp_path, worker_options=("--preload", "short.py")) as file,
+        pytest.raises(VirnucError, match="no worker has the memory now: the card is full"),
+    ):
+        virnuc_dask.resume(store.path, cluster=str(file))
+    assert not store.present().any()
+
+
+# Stands for a worker with another zarr, or with another disk at the store's path.
+SEES_DAMAGE = """
+from virnuc_dask.store import verify
+
+verify.check_chunk = lambda *_, **__: "made up"
+"""
+
+
+def test_what_only_a_worker_finds_damaged_is_not_removed(
+    make_store: Maker, peptides: Path, tmp_path: Path
+) -> None:
+    store = make_store(peptides)
+    before = finished_chunks(store)
+    (store.path / "embedding" / "c.2.0").write_bytes(b"damaged" * 99)
+    (tmp_path / "sees.py").write_text(SEES_DAMAGE)
+    with (
+        dask_cluster(tmp_path, worker_options=("--preload", "sees.py")) as file,
+        connect(str(file)) as client,
+    ):
+        report = virnuc_dask.verify(store.path, client=client, repair=True)
+        assert client.run(lambda: checks.__name__ in sys.modules)
+    assert list(report.bad) == [2]
+    assert "made up" not in report.bad[2]
+    gone = set(before) - set(finished_chunks(store))
+    assert {Path(name).name for name in gone} == {"c.2", "c.2.0"}
+
+
+def test_workers_that_are_lost_over_and_over_are_one_line() -> None:
+    with pytest.raises(VirnucError, match=r"lost: .*died"), connect("local", workers=1) as client:
+        client.submit(os._exit, 1).result()
+
+
+# --- shards ---
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "shard"),
+    [
+        (None, {}, Shard(1, 1)),
+        ("3/16", {}, Shard(3, 16)),
+        ("slurm", {"TASK_ID": 0, "TASK_MIN": 0, "TASK_STEP": 1, "TASK_COUNT": 4}, Shard(1, 4)),
+        ("slurm", {"TASK_ID": 7, "TASK_MIN": 1, "TASK_STEP": 2, "TASK_COUNT": 4}, Shard(4, 4)),
+    ],
+)
+def test_shards_are_read(text: str | None, environment: dict[str, int], shard: Shard) -> None:
+    names = {f"SLURM_ARRAY_{name}": str(value) for name, value in environment.items()}
+    assert Shard.parse(text, names) == shard
+
+
+@pytest.mark.parametrize(
+    ("text", "environment", "message"),
+    [
+        ("0/4", {}, "must be 1 to 4"),
+        ("5/4", {}, "must be 1 to 4"),
+        ("1", {}, "neither such as 3/16 nor slurm"),
+        ("a/b", {}, "neither such as 3/16 nor slurm"),
+        ("slurm", {}, "no task of an array job"),
+        # --array=1,2,9: what is left out would be computed by nobody.
+        ("slurm", {"TASK_ID": 9, "TASK_MIN": 1, "TASK_STEP": 1, "TASK_COUNT": 3}, "must be 1 to 3"),
+    ],
+)
+def test_shards_that_are_none_are_refused(
+    text: str, environment: dict[str, int], message: str
+) -> None:
+    names = {f"SLURM_ARRAY_{name}": str(value) for name, value in environment.items()}
+    with pytest.raises(UsageError, match=message):
+        Shard.parse(text, names)
+
+
+def test_every_chunk_is_in_one_shard_of_so_many() -> None:
+    shards = [Shard(index, 7) for index in range(1, 8)]
+    assert all(sum(shard.holds(chunk) for shard in shards) == 1 for chunk in range(100))
+
+
+def test_runs_with_no_contact_fill_one_store(
+    make_store: Maker, peptides: Path, tmp_path: Path
+) -> None:
+    """Two shards at once, that both find no store; one of them overlaps a third."""
+    whole = make_store(peptides, "whole.zarr")
+    path = tmp_path / "out.zarr"
+    common = ("--model=demo", "--rows-per-chunk", 32, "--repr-layer", 0, "--workers", 1)
+    runs = [Run("run", peptides, path, *common, "--shard", f"{n}/3") for n in (1, 3)]
+    assert [run.finish() for run in runs] == [0, 0]
+    store = Store(path)
+    for run, first in zip(runs, (0, 2), strict=True):
+        mine = list(range(first, store.chunk_count, 3))
+        assert sorted(run.computed()) == mine
+        assert run.of("run_started")[0]["chunks_to_compute"] == len(mine)
+        assert run.events[-1]["missing"] == {}
+    assert np.flatnonzero(~store.present()).tolist() == list(range(1, store.chunk_count, 3))
+    before = finished_chunks(store)
+    last = Run("run", peptides, path, *common, "--shard", "2/3")
+    overlapping = Run("resume", path, "--workers", 1, "--shard", "1/2")
+    assert (last.finish(), overlapping.finish()) == (0, 0)
+    assert last.events[-1]["elsewhere"] == 0
+    assert before.items() <= finished_chunks(store).items()
+    assert_ledger(store, whole)

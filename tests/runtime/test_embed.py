@@ -1,0 +1,182 @@
+"""The task: what becomes of each row, and what a worker refuses."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import VIRAL_PROTEINS, Maker, tree
+from models import (
+    random_network,
+    random_sequences,
+    relative_error,
+    save_network,
+    upstream,
+    upstream_mean,
+)
+
+from virnuc_dask.encoder.encoder import load_encoder
+from virnuc_dask.encoder.weights import describe, load_checkpoint
+from virnuc_dask.errors import IdentityMismatchError, ModelError
+from virnuc_dask.runtime import embed
+from virnuc_dask.runtime.embed import embed_chunk, embed_rows, get_encoder
+from virnuc_dask.settings import Identity, Status
+
+
+def identity(**changes: Any) -> Identity:
+    plain = Identity(
+        1, "", 0, "", 0, "mean", "float32", "float32", "", 1022, "truncate", 32, per_residue=False
+    )
+    return replace(plain, **changes)
+
+
+def packed(sequences: list[str]) -> tuple[Any, Any]:
+    lengths = np.array([len(sequence) for sequence in sequences], np.int32)
+    return lengths, np.frombuffer("".join(sequences).encode(), np.uint8)
+
+
+def embedded(*arguments: Any) -> tuple[Any, Any]:
+    rows = embed_rows(*arguments)
+    return rows.status, rows.embedding
+
+
+def test_every_row_gets_exactly_one_state() -> None:
+    encoder = load_encoder("demo")
+    sequences = ["MKTAYIAKQR", "", "MK1", "M" * 51, "M" * 60 + "*K", "A"]
+    status, embedding = embedded(encoder, *packed(sequences), identity(max_residues=50))
+    assert [Status(code).meaning for code in status] == [
+        "embedded",
+        "empty",
+        "invalid_residues",
+        "truncated",
+        "invalid_residues",  # also where truncation would have hidden the stop
+        "embedded",
+    ]
+    assert np.isfinite(embedding).all(axis=1).tolist() == [True, False, False, True, False, True]
+    assert np.isnan(embedding[[1, 2, 4]]).all()
+    expected = encoder.encode(["MKTAYIAKQR", "M" * 50, "A"])
+    assert relative_error(embedding[[0, 3, 5]], expected) < 2e-6
+
+
+def test_windows_are_a_mean_over_residues_each_counted_once(tmp_path: Path) -> None:
+    network = random_network(2, 64, 4)
+    encoder = load_encoder(save_network(network, tmp_path / "model.pt"))
+    sequences = random_sequences([40, 101, 260, 100, 1000])
+    status, embedding = embedded(
+        encoder, *packed(sequences), identity(max_residues=100, long="window")
+    )
+    assert [Status(code).meaning for code in status] == [
+        "embedded",
+        "windowed",
+        "windowed",
+        "embedded",
+        "windowed",
+    ]
+    for sequence, row in zip(sequences, embedding, strict=True):
+        assert relative_error(row[None], windowed_mean(network, sequence, 100)[None]) < 1e-4
+
+
+def windowed_mean(network: Any, sequence: str, size: int) -> Any:
+    """Average what all windows say of each residue, then average over the residues."""
+    count = 1 if len(sequence) <= size else -(-(len(sequence) - size // 4) // (size - size // 4))
+    size = min(size, len(sequence))
+    starts = [k * (len(sequence) - size) // max(count - 1, 1) for k in range(count)]
+    total = np.zeros((len(sequence), network.embed_dim))
+    seen = np.zeros(len(sequence))
+    for start in starts:
+        tokens = upstream(network, [sequence[start : start + size]])[0]
+        total[start : start + size] += tokens[1:-1]
+        seen[start : start + size] += 1
+    assert (seen > 0).all()
+    return (total / seen[:, None]).mean(0)
+
+
+@pytest.mark.parametrize("pooling", ["max", "bos"])
+def test_windows_are_pooled_by_maximum_or_mean_of_bos(pooling: str, tmp_path: Path) -> None:
+    network = random_network(2, 64, 4)
+    encoder = load_encoder(save_network(network, tmp_path / "model.pt"), pooling=pooling)
+    (sequence,) = random_sequences([150])
+    rows = embedded(
+        encoder, *packed([sequence]), identity(max_residues=100, long="window", pooling=pooling)
+    )[1]
+    windows = [upstream(network, [sequence[start : start + 100]])[0] for start in (0, 50)]
+    if pooling == "max":
+        expected = np.maximum(windows[0][1:-1].max(0), windows[1][1:-1].max(0))
+    else:
+        expected = (windows[0][0] + windows[1][0]) / 2
+    assert relative_error(rows, expected[None]) < 1e-4
+
+
+def test_long_rows_are_skipped_on_request() -> None:
+    status, embedding = embedded(
+        load_encoder("demo"), *packed(["MKT", "M" * 51]), identity(max_residues=50, long="skip")
+    )
+    assert status.tolist() == [Status.EMBEDDED, Status.TOO_LONG]
+    assert np.isnan(embedding[1]).all()
+
+
+def test_what_overflows_the_stored_type_is_quarantined(tmp_path: Path) -> None:
+    network = random_network(2, 64, 4)
+    with torch.no_grad():
+        network.emb_layer_norm_after.weight.mul_(1e6)
+    encoder = load_encoder(save_network(network, tmp_path / "model.pt"))
+    sequences = packed(["MKTAYIAKQR", ""])
+    status, embedding = embedded(encoder, *sequences, identity(dtype="float16"))
+    assert status.tolist() == [Status.NON_FINITE, Status.EMPTY]
+    assert np.isnan(embedding).all()
+    status, _ = embedded(encoder, *sequences, identity(dtype="float32"))
+    assert status.tolist() == [Status.EMBEDDED, Status.EMPTY]
+
+
+def test_a_model_that_yields_nan_quarantines_the_row(tmp_path: Path) -> None:
+    network = random_network(2, 64, 4)
+    with torch.no_grad():
+        network.embed_tokens.weight[network.alphabet.get_idx("W")] = float("nan")
+    encoder = load_encoder(save_network(network, tmp_path / "model.pt"))
+    sequences = ["MKT", "MWT", "MKTAY"]
+    status, embedding = embedded(encoder, *packed(sequences), identity())
+    assert status.tolist() == [Status.EMBEDDED, Status.NON_FINITE, Status.EMBEDDED]
+    clean = upstream_mean(network, ["MKT", "MKTAY"])
+    assert relative_error(embedding[[0, 2]], clean) < 1e-4
+
+
+def test_a_present_chunk_is_left_alone(make_store: Maker) -> None:
+    store = make_store(VIRAL_PROTEINS)
+    before = tree(store.path)
+    model = describe(load_checkpoint("demo"), repr_layer=0)
+    report = embed_chunk(str(store.path), 0, store.identity, model)
+    assert (report.computed, report.counts, report.rows) == (False, {}, 32)
+    assert tree(store.path) == before
+
+
+def test_a_store_that_was_replaced_meanwhile_is_refused(make_store: Maker) -> None:
+    store = make_store(VIRAL_PROTEINS, embed=False)
+    model = describe(load_checkpoint("demo"), repr_layer=0)
+    other = replace(store.identity, input_sha256="0" * 64)
+    with pytest.raises(IdentityMismatchError, match="input_sha256"):
+        embed_chunk(str(store.path), 0, other, model)
+    assert not store.touched()[0]
+
+
+def test_other_weights_than_the_stores_are_refused() -> None:
+    spec = describe(load_checkpoint("demo"))
+    with pytest.raises(ModelError, match="this worker has weights"):
+        get_encoder(replace(spec, weights_sha256="0" * 64))
+
+
+def test_a_process_loads_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loads = []
+    monkeypatch.setattr(
+        embed, "load_checkpoint", lambda name: loads.append(name) or load_checkpoint(name)
+    )
+    monkeypatch.setattr(embed, "_loaded", {})
+    spec = describe(load_checkpoint("demo"))
+    with ThreadPoolExecutor(8) as pool:
+        encoders = list(pool.map(lambda _: get_encoder(spec), range(8)))
+    assert loads == ["demo"]
+    assert len({id(encoder) for encoder in encoders}) == 1

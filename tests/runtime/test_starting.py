@@ -1,0 +1,276 @@
+"""Clusters of our own: they start anywhere, or say why not, and end when they are told to."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from clusters import dask_cluster
+from conftest import VIRAL_PROTEINS, Cli, Maker, command
+from harness import Run, await_end
+from models import random_network, save_network
+
+import virnuc_dask
+from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.runtime.local import innermost
+from virnuc_dask.store.store import Store
+
+QUICK = ("--model=demo", "--repr-layer", 0, "--workers", 1, "-q")
+
+# --- scripts ---
+
+SCRIPT = """
+import warnings
+import virnuc_dask
+warnings.simplefilter("ignore")  # the demo model's weights are random
+print(virnuc_dask.run("in.faa", "out.zarr", model="demo", workers=2).counts)
+"""
+
+
+@pytest.mark.parametrize("how", ["file", "standard input", "-c", "exec"])
+def test_a_script_needs_neither_a_file_nor_a_guard(how: str, tmp_path: Path) -> None:
+    """Workers import nothing of it, so that none of them runs it again."""
+    (tmp_path / "in.faa").write_text(">a\nMKTAYIAKQR\n>b\nMKV\n")
+    (tmp_path / "script.py").write_text(SCRIPT)
+    arguments = {
+        "file": ["script.py"],
+        "standard input": [],
+        "-c": ["-c", SCRIPT],
+        "exec": ["-c", "exec(open('script.py').read())"],
+    }[how]
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        input=SCRIPT if how == "standard input" else "",
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, "{'embedded': 2}\n"), done.stderr
+    assert done.stderr == ""
+
+
+# --- a site's configuration ---
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("DISTRIBUTED__COMM__REQUIRE_ENCRYPTION", "True"),
+        ("DISTRIBUTED__COMM__DEFAULT_SCHEME", "tls"),
+        ("DISTRIBUTED__COMM__TLS__CA_FILE", "/nowhere/ca.pem"),
+        ("TEMPORARY_DIRECTORY", "/proc/nowhere"),
+        ("DISTRIBUTED__WORKER__PRELOAD", '["a_sites_module"]'),
+        ("DISTRIBUTED__SCHEDULER__PRELOAD", '["a_sites_module"]'),
+        ("DISTRIBUTED__NANNY__PRELOAD", '["a_sites_module"]'),
+        ("DISTRIBUTED__WORKER__MULTIPROCESSING_METHOD", "fork"),
+        ("DISTRIBUTED__WORKER__RESOURCES__GPU", "1"),
+    ],
+)
+def test_a_sites_configuration_is_not_for_our_own_clusters(
+    name: str, value: str, awkward: Path, cli: Cli
+) -> None:
+    done = cli("run", awkward, "out.zarr", *QUICK, env=os.environ | {f"DASK_{name}": value})
+    assert (done.returncode, done.stderr) == (3, "")
+
+
+@pytest.mark.parametrize(
+    "arguments", [("run", VIRAL_PROTEINS, "o.zarr", "--model=demo"), ("verify", "o.zarr")]
+)
+def test_a_broken_configuration_is_one_line(
+    arguments: tuple[object, ...], cli: Cli, make_store: Maker, tmp_path: Path
+) -> None:
+    make_store(VIRAL_PROTEINS, "o.zarr")
+    (tmp_path / "dask").mkdir()
+    (tmp_path / "dask" / "site.yaml").write_text("distributed:\n  comm: [unclosed\n")
+    done = cli(*arguments, env=os.environ | {"DASK_CONFIG": str(tmp_path / "dask")})
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: Dask does not take its configuration")
+    assert str(tmp_path / "dask" / "site.yaml") in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+# --- users and limits ---
+
+
+def test_nobody_in_particular_can_run_it(awkward: Path, tmp_path: Path) -> None:
+    """No HOME, no entry among the users, and nowhere to write but here."""
+    model = save_network(random_network(2, 32, 4), tmp_path / "model.pt")
+    options = ("--model", model, "--workers", 1, "-q")
+    tmp_path.chmod(0o777)
+    for folder in tmp_path.parents[:2]:
+        folder.chmod(0o755)
+    leave = "+dac_read_search"  # to read this interpreter, wherever it is
+    nobody = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
+    nobody += [f"--inh-caps={leave}", f"--ambient-caps={leave}", "env", "-i", "PATH=/usr/bin:/bin"]
+    package = Path(virnuc_dask.__file__).parents[1]
+    nobody += [f"PYTHONPATH={package}"]
+    if subprocess.run(
+        [*nobody, sys.executable, "-c", ""], check=False, capture_output=True
+    ).returncode:
+        pytest.skip("needs leave to become another user, as root has")
+    for number, home in enumerate(([], ["HOME=/nowhere"])):
+        done = subprocess.run(
+            [*nobody, *home, *command("run", awkward, f"{number}.zarr", *options)],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 3, done.stderr
+
+
+def limited(soft: int, hard: int) -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_the_limit_of_open_files_is_raised_if_it_may_be(awkward: Path, cli: Cli) -> None:
+    options = ("--model=demo", "--repr-layer", 0, "--workers", 4, "-q")
+    done = cli("run", awkward, "out.zarr", *options, preexec_fn=lambda: limited(48, 1024))
+    assert done.returncode == 3, done.stderr
+    done = cli("run", awkward, "2.zarr", *options, preexec_fn=lambda: limited(48, 96))
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "4 workers need about" in done.stderr
+    assert "the limit is 96: choose fewer by --workers" in done.stderr
+
+
+# --- why workers do not start ---
+
+
+@pytest.mark.parametrize(
+    ("end", "error", "tries", "said"),
+    [
+        ("os._exit(3)", UsageError, 1, "the workers do not start: a worker ended with exit code 3"),
+        ("os.kill(os.getpid(), 9)", VirnucError, 3, "by signal 9 (Killed). Is there too little"),
+        ("os.kill(os.getpid(), 15)", VirnucError, 3, "was ended by signal 15 (Terminated)"),
+    ],
+)
+def test_how_workers_ended_is_said_and_memory_only_of_the_killed(
+    end: str,
+    error: type[VirnucError],
+    tries: int,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Processes that end before they are workers, as without their libraries or memory."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, sys\n"
+        "if any('spawn_main' in argument for argument in sys.orig_argv):\n"
+        f"    open({str(tmp_path / 'tries')!r}, 'a').write('.')\n"
+        f"    {end}\n"
+    )
+    path = os.environ.get("PYTHONPATH", "")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{path}")
+    with pytest.raises(error) as caught, connect("local", workers=1):
+        pass
+    assert type(caught.value) is error
+    assert said in str(caught.value)
+    assert ("memory" in str(caught.value)) == ("9" in end)
+    assert len((tmp_path / "tries").read_text()) == tries
+
+
+def test_causes_are_found_however_they_are_chained() -> None:
+    cause, said, late = (
+        OSError("the cause"),
+        KeyError("on the way"),
+        RuntimeError("failed to start"),
+    )
+    said.__cause__, late.__context__ = cause, said
+    assert innermost(late) is cause
+    late.__suppress_context__ = True
+    assert innermost(late) is late
+
+
+# --- signals ---
+
+
+def test_a_run_whose_cluster_never_starts_ends_when_it_is_told_to(awkward: Path) -> None:
+    """Whatever a start may hang in; here it is imitated by one that never returns."""
+    script = (
+        "import sys, time\n"
+        "from virnuc_dask.runtime import clusters\n"
+        "from virnuc_dask.__main__ import main\n"
+        "def hang(*_, **__):\n"
+        "    print('starting', file=sys.stderr, flush=True)\n"
+        "    while True: time.sleep(1)\n"
+        "clusters.LocalCluster = hang\n"
+        "main()\n"
+    )
+    arguments = map(
+        str, ("run", awkward, awkward.with_name("o.zarr"), "--model=demo", "--grace", 0, "-q")
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "starting" in line:
+                process.send_signal(signal.SIGTERM)
+                break
+        assert process.wait(timeout=60) == 128 + signal.SIGTERM
+        assert "stopping takes longer than the grace" in process.stderr.read()
+
+
+def test_a_run_whose_scheduler_stands_still_ends_when_it_is_told_to(
+    make_store: Maker, tmp_path: Path
+) -> None:
+    store = make_store(VIRAL_PROTEINS, embed=False, rows_per_chunk=1)
+    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+        client.wait_for_workers(1)
+        scheduler = client.run_on_scheduler(os.getpid)
+        run = Run("resume", store.path, "--cluster", file, "--grace", 1, stderr=subprocess.PIPE)
+        for event in run:
+            if event["event"] == "chunk_done":
+                os.kill(scheduler, signal.SIGSTOP)
+                run.process.send_signal(signal.SIGTERM)
+                break
+        try:
+            assert run.process.wait(timeout=60) == 128 + signal.SIGTERM
+        finally:
+            os.kill(scheduler, signal.SIGCONT)
+
+
+def test_a_terminal_that_is_closed_is_a_signal_like_others(
+    make_store: Maker, peptides: Path
+) -> None:
+    store = make_store(peptides, embed=False)
+    run = Run(
+        "resume",
+        store.path,
+        "--workers",
+        1,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),  # it may be ignored here
+    )
+    workers = set()
+    for event in run:
+        if event["event"] == "chunk_done" and not workers:
+            workers.add(event["pid"])
+            run.process.send_signal(signal.SIGHUP)
+    assert run.process.wait(timeout=60) == 128 + signal.SIGHUP
+    assert run.of("run_summary")[0]["interrupted"] == signal.SIGHUP
+    await_end(workers)
+    assert Run("resume", store.path, "--workers", 1).finish() == 0
+    assert Store(store.path).present().all()
+
+
+def test_a_hangup_under_nohup_is_none(make_store: Maker, peptides: Path) -> None:
+    store = make_store(peptides, embed=False)
+    run = Run(
+        "resume",
+        store.path,
+        "--workers",
+        1,
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN),
+    )
+    for event in run:
+        if event["event"] == "chunk_done" and len(run.computed()) == 1:
+            run.process.send_signal(signal.SIGHUP)
+    assert run.process.wait(timeout=60) == 0

@@ -1,0 +1,511 @@
+"""The commands of analysis: what people do with a store that is there, or still filling."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from virnuc_dask.cli.interrupts import cleaning_up
+from virnuc_dask.settings import CLASSIFIERS, CONSENSUS, METRICS
+from virnuc_dask.text import counted, printable
+
+if TYPE_CHECKING:
+    from virnuc_dask.analysis.labels import LeaveOneOut
+
+# --- options of several commands -----------------------------------------------------------------
+
+_force = click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+_guard = click.option(
+    "--guard/--no-guard",
+    default=True,
+    help="In CSV and TSV, an apostrophe before names that a spreadsheet would compute.",
+    show_default=True,
+)
+_metric = click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+_out_table = click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    help="A .tsv or .parquet file.  [default: TSV to standard output]",
+)
+_workers = click.option(
+    "--workers", type=click.IntRange(1), help="Threads.  [default: one a core, at most 16]"
+)
+_seed = click.option(
+    "--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
+)
+_refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that are there now.")
+
+
+# --- the commands --------------------------------------------------------------------------------
+
+
+@click.command()
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--partial", is_flag=True, help="Also of a store that is not complete.")
+@_guard
+@click.option("--matrix", is_flag=True, help="In HDF5, one matrix instead of a dataset a row.")
+@click.option(
+    "--force",
+    is_flag=True,
+    help="Replace OUT, and OUT.json beside a table, once the new one is whole.",
+)
+def export(store: str, out: Path, **options: bool) -> None:
+    """Write STORE's rows into OUT.csv, .tsv, .parquet, .npz, .h5, .h5ad, or .zarr (AnnData)."""
+    from virnuc_dask.analysis.export import export as write
+
+    with cleaning_up():
+        rows = write(store, out, progress=chunk_counter("wrote", "rows"), **options)
+    print(f"{rows:,} rows in {out}")
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--query",
+    "queries",
+    multiple=True,
+    metavar="ID",
+    help="Of a row of STORE, or of --query-store; may be given several times.  [default: all rows"
+    " of --query-store]",
+)
+@click.option("--query-store", help="Another store, of the same weights, layer and pooling.")
+@click.option("--index", help="What `index` made of STORE: an approximate search, and a quick one.")
+@click.option("--k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours each.")
+@_metric
+@click.option(
+    "--centre/--no-centre",
+    default=True,
+    show_default=True,
+    help="Subtract the mean of STORE's rows first; for the cosine.",
+)
+@_workers
+@_out_table
+@_force
+@_guard
+def nearest(
+    store: str,
+    queries: tuple[str, ...],
+    query_store: str | None,
+    out: Path | None,
+    force: bool,
+    guard: bool,
+    **options: Any,
+) -> None:
+    """Find the rows of STORE whose embeddings are nearest to those of each query.
+
+    A line for each neighbour: query, rank, neighbour, row, similarity, length, description.
+    """
+    from virnuc_dask.analysis.neighbours import nearest as search
+    from virnuc_dask.analysis.tables import check_table, write_table
+
+    if out:
+        check_table(out, force=force)
+    progress = chunk_counter("searched", "chunks")
+    ids = list(queries) or None
+    found = search(store, ids, query_store=query_store, progress=progress, **options)
+    _say_attrs(found.attrs)
+    with cleaning_up():
+        lines = write_table(found, out or sys.stdout, guard=guard, force=force)
+    if out:
+        print(f"{lines:,} neighbours in {out}")
+
+
+@click.command("index")
+@click.argument("store")
+@click.argument("out", required=False)
+@_seed
+@click.option("--refit", is_flag=True, help="Learn the lists anew, from the rows there are now.")
+@_workers
+@click.option("--force", is_flag=True, help="Replace an index that is damaged or of another store.")
+def index_(store: str, out: str | None, **options: Any) -> None:
+    """Build an approximate index of STORE's rows for `nearest --index`, or add what it lacks.
+
+    OUT is a directory; by default STORE.faiss. It takes one byte for each feature of each row.
+    """
+    from virnuc_dask.analysis.approximate import build_index
+
+    with cleaning_up():
+        path = build_index(store, out, progress=chunk_counter("added", "chunks"), **options)
+    print(f"index in {path}")
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--labels",
+    required=True,
+    metavar="FILE",
+    help="Lines of an identifier, a tab and a label. Several lines: several labels.",
+)
+@click.option(
+    "--reference", help="The store that the labels are of, with the same weights.  [default: STORE]"
+)
+@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Neighbours each.")
+@_metric
+@click.option(
+    "--centre/--no-centre",
+    default=True,
+    show_default=True,
+    help="Subtract the mean of the reference's rows first; for the cosine.",
+)
+@click.option(
+    "--leave-one-out",
+    "is_leave_one_out",
+    is_flag=True,
+    help="Annotate the reference's labelled rows by each other, and say how often that is right.",
+)
+@click.option("--json", "as_json", is_flag=True, help="With --leave-one-out.")
+@_workers
+@_out_table
+@_force
+@_guard
+def annotate(
+    store: str,
+    labels: str,
+    reference: str | None,
+    is_leave_one_out: bool,
+    as_json: bool,
+    out: Path | None,
+    force: bool,
+    guard: bool,
+    **options: Any,
+) -> None:
+    """Give each row of STORE the label of the nearest labelled row of a reference.
+
+    A line for each row: query, label, reliability from 0 to 1, all labels of the k neighbours; the
+    nearest neighbour with the label, its row, similarity, length and description.
+    """
+    from virnuc_dask.analysis import labels as analysis
+    from virnuc_dask.analysis.tables import check_table, write_annotations
+
+    if is_leave_one_out and out:
+        raise click.UsageError("--leave-one-out prints a table; it takes no --out")
+    if as_json and not is_leave_one_out:
+        raise click.UsageError("--json is for --leave-one-out; --out writes Parquet")
+    if out:
+        check_table(out, force=force)
+    progress = None if as_json else chunk_counter("searched", "chunks")
+    if is_leave_one_out:
+        found = analysis.leave_one_out(reference or store, labels, progress=progress, **options)
+        if as_json:
+            print(json.dumps(found.to_json()))
+        else:
+            _show_accuracy(found)
+        return
+    parts = analysis.annotate_in_parts(
+        store, labels, reference=reference, progress=progress, **options
+    )
+    with cleaning_up():
+        first = next(parts)
+        _say_attrs(first.attrs)
+        lines = write_annotations(
+            chain([first], parts), out or sys.stdout, guard=guard, force=force
+        )
+    if out:
+        print(f"{lines:,} rows in {out}")
+
+
+def _show_accuracy(found: LeaveOneOut) -> None:
+    _say_attrs(found.about)
+    print(f"{'label':<32} {'rows':>9} {'given':>9} {'correct':>9} {'precision':>9} {'recall':>7}")
+    for each in found.labels:
+        precision = "-" if each.precision is None else f"{each.precision:.1%}"
+        print(
+            f"{printable(each.label, 32):<32} {each.support:>9,} {each.predicted:>9,}"
+            f" {each.correct:>9,} {precision:>9} {each.recall:>7.1%}"
+        )
+    print(
+        f"{found.correct:,} of {found.rows:,} rows correct: accuracy {found.accuracy:.1%}, balanced"
+        f" {found.balanced_accuracy:.1%}; always the most frequent label: {found.baseline:.1%}"
+    )
+    for part in found.reliable:
+        print(
+            f"the most reliable {part.share:.0%} (at least {part.reliability:.3f}):"
+            f" accuracy {part.accuracy:.1%}"
+        )
+    if found.copies:
+        print(
+            f"{found.copies:,} rows share a sequence, read or protein with others; these were no"
+            " neighbours of each other"
+        )
+    if found.unanswered:
+        print(f"{found.unanswered:,} rows had no neighbour")
+
+
+@click.command("map")
+@click.argument("store")
+@click.option("--name", help="The map is kept in STORE as map_NAME.  [default: the method]")
+@click.option("--method", type=click.Choice(("pca", "umap")), default="pca", show_default=True)
+@click.option("--sample", type=int, help="Rows that UMAP is fitted to.  [default: 10,000]")
+@_seed
+@click.option("--out", type=click.Path(path_type=Path), help="Draw it into a .html or .png file.")
+@click.option("--png", type=click.Path(path_type=Path), help="Draw it into a .png file too.")
+@click.option(
+    "--colour",
+    default="length",
+    show_default=True,
+    help="length, frame, status, score_NAME, cluster_NAME, or a .tsv file of lines of an"
+    " identifier, a tab and a label, as for annotate.",
+)
+@click.option(
+    "--points",
+    type=click.IntRange(1),
+    default=20_000,
+    show_default=True,
+    help="Rows that are drawn at most, a random sample.",
+)
+@_refit
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Replace the map of this name that was made with other settings.",
+)
+@click.option("--force", is_flag=True, help="Replace OUT and PNG, once the new ones are whole.")
+@_workers
+def map_(
+    store: str,
+    out: Path | None,
+    png: Path | None,
+    colour: str,
+    points: int,
+    force: bool,
+    random_state: int,
+    **options: Any,
+) -> None:
+    """Give each row of STORE a place in the plane by PCA or UMAP, and draw it.
+
+    The places are kept in STORE. The same command again computes only those that are missing.
+    """
+    from virnuc_dask.analysis.maps import make_map
+    from virnuc_dask.analysis.outputs import check_out
+    from virnuc_dask.analysis.plots import DRAWINGS, write_drawing
+    from virnuc_dask.analysis.points import check_colour, draw_points
+    from virnuc_dask.store.store import Store
+
+    drawings = []
+    for file, known in ((out, DRAWINGS), (png, DRAWINGS[1:])):
+        if file:
+            drawings.append(check_out(file, known, force=force))
+    if len({path.resolve() for path in drawings}) < len(drawings):
+        raise click.UsageError(f"--out and --png are one file, {drawings[0]}; --out alone draws it")
+    check_colour(Store(store), colour)
+    progress = chunk_counter("mapped", "chunks")
+    made = make_map(store, random_state=random_state, progress=progress, **options)
+    _say_doubts([made.note] if made.note else [], made.comment)
+    ratio = made.explained_variance_ratio
+    explained = (
+        f"; its axes explain {ratio[0]:.1%} and {ratio[1]:.1%} of the variance" if ratio else ""
+    )
+    print(
+        f"{made.name} in {store}, fitted to {made.fitted_rows:,} rows{explained};"
+        f" {counted(made.computed_chunks, 'chunk')} computed now"
+    )
+    if not drawings:
+        return
+    shown = draw_points(
+        Store(store),
+        made.name.removeprefix("map_"),
+        colour=colour,
+        points=points,
+        random_state=random_state,
+    )
+    with cleaning_up():
+        for file in drawings:
+            write_drawing(shown, file, force=force)
+            print(f"{len(shown.ids):,} rows in {file}")
+
+
+@click.command()
+@click.argument("store")
+@click.option("--name", default="kmeans", show_default=True, help="Kept in STORE as cluster_NAME.")
+@click.option("--n-clusters", type=click.IntRange(2), default=8, show_default=True)
+@_metric
+@_seed
+@_out_table
+@_guard
+@_refit
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Replace the clusters of this name that were made with other settings.",
+)
+@_force
+@_workers
+def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: Any) -> None:
+    """Find clusters of rows of STORE that are alike, by k-means.
+
+    A line for each: cluster, size, its row nearest to the centre, how near, silhouette, length,
+    description. Numbers are by size, from the largest on, when the centres are fitted. Each row's
+    cluster is kept in STORE; the same command again labels only rows without one, by the same
+    centres.
+    """
+    from virnuc_dask.analysis.clusters import make_clusters, write_clusters
+    from virnuc_dask.analysis.tables import check_table
+
+    if out:
+        check_table(out, force=force)
+    progress = chunk_counter("read", "chunks")
+    found = make_clusters(store, progress=progress, **options)
+    _say_doubts([found.note] if found.note else [], found.comment)
+    print(
+        f"{found.name} in {store}, fitted to {found.fitted_rows:,} rows; silhouette"
+        f" {found.silhouette:.2f}; {counted(found.computed_chunks, 'chunk')} labelled now",
+        file=sys.stderr,
+    )
+    with cleaning_up():
+        write_clusters(found, out or sys.stdout, guard=guard, force=force)
+    if out:
+        print(f"{counted(len(found.sizes), 'cluster')} in {out}")
+
+
+@click.command()
+@click.option("--viral", required=True, metavar="STORE", help="Of the class that is looked for.")
+@click.option("--other", required=True, metavar="STORE", help="Of all else.")
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The classifier's file, .skops.",
+)
+@click.option("--kind", type=click.Choice(CLASSIFIERS), default="logistic", show_default=True)
+@click.option(
+    "--test-size",
+    type=click.FloatRange(0, 1, min_open=True, max_open=True),
+    default=0.25,
+    show_default=True,
+    help="Share of the sequences, or reads, that is held out.",
+)
+@click.option(
+    "--max-rows",
+    type=click.IntRange(2),
+    default=100_000,
+    show_default=True,
+    help="Rows of each class at most; of more, a random sample.",
+)
+@_seed
+@_workers
+@click.option("--force", is_flag=True, help="Replace OUT.")
+@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> None:
+    """Train a classifier on the embeddings of two stores, and measure it on held-out rows.
+
+    Identical sequences, and all frames of a read, are all held out or all trained on. Beside the
+    figures are those of amino-acid composition alone.
+    """
+    from virnuc_dask.analysis.training import train as fit
+
+    with cleaning_up():
+        made = fit(viral, other, out, progress=chunk_counter("read", "chunks"), **options)
+    _say_doubts(made.notes, made.comment)
+    if as_json:
+        print(json.dumps(made.to_json()))
+        return
+    print(*made.lines(), "", f"classifier in {out}", sep="\n")
+
+
+@click.command()
+@click.argument("store")
+@click.option(
+    "--classifier",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="A file that `train` made. Nothing in it is run.",
+)
+@click.option("--name", help="Of the scores, `score_NAME`.  [default: that of the classifier]")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="A table of the scores, .tsv or .parquet."
+)
+@click.option(
+    "--consensus",
+    type=click.Choice(CONSENSUS),
+    help="In the table, a line for each read, or protein of tiles.",
+)
+@_guard
+@_workers
+@click.option(
+    "--replace",
+    is_flag=True,
+    help="Replace the scores of this name that were made by another classifier.",
+)
+@_force
+@click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
+def predict(store: str, as_json: bool, **options: Any) -> None:
+    """Score the rows of STORE by a classifier, into its array `score_NAME`.
+
+    The same command again computes only what is missing.
+    """
+    from virnuc_dask.analysis.prediction import predict as score
+
+    with cleaning_up():
+        found = score(store, progress=chunk_counter("scored", "chunks"), **options)
+    _say_doubts(found.notes, found.comment)
+    if as_json:
+        print(json.dumps(found.to_json()))
+        return
+    print(
+        f"{found.name}: {found.scored:,} rows scored, {found.first:,} of them {found.classes[0]}"
+        f" (0.5 or more); {found.computed_chunks:,} chunks computed"
+    )
+    if found.pending or found.quarantined:
+        print(
+            f"no score: {found.pending:,} rows not embedded yet, {found.quarantined:,} quarantined"
+        )
+    if found.out:
+        of_all = "" if found.reads is None else f" of {counted(found.reads, 'record')}"
+        print(
+            f"{found.lines:,}{of_all} in {found.out}, {found.first_lines:,} of them"
+            f" {found.classes[0]}"
+        )
+
+
+@click.command()
+@click.argument("store")
+@click.argument("out", type=click.Path(path_type=Path))
+@click.option("--query", metavar="ID", help="A row whose nearest neighbours are shown.")
+@click.option(
+    "--telemetry",
+    type=click.Path(path_type=Path),
+    help="What runs wrote.  [default: STORE.telemetry.jsonl, if it is there]",
+)
+@_force
+def report(store: str, out: Path, **options: Any) -> None:
+    """Write OUT.html, one page about STORE that needs nothing else; also while a run is going.
+
+    What it is, states, chunks, lengths, composition, speed, a map and scores.
+    """
+    from virnuc_dask.analysis.report import report as write
+
+    with cleaning_up():
+        path = write(store, out, **options)
+    print(f"{path} ({path.stat().st_size / 1000:,.0f} kB)")
+
+
+COMMANDS = (export, nearest, index_, annotate, map_, cluster, train, predict, report)
+
+
+def _say_attrs(about: dict[str, Any]) -> None:
+    _say_doubts([about["note"]] if "note" in about else [], about.get("comment"))
+
+
+def _say_doubts(notes: list[str], comment: str | None) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    if comment:
+        print(f"comment: {comment}", file=sys.stderr)
+
+
+def chunk_counter(verb: str, noun: str) -> Callable[[int, int], None] | None:
+    """A line on a terminal that says how far something is."""
+
+    def show(done: int, total: int) -> None:
+        end = "\n" if done == total else ""
+        print(f"\r{verb} {done:,} of {total:,} {noun}", end=end, file=sys.stderr, flush=True)
+
+    return show if sys.stderr.isatty() else None

@@ -1,0 +1,370 @@
+"""Sequences of any lengths to embeddings: batches that fit into memory, and pooling."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
+from torch import Tensor
+
+from virnuc_dask.encoder import faults
+from virnuc_dask.encoder.device_lock import Turn
+from virnuc_dask.encoder.memory import fitting_tokens, grown, is_out_of_memory, release_memory
+from virnuc_dask.encoder.network import Network
+from virnuc_dask.encoder.packing import (
+    Batch,
+    Segments,
+    cut_batches,
+    cut_segments,
+    residue_tokens,
+    residue_weights,
+    window_shares,
+)
+from virnuc_dask.encoder.queues import Queue, to_device
+from virnuc_dask.encoder.weights import Checkpoint, describe, load_checkpoint
+from virnuc_dask.errors import InputError
+from virnuc_dask.inputs.records import clean_sequence
+from virnuc_dask.settings import ModelSpec, Pooling, Precision, precision_on
+
+
+def load_encoder(
+    model: str,
+    device: str = "cpu",
+    precision: Precision = "float32",
+    *,
+    repr_layer: int | None = None,
+    pooling: Pooling = "mean",
+) -> Encoder:
+    """Load an ESM-2 encoder.
+
+    Parameters
+    ----------
+    model : str
+        A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
+    device : str
+        A torch device.
+    precision : {'float32', 'bfloat16', 'float16'}
+        Arithmetic of the matrix products; all else is float32.
+    repr_layer : int, optional
+        Layer whose representation is pooled; 0 is the token embedding. Default: the last.
+    pooling : {'mean', 'bos', 'max'}
+        Mean or maximum over residues, or the BOS token.
+
+    Raises
+    ------
+    ModelError
+        The weights cannot be read, or have no such layer.
+    UsageError
+        A pooling or a precision that does not exist, or not on this device.
+    """
+    checkpoint = load_checkpoint(model)
+    return Encoder(checkpoint, describe(checkpoint, precision, repr_layer, pooling), device)
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """Rows that went through the encoder.
+
+    Attributes
+    ----------
+    embedding : ndarray, float32, shape (rows, D)
+        NaN for rows without a segment.
+    fits : ndarray, bool, shape (rows,)
+        False where a segment does not fit into memory, even alone.
+    residues : ndarray, float16, shape (N, D), optional
+        Representation of each residue; where windows overlap, their mean. NaN for residues
+        outside all segments.
+    """
+
+    embedding: NDArray[np.float32]
+    fits: NDArray[np.bool_]
+    residues: NDArray[np.float16] | None
+
+
+@dataclass(slots=True)
+class Usage:
+    """What encoding has taken.
+
+    Attributes
+    ----------
+    wait_s : float
+        Seconds spent waiting for the device, which had other chunks to do: for its lock, and on a
+        GPU also in its queue.
+    busy_s : float
+        Seconds that the device took, from the first of the work to the last.
+    tokens, capacity : int
+        Tokens encoded, and those that the batches had room for.
+    """
+
+    wait_s: float = 0.0
+    busy_s: float = 0.0
+    tokens: int = 0
+    capacity: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """One batch's segments, each pooled, (s, D), and on request their residues end to end.
+
+    On a GPU's host both are being copied to until its queue has come to the end of them.
+    """
+
+    segments: NDArray[np.int64]
+    pooled: Tensor
+    residues: Tensor | None
+
+
+class Encoder:
+    """An ESM-2 network in memory. Its methods may be called from several threads.
+
+    Attributes
+    ----------
+    spec : ModelSpec
+    device : str
+    dimension : int
+        Features per embedding, D.
+    token_budget : int
+        Tokens that are encoded at once; becomes less when memory runs out, and on a GPU more
+        again when there is some.
+    backends : dict of str to str
+        What serves ``attention`` and ``elementwise`` work, ``torch`` or something faster.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
+        precision_on(device, spec.precision)
+        self.spec, self.device = spec, device
+        self.dimension = spec.dimension
+        self._device = torch.device(device)
+        self._queue = Queue(self._device)
+        with self._queue.as_current_device():
+            self._network = Network(checkpoint, spec, self._device)
+        release_memory(torch.device("cpu"))  # what merging an adapter has taken
+        self.backends = self._network.backends
+        # Halved whenever memory runs out. On a CPU it stays so. On a GPU others may have had the
+        # memory, and it grows again.
+        self.token_budget = fitting_tokens(self._device, spec.dimension)
+        self._turn = Turn(self._device)
+        self._used = threading.local()
+
+    def encode(self, sequences: Sequence[str]) -> NDArray[np.float32]:
+        """Embed sequences of any length.
+
+        Parameters
+        ----------
+        sequences : sequence of str
+            Proteins; letters are treated as in a run (see the README, "Letters").
+
+        Returns
+        -------
+        ndarray, float32, shape (n, D)
+
+        Raises
+        ------
+        InputError
+            A sequence is empty or has a letter that is no residue; counted from 0.
+        MemoryError
+            A sequence does not fit into memory, even alone.
+        TypeError
+            One string instead of several.
+        """
+        if isinstance(sequences, str | bytes):
+            raise TypeError("encode takes a list of sequences, not one string")
+        cleaned = []
+        for number, sequence in enumerate(sequences):
+            try:
+                cleaned.append(clean_sequence(sequence))
+            except InputError as error:
+                raise InputError(error.problem, file=f"sequence {number}") from error
+            if not cleaned[-1]:
+                raise InputError("no residues", file=f"sequence {number}")
+        lengths = np.array([len(sequence) for sequence in cleaned], np.int32)
+        residues = np.frombuffer("".join(cleaned).encode("ascii"), np.uint8)
+        whole = cut_segments(lengths, int(lengths.max(initial=1)), "truncate")
+        encoded = self.encode_segments(residues, whole, len(cleaned))
+        if not encoded.fits.all():
+            # If it was others who had the memory, batches need not be small ever after.
+            self.token_budget = fitting_tokens(self._device, self.dimension)
+            number = int(np.argmin(encoded.fits))
+            raise MemoryError(f"sequence {number}, {lengths[number]} residues, does not fit")
+        return encoded.embedding
+
+    def encode_segments(
+        self,
+        residues: NDArray[np.uint8],
+        segments: Segments,
+        rows: int,
+        *,
+        per_residue: bool = False,
+    ) -> Encoded:
+        """Embed rows that are cut into segments.
+
+        A row with several windows gets the mean over its residues, each counted once; with
+        ``max``, the maximum over all windows; with ``bos``, the mean of the windows' BOS tokens.
+
+        Parameters
+        ----------
+        residues : ndarray, uint8, shape (N,)
+            ASCII residues that the segments point into.
+        segments : Segments
+        rows : int
+            Rows of the result.
+        per_residue : bool
+            Return each residue's representation too.
+        """
+        embedding = np.full((rows, self.dimension), np.nan, np.float32)
+        embedding[segments.row] = -np.inf if self.spec.pooling == "max" else 0.0
+        each = np.full((len(residues), self.dimension), np.nan, np.float16) if per_residue else None
+        usage = self._usage()
+        asked = time.perf_counter()
+        unfit: list[int] = []
+        queued: list[_Part] = []
+        with self._turn, torch.inference_mode(), self._queue.as_current_device():
+            began = self._queue.mark()
+            if self._device.type == "cuda":
+                fitting = fitting_tokens(self._device, self.dimension)
+                self.token_budget = grown(self.token_budget, fitting)
+            for part in self._encode_batches(residues, segments, per_residue, unfit):
+                if self._queue.is_immediate:
+                    # One by one: kept between larger tensors, they would scatter these.
+                    self._combine(part, segments, embedding, each)
+                else:
+                    queued.append(part)
+            ended = self._queue.mark()
+        # A GPU's lock is free by now: another chunk is queued before this one has come to an end.
+        busy = self._queue.wait(began, ended)
+        usage.busy_s += busy
+        usage.wait_s += max(0.0, time.perf_counter() - asked - busy)
+        for part in queued:
+            self._combine(part, segments, embedding, each)
+        fits = np.ones(rows, np.bool_)
+        fits[segments.row[unfit]] = False
+        return Encoded(embedding, fits, each)
+
+    def take_usage(self) -> Usage:
+        """What this thread's calls have taken since it last asked."""
+        usage, self._used.usage = self._usage(), Usage()
+        return usage
+
+    def _usage(self) -> Usage:
+        if not hasattr(self._used, "usage"):
+            self._used.usage = Usage()
+        usage: Usage = self._used.usage
+        return usage
+
+    def _encode_batches(
+        self,
+        residues: NDArray[np.uint8],
+        segments: Segments,
+        per_residue: bool,
+        unfit: list[int],
+    ) -> Iterator[_Part]:
+        """What became of each batch; segments that do not fit are added to `unfit`.
+
+        A GPU is left to work on while the next batch is prepared: nothing is waited for in here.
+        """
+        usage = self._usage()
+        left = self._cut(segments, np.arange(len(segments)))
+        while left:
+            batch = left.popleft()
+            part = self._encode_or_run_out(residues, segments, batch, per_residue)
+            tokens = sum(count * (length + 2) for count, length in batch.runs)
+            if part is not None:
+                usage.tokens += tokens
+                # A sequence longer than the budget has a batch to itself.
+                usage.capacity += max(tokens, self.token_budget)
+                yield part
+            elif len(batch.segments) == 1:
+                unfit.append(int(batch.segments[0]))
+            else:
+                self.token_budget = max(1, min(self.token_budget, tokens) // 2)
+                rest = [batch.segments, *(other.segments for other in left)]
+                left = self._cut(segments, np.concatenate(rest))
+
+    def _cut(self, segments: Segments, chosen: NDArray[np.int64]) -> deque[Batch]:
+        batches = cut_batches(segments.length[chosen], self.token_budget)
+        return deque(Batch(chosen[batch.segments], batch.runs) for batch in batches)
+
+    def _combine(
+        self,
+        part: _Part,
+        segments: Segments,
+        embedding: NDArray[np.float32],
+        each: NDArray[np.float16] | None,
+    ) -> None:
+        """Put a batch's results, which have arrived, where they belong."""
+        pooled, rows = part.pooled.numpy(), segments.row[part.segments]
+        shared = segments.windows[part.segments] > 1
+        embedding[rows[~shared]] = pooled[~shared]
+        combine = np.maximum if self.spec.pooling == "max" else np.add
+        combine.at(embedding, rows[shared], pooled[shared])
+        if each is not None and part.residues is not None:
+            _scatter(each, part.residues.numpy(), segments, part.segments)
+
+    # --- one batch ---
+
+    def _encode_or_run_out(
+        self, residues: NDArray[np.uint8], segments: Segments, batch: Batch, per_residue: bool
+    ) -> _Part | None:
+        """None if memory ran out. What was allocated by then is free again."""
+        try:
+            return self._encode_batch(residues, segments, batch, per_residue)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        release_memory(self._device)
+        return None
+
+    def _encode_batch(
+        self, residues: NDArray[np.uint8], segments: Segments, batch: Batch, per_residue: bool
+    ) -> _Part:
+        spoiled = faults.strike(residues, segments, batch.segments)
+        hidden = self._network.represent(residues, segments.start[batch.segments], batch.runs)
+        if spoiled.any():
+            tokens = np.repeat(spoiled, segments.length[batch.segments] + 2)
+            hidden[torch.from_numpy(tokens).to(hidden.device)] = torch.nan
+        lengths = segments.length[batch.segments]
+        inner = to_device(residue_tokens(lengths), self._device)
+        if self.spec.pooling == "mean":
+            weights = to_device(residue_weights(segments, batch.segments), self._device)
+            first = to_device(np.cumsum(lengths) - lengths, self._device)
+            pooled = F.embedding_bag(inner, hidden, first, mode="sum", per_sample_weights=weights)
+        elif self.spec.pooling == "max":
+            # Not `embedding_bag`, for which NaN is less than any number.
+            parts = torch.split(hidden, [count * (length + 2) for count, length in batch.runs])
+            pooled = torch.cat(
+                [
+                    part.view(count, length + 2, -1)[:, 1:-1].amax(1)
+                    for part, (count, length) in zip(parts, batch.runs, strict=True)
+                ]
+            )
+        else:
+            begins = to_device(np.cumsum(lengths + 2) - lengths - 2, self._device)
+            windows = to_device(segments.windows[batch.segments], self._device)
+            pooled = hidden[begins] / windows[:, None]
+        each = self._queue.start_copy(hidden[inner].to(torch.float16)) if per_residue else None
+        return _Part(batch.segments, self._queue.start_copy(pooled), each)
+
+
+def _scatter(
+    each: NDArray[np.float16],
+    values: NDArray[np.float16],
+    segments: Segments,
+    members: NDArray[np.int64],
+) -> None:
+    """Put the residues of some segments, end to end, where they belong among all residues."""
+    ends = np.cumsum(segments.length[members])
+    for number, part in zip(members.tolist(), np.split(values, ends[:-1]), strict=True):
+        start = int(segments.start[number])
+        place = each[start : start + len(part)]
+        if segments.windows[number] == 1:
+            place[:] = part
+        else:
+            shared = part * window_shares(segments, number)[:, None]
+            place[:] = np.where(np.isnan(place), 0, place) + shared

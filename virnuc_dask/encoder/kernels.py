@@ -1,0 +1,145 @@
+"""Compiled kernels for the CPU: attention, and what stands between two matrix products.
+
+``kernels.cpp`` is built when the package is installed, where there is a compiler, for each kind of
+processor that the machine's architecture has; the best that this processor can run is loaded here.
+Without any, torch does the same, slower.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from virnuc_dask.settings import Precision
+
+# Features are a multiple of this, the widest vector that kernels are built for.
+_LANES = 16
+_KINDS = {torch.float32: 0, torch.bfloat16: 1}
+# Tokens that are worth another thread.
+_ROWS_PER_THREAD = 8
+
+
+def attend(qkv: Tensor, turns: Tensor, bounds: Tensor, heads: int) -> Tensor:
+    """Attention within sequences that lie end to end, queries and keys turned by rotary angles.
+
+    Parameters
+    ----------
+    qkv : Tensor, float32 or bfloat16, shape (tokens, 3 * D)
+        Queries, keys and values, of all heads each.
+    turns : Tensor, float32, shape (longest, D / heads)
+        For each position in a sequence the cosines of its angles, then the sines.
+    bounds : Tensor, int32, shape (sequences + 1,)
+        First token of each sequence, and the end.
+    heads : int
+
+    Returns
+    -------
+    Tensor, shape (tokens, D)
+        Of the dtype of `qkv`. Zero for tokens beyond the last sequence.
+    """
+    tokens, features = qkv.shape[0], qkv.shape[1] // 3
+    out = qkv.new_empty(tokens, features)
+    out[int(bounds[-1]) :] = 0
+    work = bounds.diff().to(torch.float64).square()  # of each sequence
+    kind = _KINDS[qkv.dtype]
+    _run("attend", work, kind, qkv, turns, bounds, heads, features // heads, out)
+    return out
+
+
+def add_norm(
+    x: Tensor, product: Tensor | None, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """Add a product to x, in place, and return x's layer norm.
+
+    Parameters
+    ----------
+    x : Tensor, float32, shape (tokens, D)
+    product : Tensor, float32 or bfloat16, shape (tokens, D), optional
+    weight, bias : Tensor, float32, shape (D,)
+    eps : float
+    dtype : torch.dtype
+        Of the result: float32 or bfloat16.
+    """
+    tokens, features = x.shape
+    out = x.new_empty(tokens, features, dtype=dtype)
+    kind = 0 if product is None else _KINDS[product.dtype]
+    norm = (weight, bias, ctypes.c_float(eps))
+    _run("add_norm", tokens, x, kind, product, *norm, features, _KINDS[dtype], out)
+    return out
+
+
+def _run(name: str, work: int | Tensor, *arguments: Tensor | ctypes.c_float | int | None) -> None:
+    """Call a kernel for all rows, in as many threads as torch has.
+
+    Parameters
+    ----------
+    name : str
+    work : int or Tensor, shape (rows,)
+        Rows, or where they differ what each of them costs.
+    arguments
+        After the first row and the end, which come first.
+    """
+    kernel = getattr(_library(), f"virnuc_{name}")
+
+    def call(first: int, last: int) -> int:
+        # In each thread: its arguments must outlive it, whatever interrupts who waits for it.
+        given = (_address(item) if isinstance(item, Tensor) else item for item in arguments)
+        return int(kernel(first, last, *given))
+
+    threads = torch.get_num_threads()
+    if isinstance(work, int):
+        rows, threads = work, min(threads, work // _ROWS_PER_THREAD)
+        ends = [rows * number // threads for number in range(1, threads)] if threads else []
+    else:
+        rows, sums = len(work), work.cumsum(0)
+        shares = sums[-1:] * torch.arange(1, threads, device=work.device) / threads
+        ends = torch.searchsorted(sums, shares).tolist()
+    # ctypes lets go of the interpreter's lock meanwhile.
+    failed = _pool().map(call, [0, *ends], [*ends, rows]) if ends else [call(0, rows)]
+    if any(list(failed)):
+        raise MemoryError(f"no memory for {name}")
+
+
+def _address(tensor: Tensor) -> ctypes.c_void_p:
+    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        raise ValueError("kernels are for dense tensors in the CPU's memory")
+    return ctypes.c_void_p(tensor.data_ptr())
+
+
+@cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(thread_name_prefix="kernels")
+
+
+@cache
+def _library() -> ctypes.CDLL | None:
+    """The kernels for this processor, or None: they were not built, or not for it."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    names = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("generic",))
+    for name in names:
+        if library := load(Path(__file__).with_name(f"_kernels_{name}.so")):
+            return library
+    return None
+
+
+def load(path: Path) -> ctypes.CDLL | None:
+    """A library; None if it is not there, or was built from another ``kernels.cpp``."""
+    try:
+        library = ctypes.CDLL(str(path))
+        built_from = (ctypes.c_char * 65).in_dll(library, "virnuc_source").value.decode()
+        source = Path(__file__).with_suffix(".cpp").read_bytes()
+    except (OSError, ValueError):
+        return None
+    return library if built_from == hashlib.sha256(source).hexdigest() else None
+
+
+def serve(device: torch.device, precision: Precision, features: int) -> bool:
+    """Whether there are kernels for a network of so many features."""
+    fits = features % _LANES == 0 and precision != "float16"
+    return device.type == "cpu" and fits and _library() is not None

@@ -1,0 +1,237 @@
+"""LoRA adapters as PEFT saves them: small changes to the weights of a base model.
+
+Sources: Hu et al. 2021, arXiv:2106.09685; rank-stabilised, arXiv:2312.03732; DoRA,
+arXiv:2402.09353; PEFT's ``tuners/lora``.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from virnuc_dask.encoder.huggingface import EMBEDDING, TOKENS, UNUSED, fair_esm_name, read_tensors
+from virnuc_dask.encoder.memory import give_back_pages
+
+_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+# Where a name within the base model's trunk begins.
+_TRUNK = re.compile(r"(?:^|\.)((?:encoder|embeddings)\..+)$")
+_PARTS = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
+# Settings that `Update.applied` knows, or that merging does not depend on. Each version of PEFT has
+# more: another is refused, unless it is off.
+_KNOWN = {
+    "alpha_pattern",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "bias",
+    "ensure_weight_tying",
+    "eva_config",
+    "exclude_modules",
+    "inference_mode",
+    "init_lora_weights",
+    "layers_pattern",
+    "layers_to_transform",
+    "lora_alpha",
+    "lora_dropout",
+    "megatron_core",
+    "modules_to_save",
+    "peft_type",
+    "peft_version",
+    "qalora_group_size",
+    "r",
+    "rank_pattern",
+    "revision",
+    "target_modules",
+    "task_type",
+    "use_dora",
+    "use_rslora",
+}
+# Initialisations that leave the base model as it is.
+_INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """A change of one matrix.
+
+    Attributes
+    ----------
+    down : Tensor, shape (rank, in)
+    up : Tensor, shape (out, rank)
+    scale : float
+    magnitude : Tensor, shape (out,), optional
+        Length that each row is to have (DoRA).
+    """
+
+    down: Tensor
+    up: Tensor
+    scale: float
+    magnitude: Tensor | None
+
+    def applied(self, weight: Tensor) -> Tensor:
+        """The matrix, shape (out, in), changed; float32."""
+        changed: Tensor = weight.float() + (self.up.float() @ self.down.float()) * self.scale
+        if self.magnitude is None:
+            return changed
+        wanted = self.magnitude.float().flatten()
+        changed *= (wanted / torch.linalg.vector_norm(changed, dim=1))[:, None]
+        return changed
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """What an adapter changes; names are those of fair-esm's files.
+
+    Attributes
+    ----------
+    updates : dict of str to Update
+    replaced : dict of str to Tensor
+        Weights that were trained as they are, such as biases.
+    left_out : tuple of str
+        Tensors outside of ESM-2, such as a classifier's.
+    """
+
+    updates: dict[str, Update]
+    replaced: dict[str, Tensor]
+    left_out: tuple[str, ...]
+
+    def check(self, base: dict[str, Tensor]) -> None:
+        """Make sure that it is for this base model.
+
+        Raises
+        ------
+        ValueError
+            The base model has no such weight, or one of another shape.
+        """
+        for name, tensor in self.parts().items():
+            if not tensor.is_floating_point():
+                raise ValueError(f"the adapter's {name} is of {tensor.dtype}")
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.replaced.items()}
+        for name, update in self.updates.items():
+            rank, into = update.down.shape
+            out, other = update.up.shape
+            if rank != other or (update.magnitude is not None and update.magnitude.numel() != out):
+                raise ValueError(f"the adapter's parts of {name} do not go together")
+            shapes[name] = (out, into)
+        for name, shape in shapes.items():
+            if name not in base or tuple(base[name].shape) != shape:
+                raise ValueError(f"the adapter is for another base model: {name} {shape}")
+
+    def merged(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The base model's weights, changed. Those that are stay in memory, as float32."""
+        changed = base | self.replaced
+        for name, update in self.updates.items():
+            weight = changed[name]
+            changed[name] = update.applied(weight)
+            give_back_pages(weight)
+        return changed
+
+    def parts(self) -> dict[str, Tensor]:
+        """All that merging depends on, by name."""
+        found = dict(self.replaced)
+        for name, update in self.updates.items():
+            found[f"{name} down"], found[f"{name} up"] = update.down, update.up
+            found[f"{name} scale"] = torch.tensor(update.scale)
+            if update.magnitude is not None:
+                found[f"{name} magnitude"] = update.magnitude
+        return found
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether a directory holds an adapter, with or without its base model."""
+    return (path / _CONFIG).is_file()
+
+
+def base_of(folder: Path) -> str:
+    """The base model, as an adapter names it."""
+    return str(json.loads((folder / _CONFIG).read_text()).get("base_model_name_or_path"))
+
+
+def adapter_files(folder: Path) -> list[Path]:
+    """All files that `read_adapter` may read."""
+    names = (_CONFIG, *_WEIGHTS)
+    return [folder / name for name in names if (folder / name).is_file()]
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Read an adapter, running no code from it.
+
+    Raises
+    ------
+    ValueError
+        Another kind of adapter than LoRA, or one that changes more than matrices and biases.
+    OSError, safetensors.SafetensorError, KeyError
+        Files that are missing or damaged.
+    """
+    config = json.loads((folder / _CONFIG).read_text())
+    _check_config(config)
+    files = adapter_files(folder)[1:]
+    if not files:
+        raise ValueError(f"the adapter has neither {' nor '.join(_WEIGHTS)}")
+    parts: dict[str, dict[str, Tensor]] = {}
+    modules: dict[str, str] = {}
+    replaced: dict[str, Tensor] = {}
+    left_out, trunks = [], set()
+    for name, tensor in read_tensors(files[0]).items():
+        own = name.removeprefix("base_model.model.")
+        found = _TRUNK.search(own)
+        if found is None:
+            if not own.removeprefix("esm.").startswith(UNUSED):
+                left_out.append(own)
+            continue
+        trunks.add(own[: found.start(1)])
+        if match := _PARTS.fullmatch(found[1]):
+            target = fair_esm_name(f"{match[1]}.weight")
+            parts.setdefault(str(target), {})[match[2]] = tensor
+            modules[str(target)] = own[: found.start(1)] + match[1]
+        elif ".lora_" in own:
+            raise ValueError(f"the adapter has {own}, which cannot be merged")
+        elif renamed := fair_esm_name(found[1].replace(".base_layer.", ".")):
+            # A vocabulary may be padded, here as in the base.
+            replaced[renamed] = tensor[:TOKENS] if renamed == EMBEDDING else tensor
+    if len(trunks) != 1:
+        raise ValueError(
+            f"the adapter changes {len(trunks)} ESM-2 models; it has {', '.join(left_out[:3])}"
+        )
+    updates = {}
+    wanted = {"lora_A", "lora_B"}
+    if config.get("use_dora"):
+        wanted.add("lora_magnitude_vector")
+    for target, given in parts.items():
+        if given.keys() != wanted:
+            raise ValueError(f"the adapter has {', '.join(sorted(given))} for {modules[target]}")
+        down, up = given["lora_A"], given["lora_B"]
+        scale = _scale(config, modules[target], down.shape[0])
+        updates[target] = Update(down, up, scale, given.get("lora_magnitude_vector"))
+    return Adapter(updates, replaced, tuple(left_out))
+
+
+def _check_config(config: dict[str, Any]) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"an adapter of the kind {config.get('peft_type')!r}; only LoRA is merged")
+    for name in config.keys() - _KNOWN:
+        if config[name]:
+            raise ValueError(f"{_CONFIG} has {name} {config[name]!r}, which cannot be merged")
+    if config.get("init_lora_weights") not in _INITIALISATIONS:
+        raise ValueError(
+            f"{_CONFIG} has init_lora_weights {config['init_lora_weights']!r}, which changes the"
+            " base model; merge the adapter with PEFT, and save the result"
+        )
+
+
+def _scale(config: dict[str, Any], module: str, rank: int) -> float:
+    alpha = config["lora_alpha"]
+    for pattern, other in (config.get("alpha_pattern") or {}).items():
+        # PEFT takes any expression, and a stranger's may take for ever.
+        if not re.fullmatch(r"\^?[\w.]+", pattern):
+            raise ValueError(f"{_CONFIG} has the alpha_pattern {pattern!r}, not a module's name")
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            alpha = other
+            break
+    return float(alpha / rank**0.5 if config.get("use_rslora") else alpha / rank)

@@ -1,0 +1,295 @@
+"""ESM-2: a forward pass over packed tokens that pads nothing.
+
+fair-esm gives the alphabet, the module and the published weights; the forward here runs on that
+module's parameters and leaves out the language-model head. Lin et al. 2023,
+https://doi.org/10.1126/science.ade2574; upstream: ``esm/model/esm2.py`` of fair-esm 2.0.0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from virnuc_dask.encoder import fused, kernels
+from virnuc_dask.encoder.attention import (
+    Layout,
+    Runs,
+    attend_fused,
+    attend_natively,
+    best_attention,
+    describe_attention,
+)
+from virnuc_dask.encoder.linear import DTYPES, Linear, make_linear
+from virnuc_dask.encoder.memory import give_back_pages, release_memory
+from virnuc_dask.encoder.queues import to_device
+from virnuc_dask.encoder.upstream import fair_esm
+from virnuc_dask.encoder.weights import Checkpoint
+from virnuc_dask.settings import ModelSpec, Precision
+
+# On a CPU oneDNN makes and keeps a program for each number of tokens that it meets, which takes
+# half a millisecond and megabytes: batches are filled up to a multiple, so that there are few.
+_CPU_MULTIPLE = 32
+
+
+# Adds a product to x, in place, and gives x's norm: `kernels.add_norm` says of what.
+AddNorm = Callable[[Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype], Tensor]
+_ADD_NORM: dict[str, AddNorm] = {"compiled": kernels.add_norm, "triton": fused.add_norm}
+
+
+class Network:
+    """An ESM-2 on a device.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    spec : ModelSpec
+        Layers above ``repr_layer`` are left out.
+    device : torch.device
+
+    Raises
+    ------
+    ModelError
+        The weights are not those of an ESM-2.
+
+    Attributes
+    ----------
+    backends : dict of str to str
+        What serves ``attention`` and ``elementwise`` work: ``torch`` or something faster.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device) -> None:
+        self._device = device
+        self._multiple = _CPU_MULTIPLE if device.type == "cpu" else 1
+        network, alphabet = _build(checkpoint)
+        self._heads = int(network.attention_heads)
+        # Without a masked token upstream's token dropout is this constant.
+        scale = 1 - 0.15 * 0.8 if network.token_dropout else 1.0
+        self._embedding: Tensor = _on(device, network.embed_tokens.weight) * scale
+        dtype = DTYPES[spec.precision]
+        by = "torch"
+        if kernels.serve(device, spec.precision, spec.dimension):
+            by = "compiled"
+        elif fused.serve(device, dtype, spec.dimension, self._heads):
+            by = "triton"
+        self._layers = [
+            _Layer.of(layer, self._heads, spec.precision, device, by)
+            for layer in network.layers[: spec.repr_layer]
+        ]
+        # What enters the first attention depends on the token alone.
+        with torch.inference_mode():
+            self._first_qkv = [la.qkv(la.norm1(self._embedding)) for la in self._layers[:1]]
+        is_last = spec.repr_layer == network.num_layers
+        self._final_norm = _Norm.of(network.emb_layer_norm_after, device) if is_last else None
+        self._inverse_frequencies = _on(device, network.layers[0].self_attn.rot_emb.inv_freq)
+        self._bos, self._eos = int(alphabet.cls_idx), int(alphabet.eos_idx)
+        self._token_of = _token_table(alphabet)
+        ours = {"compiled": attend_natively, "triton": attend_fused}.get(by)
+        self._attend = ours or best_attention(device, dtype, spec.dimension // self._heads)
+        self.backends = {"attention": describe_attention(self._attend), "elementwise": by}
+
+    def represent(
+        self, residues: NDArray[np.uint8], starts: NDArray[np.int64], runs: Runs
+    ) -> Tensor:
+        """Representation of each token of sequences that are sorted by length.
+
+        Parameters
+        ----------
+        residues : ndarray, uint8, shape (N,)
+            ASCII residues that the starts point into.
+        starts : ndarray, int64, shape (sequences,)
+            First residue of each sequence.
+        runs : list of (count, length)
+            Residues of the sequences, in order.
+
+        Returns
+        -------
+        Tensor, float32, shape (tokens, D)
+            End to end, each sequence's BOS, residues and EOS.
+        """
+        lengths = np.repeat([n + 2 for _, n in runs], [count for count, _ in runs])
+        ends = np.cumsum(lengths)
+        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
+        # BOS stands before a sequence's first residue, EOS after its last.
+        sources = np.repeat(starts - 1, lengths) + positions
+        tokens = self._token_of[residues[sources.clip(0, len(residues) - 1)]]
+        tokens[ends - lengths], tokens[ends - 1] = self._bos, self._eos
+        # Nothing attends to these, and nobody looks at what becomes of them.
+        filled = np.pad(tokens, (0, -len(tokens) % self._multiple), constant_values=self._eos)
+        bounds = np.concatenate(([0], ends)).astype(np.int32)
+        # In float32 whatever the precision: rounded frequencies ruin long sequences.
+        places = torch.arange(int(lengths.max()), dtype=torch.float32, device=self._device)
+        layout = Layout(
+            runs,
+            to_device(bounds, self._device),
+            to_device(positions, self._device),
+            places[:, None] * self._inverse_frequencies,
+        )
+        return self._forward(to_device(filled, self._device), layout)[: len(tokens)]
+
+    def _forward(self, tokens: Tensor, layout: Layout) -> Tensor:
+        """Representation of packed tokens, shape (tokens, D)."""
+        x = F.embedding(tokens, self._embedding)
+        # What the last layer gave is added to x together with the next one's norm.
+        product: Tensor | None = None
+        for number, layer in enumerate(self._layers):
+            qkv = (
+                layer.qkv(layer.norm1(x, product))
+                if number
+                else F.embedding(tokens, self._first_qkv[0])
+            )
+            product = layer.out(self._attend(qkv, self._heads, layout))
+            product = layer.down(layer.up.gelu(layer.norm2(x, product)))
+        if product is not None:
+            x += product
+        return self._final_norm.plain(x) if self._final_norm else x
+
+
+@dataclass(frozen=True, slots=True)
+class _Norm:
+    """Layer norm; where there is a kernel, of the dtype that what follows takes."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    kernel: AddNorm | None = None
+    dtype: torch.dtype = torch.float32
+
+    @classmethod
+    def of(
+        cls,
+        norm: Any,
+        device: torch.device,
+        kernel: AddNorm | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> _Norm:
+        weight, bias = _on(device, norm.weight), _on(device, norm.bias)
+        return cls(weight, bias, norm.eps, kernel, dtype)
+
+    def __call__(self, x: Tensor, product: Tensor | None = None) -> Tensor:
+        """Of x, to which the product is added in place."""
+        if self.kernel:
+            return self.kernel(x, product, self.weight, self.bias, self.eps, self.dtype)
+        if product is not None:
+            x += product
+        return self.plain(x)
+
+    def plain(self, x: Tensor) -> Tensor:
+        """Of x, in float32."""
+        return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    norm1: _Norm
+    qkv: Linear
+    out: Linear
+    norm2: _Norm
+    up: Linear
+    down: Linear
+
+    @classmethod
+    def of(
+        cls, layer: Any, heads: int, precision: Precision, device: torch.device, by: str
+    ) -> _Layer:
+        """Copies of a layer's parameters; memory that the file's own have taken is given back."""
+        attention = layer.self_attn
+        query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
+
+        add_norm, dtype = _ADD_NORM.get(by), DTYPES[precision]
+
+        def joined(name: str) -> Tensor:
+            parts = [getattr(part, name) for part in (query, key)]
+            turned = parts if by == "compiled" else [_pair(part, heads) for part in parts]
+            return torch.cat([*turned, getattr(value, name)])
+
+        def linear(weight: Tensor, bias: Tensor) -> Linear:
+            weight, bias = _on(device, weight), _on(device, bias)
+            return make_linear(weight, bias, precision, is_fused=by == "triton")
+
+        def like(module: Any) -> Linear:
+            return linear(module.weight, module.bias)
+
+        ours = cls(
+            _Norm.of(layer.self_attn_layer_norm, device, add_norm, dtype),
+            linear(joined("weight"), joined("bias")),
+            like(attention.out_proj),
+            _Norm.of(layer.final_layer_norm, device, add_norm, dtype),
+            like(layer.fc1),
+            like(layer.fc2),
+        )
+        # Neither what was read nor the copies on the way stay on the host until all is loaded.
+        for parameter in layer.parameters():
+            give_back_pages(parameter)
+        release_memory(torch.device("cpu"))
+        return ours
+
+
+def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
+    """fair-esm's module, whose parameters are the checkpoint's own tensors, and its alphabet.
+
+    They stay on the host and in their dtype: of a large model a GPU holds what it needs, and not
+    all of it twice. Its heads, which nothing here uses, may be left without parameters.
+    """
+    alphabet_class, network_class = fair_esm()
+    alphabet = alphabet_class.from_architecture("ESM-1b")
+    with _NoRandomWeights():
+        network = network_class(
+            checkpoint.layers,
+            checkpoint.dimension,
+            checkpoint.heads,
+            alphabet,
+            checkpoint.token_dropout,
+        )
+    # Which names and shapes there are was looked at when the checkpoint was read.
+    network.load_state_dict(checkpoint.tensors(), strict=False, assign=True)
+    return network.requires_grad_(False), alphabet
+
+
+class _NoRandomWeights(TorchFunctionMode):
+    """Leaves new parameters as memory is: to draw 650 million random weights takes seconds."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _RANDOM:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **kwargs)
+
+
+_RANDOM = (
+    *(Tensor.uniform_, Tensor.normal_),
+    *(torch.nn.init.uniform_, torch.nn.init.normal_, torch.nn.init.kaiming_uniform_),
+)
+
+
+def _on(device: torch.device, values: Tensor) -> Tensor:
+    """A dense float32 copy on the device: not what a file is mapped to, nor with its strides."""
+    return values.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
+
+
+def _pair(rows: Tensor, heads: int) -> Tensor:
+    """Rows of a query or key projection with the two halves of each head interleaved.
+
+    Upstream rotates feature i of a head with feature i + d/2. Side by side the two are one complex
+    number and the rotation one multiplication; no dot product of a query and a key changes.
+    """
+    halves = rows.view(heads, 2, -1, *rows.shape[1:])
+    return halves.transpose(1, 2).reshape(rows.shape)
+
+
+def _token_table(alphabet: Any) -> NDArray[np.int64]:
+    """Token of each ASCII letter; letters that are no residue never get here."""
+    table = np.full(256, alphabet.unk_idx, np.int64)
+    for token, index in alphabet.tok_to_idx.items():
+        if len(token) == 1:
+            table[ord(token)] = index
+    return table

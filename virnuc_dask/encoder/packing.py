@@ -1,0 +1,147 @@
+"""Cut rows into segments that the encoder takes, and segments into evenly filled batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.inputs.lengths import segment_counts
+from virnuc_dask.settings import LongPolicy
+
+
+@dataclass(frozen=True, slots=True)
+class Segments:
+    """Stretches of residues to encode, each belonging to one row.
+
+    Attributes
+    ----------
+    row : ndarray, int64, shape (s,)
+        Row that a segment belongs to; a row has several segments only if it was windowed.
+    start : ndarray, int64, shape (s,)
+        First residue, as an index into the rows' residues laid end to end.
+    length : ndarray, int64, shape (s,)
+        Residues.
+    windows : ndarray, int64, shape (s,)
+        Windows that the row has.
+    """
+
+    row: NDArray[np.int64]
+    start: NDArray[np.int64]
+    length: NDArray[np.int64]
+    windows: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.row)
+
+    def select(self, chosen: NDArray[np.bool_]) -> Segments:
+        """The chosen segments; all windows of a row, or none."""
+        return Segments(
+            self.row[chosen], self.start[chosen], self.length[chosen], self.windows[chosen]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Segments that go through the encoder together, sorted by length.
+
+    Attributes
+    ----------
+    segments : ndarray, int64, shape (b,)
+        Indices into the segments.
+    runs : list of (count, length)
+        Runs of equal length, in order: within one the packed tokens are a dense array.
+    """
+
+    segments: NDArray[np.int64]
+    runs: list[tuple[int, int]]
+
+
+def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy) -> Segments:
+    """Cut each row into what the encoder may take at once.
+
+    Parameters
+    ----------
+    lengths : ndarray, int32, shape (n,)
+        Residues per row. Rows of length 0 give no segment.
+    max_residues : int
+        Longest segment.
+    policy : {'truncate', 'window', 'skip'}
+        What becomes of a longer row: its first `max_residues` residues; overlapping windows that
+        cover it, all of `max_residues`, evenly spaced and overlapping by at least a quarter; or
+        no segment.
+    """
+    lengths = lengths.astype(np.int64)
+    offsets = np.cumsum(lengths) - lengths
+    windows = segment_counts(lengths, max_residues, policy)
+    row = np.repeat(np.arange(len(lengths), dtype=np.int64), windows)
+    count = windows[row]
+    # k-th window of its row
+    k = np.arange(len(row)) - np.repeat(np.cumsum(windows) - windows, windows)
+    spare = np.maximum(lengths[row] - max_residues, 0)
+    shift = np.where(count > 1, k * spare // np.maximum(count - 1, 1), 0)
+    length = np.minimum(lengths[row], max_residues)
+    return Segments(row, offsets[row] + shift, length, count)
+
+
+def window_shares(segments: Segments, number: int) -> NDArray[np.float32]:
+    """1/k for each residue of a segment that k windows of its row see, shape (length,)."""
+    row, length = segments.row[number], int(segments.length[number])
+    first, last = np.searchsorted(segments.row, [row, row + 1])
+    starts = segments.start[first:last]  # of all the row's windows, which are equally long
+    residues = segments.start[number] + np.arange(length)
+    begun = np.searchsorted(starts, residues, side="right")
+    ended = np.searchsorted(starts + length, residues, side="right")
+    return np.asarray(1.0 / (begun - ended), np.float32)
+
+
+def residue_weights(segments: Segments, members: NDArray[np.int64]) -> NDArray[np.float32]:
+    """Weight of each residue of some segments in its row's mean, end to end.
+
+    Each residue of a row counts once: one that k windows see contributes 1/k from each.
+    """
+    lengths = segments.length[members]
+    weights = np.repeat(1 / lengths, lengths).astype(np.float32)
+    ends = np.cumsum(lengths)
+    for place in np.flatnonzero(segments.windows[members] > 1):
+        number = int(members[place])
+        first, last = np.searchsorted(
+            segments.row, [segments.row[number], segments.row[number] + 1]
+        )
+        covered = segments.start[last - 1] + segments.length[number] - segments.start[first]
+        shares = window_shares(segments, number) / covered
+        weights[ends[place] - lengths[place] : ends[place]] = shares
+    return weights
+
+
+def residue_tokens(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Which tokens of sequences that lie end to end are residues, and not BOS or EOS."""
+    ends = np.cumsum(lengths + 2)
+    is_residue = np.ones(int(ends[-1]), np.bool_)
+    is_residue[ends - lengths - 2] = is_residue[ends - 1] = False
+    return np.flatnonzero(is_residue)
+
+
+def cut_batches(lengths: NDArray[np.int64], token_budget: int) -> Iterator[Batch]:
+    """Sort segments by length and cut them into batches of nearly equal size.
+
+    Parameters
+    ----------
+    lengths : ndarray, int64, shape (s,)
+        Residues per segment; each costs two tokens more, BOS and EOS.
+    token_budget : int
+        Tokens per batch, exceeded by less than one segment, and by one that is longer alone.
+    """
+    if len(lengths) == 0:
+        return
+    order = np.argsort(lengths, kind="stable")
+    tokens = np.cumsum(lengths[order] + 2)
+    batches = -(-int(tokens[-1]) // token_budget)
+    # Even shares: cutting at the budget would leave a small last batch.
+    shares = tokens[-1] * np.arange(1, batches) / batches
+    cuts = np.unique(np.searchsorted(tokens, shares, side="left") + 1)
+    for chosen in np.split(order, cuts[cuts < len(order)]):
+        values, counts = np.unique(lengths[chosen], return_counts=True)
+        yield Batch(chosen, [(int(n), int(v)) for n, v in zip(counts, values, strict=True)])

@@ -1,0 +1,495 @@
+"""ESM-2 weights: where they come from, read without running any code from them."""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import tempfile
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from virnuc_dask.encoder import digests
+from virnuc_dask.encoder.digests import FileStates
+from virnuc_dask.encoder.huggingface import (
+    has_weights,
+    huggingface_files,
+    is_huggingface,
+    read_huggingface,
+    torch_load,
+)
+from virnuc_dask.encoder.lora import Adapter, adapter_files, base_of, is_adapter, read_adapter
+from virnuc_dask.encoder.memory import give_back_pages
+from virnuc_dask.encoder.models import PUBLISHED
+from virnuc_dask.errors import ModelError, UsageError
+from virnuc_dask.files import expanded
+from virnuc_dask.settings import DEMO, POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
+from virnuc_dask.text import printable
+
+# How names of fair-esm's other models begin.
+_OTHER_MODELS = ("esm1", "esm_msa1", "esm_if1", "esmfold")
+_URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
+
+_DEMO_LAYERS, _DEMO_DIMENSION, _DEMO_HEADS = 4, 64, 4
+
+# Heads that no embedding depends on. Left out of the digest, so that weights with and without
+# fair-esm's contact regression are the same weights.
+_HEADS = ("lm_head.", "contact_head.")
+# Values that are converted and hashed at once: 16 MiB.
+_HASHED_AT_ONCE = 2**22
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """Weights as read, before a network is built from them.
+
+    Attributes
+    ----------
+    reference : str
+        What `load_checkpoint` was asked for; a file as an absolute path.
+    data : dict
+        In the layout of fair-esm's files: ``cfg`` and ``model``; of an adapter's base model.
+    adapter : Adapter, optional
+    left_out : tuple of str
+        Tensors outside of ESM-2, such as a classifier's.
+    files : FileStates, optional
+        The files that it was read from, as they were before.
+    """
+
+    reference: str
+    data: dict[str, Any]
+    adapter: Adapter | None = None
+    left_out: tuple[str, ...] = ()
+    files: FileStates | None = None
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers."""
+        return int(self.data["cfg"]["model"].encoder_layers)
+
+    @property
+    def dimension(self) -> int:
+        """Features per token, D."""
+        return int(self.data["cfg"]["model"].encoder_embed_dim)
+
+    @property
+    def heads(self) -> int:
+        """Attention heads per layer."""
+        return int(self.data["cfg"]["model"].encoder_attention_heads)
+
+    @property
+    def token_dropout(self) -> bool:
+        """Whether the token embeddings are scaled by 0.88."""
+        return bool(self.data["cfg"]["model"].token_dropout)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights of the network by name, an adapter merged."""
+        tensors = self.base()
+        return tensors if self.adapter is None else self.adapter.merged(tensors)
+
+    def sha256(self, given_up: threading.Event | None = None) -> str:
+        """Digest of all that an embedding depends on: tensors by name, shape and value.
+
+        Of an adapter it is of the parts: what they make differs in its last bits with the machine.
+
+        Parameters
+        ----------
+        given_up : threading.Event, optional
+            Once it is set, hashing stops, and the result is empty.
+        """
+        given_up = given_up or threading.Event()
+        # No tensor tells this setting; the others follow from the tensors' names and shapes.
+        digest = sha256(f"token_dropout {self.token_dropout}\n".encode())
+        _feed(digest, self.base(), given_up)
+        if self.adapter is not None:
+            digest.update(b"adapter\n")
+            _feed(digest, self.adapter.parts(), given_up)
+        return "" if given_up.is_set() else digest.hexdigest()
+
+    def base(self) -> dict[str, Tensor]:
+        """Weights by name, without what an adapter changes, and without heads."""
+        tensors = {
+            name.removeprefix("encoder.").removeprefix("sentence_encoder."): tensor
+            for name, tensor in self.data["model"].items()
+        }
+        return {name: t for name, t in tensors.items() if not name.startswith(_HEADS)}
+
+
+def known_sha256(checkpoint: Checkpoint, given_up: threading.Event | None = None) -> str:
+    """Digest of weights, without reading them if it is kept from an earlier run.
+
+    For whoever only names weights. Who computes with them takes `Checkpoint.sha256`, which is of
+    the values themselves.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    given_up : threading.Event, optional
+        Once it is set, hashing stops, and the result is empty.
+    """
+    files = checkpoint.files
+    # What was mapped is what was looked at before, if nothing has changed meanwhile.
+    if files and files.is_same(_states(checkpoint.reference)) and (kept := digests.recall(files)):
+        return kept
+    digest = checkpoint.sha256(given_up)
+    if digest and files and files.is_same(_states(checkpoint.reference)):
+        digests.remember(files, digest)
+    return digest
+
+
+@contextmanager
+def hashing(checkpoint: Checkpoint, *, or_known: bool = False) -> Iterator[Future[str]]:
+    """Compute the digest of weights in another thread: for the largest it takes minutes.
+
+    Leaving the context gives it up.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    or_known : bool
+        Whether it may come from an earlier run, as by `known_sha256`.
+    """
+    given_up = threading.Event()
+    with ThreadPoolExecutor(1, "virnuc-dask-hashing") as thread:
+        compute = partial(known_sha256, checkpoint) if or_known else checkpoint.sha256
+        digest = thread.submit(compute, given_up)
+        del compute
+        del checkpoint  # its memory is free as soon as the digest is known
+        try:
+            yield digest
+        finally:
+            given_up.set()
+
+
+def _feed(digest: Any, tensors: dict[str, Tensor], given_up: threading.Event) -> None:
+    """Hash tensors as float32, a part at a time, so that large ones take no more memory."""
+    for name in sorted(tensors):
+        digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
+        rows = tensors[name].detach()
+        rows = rows if rows.dim() else rows[None]
+        width = rows.shape[1:].numel()
+        for part in torch.split(rows, max(1, _HASHED_AT_ONCE // max(1, width))):
+            if given_up.is_set():
+                return
+            digest.update(part.to(torch.float32).contiguous().numpy())
+            give_back_pages(part)
+        give_back_pages(rows)  # and what the system has read around each part
+
+
+def load_checkpoint(reference: str) -> Checkpoint:
+    """Read weights by name or from a file, running no code from it.
+
+    Parameters
+    ----------
+    reference : str
+        ``demo``; a fair-esm name, read from torch's hub cache or downloaded to it; or the path of
+        a fair-esm ``.pt`` file, which needs no contact regression, of a directory or a file of
+        weights in Hugging Face's layout, or of a directory with a LoRA adapter of PEFT's.
+
+    Raises
+    ------
+    ModelError
+        An unknown name, a file that is missing, is no ESM-2 checkpoint, or holds anything but
+        tensors and plain settings.
+    """
+    if reference == DEMO:
+        return Checkpoint(DEMO, _demo_weights())
+    file = _file_of(reference)
+    if reference in PUBLISHED:
+        if not file.is_file():
+            _download(reference, file)
+        return _read(reference, file)
+    if not _exists(file):
+        if reference.startswith(_OTHER_MODELS):
+            raise ModelError(
+                f"model {reference!r}: only ESM-2 is supported: {', '.join(PUBLISHED)}, and what"
+                " was made of them"
+            )
+        raise ModelError(
+            f"model {reference!r}: neither a file nor a Hugging Face directory, nor one of"
+            f" {DEMO}, {', '.join(PUBLISHED)}"
+        )
+    return _read(resolved(reference), file)
+
+
+def resolved(reference: str) -> str:
+    """A model as other processes find it, in whatever directory: a path as an absolute one."""
+    if reference == DEMO or reference in PUBLISHED:
+        return reference
+    # Links stay: a file of weights may be one, to a name that tells nothing of its kind.
+    return str(Path(expanded(reference)).absolute())
+
+
+def weights_at_hand(reference: str) -> bool:
+    """Whether a model can be read without a download."""
+    if reference in PUBLISHED:
+        return _file_of(reference).is_file()
+    return reference == DEMO or _exists(_file_of(reference))
+
+
+def published_part(reference: str) -> str | None:
+    """What a model has of fair-esm's, which may have to be downloaded: itself, or its base."""
+    folder = Path(expanded(reference))
+    if reference in PUBLISHED:
+        return reference
+    if not _exists(folder) or not is_adapter(folder) or has_weights(folder):
+        return None
+    try:
+        return _published_base(folder)
+    except (ModelError, ValueError, AttributeError):
+        return None  # reading it says what is wrong
+
+
+def describe(
+    checkpoint: Checkpoint,
+    precision: Precision = "float32",
+    repr_layer: int | None = None,
+    pooling: Pooling = "mean",
+    *,
+    hashed: bool = True,
+) -> ModelSpec:
+    """What a worker needs to know in order to load the same model. Reads every weight once.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    precision : str
+    repr_layer : int, optional
+        Default: the last.
+    pooling : str
+    hashed : bool
+        False leaves the digest empty, and reads nothing.
+
+    Raises
+    ------
+    ModelError
+        The model has no such layer.
+    UsageError
+        A pooling or a precision that does not exist.
+    """
+    for value, allowed in ((pooling, POOLINGS), (precision, PRECISIONS)):
+        if value not in allowed:
+            raise UsageError(f"{value!r}: must be one of {', '.join(allowed)}")
+    layer = checkpoint.layers if repr_layer is None else repr_layer
+    if not 0 <= layer <= checkpoint.layers:
+        raise ModelError(
+            f"model {checkpoint.reference}: layer {layer} of a model with {checkpoint.layers}"
+        )
+    digest = checkpoint.sha256() if hashed else ""
+    return ModelSpec(checkpoint.reference, digest, checkpoint.dimension, layer, pooling, precision)
+
+
+def _file_of(reference: str) -> Path:
+    """The file or directory of a model that is none of the demo's."""
+    if reference in PUBLISHED:
+        # Where fair-esm's own loader keeps its downloads.
+        return Path(torch.hub.get_dir(), "checkpoints", f"{reference}.pt")
+    return Path(expanded(reference))
+
+
+def _states(reference: str) -> FileStates | None:
+    """All files that a model's digest depends on, as they are now; None if that is not known."""
+    try:
+        return FileStates.of([file.absolute() for file in _files_of(_file_of(reference))])
+    except Exception:  # files damaged in any way, or gone; reading says what is wrong
+        return None
+
+
+def _files_of(file: Path) -> list[Path]:
+    if not is_adapter(file):
+        return huggingface_files(file) if is_huggingface(file) else [file]
+    base = file if has_weights(file) else _file_of(_published_base(file))
+    return adapter_files(file) + (huggingface_files(base) if base == file else [base])
+
+
+def _exists(file: Path) -> bool:
+    try:
+        return file.is_file() or is_huggingface(file) or is_adapter(file)
+    except (OSError, ValueError):  # a name too long for a file, or with a NUL
+        return False
+
+
+# torch's allow-list belongs to the process: who leaves it takes it from threads still reading.
+_reading = threading.Lock()
+
+
+def _read(reference: str, file: Path) -> Checkpoint:
+    files = _states(reference)
+    try:
+        checkpoint = replace(_parse(reference, file), files=files)
+        problem = _problem(checkpoint)
+    except pickle.UnpicklingError as error:
+        # Not torch's text, which advises to read the file without the protection.
+        raise ModelError(
+            f"model {file}: refused, it is damaged or holds more than tensors and settings"
+        ) from error
+    except (MemoryError, UsageError):
+        raise  # say nothing about what is in the file
+    except Exception as error:  # damaged bytes raise whatever they happen to mean
+        detail = printable((str(error).splitlines() or [""])[0], 300)
+        raise ModelError(
+            f"model {file}: not an ESM-2 checkpoint, or damaged ({type(error).__name__}: {detail})"
+        ) from error
+    if problem:
+        raise ModelError(f"model {file}: not an ESM-2 checkpoint: {printable(problem, 300)}")
+    return checkpoint
+
+
+def _parse(reference: str, file: Path) -> Checkpoint:
+    if file.suffix in (".safetensors", ".json") and file.is_file() and not is_huggingface(file):
+        raise ValueError("give the directory, with its config.json")
+    if not is_adapter(file):
+        data, left_out = read_huggingface(file) if is_huggingface(file) else (_unpickle(file), ())
+        return Checkpoint(reference, data, None, left_out)
+    adapter = read_adapter(file)
+    if has_weights(file):  # beside its base, or within
+        data, left_out = read_huggingface(file)
+    else:
+        base = load_checkpoint(_published_base(file))
+        data, left_out = base.data, base.left_out
+    checkpoint = Checkpoint(reference, data, adapter, (*left_out, *adapter.left_out))
+    adapter.check(checkpoint.base())
+    return checkpoint
+
+
+def _published_base(folder: Path) -> str:
+    """The base of an adapter that has none beside it. Its name is data, and never a path.
+
+    Raises
+    ------
+    ModelError
+        Not a published model.
+    """
+    base = base_of(folder)
+    name = base.removeprefix("facebook/")
+    if name not in PUBLISHED:
+        raise ModelError(
+            f"model {folder}: an adapter whose base model, {base!r}, is none of fair-esm's; put the"
+            " base's config.json and weights beside it"
+        )
+    return name
+
+
+def _unpickle(file: Path) -> Any:
+    # fair-esm's own loader unpickles whatever a file holds. Its files need one class beyond
+    # tensors, and nothing else is let in.
+    with _reading, torch.serialization.safe_globals([argparse.Namespace]):
+        return torch_load(file)
+
+
+def _problem(checkpoint: Checkpoint) -> str | None:
+    """What is wrong with a checkpoint, other than what fair-esm finds when it builds it."""
+    data = checkpoint.data
+    if not isinstance(data, dict) or not {"cfg", "model"} <= data.keys():
+        return "no entries 'cfg' and 'model'"
+    if not isinstance(data["model"], dict) or not data["model"]:
+        return "no tensors"
+    for name, tensor in data["model"].items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            return f"{name!r} is no tensor"
+        if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
+            return f"{name!r} is no plain tensor of numbers"
+    layers, dimension, heads = checkpoint.layers, checkpoint.dimension, checkpoint.heads
+    _ = checkpoint.token_dropout  # raises if there is none
+    # Each head's features are rotated in pairs.
+    if min(layers, dimension, heads) < 1 or dimension % (2 * heads):
+        return f"{layers} layers, {dimension} features and {heads} heads do not go together"
+    found = checkpoint.base()
+    wanted = _shapes(layers, dimension, heads)
+    if missing := sorted(wanted.keys() - found.keys()):
+        return (
+            f"of an ESM-2 with {layers} layers and {dimension} features it lacks"
+            f" {len(missing)} tensor(s), such as {', '.join(missing[:3])}; it has"
+            f" {', '.join(sorted(found)[:3])}"
+        )
+    if surplus := sorted(found.keys() - wanted.keys()):
+        return f"it has {len(surplus)} tensor(s) that ESM-2 has not: {', '.join(surplus[:3])}"
+    for name, shape in wanted.items():
+        if found[name].shape != shape:
+            return f"{name} has the shape {tuple(found[name].shape)}, not {shape}"
+    return None
+
+
+def _shapes(layers: int, dimension: int, heads: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of all that an embedding depends on, by name."""
+    shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (33, dimension)}
+    for number in range(layers):
+        layer = f"layers.{number}."
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            shapes[f"{layer}self_attn.{name}.weight"] = (dimension, dimension)
+            shapes[f"{layer}self_attn.{name}.bias"] = (dimension,)
+        for name, out, into in (
+            ("fc1", 4 * dimension, dimension),
+            ("fc2", dimension, 4 * dimension),
+        ):
+            shapes[f"{layer}{name}.weight"] = (out, into)
+            shapes[f"{layer}{name}.bias"] = (out,)
+        for name in ("self_attn_layer_norm", "final_layer_norm"):
+            shapes[f"{layer}{name}.weight"] = shapes[f"{layer}{name}.bias"] = (dimension,)
+        shapes[f"{layer}self_attn.rot_emb.inv_freq"] = (dimension // heads // 2,)
+    shapes["emb_layer_norm_after.weight"] = shapes["emb_layer_norm_after.bias"] = (dimension,)
+    return shapes
+
+
+def _download(name: str, file: Path) -> None:
+    if file.parts[0] == "~":  # a folder of that name is what torch would make
+        raise ModelError(
+            f"model {name}: there is no home to keep its weights in; TORCH_HOME says where else,"
+            " or give the path of a .pt file"
+        )
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        # The same address and the same cache as fair-esm's loader. torch takes a connection that
+        # breaks off for the end of the file, so the file appears only once it can be read.
+        with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=file.parent) as folder:
+            part = Path(folder, file.name)
+            torch.hub.download_url_to_file(_URL.format(name), str(part))
+            _read(name, part)
+            part.replace(file)
+    except (OSError, HTTPException, ModelError) as error:
+        raise ModelError(
+            f"model {name}: cannot download {_URL.format(name)} to {file} ({error}). Without a"
+            f" network, put the file there, give the path of a .pt file, or try --model {DEMO}"
+            " (random weights)"
+        ) from error
+
+
+def _demo_weights() -> dict[str, Any]:
+    """A small ESM-2 with random weights, the same on every machine.
+
+    NumPy's generator, since its stream is stable over versions and platforms and torch's is not
+    promised to be; and frequencies in float64, since float32 powers differ between processors.
+    """
+    random = np.random.Generator(np.random.PCG64(20_230_316))
+    dimension = _DEMO_DIMENSION
+    head = dimension // _DEMO_HEADS
+    exponents = np.arange(0, head, 2) / head
+    frequencies = torch.from_numpy((1.0 / 10_000.0**exponents).astype(np.float32))
+    tensors: dict[str, Tensor] = {}
+    for name, shape in _shapes(_DEMO_LAYERS, dimension, _DEMO_HEADS).items():
+        if name.endswith("inv_freq"):
+            tensors[name] = frequencies
+            continue
+        bound = (3 / shape[-1]) ** 0.5 if len(shape) == 2 else 0.1
+        values = random.uniform(-bound, bound, shape).astype(np.float32)
+        if "norm" in name and name.endswith("weight"):
+            values += 1
+        tensors[name] = torch.from_numpy(values)
+    settings = argparse.Namespace(
+        encoder_layers=_DEMO_LAYERS,
+        encoder_embed_dim=dimension,
+        encoder_attention_heads=_DEMO_HEADS,
+        token_dropout=True,
+    )
+    return {"cfg": {"model": settings}, "model": tensors}

@@ -1,0 +1,1 @@
+"""From files to clean records: reading, letters, tiles, and the six frames."""

@@ -1,0 +1,361 @@
+"""How a run looks: a live bar on a terminal or in a notebook, else lines; JSON for programs."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from html import escape
+from importlib import import_module
+from itertools import pairwise
+from pathlib import Path
+from typing import IO, Any
+from uuid import uuid4
+
+import numpy as np
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+
+from virnuc_dask.runtime import events
+from virnuc_dask.runtime.events import Event, Listener, RunSummary
+from virnuc_dask.text import counted, duration, printable
+
+# Plain output gets one line in this many seconds, so that a log of a long run stays readable.
+_PLAIN_EVERY_S = 10.0
+_NOTEBOOK_EVERY_S = 0.25
+_MAP_CELLS = 64
+# A chunk that is there, some of several, none; and for encodings that have no such letters.
+_BLOCKS, _SIGNS = ("█", "▒", "░"), ("#", "+", ".")
+_OF_A_CHUNK = (events.ChunkDone, events.ChunkFailed, events.ChunkOverdue, events.WorkerLost)
+
+
+@contextmanager
+def display(kind: str) -> Iterator[Listener]:
+    """A listener that shows events.
+
+    Parameters
+    ----------
+    kind : {'auto', 'json', 'plain', 'quiet'}
+        ``auto``: a live bar if stderr is a terminal that can redraw a line, else plain lines. JSON
+        goes to stdout, all else to stderr. ``quiet`` shows trouble only.
+    """
+    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    if kind == "json":
+        yield _JsonLines(sys.stdout)
+    elif kind == "auto" and console.is_interactive and sys.stderr.isatty():
+        bar = _Bar(console)
+        with bar.progress:
+            yield bar
+    else:
+        yield _PlainLines(console, quiet=kind == "quiet")
+
+
+@contextmanager
+def recorded(listener: Listener, path: Path | None) -> Iterator[Listener]:
+    """A listener that also appends every event to a file, as JSON lines.
+
+    Nothing is written before something happens to a chunk. A file that cannot be written is no
+    reason to stop: it is said once.
+    """
+    if path is None:
+        yield listener
+        return
+    recorder = _Recorder(path)
+
+    def listen(event: Event) -> None:
+        recorder(event)
+        listener(event)
+
+    yield listen
+
+
+class _Recorder:
+    def __init__(self, path: Path) -> None:
+        self._path, self._run = path, uuid4().hex
+        self._waiting: list[str] = []
+        self._has_begun = self._has_failed = False
+
+    def __call__(self, event: Event) -> None:
+        if isinstance(event, events.Reading) or self._has_failed:
+            return
+        now = datetime.now(UTC).isoformat(timespec="milliseconds")
+        line = json.dumps({"run": self._run, "time": now} | event.to_json()) + "\n"
+        self._waiting.append(line)
+        self._has_begun |= isinstance(event, _OF_A_CHUNK)
+        if not self._has_begun:
+            return
+        try:
+            # Opened each time: other runs on the same store may append too, whole lines at once.
+            with open(self._path, "a") as file:
+                file.write("".join(self._waiting))
+        except OSError as error:
+            self._has_failed = True
+            print(f"no telemetry: {self._path}: {error.strerror}", file=sys.stderr)
+        self._waiting.clear()
+
+
+class _Tally:
+    """Rates and counts so far; what both the bar and the lines show."""
+
+    def __init__(self) -> None:
+        self.rows = self.total = self.residues_left = 0
+        self.computed_rows = self.computed_residues = 0
+        self.workers = self.retries = self.quarantined = 0
+        self._began: float | None = None
+
+    def take(self, event: Event) -> None:
+        match event:
+            case events.RunStarted():
+                self.total = event.present_rows + event.rows_to_compute
+                self.rows = event.present_rows
+                self.residues_left = event.residues_to_encode
+            case events.WorkersChanged():
+                self.workers = event.workers
+                # Rates count from the first worker's arrival: starting one takes seconds.
+                self._began = self._began or time.monotonic()
+            case events.ChunkDone():
+                self.rows += event.rows
+                self.residues_left -= event.residues
+                self.quarantined += event.quarantined
+                if event.computed:
+                    self.computed_rows += event.rows
+                    self.computed_residues += event.residues
+            case events.ChunkFailed(final=False):
+                self.retries += 1
+            case events.ChunkOverdue():
+                self.retries += 1
+            case events.WorkerLost():
+                self.retries += len(event.chunks)
+
+    def text(self) -> str:
+        seconds = max(1e-6, time.monotonic() - (self._began or time.monotonic()))
+        rate = self.computed_residues / seconds
+        left = f"ETA {duration(max(0, self.residues_left) / rate)}" if rate else "ETA ?"
+        return (
+            f"{self.rows:,}/{self.total:,} rows  {self.computed_rows / seconds:,.0f} seq/s"
+            f"  {rate:,.0f} res/s  {left}"
+            f"  {counted(self.workers, 'worker')}"
+            f"  {self.retries} retried  {self.quarantined} quarantined"
+        )
+
+
+class _Bar:
+    def __init__(self, console: Console) -> None:
+        self.progress = Progress(
+            SpinnerColumn("line" if console.options.ascii_only else "dots"),
+            BarColumn(bar_width=24),
+            TaskProgressColumn(),
+            TextColumn("{task.description}", markup=False),
+            console=console,
+            transient=True,
+        )
+        self._tally = _Tally()
+        self._task = self.progress.add_task("starting", total=None)
+
+    def __call__(self, event: Event) -> None:
+        self._tally.take(event)
+        if isinstance(event, events.Reading):
+            self.progress.update(self._task, description=_reading(event))
+        elif isinstance(event, RunSummary):
+            self.progress.stop()
+        else:
+            for line in _notice(event):
+                self.progress.console.print(line)
+            self.progress.update(
+                self._task,
+                total=self._tally.total or None,
+                completed=self._tally.rows,
+                description=self._tally.text() if self._tally.workers else "starting workers",
+            )
+
+
+class _PlainLines:
+    def __init__(self, console: Console, *, quiet: bool) -> None:
+        self._console, self._quiet = console, quiet
+        self._tally = _Tally()
+        self._said = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        self._tally.take(event)
+        for line in _notice(event, quiet=self._quiet):
+            self._say(line)
+        if self._quiet or isinstance(event, RunSummary):
+            return
+        if time.monotonic() - self._said >= _PLAIN_EVERY_S:
+            self._said = time.monotonic()
+            if isinstance(event, events.Reading):
+                self._say(_reading(event))
+            elif self._tally.workers:
+                self._say(self._tally.text())
+
+    def _say(self, line: str) -> None:
+        self._console.print(line, soft_wrap=True)
+
+
+class NotebookBar:
+    """A listener that shows a bar in the output of a notebook's cell, without ipywidgets."""
+
+    def __init__(self) -> None:
+        display: Any = import_module("IPython.display").display
+        self._tally, self._notes = _Tally(), list[str]()
+        self._shown = time.monotonic()
+        self._cell = display({"text/plain": "starting"}, raw=True, display_id=True)
+
+    def __call__(self, event: Event) -> None:
+        """Show an event, or only count it if the last one was shown a moment ago."""
+        self._tally.take(event)
+        notes = list(_notice(event))
+        self._notes += notes
+        is_due = time.monotonic() - self._shown >= _NOTEBOOK_EVERY_S
+        if not (notes or is_due or isinstance(event, RunSummary)):
+            return
+        self._shown = time.monotonic()
+        said = _reading(event) if isinstance(event, events.Reading) else self._tally.text()
+        lines = [*self._notes, said]
+        done, total = self._tally.rows, max(1, self._tally.total)
+        shown = f'<progress value="{done}" max="{total}"></progress> {escape(lines.pop())}'
+        above = "".join(f"<div>{escape(line)}</div>" for line in lines)
+        text = {"text/html": f"{above}<div>{shown}</div>", "text/plain": "\n".join([*lines, said])}
+        self._cell.update(text, raw=True)
+
+
+def notebook_listener() -> Listener | None:
+    """A bar if this process is a notebook's kernel, else None."""
+    ipython: Any = sys.modules.get("IPython")
+    shell = ipython and ipython.get_ipython()
+    return NotebookBar() if getattr(shell, "kernel", None) is not None else None
+
+
+class _JsonLines:
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+        self._began = time.monotonic()
+
+    def __call__(self, event: Event) -> None:
+        document = event.to_json() | {"elapsed_s": round(time.monotonic() - self._began, 3)}
+        self._stream.write(json.dumps(document) + "\n")
+        self._stream.flush()
+
+
+def _reading(event: events.Reading) -> str:
+    return f"reading input: {event.records:,} records, {event.residues:,} residues"
+
+
+def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
+    """Lines that are worth keeping on the screen."""
+    match event:
+        case events.ModelChosen() if not quiet:
+            yield from _model_notes(event)
+        case events.InputRead():
+            if not quiet:
+                yield from input_notes(event)
+        case events.RunStarted() if not quiet:
+            yield (
+                f"{event.store}: {counted(event.records, 'record')} in"
+                f" {counted(event.chunks, 'chunk')}, {event.present_chunks:,} done,"
+                f" {event.chunks_to_compute:,} to compute"
+            )
+        case events.Connected() if not quiet:
+            yield f"dashboard: {event.dashboard}"
+        case events.WorkersChecked() if not quiet:
+            yield (
+                f"{counted(event.workers, 'worker')} checked in {duration(event.seconds)}:"
+                " versions, store, weights, device"
+            )
+        case events.WorkerUnfit():
+            yield f"worker {event.worker} is left alone: {'; '.join(event.lacks)}"
+        case events.WorkerLost():
+            yield (
+                f"worker {event.worker} was lost; {counted(len(event.chunks), 'chunk')} of it"
+                " will be computed elsewhere"
+            )
+        case events.ChunkOverdue():
+            then = "it is replaced" if event.replaced else "it is left alone"
+            yield (
+                f"chunk {event.chunk} hangs on worker {event.worker} for {event.seconds:.0f} s;"
+                f" {then}, and the chunk is computed elsewhere"
+            )
+        case events.ChunkSuspected():
+            yield (
+                f"chunk {event.chunk} was being computed when workers died or hung, {event.deaths}"
+                " times; it goes into a process of its own"
+            )
+        case events.ChunkFailed():
+            after = "given up for this run" if event.final else "will be tried again"
+            yield f"chunk {event.chunk}, attempt {event.attempt}: {event.error}; {after}"
+        case events.CannotGoOn():
+            yield f"cannot go on: {event.reason}"
+        case events.Stopping():
+            yield (
+                f"stopping: {counted(event.running, 'running chunk')} may finish within"
+                f" {event.seconds:.0f} s; a second signal leaves at once"
+            )
+
+
+def _model_notes(event: events.ModelChosen) -> Iterator[str]:
+    model = event.model
+    yield f"model: {printable(model.described(event.device), 1000)}"
+    if event.has_adapter:
+        yield f"note: the LoRA adapter in {model.reference} is merged with its base model"
+    if event.left_out:
+        heads = ", ".join(sorted({name.split(".")[0] for name in event.left_out}))
+        yield (
+            f"note: {model.reference} also holds {counted(len(event.left_out), 'tensor')} that"
+            f" ESM-2 has not ({printable(heads)}); left out"
+        )
+
+
+def input_notes(event: events.InputRead) -> Iterator[str]:
+    """What reading the input met that its owner should know of."""
+    for file in event.empty_files:
+        yield f"note: {file} holds no record"
+    if event.empty:
+        yield f"note: {counted(event.empty, 'record')} without a residue; quarantined as empty"
+    if event.invalid:
+        which = "their tiles with these are quarantined" if event.tiled else "quarantined"
+        yield (
+            f"note: {counted(event.invalid, 'record')} with letters that are no residues;"
+            f" {which} as invalid_residues (--strict refuses such input)"
+        )
+    changed = {
+        "J read as X": event.ambiguous_j,
+        "gap letters removed": event.gaps,
+        "terminal stops removed": event.terminal_stops,
+    }
+    if any(changed.values()):
+        yield "note: " + ", ".join(f"{n:,} {what}" for what, n in changed.items() if n)
+    if event.without_row:
+        yield (
+            f"note: {event.without_row:,} of {counted(event.reads, 'read')} gave no row: no frame"
+            f" is open, or long enough{event.hint}"
+        )
+
+
+# --- the summary and the map ---------------------------------------------------------------------
+
+
+def summary_lines(summary: RunSummary) -> Iterator[str]:
+    """The end of a run, as a table that nothing wraps but the terminal itself."""
+    rows = summary.table()
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        yield f"{name:<{width}}  {value}"
+
+
+def chunk_map(present: NDArray[np.bool_], encoding: str, cells: int = _MAP_CELLS) -> str:
+    """Draw which chunks are present, in order: a cell is one chunk, or an even share of them."""
+    try:
+        "".join(_BLOCKS).encode(encoding)
+        full, part, none = _BLOCKS
+    except UnicodeEncodeError:
+        full, part, none = _SIGNS
+    if len(present) <= cells:
+        shares = present.astype(float)
+    else:
+        edges = np.linspace(0, len(present), cells + 1).astype(int)
+        shares = np.array([present[a:b].mean() for a, b in pairwise(edges)])
+    return "".join(full if share == 1 else none if share == 0 else part for share in shares)

@@ -1,0 +1,327 @@
+"""What a run tells whoever listens: a few small values, and a summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from html import escape
+from typing import Any
+
+from virnuc_dask.settings import CONTIG_NUCLEOTIDES, ModelSpec, Status
+from virnuc_dask.text import counted, duration, printable
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something that happened in a run."""
+
+    def to_json(self) -> dict[str, Any]:
+        """The event as plain JSON values, its kind under ``event``."""
+        return {"event": _snake(type(self).__name__), **asdict(self)}
+
+
+Listener = Callable[[Event], None]
+
+
+def silence(_event: Event) -> None:
+    """Listener of whoever wants none."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading(Event):
+    """Input records read so far."""
+
+    records: int
+    residues: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelChosen(Event):
+    """The model, and what it computes on: the first event, or soon after it.
+
+    Weights that take more than a second to hash are hashed while the input is read, and `Reading`
+    events may come first.
+
+    Where the weights were read, also whether an adapter is merged, and which tensors are not
+    ESM-2's, as a classifier's.
+    """
+
+    model: ModelSpec
+    device: str
+    has_adapter: bool = False
+    left_out: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As an event, with a comment if its weights are random."""
+        return {**Event.to_json(self), **self.model.comment()}
+
+
+@dataclass(frozen=True, slots=True)
+class InputRead(Event):
+    """The input, whole, after cleaning. Counts of letters and records as in `InputSummary`."""
+
+    records: int
+    residues: int
+    empty: int
+    invalid: int
+    ambiguous_j: int
+    gaps: int
+    terminal_stops: int
+    nucleotide_like: int
+    empty_files: tuple[str, ...]
+    reads: int = 0
+    nucleotides: int = 0
+    without_row: int = 0
+    contigs_without_row: int = 0
+    tiled: int = 0
+
+    @property
+    def hint(self) -> str:
+        """What to do about records without a row, as the end of a sentence; or nothing."""
+        if not self.contigs_without_row:
+            return ""
+        return (
+            f"; contigs and genomes, here {counted(self.contigs_without_row, 'record')} of"
+            f" {CONTIG_NUCLEOTIDES:,} nucleotides or more, need --frames orf"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RunStarted(Event):
+    """The plan: what there is, what is there already, and what this run, or its shard, is to do."""
+
+    store: str
+    records: int
+    chunks: int
+    present_chunks: int
+    present_rows: int
+    chunks_to_compute: int
+    rows_to_compute: int
+    residues_to_encode: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersChanged(Event):
+    """How many workers and threads there are now."""
+
+    workers: int
+    threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class Connected(Event):
+    """There is a scheduler, and Dask's own dashboard of it."""
+
+    dashboard: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkersChecked(Event):
+    """So many workers have the versions, the store, the weights and the device of this run."""
+
+    workers: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerUnfit(Event):
+    """A worker that joined later lacks something; it is left alone."""
+
+    worker: str
+    lacks: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDone(Event):
+    """A chunk is in the store.
+
+    `residues` are those to encode; what is not explained here is as in `ChunkReport`.
+    """
+
+    chunk: int
+    rows: int
+    residues: int
+    quarantined: int
+    computed: bool
+    worker: str
+    read_s: float
+    wait_s: float
+    compute_s: float
+    write_s: float
+    fill: float
+    memory: int
+    gpu: int | None
+    pid: int
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkFailed(Event):
+    """A chunk raised; `final` if it will not be tried again in this run."""
+
+    chunk: int
+    attempt: int
+    error: str
+    final: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost(Event):
+    """A worker vanished with these chunks on it; they are computed elsewhere."""
+
+    worker: str
+    chunks: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkOverdue(Event):
+    """A chunk took far longer than usual and is computed elsewhere; its worker may be replaced."""
+
+    chunk: int
+    worker: str
+    seconds: float
+    replaced: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSuspected(Event):
+    """Workers died or hung while they computed a chunk; it is computed in processes of its own."""
+
+    chunk: int
+    deaths: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stopping(Event):
+    """A signal came; running chunks have this long to finish."""
+
+    signal: int
+    running: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class CannotGoOn(Event):
+    """No chunk can be written any more; those that run may finish."""
+
+    reason: str
+    running: int
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary(Event):
+    """How a run ended.
+
+    Attributes
+    ----------
+    store : str
+    model : ModelSpec
+    device : str
+        That the workers computed on.
+    records, chunks : int
+        Rows and chunks of the store.
+    counts : dict of str to int
+        Rows per state, of the whole store; they add up to `records`.
+    computed_chunks, computed_rows, computed_residues : int
+        What this run did; residues as encoded, truncated or covered by windows.
+    missing : dict of int to str
+        Chunks that are not done, with the last error where there was one; of a shard, its own.
+    elsewhere : int
+        Chunks that are not done and belong to other shards.
+    retries, workers_lost : int
+    busy : float, optional
+        Share of the workers' time in which their devices computed.
+    took : dict of str to float
+        Seconds of all chunks that this run computed: ``read_s``, ``wait_s``, ``compute_s`` and
+        ``write_s`` as in `ChunkReport`.
+    memory : int
+        The most bytes of any chunk, as in `ChunkReport`.
+    seconds : float
+        From the first chunk's submission to the last report, workers' start excluded.
+    total_seconds : float
+        All of the run.
+    interrupted : int, optional
+        The signal that ended the run early.
+    stopped : str, optional
+        Why no chunk could be written any more: path, cause, free space.
+    """
+
+    store: str
+    model: ModelSpec
+    device: str
+    records: int
+    chunks: int
+    counts: dict[str, int]
+    computed_chunks: int
+    computed_rows: int
+    computed_residues: int
+    missing: dict[int, str]
+    elsewhere: int
+    retries: int
+    workers_lost: int
+    busy: float | None
+    took: dict[str, float]
+    memory: int
+    seconds: float
+    total_seconds: float
+    interrupted: int | None = None
+    stopped: str | None = None
+
+    def table(self) -> list[tuple[str, str]]:
+        """What it says, for people: names and values."""
+        rows = []
+        for state in Status:
+            if number := self.counts.get(state.meaning):
+                name = f"quarantined: {state.meaning}" if state.quarantined else state.meaning
+                rows.append((name, f"{number:,}"))
+        rows.append(("records", f"{self.records:,}"))
+        done = self.chunks - len(self.missing) - self.elsewhere
+        computed = f"{self.computed_chunks:,} computed now"
+        rows.append(("chunks", f"{done:,} of {self.chunks:,}, {computed}"))
+        if self.computed_rows:
+            seconds = max(self.seconds, 1e-6)
+            speed = f"{self.computed_rows / seconds:,.0f} sequences/s"
+            speed += f", {self.computed_residues / seconds:,.0f} residues/s"
+            rows.append(("speed", f"{speed} over {duration(seconds)}"))
+        if self.busy:
+            rows.append(("busy", f"{self.busy:.0%} of the workers' time was computing"))
+        if self.retries or self.workers_lost:
+            lost = counted(self.workers_lost, "worker")
+            rows.append(("trouble", f"{lost} lost, {self.retries} retried"))
+        rows.append(("model", printable(self.model.described(self.device), 1000)))
+        rows.append(("store", printable(self.store, 1000)))
+        return rows
+
+    def _repr_html_(self) -> str:
+        cells = (
+            f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>"
+            for name, value in self.table()
+        )
+        return f"<table>{''.join(cells)}</table>"
+
+    @property
+    def quarantined(self) -> int:
+        """Rows that have no embedding and never will."""
+        return sum(self.counts.get(s.meaning, 0) for s in Status if s.quarantined)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every row has its final state, or every row of the shard."""
+        return not self.missing
+
+    @property
+    def exit_code(self) -> int:
+        """0 complete, 3 complete with quarantined rows, 4 incomplete, 128 + signal interrupted."""
+        if self.interrupted is not None and self.missing:
+            return 128 + self.interrupted
+        if self.missing:
+            return 4
+        return 3 if self.quarantined else 0
+
+    def to_json(self) -> dict[str, Any]:
+        """As an event, with its exit code."""
+        # Not super(): a dataclass with slots is another class than the one that super() means.
+        return {**Event.to_json(self), **self.model.comment(), "exit_code": self.exit_code}
+
+
+def _snake(name: str) -> str:
+    return "".join(f"_{c.lower()}" if c.isupper() else c for c in name).lstrip("_")

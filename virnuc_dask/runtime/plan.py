@@ -1,0 +1,336 @@
+"""What a run would take, said beforehand, and which models there are to choose from."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from dask.system import CPU_COUNT
+
+from virnuc_dask.encoder.models import PUBLISHED, Estimate, costliest, operations, parameters
+from virnuc_dask.encoder.upstream import fair_esm
+from virnuc_dask.encoder.weights import (
+    Checkpoint,
+    describe,
+    known_sha256,
+    load_checkpoint,
+    published_part,
+    weights_at_hand,
+)
+from virnuc_dask.errors import ModelError
+from virnuc_dask.inputs.lengths import encoded_lengths
+from virnuc_dask.inputs.reader import read_blocks
+from virnuc_dask.inputs.records import Block, InputSummary
+from virnuc_dask.runtime import events
+from virnuc_dask.runtime.prepare import (
+    Inputs,
+    check_device,
+    check_input,
+    encoded_residues,
+    identity_of,
+    input_read,
+    listed,
+    rows_per_chunk,
+)
+from virnuc_dask.settings import (
+    AUTO,
+    DEMO,
+    RANDOM_WEIGHTS,
+    ModelSpec,
+    Precision,
+    Settings,
+    precision_on,
+)
+from virnuc_dask.text import counted, duration, printable
+
+# Residues that are encoded to estimate the speed: a second or two with a small model.
+_TRIAL_RESIDUES = 2**14
+# Share of a product's speed that a network reaches, and what it is estimated for.
+_NETWORK_SHARE, _TYPICAL_RESIDUES = 0.8, 300
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would take.
+
+    Attributes
+    ----------
+    input : InputRead
+    model : ModelSpec
+        Without a digest if the weights are not on this machine.
+    device : str
+    longest, median : int
+        Residues.
+    long_records : int
+        Records longer than `max_residues`.
+    encoded_residues : int
+        Residues that would go through the encoder.
+    chunks, rows_per_chunk : int
+    largest_chunk : int
+        Residues that the chunk which has most of them has to encode.
+    embedding_bytes : int
+        Before compression, which gains little on embeddings.
+    sequence_bytes : int
+        Residues, before compression.
+    residue_embedding_bytes : int
+        Representations of single residues, before compression.
+    residues_per_s : float
+        Of one worker.
+    is_measured : bool
+        Whether that was measured on a sample. If the weights are not on this machine, the device is
+        no CPU, or there is nothing to encode, it is estimated from the model's size alone.
+    workers : int
+        That the estimate counts on.
+    without_row : list of str
+        Identifiers of the nucleotide records that give no row.
+    """
+
+    input: events.InputRead
+    model: ModelSpec
+    device: str
+    longest: int
+    median: int
+    long_records: int
+    encoded_residues: int
+    chunks: int
+    rows_per_chunk: int
+    largest_chunk: int
+    embedding_bytes: int
+    sequence_bytes: int
+    residue_embedding_bytes: int
+    residues_per_s: float
+    is_measured: bool
+    workers: int
+    without_row: list[str]
+
+    @property
+    def seconds(self) -> float:
+        """Estimated time, of all workers together."""
+        return self.encoded_residues / (self.residues_per_s * self.workers)
+
+    @property
+    def chunk_seconds(self) -> float:
+        """Estimated time of the largest chunk, the most that a kill costs a worker."""
+        return self.largest_chunk / self.residues_per_s
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        seconds = {"seconds": self.seconds, "chunk_seconds": self.chunk_seconds}
+        return asdict(self) | self.model.comment() | seconds
+
+    def lines(self) -> Iterator[tuple[str, str]]:
+        """What a person wants to know, as (name, value)."""
+        yield "model", printable(self.model.described(self.device), 1000)
+        if self.input.reads:
+            yield "reads", f"{self.input.reads:,} ({self.input.nucleotides:,} nucleotides)"
+            yield "without frame", f"{self.input.without_row:,} reads"
+        if self.input.tiled:
+            yield "frames" if self.input.reads else "records", f"{self.input.tiled:,}"
+        is_record = not (self.input.reads or self.input.tiled)
+        yield "records" if is_record else "rows", f"{self.input.records:,}"
+        yield "residues", f"{self.input.residues:,} (median {self.median:,}, most {self.longest:,})"
+        if self.input.empty or self.input.invalid:
+            of = "tiles of records: " if self.input.tiled else ""
+            yield "quarantined", f"{of}{self.input.invalid:,} invalid, {self.input.empty:,} empty"
+        yield "long records", f"{self.long_records:,}"
+        yield "to encode", f"{self.encoded_residues:,} residues"
+        yield "chunks", f"{self.chunks:,} of {self.rows_per_chunk:,} rows"
+        parts = (self.embedding_bytes, self.sequence_bytes, self.residue_embedding_bytes)
+        size = sum(parts) / 1e6
+        yield "store", f"about {size:,.1f} MB before compression"
+        if not self.encoded_residues:
+            yield "time", "none: there is nothing to encode"
+            return
+        how = "measured on one thread" if self.is_measured else "estimated by the model's size"
+        yield (
+            "time",
+            f"about {duration(self.seconds)} with {counted(self.workers, 'worker')}"
+            f" ({self.residues_per_s:,.0f} residues/s each, {how})",
+        )
+        yield (
+            "a chunk",
+            f"up to about {duration(self.chunk_seconds)}: the most that a kill costs a worker",
+        )
+
+
+def plan(
+    inputs: Inputs, settings: Settings, *, device: str = AUTO, workers: int | None = None
+) -> Plan:
+    """Read an input and say what embedding it would take. Writes nothing.
+
+    Parameters
+    ----------
+    inputs : path or sequence of path
+    settings : Settings
+    device : str
+        That will compute; ``auto`` is ``cpu``.
+    workers : int, optional
+        Workers for the estimate; default: one for each core, and one for another device.
+
+    Raises
+    ------
+    InputError, ModelError
+    UsageError
+        There is no fair-esm.
+    """
+    fair_esm()
+    device = "cpu" if device == AUTO else device
+    check_device(device)
+    workers = workers or (CPU_COUNT if device == "cpu" else 1)
+    summary = InputSummary()
+    sample: Block | None = None
+    files = listed(inputs)
+    blocks = read_blocks(
+        files,
+        summary,
+        strict=settings.strict,
+        translation=settings.translation,
+        tiling=settings.tiling,
+    )
+    for block in blocks:
+        if sample is None and len(block.lengths):
+            sample = _first_rows(block, _TRIAL_RESIDUES)
+    check_input(settings, summary, files)
+    lengths = summary.all_lengths()
+    precision = precision_on(device, settings.precision)
+    published = published_part(settings.model)
+    rate: float | None = None
+    if published is None or weights_at_hand(published):
+        checkpoint = load_checkpoint(settings.model)
+        spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
+        spec = replace(spec, weights_sha256=known_sha256(checkpoint))
+        if sample and device == "cpu":
+            rate = _trial(checkpoint, spec, settings, sample)
+    else:
+        spec = _undownloaded(settings, published, precision)
+    dimension, encoded = spec.dimension, encoded_residues(settings, lengths)
+    estimate = Estimate.of(spec, device, encoded.mean())
+    rows = rows_per_chunk(settings, spec, summary, device, workers)
+    width = 4 if settings.dtype == "float32" else 2
+    kept = encoded_lengths(lengths, settings.max_residues, settings.long)
+    return Plan(
+        input_read(summary),
+        spec,
+        device,
+        int(lengths.max()),
+        int(np.median(lengths)),
+        int((lengths > settings.max_residues).sum()),
+        int(encoded.sum()),
+        -(-summary.records // rows),
+        rows,
+        costliest(encoded, rows),
+        summary.records * dimension * width,
+        summary.residues,
+        int(kept.sum()) * dimension * 2 if settings.per_residue else 0,
+        rate or estimate.residues_per_s,
+        rate is not None,
+        workers,
+        summary.without_row,
+    )
+
+
+def _first_rows(block: Block, residues: int) -> Block:
+    """The first rows of a block with about this many residues, at least one row."""
+    rows = max(1, int(np.searchsorted(np.cumsum(block.lengths), residues)))
+    lengths = block.lengths[:rows]
+    return Block(block.ids[:rows], lengths, block.residues[: int(lengths.sum())])
+
+
+def _undownloaded(settings: Settings, published: str, precision: Precision) -> ModelSpec:
+    """What is known of a model before its weights are here."""
+    model = PUBLISHED[published]
+    layer = model.layers if settings.repr_layer is None else settings.repr_layer
+    if not 0 <= layer <= model.layers:
+        raise ModelError(f"model {published}: layer {layer} of a model with {model.layers}")
+    return ModelSpec(settings.model, "", model.dimension, layer, settings.pooling, precision)
+
+
+def _trial(
+    checkpoint: Checkpoint, spec: ModelSpec, settings: Settings, block: Block
+) -> float | None:
+    """Residues per second of one worker with one thread; None if there is nothing to encode."""
+    import torch
+
+    from virnuc_dask.encoder.encoder import Encoder
+    from virnuc_dask.runtime.embed import embed_rows
+
+    encoded = int(encoded_residues(settings, block.lengths).sum())
+    if not encoded:
+        return None
+    encoder = Encoder(checkpoint, spec)
+    identity = identity_of(settings, spec, InputSummary(), len(block.lengths))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        started = time.perf_counter()
+        embed_rows(encoder, block.lengths, block.residues, identity)
+        return encoded / (time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def model_choices() -> str:
+    """Which models there are, and about how fast each would be on this machine; takes a second."""
+    import torch
+
+    rates = [CPU_COUNT * _products_per_s("cpu")]
+    where = f"with {counted(CPU_COUNT, 'core')}"
+    with suppress(RuntimeError):  # a GPU that others have, or that is broken
+        if torch.cuda.is_available():
+            count = torch.cuda.device_count()
+            rates.append(count * _products_per_s("cuda"))
+            where += f", and by --cluster local-cuda with {counted(count, 'GPU')}"
+    lines = [
+        "which model? --model takes one of these names, a path, or demo",
+        "",
+        f"  {'name':<20} {'parameters':>10} {'layers':>6} {'dimension':>9} {'download':>9}"
+        f" {'residues/s':>10}",
+    ]
+    for name, model in PUBLISHED.items():
+        size = parameters(model.layers, model.dimension)
+        work = operations(model.layers, model.dimension, _TYPICAL_RESIDUES)
+        lines.append(
+            f"  {name:<20} {_rounded(size):>10} {model.layers:>6} {model.dimension:>9}"
+            f" {_rounded(1e6 * model.megabytes):>8}B"
+            + "".join(f" {_NETWORK_SHARE * rate / work:>10,.0f}" for rate in rates)
+        )
+    lines += [
+        f"  {'PATH':<20} a .pt file or a directory in Hugging Face's layout; also of a",
+        f"  {'':<20} fine-tuned model or a LoRA adapter",
+        f"  {DEMO:<20} {RANDOM_WEIGHTS}",
+        "",
+        f"residues/s: about, of proteins of {_TYPICAL_RESIDUES}, on this machine {where}",
+    ]
+    return "\n".join(lines)
+
+
+def _products_per_s(device: str) -> float:
+    """Floating-point operations per second of matrix products: of one core, or of one GPU."""
+    import torch
+
+    size, dtype = (8192, torch.float16) if device == "cuda" else (1024, torch.float32)
+    factors = torch.ones(2, size, size, dtype=dtype, device=device)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = float("inf")
+        for _ in range(5):
+            started = time.perf_counter()
+            float((factors[0] @ factors[1])[0, 0])  # waits for the device
+            best = min(best, time.perf_counter() - started)
+    finally:
+        torch.set_num_threads(threads)
+    return 2 * size**3 / best
+
+
+def _rounded(number: float) -> str:
+    """A large number as people write it: 650 M, 2.8 G."""
+    for unit, size in (("G", 1e9), ("M", 1e6)):
+        if number >= size:
+            digits = 1 if number < 10 * size else 0
+            return f"{number / size:.{digits}f} {unit}"
+    return f"{number:.0f} "

@@ -1,0 +1,359 @@
+"""Before any work: read the input into a store, or compare it with one; or only plan."""
+
+from __future__ import annotations
+
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask import __version__
+from virnuc_dask.encoder.models import Estimate
+from virnuc_dask.encoder.weights import describe, hashing, load_checkpoint, resolved
+from virnuc_dask.errors import (
+    IdentityMismatchError,
+    InputError,
+    PlaceError,
+    RandomWeightsWarning,
+    StoreError,
+    UsageError,
+)
+from virnuc_dask.files import expanded
+from virnuc_dask.inputs.lengths import encoded_lengths, residues_to_encode
+from virnuc_dask.inputs.reader import read_blocks
+from virnuc_dask.inputs.records import ALPHABET_POLICY, InputSummary
+from virnuc_dask.runtime import events, failures
+from virnuc_dask.runtime.events import Listener
+from virnuc_dask.settings import (
+    AUTO,
+    DEMO,
+    FORMAT,
+    PRECISIONS,
+    RANDOM_WEIGHTS,
+    Identity,
+    ModelSpec,
+    Precision,
+    Settings,
+    precision_on,
+)
+from virnuc_dask.store.create import Ingest
+from virnuc_dask.store.location import place_of
+from virnuc_dask.store.store import Store, can_create
+
+Inputs = str | Path | Sequence[str | Path]
+
+# Share of the records from which on an input is taken for what they look like.
+_MOST = 0.9
+# Most weights are hashed within this time. Reading begins after it in any case.
+_PROMPT_S = 1.0
+
+
+def prepare(
+    inputs: Inputs,
+    store: str | Path,
+    settings: Settings,
+    emit: Listener,
+    device: str = "cpu",
+    count_workers: Callable[[], int] = lambda: 1,
+) -> tuple[Store, ModelSpec]:
+    """Make a store of an input, or make sure that a store there was made from it.
+
+    Parameters
+    ----------
+    inputs : path or sequence of path
+    store : path
+    settings : Settings
+    emit : callable
+        Gets `ModelChosen`, `Reading` and `InputRead` events.
+    device : str
+        That the workers will compute on; ``auto`` precision depends on it, and the size of chunks.
+    count_workers : callable
+        How many workers there will be, about: each is to have several chunks. Called if a store is
+        to be made.
+
+    Raises
+    ------
+    UsageError
+        The device does not exist, or does not have the precision.
+    InputError
+        The input cannot be read. No store is left behind.
+    IdentityMismatchError
+        The store was made with other settings, or from another input.
+    NotAStoreError, StoreError, ModelError
+    """
+    # What can fail without reading the input fails first.
+    check_device(device)
+    existing = None if can_create(store) else Store(store)
+    precision = precision_on(device, settings.precision)
+    if existing and settings.precision == AUTO:
+        precision = _precision_of(existing)
+    checkpoint = load_checkpoint(settings.model)
+    spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
+    chosen = events.ModelChosen(spec, device, checkpoint.adapter is not None, checkpoint.left_out)
+    warn_of_random_weights(spec, stacklevel=4)
+    files, summary = listed(inputs), InputSummary()
+    blocks = read_blocks(
+        files,
+        summary,
+        strict=settings.strict,
+        translation=settings.translation,
+        tiling=settings.tiling,
+    )
+    with hashing(checkpoint, or_known=True) as digest:
+        del checkpoint  # the weights may be large, and reading takes long
+        model = _Announced(chosen, digest, emit)
+        if existing is None:
+            with _explained(store):
+                ingest = Ingest(
+                    store,
+                    translated=settings.translation is not None,
+                    tiled=settings.tiling is not None,
+                )
+            with ingest:
+                for block in blocks:
+                    with _explained(store):
+                        ingest.append(block)
+                    model.tell_if_known()
+                    emit(events.Reading(summary.records, summary.residues))
+                check_input(settings, summary, files)
+                spec = model.spec()
+                rows = rows_per_chunk(settings, spec, summary, device, count_workers())
+                identity = identity_of(settings, spec, summary, rows)
+                with _explained(store):
+                    provenance = _provenance(files, spec, summary, device)
+                    ingest.commit(identity, spec.dimension, provenance, spec.comment())
+            # Ours, or that of a run which was faster, and may have other chunks.
+            existing = Store(store)
+        else:
+            for _ in blocks:
+                model.tell_if_known()
+                emit(events.Reading(summary.records, summary.residues))
+            check_input(settings, summary, files)
+            spec = model.spec()
+    rows = settings.rows_per_chunk or existing.identity.rows_per_chunk
+    wanted = identity_of(settings, spec, summary, rows)
+    if differences := existing.identity.differences(wanted):
+        raise IdentityMismatchError(str(store), differences)
+    emit(input_read(summary))
+    return existing, spec
+
+
+class _Announced:
+    """A model whose digest is still being computed; listeners hear of it once it is known."""
+
+    def __init__(self, event: events.ModelChosen, digest: Future[str], emit: Listener) -> None:
+        self._event, self._digest, self._emit = event, digest, emit
+        self._is_told = False
+        wait([digest], timeout=_PROMPT_S)
+        self.tell_if_known()
+
+    def tell_if_known(self) -> None:
+        """Emit the event, once, if the digest is known."""
+        if self._digest.done() and not self._is_told:
+            self._is_told = True
+            model = replace(self._event.model, weights_sha256=self._digest.result())
+            self._event = replace(self._event, model=model)
+            self._emit(self._event)
+
+    def spec(self) -> ModelSpec:
+        """Wait for the digest; the model with it."""
+        wait([self._digest])
+        self.tell_if_known()
+        return self._event.model
+
+
+def check_device(device: str) -> None:
+    """Refuse a device that torch has no name for. Whether it is there, each worker finds out.
+
+    Raises
+    ------
+    UsageError
+    """
+    import torch
+
+    try:
+        torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"device {device!r}: {error}") from error
+
+
+def warn_of_random_weights(model: ModelSpec, stacklevel: int) -> None:
+    """Warn, so many calls further out, that a model is the demo's, if it is."""
+    if model.has_random_weights:
+        message = f"model {DEMO!r} has {RANDOM_WEIGHTS}"
+        warnings.warn(message, RandomWeightsWarning, stacklevel=stacklevel)
+
+
+def model_of(store: Store, reference: str | None = None) -> ModelSpec:
+    """The model that a store was made for.
+
+    Parameters
+    ----------
+    store : Store
+    reference : str, optional
+        Where the weights are now, if not where they were.
+
+    Raises
+    ------
+    UsageError
+        The store is of a precision that there was once.
+    """
+    _precision_of(store)
+    return replace(store.model, reference=resolved(reference or store.model.reference))
+
+
+def _precision_of(store: Store) -> Precision:
+    """What a store's rows are computed in. One that is not offered any more is read, not added to.
+
+    Raises
+    ------
+    UsageError
+    """
+    precision = store.identity.precision
+    if precision not in PRECISIONS:
+        raise UsageError(
+            f"{store.path}: precision {precision} is no longer offered: on real weights its rows"
+            " fell to a cosine of 0.98 beside float32; run again into another store"
+        )
+    return precision
+
+
+@contextmanager
+def _explained(store: str | Path) -> Iterator[None]:
+    """Say what is wrong with a store's disk; what a listener writes to is another matter."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, PlaceError) or not failures.is_hopeless(error):
+            raise
+        raise StoreError(place_of(store).explain(error)) from error
+
+
+def check_input(settings: Settings, summary: InputSummary, files: Sequence[str | Path]) -> None:
+    """Refuse what gives no row, proteins that are to be translated, nucleotides that are not."""
+    if settings.molecule == AUTO:
+        _check_molecule(summary)
+    if not summary.records:
+        raise InputError(
+            f"none of {summary.reads:,} records gives a row: no frame is open, or long enough"
+            f"{input_read(summary).hint}",
+            file=", ".join(map(str, files)),
+        )
+
+
+def _check_molecule(summary: InputSummary) -> None:
+    override = "--molecule {} if they are"
+    first = summary.first_protein_like
+    if first and summary.protein_like >= _MOST * summary.reads:
+        raise InputError(
+            f"{summary.protein_like:,} of {summary.reads:,} records have letters of proteins, which"
+            f" cannot be translated; leave out --translate, or {override.format('nucleotide')}"
+            " nucleotides all the same. The first",
+            file=first.file,
+            line=first.line,
+            record=first.id,
+        )
+    letters = (summary.tiled or summary.records) - summary.empty
+    if not summary.reads and letters and summary.nucleotide_like >= _MOST * letters:
+        raise UsageError(
+            f"{summary.nucleotide_like:,} of {letters:,} records look like nucleotides, and this"
+            " model reads proteins: --translate six-frame, or"
+            f" {override.format('protein')} proteins all the same"
+        )
+
+
+def input_read(summary: InputSummary) -> events.InputRead:
+    """The input as an event."""
+    return events.InputRead(
+        summary.records,
+        summary.residues,
+        summary.empty,
+        summary.invalid,
+        summary.ambiguous_j,
+        summary.gaps,
+        summary.terminal_stops,
+        summary.nucleotide_like,
+        tuple(summary.empty_files),
+        summary.reads,
+        summary.nucleotides,
+        len(summary.without_row),
+        summary.contigs_without_row,
+        summary.tiled,
+    )
+
+
+def _provenance(
+    files: Sequence[str | Path], spec: ModelSpec, summary: InputSummary, device: str
+) -> dict[str, Any]:
+    """How the store came to be, for people; nothing is ever decided by it."""
+    packages = ("fair-esm", "torch", "zarr", "dask", "numpy")
+    return {
+        "model": spec.reference,
+        "device": device,
+        "inputs": [str(file) for file in files],
+        "input": {k: v for k, v in input_read(summary).to_json().items() if k != "event"},
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {"virnuc_dask": __version__} | {name: version(name) for name in packages},
+    }
+
+
+# --- parts ---------------------------------------------------------------------------------------
+
+
+def listed(inputs: Inputs) -> list[str]:
+    """Inputs one by one; ``-`` is standard input, whatever is there."""
+    names = [inputs] if isinstance(inputs, (str, Path)) else inputs
+    return [name if name == "-" else expanded(name) for name in names]
+
+
+def encoded_residues(settings: Settings, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
+    """Residues of each row that go through the encoder."""
+    return residues_to_encode(lengths, settings.max_residues, settings.long)
+
+
+def rows_per_chunk(
+    settings: Settings, spec: ModelSpec, summary: InputSummary, device: str, workers: int
+) -> int:
+    """Rows per chunk of a new store."""
+    if settings.rows_per_chunk:
+        return settings.rows_per_chunk
+    lengths = summary.all_lengths()
+    encoded = encoded_residues(settings, lengths)
+    kept = None
+    if settings.per_residue:
+        kept = encoded_lengths(lengths, settings.max_residues, settings.long)
+        kept *= 2 * spec.dimension  # bytes of float16
+    estimate = Estimate.of(spec, device, encoded.mean())
+    return estimate.rows_per_chunk(encoded, workers, kept)
+
+
+def identity_of(settings: Settings, spec: ModelSpec, summary: InputSummary, rows: int) -> Identity:
+    """What row values depend on."""
+    return Identity(
+        format=FORMAT,
+        input_sha256=summary.sha256,
+        records=summary.records,
+        weights_sha256=spec.weights_sha256,
+        repr_layer=spec.repr_layer,
+        pooling=settings.pooling,
+        precision=spec.precision,
+        dtype=settings.dtype,
+        alphabet=ALPHABET_POLICY,
+        max_residues=settings.max_residues,
+        long=settings.long,
+        rows_per_chunk=rows,
+        per_residue=settings.per_residue,
+        translation=str(settings.translation) if settings.translation else None,
+        tiling=str(settings.tiling) if settings.tiling else None,
+    )

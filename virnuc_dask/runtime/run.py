@@ -1,0 +1,374 @@
+"""The main line: read the input into a store, find the missing chunks, have them computed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from types import FrameType
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+from distributed import Client, performance_report
+
+from virnuc_dask.encoder.upstream import fair_esm
+from virnuc_dask.errors import PlaceError, StoreError, UsageError
+from virnuc_dask.files import expanded
+from virnuc_dask.inputs.lengths import residues_to_encode
+from virnuc_dask.runtime import events
+from virnuc_dask.runtime.clusters import (
+    WORKERS_ELSEWHERE,
+    check_scheduler,
+    connect,
+    expected_workers,
+    resolve,
+)
+from virnuc_dask.runtime.display import notebook_listener
+from virnuc_dask.runtime.events import Listener, RunSummary, silence
+from virnuc_dask.runtime.prepare import Inputs, model_of, prepare, warn_of_random_weights
+from virnuc_dask.runtime.window import Work
+from virnuc_dask.runtime.workers import Needs, preflight
+from virnuc_dask.settings import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
+from virnuc_dask.store.status import count_states
+from virnuc_dask.store.store import Store
+from virnuc_dask.store.verify import verify
+
+# What a run may take beyond its grace to end after a signal.
+_LATE_S = 5.0
+# For a cluster that a client brings along.
+_ATTACHED = "a client's"
+_lent: WeakSet[Client] = WeakSet()
+
+
+def run(
+    inputs: Inputs,
+    store: str | Path,
+    *,
+    model: str,
+    client: Client | None = None,
+    cluster: str = "local",
+    workers: int | None = None,
+    config: RunConfig | None = None,
+    listener: Listener | None = None,
+    **settings: Any,
+) -> RunSummary:
+    """Embed sequences into a store; called again, go on where it was left.
+
+    Parameters
+    ----------
+    inputs : path or sequence of path
+        FASTA or FASTQ, plain or compressed; ``-`` is standard input.
+    store : path
+        Made if nothing is there. A store that is there must come from the same input and settings.
+    model : str
+        A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
+    client : distributed.Client, optional
+        Whose workers to use. They must see the store at the same path. Left open. A client can be
+        at one run at a time.
+    cluster : str
+        Without a client: ``local``, ``local-cuda``, ``auto``, a scheduler's address, or a scheduler
+        file.
+    workers : int, optional
+        Processes of a local cluster; default: one for each core, or GPU.
+    config : RunConfig, optional
+        Operational settings.
+    listener : callable, optional
+        Called with every event, in this thread. Default: in a notebook a live bar, else nothing.
+    **settings
+        Fields of `Settings` other than `model`: ``pooling``, ``repr_layer``, ``precision``,
+        ``dtype``, ``max_residues``, ``long``, ``rows_per_chunk``, ``per_residue``,
+        ``translation``, ``tiling``, ``molecule``, ``strict``.
+
+    Returns
+    -------
+    RunSummary
+
+    Raises
+    ------
+    InputError
+        The input cannot be read. No store is left behind.
+    UsageError
+        A setting that does not exist, or that the device does not have; or there is no fair-esm.
+    IdentityMismatchError
+        The store was made with other settings.
+    NotAStoreError
+        Something else is at the path.
+    ModelError
+        The model cannot be read.
+    StoreError
+        The store is damaged.
+    """
+    started = time.monotonic()
+    emit = listener or notebook_listener() or silence
+    chosen = Settings(model=model, **settings)
+    cluster, config = _settle(client, cluster, config)
+    expected = partial(_expected_workers, client, cluster, workers, config)
+    opened, spec = prepare(inputs, store, chosen, emit, config.device, expected)
+    return _fill(opened, spec, client, cluster, workers, config, emit, started)
+
+
+def resume(
+    store: str | Path,
+    *,
+    model: str | None = None,
+    client: Client | None = None,
+    cluster: str = "local",
+    workers: int | None = None,
+    config: RunConfig | None = None,
+    listener: Listener | None = None,
+) -> RunSummary:
+    """Compute what a store lacks. The store holds the sequences and the settings.
+
+    Parameters
+    ----------
+    store : path
+    model : str, optional
+        Where the weights are now, if not where they were; workers refuse other weights.
+    client, cluster, workers, config, listener
+        As for `run`.
+
+    Returns
+    -------
+    RunSummary
+    """
+    started = time.monotonic()
+    opened = Store(store)
+    spec = model_of(opened, model)
+    cluster, config = _settle(client, cluster, config)
+    emit = listener or notebook_listener() or silence
+    warn_of_random_weights(spec, stacklevel=3)
+    emit(events.ModelChosen(spec, config.device))
+    return _fill(opened, spec, client, cluster, workers, config, emit, started)
+
+
+def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:
+    """The cluster and the device instead of ``auto``; what is wrong is said before any work."""
+    fair_esm()
+    cluster = resolve(cluster) if client is None else _ATTACHED
+    config = config or RunConfig()
+    Shard.parse(config.shard, os.environ)
+    device = "cuda" if cluster == "local-cuda" else "cpu"
+    return cluster, replace(config, device=device) if config.device == AUTO else config
+
+
+def _expected_workers(
+    client: Client | None, cluster: str, workers: int | None, config: RunConfig
+) -> int:
+    """Workers that will compute, about: in all runs that share the store."""
+    runs = Shard.parse(config.shard, os.environ).count
+    if client is None:
+        return runs * expected_workers(cluster, workers, config)
+    with _borrow(client):
+        return runs * (len(client.nthreads()) or WORKERS_ELSEWHERE)
+
+
+def _fill(
+    store: Store,
+    spec: ModelSpec,
+    client: Client | None,
+    cluster: str,
+    workers: int | None,
+    config: RunConfig,
+    emit: Listener,
+    started: float,
+) -> RunSummary:
+    """Compute the missing chunks of a store, or of its shard."""
+    shard = Shard.parse(config.shard, os.environ)
+
+    def connection() -> AbstractContextManager[Client]:
+        return connect(cluster, workers, config) if client is None else _borrow(client)
+
+    if config.verify:
+        with connection() as connected:
+            report = verify(store.path, repair=True, client=connected)
+        if report.sequences is not None:
+            raise StoreError(f"{store.path}: {report.sequences}")
+    present = store.present()
+    missing = [chunk for chunk in np.flatnonzero(~present).tolist() if shard.holds(chunk)]
+    costs = _residues_to_encode(store) if missing else {}
+    # The longest first: one that starts last would leave the other workers idle at the end.
+    missing.sort(key=lambda chunk: -costs[chunk])
+    emit(
+        events.RunStarted(
+            str(store.path),
+            store.records,
+            store.chunk_count,
+            int(present.sum()),
+            store.rows_in(np.flatnonzero(present)),
+            len(missing),
+            store.rows_in(missing),
+            sum(costs[chunk] for chunk in missing),
+        )
+    )
+    needs = Needs.here(
+        store,
+        spec,
+        config.device,
+        # Workers of our own have this process's packages, disk and weights; of others' who knows,
+        # nor whether there is such a device.
+        is_met=cluster == "local" and config.device == "cpu",
+    )
+    work = Work(store, needs, config, emit, costs)
+    if missing:
+        with _signals(work), connection() as connected, _watched(connected, config, emit):
+            if not needs.is_met:
+                _check_workers(connected, needs, work)
+            work.drive(connected, missing)
+    try:
+        summary = _summarise(store, work, shard, time.monotonic() - started)
+    except PlaceError as error:
+        raise StoreError(f"{error}. Finished chunks are safe; the same command resumes") from error
+    emit(summary)
+    return summary
+
+
+@contextmanager
+def _borrow(client: Client) -> Iterator[Client]:
+    """A client that was brought along. It hands the scheduler's events to one run only."""
+    if client in _lent:
+        raise UsageError("the client is at another run; give each its own")
+    _lent.add(client)
+    try:
+        check_scheduler(client)
+        yield client
+    finally:
+        _lent.remove(client)
+
+
+@contextmanager
+def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None]:
+    """Say where Dask's dashboard is, and have it report on the run, if that is asked for."""
+    # Lambdas, which travel whole.
+    if client.run_on_scheduler(
+        lambda dask_scheduler: bool(dask_scheduler.http_application.applications)
+    ) and (link := _dashboard(client)):
+        emit(events.Connected(link))
+    if config.performance_report is None:
+        yield
+        return
+    file = expanded(config.performance_report)
+    if not client.run_on_scheduler(lambda: find_spec("bokeh") is not None):
+        raise UsageError(
+            "a performance report needs bokeh where the scheduler is: pip install bokeh"
+        )
+    with open(file, "a"):
+        pass  # one that cannot be written is better known now
+    report = performance_report(filename=file)
+    with client.as_current():
+        report.__enter__()
+    yield
+    # Not if the run has ended in an error, which the report's own would hide.
+    with client.as_current():
+        report.__exit__(None, None, None)
+
+
+def _dashboard(client: Client) -> str | None:
+    try:
+        return str(client.dashboard_link)
+    except KeyError:  # a site's link may have variables in it that not every process has
+        return None
+
+
+def _check_workers(client: Client, needs: Needs, work: Work) -> None:
+    began = time.monotonic()
+    fit = preflight(client, needs, work.pace.patience().start, lambda: work.signal is not None)
+    work.emit(events.WorkersChecked(len(fit), time.monotonic() - began))
+
+
+def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSummary:
+    """Counts of the whole store: from the reports, and from `status` where there is none."""
+    store.check_place()
+    present = store.present()
+    counts = Counter(work.counts)
+    unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]
+    counts.update(count_states(store, unread))
+    absent = np.flatnonzero(~present).tolist()
+    missing = {c: work.errors.get(c, "not computed") for c in absent if shard.holds(c)}
+    if pending := store.records - store.rows_in(np.flatnonzero(present)):
+        counts[Status.PENDING.meaning] = pending
+    return RunSummary(
+        str(store.path),
+        work.spec,
+        work.device,
+        store.records,
+        store.chunk_count,
+        dict(counts),
+        work.reports["chunks"],
+        work.reports["rows"],
+        work.reports["residues"],
+        missing,
+        len(absent) - len(missing),
+        work.retries,
+        work.workers_lost,
+        work.busy,
+        work.took,
+        work.memory,
+        work.seconds,
+        seconds,
+        work.signal,
+        work.stopped,
+    )
+
+
+def _residues_to_encode(store: Store) -> dict[int, int]:
+    """What each chunk costs, in residues that go through the encoder."""
+    identity = store.identity
+    residues = residues_to_encode(store.lengths(), identity.max_residues, identity.long)
+    chunks = np.add.reduceat(residues, np.arange(0, store.records, identity.rows_per_chunk))
+    return dict(enumerate(chunks.tolist()))
+
+
+@contextmanager
+def _signals(work: Work) -> Iterator[None]:
+    """A signal stops the work in good order; a second one leaves at once.
+
+    So does the first, if the work is not done with after the grace: whatever it waits for then may
+    never come.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    # The one thing that a handler may use wherever it interrupts this thread.
+    signals: SimpleQueue[int | None] = SimpleQueue()
+
+    def watch() -> None:
+        number = signals.get()
+        if number is None:
+            return
+        try:
+            signals.get(timeout=work.config.grace + _LATE_S)
+        except Empty:
+            os.write(2, b"error: stopping takes longer than the grace; the same command goes on\n")
+            os._exit(128 + number)
+
+    def handle(number: int, _frame: FrameType | None) -> None:
+        if work.signal is not None:
+            os._exit(128 + number)
+        work.signal = number
+        signals.put(number)
+
+    # What is ignored stays so, as a hangup under nohup; so does what is not Python's.
+    before = {
+        number: handler
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if (handler := signal.getsignal(number)) not in (signal.SIG_IGN, None)
+    }
+    threading.Thread(target=watch, daemon=True).start()
+    for number in before:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        signals.put(None)

@@ -1,0 +1,445 @@
+"""Chunks on their way through a cluster: submitted, reported, tried again, given up."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from dataclasses import dataclass
+from functools import partial
+from heapq import heappop, heappush
+from queue import Empty, SimpleQueue
+from typing import Any
+from uuid import uuid4
+
+from dask import delayed
+from distributed import Client, Future
+from distributed.client import FutureCancelledError
+from distributed.comm import CommClosedError
+from distributed.scheduler import KilledWorker
+
+from virnuc_dask.encoder.models import Estimate
+from virnuc_dask.errors import (
+    DeviceLostError,
+    NotAStoreError,
+    StoreError,
+    StoreReplacedError,
+    UnfitWorkerError,
+    UsageError,
+    VirnucError,
+)
+from virnuc_dask.runtime import events, failures
+from virnuc_dask.runtime.embed import ChunkReport
+from virnuc_dask.runtime.events import Listener
+from virnuc_dask.runtime.failures import LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
+from virnuc_dask.runtime.roster import KEYS, Roster
+from virnuc_dask.runtime.workers import SCHEDULER_LOST, TOPIC, Needs, embed_on_worker
+from virnuc_dask.settings import RunConfig, Status
+from virnuc_dask.store.store import Store
+
+# Of the grace after a signal, this much is kept for closing the cluster.
+_CLOSING_S = 5.0
+# What a report and an event about it have in common.
+_TOTALS = ("read_s", "wait_s", "compute_s", "write_s")
+_TOOK = (*_TOTALS, "fill", "memory", "gpu", "pid")
+# Dask's reason why a future is cancelled.
+_CONNECTION_LOST = "scheduler-connection-lost"
+# What the scheduler says about workers, and workers about chunks.
+_WORKERS = ("add-worker", "remove-worker")
+_CHUNKS = ("started", "goes on", "done")
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """A chunk that was handed to the scheduler at a time, or that a worker was at since then.
+
+    If some workers are bad, it is for the others. If it is suspect, it was given patience with
+    child processes.
+    """
+
+    chunk: int
+    future: Future
+    since: float
+    others: frozenset[str]
+    with_children: Patience | None
+    worker: str = ""
+
+
+class Work:
+    """Chunks on their way through a cluster; all of it in one thread, fed by one queue."""
+
+    _roster: Roster
+
+    def __init__(
+        self,
+        store: Store,
+        needs: Needs,
+        config: RunConfig,
+        emit: Listener,
+        costs: dict[int, int],
+    ) -> None:
+        self.store, self.config, self.emit = store, config, emit
+        self.costs, self.spec, self.device = costs, needs.spec, needs.device
+        self.reports: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
+        self.counted: set[int] = set()
+        self.errors: dict[int, str] = {}
+        self.workers_lost = 0
+        self.retries = 0
+        self.seconds = 0.0
+        self.signal: int | None = None
+        self.stopped: str | None = None
+        self._attempts: Counter[int] = Counter()
+        self._deaths: Counter[int] = Counter()
+        self._suspects: set[int] = set()
+        self.pace = failures.Pace(
+            config, Estimate.of(needs.spec, needs.device, sum(costs.values()) / store.records)
+        )
+        self._looked = 0.0
+        self._submitted = 0
+        self._todo: deque[int] = deque()
+        # Chunks that failed, with the time at which they are tried again. Nobody waits for them.
+        self._later: list[tuple[float, int]] = []
+        self._running: dict[str, _Attempt] = {}
+        # Completed futures and events about workers and chunks, in the order they come.
+        self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
+        self.worker_s, self.memory = 0.0, 0
+        self.took = dict.fromkeys(_TOTALS, 0.0)
+        self._prefix = f"{KEYS}{uuid4().hex[:8]}-"
+        # Bound here, not an argument: Dask searches each task's arguments for other tasks.
+        self._task = delayed(partial(embed_on_worker, needs), pure=False)
+
+    def drive(self, client: Client, missing: list[int]) -> None:
+        """Have chunks computed until none is left, or a signal and its grace have passed.
+
+        Raises
+        ------
+        VirnucError
+            The scheduler is lost, or no worker is left that can do this.
+        """
+        self._todo.extend(missing)
+        self._roster = Roster(client, self.config, self.emit)
+        for topic in ("all", TOPIC):
+            client.subscribe_topic(topic, self._on_event)
+        began = self._looked = time.monotonic()
+        try:
+            deadline: float | None = None
+            while self._running or (self._has_more() and self._goes_on()):
+                if self._goes_on():
+                    self._submit(client)
+                else:
+                    self._take_back_unbegun(client)  # what has begun may finish
+                    if self.signal is not None and deadline is None:
+                        grace = max(0.0, self.config.grace - _CLOSING_S)
+                        deadline = time.monotonic() + grace
+                        self.emit(events.Stopping(self.signal, len(self._running), grace))
+                    if deadline is not None and time.monotonic() > deadline:
+                        break
+                self._look_for_overdue(client)
+                self._take(client, LOOK_EVERY_S)
+        except CommClosedError as error:
+            raise VirnucError(SCHEDULER_LOST) from error
+        finally:
+            self.seconds = time.monotonic() - began
+            self._roster.count_time()
+            self.worker_s = self._roster.worker_s
+            if client.status == "running":
+                for topic in ("all", TOPIC):
+                    client.unsubscribe_topic(topic)
+                client.cancel([attempt.future for attempt in self._running.values()], force=True)
+            self._running.clear()
+
+    def _take(self, client: Client, seconds: float) -> None:
+        """Act on all that happened; if nothing has, wait for so many seconds until it does."""
+        while True:
+            try:
+                item = self._inbox.get(timeout=seconds)
+            except Empty:
+                return
+            seconds = 0.0
+            if isinstance(item, Future):
+                self._ended(client, item)
+            elif item["action"] in _CHUNKS:
+                self._heard(item)
+            else:
+                self._worker_event(client, item)
+
+    def _take_back_unbegun(self, client: Client) -> None:
+        """Keep from running what no worker can have begun with, for want of threads."""
+        self._take(client, 0.0)
+        unheard = [key for key, attempt in self._running.items() if not attempt.worker]
+        idle = self._roster.threads - (len(self._running) - len(unheard))
+        # The first may have begun a moment ago.
+        for key in unheard[max(0, idle) :]:
+            self._todo.append(self._running[key].chunk)
+            self._take_back(client, key)
+
+    def _has_more(self) -> bool:
+        return bool(self._todo or self._later)
+
+    def _goes_on(self) -> bool:
+        return self.signal is None and self.stopped is None
+
+    def _submit(self, client: Client) -> None:
+        while self._later and self._later[0][0] <= time.monotonic():
+            self._todo.append(heappop(self._later)[1])
+        while self._todo and (room := self._roster.window - len(self._running)) > 0:
+            # One graph has as many as there are threads: what is first within it, Dask chooses.
+            count = min(room, len(self._todo), max(1, self._roster.threads))
+            self._compute(client, [self._todo.popleft() for _ in range(count)])
+
+    def _compute(self, client: Client, chunks: list[int]) -> None:
+        """Have chunks computed. All in one call: each call costs more than a task."""
+        patience = self.pace.patience()
+        given = [patience if chunk in self._suspects else None for chunk in chunks]
+        tasks = [
+            self._task(chunk, with_children, dask_key_name=self._next_key(chunk))
+            for chunk, with_children in zip(chunks, given, strict=True)
+        ]
+        others = self._roster.candidates()
+        only: dict[str, Any] = {"workers": list(others), "allow_other_workers": True}
+        # By its default of 60 s for `fifo_timeout` the latest would overtake those that queue.
+        futures = client.compute(
+            tasks, optimize_graph=False, traverse=False, fifo_timeout=0, **(only if others else {})
+        )
+        now = time.monotonic()
+        for chunk, with_children, future in zip(chunks, given, futures, strict=True):
+            attempt = _Attempt(chunk, future, now, others, with_children)
+            self._running[str(future.key)] = attempt
+            future.add_done_callback(self._inbox.put)
+
+    def _next_key(self, chunk: int) -> str:
+        self._submitted += 1
+        return f"{self._prefix}{chunk}-{self._submitted}"
+
+    # --- chunks ---
+
+    def _heard(self, message: dict[str, Any]) -> None:
+        """A worker is at a chunk, or has done it."""
+        worker, action = message["worker"], message["action"]
+        # A suspect chunk's worker may do without the model, which its child processes load.
+        self._roster.heard(worker, has_model=action == "started")
+        attempt = self._running.get(message["key"])
+        if attempt is None:
+            return  # taken back
+        attempt.worker, attempt.since = worker, time.monotonic()
+        if action == "done":
+            self._done(ChunkReport(**message["report"]), worker)
+            self._running.pop(message["key"]).future.release()
+
+    def _done(self, report: ChunkReport, worker: str) -> None:
+        self.errors.pop(report.chunk, None)
+        residues = self.costs[report.chunk]
+        quarantined = 0
+        if report.computed:
+            self.counts.update(report.counts)
+            self.counted.add(report.chunk)
+            self.memory = max(self.memory, report.memory)
+            for name in _TOTALS:
+                self.took[name] += getattr(report, name)
+            self.reports.update(chunks=1, rows=report.rows, residues=residues)
+            quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
+            if report.chunk not in self._suspects:
+                # Not what it waited for other chunks, of which one may have been about to fail.
+                self.pace.took(residues, report.read_s + report.compute_s + report.write_s)
+        took = {name: getattr(report, name) for name in _TOOK}
+        self.emit(
+            events.ChunkDone(
+                report.chunk,
+                report.rows,
+                residues,
+                quarantined,
+                report.computed,
+                worker,
+                **took,
+            )
+        )
+
+    def _ended(self, client: Client, future: Future) -> None:
+        """An attempt is over, without a report if it is known here."""
+        if str(future.key) not in self._running:
+            return  # done, or taken back and submitted anew
+        chunk = self._running[str(future.key)].chunk
+        try:
+            if future.status == "finished":
+                raise VirnucError("it has ended without a report")
+            future.result()
+        except StoreReplacedError:
+            raise
+        except NotAStoreError as error:
+            raise StoreError(
+                f"a worker does not find the store: {error}. Finished chunks are as safe as it is;"
+                " once it is there again, the same command resumes"
+            ) from error
+        except UsageError:
+            raise  # no other worker and no other attempt will do better
+        except FutureCancelledError as error:
+            if error.reason == _CONNECTION_LOST or client.status != "running":
+                raise VirnucError(SCHEDULER_LOST) from error
+            # Somebody else's doing, such as `client.restart()`.
+            self.retries += 1
+            self._todo.append(chunk)
+        except KilledWorker:
+            # Dask itself gives up a task after some deaths. We do not: a death condemns no row.
+            self._suspect(chunk)
+        except UnfitWorkerError as error:
+            self._roster.set_aside(error)
+            heappush(self._later, (time.monotonic() + max(1.0, self.config.backoff), chunk))
+        except DeviceLostError as error:
+            self._roster.replace(error.worker, for_good=True)
+            self._deaths[chunk] += 1
+            if not self._suspect_if_due(chunk):
+                self._failed(chunk, error)
+        except Exception as error:
+            if client.status != "running":
+                # The result cannot be had any more; no chunk is to blame.
+                raise VirnucError(SCHEDULER_LOST) from error
+            # Whatever it was, the chunk is not there, which is all that counts.
+            self._failed(chunk, error)
+        # Only now: what is still in here when an error leaves is cancelled on the way.
+        del self._running[str(future.key)]
+        future.release()
+
+    def _failed(self, chunk: int, error: Exception) -> None:
+        self._attempts[chunk] += 1
+        attempt = self._attempts[chunk]
+        final = failures.is_hopeless(error) or attempt >= failures.attempts(error, self.config)
+        self.errors[chunk] = f"{type(error).__name__}: {error}"
+        if not final:
+            heappush(self._later, (time.monotonic() + failures.delay(attempt, self.config), chunk))
+            self.retries += 1
+        self.emit(events.ChunkFailed(chunk, attempt, self.errors[chunk], final))
+        if failures.is_hopeless(error) and self.stopped is None:
+            self.stopped = self.store.place.explain(error)
+            self.emit(events.CannotGoOn(self.stopped, len(self._running) - 1))
+
+    # --- workers ---
+
+    def _on_event(self, event: tuple[float, Any]) -> None:
+        """Called in the client's own thread."""
+        _, message = event
+        if not isinstance(message, dict):
+            return
+        action, key = message.get("action"), str(message.get("key"))
+        # Of chunks, only those of this run: the scheduler may have others.
+        if action in _WORKERS or (action in _CHUNKS and key.startswith(self._prefix)):
+            self._inbox.put(message)
+
+    def _worker_event(self, client: Client, message: dict[str, Any]) -> None:
+        worker, gone = message["worker"], message["action"] == "remove-worker"
+        if gone:
+            self._roster.gone(worker)
+            keys = self._running.keys() & map(str, message.get("processing-tasks", ()))
+            if not message.get("expected", False):
+                self._lost(client, worker, keys)
+            for key, attempt in self._running.items():
+                if key in keys or attempt.worker == worker:
+                    attempt.worker, attempt.since = "", time.monotonic()
+        self._wake(client)
+        self._roster.count()
+
+    def _lost(self, client: Client, worker: str, keys: set[str]) -> None:
+        chunks = sorted(self._running[key].chunk for key in keys)
+        self.workers_lost += 1
+        self.retries += len(chunks)
+        self.emit(events.WorkerLost(worker, tuple(chunks)))
+        self._deaths.update(chunks)
+        for key, attempt in list(self._running.items()):
+            if self._suspect_if_due(attempt.chunk):
+                self._take_back(client, key)
+
+    def _wake(self, client: Client) -> None:
+        """Submit anew what waits for workers that are gone or hang, if it is for others by now.
+
+        If there was no worker at all when the last of them went, Dask never looks at the task
+        again, although others may have it.
+        """
+        candidates = self._roster.candidates() or frozenset(client.nthreads())
+        for key, attempt in list(self._running.items()):
+            if attempt.others and not attempt.worker and attempt.others.isdisjoint(candidates):
+                self._take_back(client, key)
+                self._todo.appendleft(attempt.chunk)
+
+    # --- deadlines ---
+
+    def _look_for_overdue(self, client: Client) -> None:
+        now = time.monotonic()
+        if (passed := now - self._looked) < LOOK_EVERY_S:
+            return
+        self._looked, patience = now, self.pace.patience()
+        if passed > NOBODY_LOOKED_S:
+            for attempt in self._running.values():
+                attempt.since += passed
+        late = [
+            key
+            for key, attempt in self._running.items()
+            if now - attempt.since > self._allowed(attempt, patience)
+        ]
+        waits = any(not self._running[key].worker for key in late)
+        queues = client.processing() if waits else {}
+        holders = {str(key): worker for worker, keys in queues.items() for key in keys}
+        for key in late:
+            attempt = self._running[key]
+            if attempt.worker:
+                self._overdue(client, key, attempt.worker, now - attempt.since)
+            elif worker := holders.get(key):
+                self._look_at_waiting(client, key, worker, queues[worker], patience)
+            else:  # there is no worker to begin with it
+                attempt.since = now
+
+    def _allowed(self, attempt: _Attempt, patience: Patience) -> float:
+        if attempt.worker and attempt.with_children:
+            # They have deadlines, and it says when one starts, and when one has done a part, for
+            # which it may load the model twice.
+            patience = attempt.with_children
+            return 2 * patience.start + patience.allowed(self.costs[attempt.chunk])
+        return patience.allowed(self.costs[attempt.chunk])
+
+    def _look_at_waiting(
+        self, client: Client, key: str, worker: str, queue: list[Any], patience: Patience
+    ) -> None:
+        """What to do about a chunk that a worker was given, and has not begun with for long."""
+        attempt = self._running[key]
+        if any(other.worker == worker for other in self._running.values()):
+            return  # it waits for another chunk, which has its own deadline
+        hangs = self._roster.is_useless(worker)
+        if hangs or not all(str(other).startswith(self._prefix) for other in queue):
+            # It waits for a worker that is known to hang, or for others' work: nobody's fault.
+            if hangs:
+                self._roster.replace(worker)
+            self._take_back(client, key)
+            self._todo.append(attempt.chunk)
+            return
+        seconds = self._looked - max(attempt.since, self._roster.last_heard(worker))
+        allowed = self._allowed(attempt, patience)
+        if seconds > (allowed if self._roster.is_ready(worker) else patience.start):
+            self._overdue(client, key, worker, seconds)
+
+    def _overdue(self, client: Client, key: str, worker: str, seconds: float) -> None:
+        chunk = self._running[key].chunk
+        self._take_back(client, key)
+        self._deaths[chunk] += 1
+        self.retries += 1
+        replaced = self._roster.replace(worker)
+        self.emit(events.ChunkOverdue(chunk, worker, seconds, replaced))
+        if not self._suspect_if_due(chunk):
+            self._todo.append(chunk)
+
+    def _take_back(self, client: Client, key: str) -> None:
+        client.cancel([self._running.pop(key).future], force=True)
+
+    def _suspect_if_due(self, chunk: int) -> bool:
+        due = self._deaths[chunk] >= self.config.suspect_after and chunk not in self._suspects
+        if due:
+            self._suspect(chunk)
+        return due
+
+    def _suspect(self, chunk: int) -> None:
+        if chunk not in self._suspects:
+            self._suspects.add(chunk)
+            self.emit(events.ChunkSuspected(chunk, self._deaths[chunk]))
+        self._todo.appendleft(chunk)
+
+    @property
+    def busy(self) -> float | None:
+        """Share of the workers' time in which they computed, of chunks that were done."""
+        return self.took["compute_s"] / self.worker_s if self.worker_s else None

@@ -1,0 +1,207 @@
+"""Whether a store is what it says: everything read, decoded and compared."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.errors import StoreError
+from virnuc_dask.inputs.records import Block, InputDigest, Origin
+from virnuc_dask.settings import Status
+from virnuc_dask.store.results import Result, damaged_results, open_result, result_names
+from virnuc_dask.store.store import (
+    CHUNK_FILE,
+    HEADERS,
+    MIN_CHUNK_BYTES,
+    SEQUENCES_PER_CHUNK,
+    Store,
+    is_embedded,
+    origin_arrays,
+    residue_slots,
+)
+
+
+def check_chunk(store: Store, chunk: int, *, sequences: bool = True) -> str | None:
+    """What is wrong with a chunk, or None. Reads and decodes all of it.
+
+    Four levels: all files present and not too small; all decode with their checksums; each
+    status code is known and final, and agrees with the sequence; embeddings are finite exactly
+    where the status says so. Without `sequences` the status is not compared with them, which
+    is for a store whose sequence arrays are damaged.
+    """
+    for key in store.keys(chunk):
+        array, size = key.partition("/")[0], store.place.size(key)
+        if size is None:
+            return f"{array} chunk is missing"
+        if size < MIN_CHUNK_BYTES:
+            return f"{array} chunk has {size} bytes"
+    try:
+        status, embedding = store.read_chunk(chunk)
+        residues = store.read_residues(chunk) if store.identity.per_residue else None
+    except (ValueError, RuntimeError) as error:
+        return f"does not decode: {error}"
+    if not np.isin(status, [s for s in Status if s is not Status.PENDING]).all():
+        return "status has a code that no finished row has"
+    embedded = status < Status.INVALID_RESIDUES
+    if sequences:
+        lengths, _ = store.read_rows(chunk)
+        if problem := _disagreement(store, status, lengths):
+            return problem
+        if residues is not None:
+            expected = np.zeros(len(residues), np.bool_)
+            kept = np.repeat(embedded, store.encoded(lengths))
+            expected[: len(kept)] = kept
+            there, absent = np.isfinite(residues).all(axis=1), np.isnan(residues).all(axis=1)
+            if not (np.where(expected, there, absent)).all():
+                return "the residues' representations do not agree with the status"
+    if not np.isfinite(embedding[embedded]).all():
+        return "an embedded row is not finite"
+    if not np.isnan(embedding[~embedded]).all():
+        return "a quarantined row has an embedding"
+    return None
+
+
+def _disagreement(
+    store: Store, status: NDArray[np.uint8], lengths: NDArray[np.int32]
+) -> str | None:
+    long = lengths > store.identity.max_residues
+    for_long = np.isin(status, (Status.TRUNCATED, Status.WINDOWED, Status.TOO_LONG))
+    if (for_long & ~long).any() or (long & (status == Status.EMBEDDED)).any():
+        return "status does not agree with the lengths"
+    if ((status == Status.EMPTY) != (lengths == 0)).any():
+        return "status does not agree with the empty records"
+    return None
+
+
+def check_sequences(store: Store) -> str | None:
+    """What is wrong with the sequence arrays, or None.
+
+    All of them are decoded, and their digest is compared with the input's.
+    """
+    digest = InputDigest()
+    try:
+        if store.identity.per_residue:
+            array, encoded = store.array("residue_embedding"), store.encoded(store.lengths())
+            slots, total = residue_slots(encoded, store.identity.rows_per_chunk, array.chunks[0])
+            if total != array.shape[0] or (slots != store.array("residue_slot")[:]).any():
+                return "`residue_slot` does not agree with the lengths"
+        for start in range(0, store.records, SEQUENCES_PER_CHUNK):
+            rows = slice(start, min(start + SEQUENCES_PER_CHUNK, store.records))
+            lengths = np.asarray(store.array("length")[rows], np.int32)
+            offsets = np.asarray(store.array("offset")[rows], np.int64)
+            if (lengths < 0).any() or (np.diff(offsets) != lengths[:-1]).any():
+                return "`length` and `offset` do not agree"
+            end = int(offsets[-1]) + int(lengths[-1])
+            residues = np.asarray(store.array("residues")[int(offsets[0]) : end], np.uint8)
+            ids = [str(name) for name in store.array("sequence_id")[rows]]
+            digest.update(Block(ids, lengths, residues))
+            if problem := _check_headers(store, rows):
+                return problem
+            if origin := [name for name in origin_arrays(store.identity) if name != "read_id"]:
+                arrays = {name: np.asarray(store.array(name)[rows]) for name in origin}
+                digest.update_origin(Origin([], **arrays))
+        if "read_id" in store.names:
+            _add_reads(store, digest)
+    except (ValueError, RuntimeError) as error:
+        return f"sequence arrays do not decode: {error}"
+    if digest.hexdigest() != store.identity.input_sha256:
+        return "sequence arrays do not hold the input that the store was made from"
+    return None
+
+
+def _check_headers(store: Store, rows: slice) -> str | None:
+    """What is wrong with what the digest does not know, or None."""
+    if not set(HEADERS) <= store.names:
+        return None
+    chunk = f"c.{rows.start // SEQUENCES_PER_CHUNK}"
+    for name in HEADERS:
+        if store.place.size(f"{name}/{chunk}") is None:  # a missing one would read as empty
+            return f"a chunk of `{name}` is missing"
+    _ = store.array("description")[rows]
+    sources = store.array("source")
+    numbers, files = np.asarray(sources[rows]), sources.attrs.get("files")
+    if not isinstance(files, list) or not ((numbers >= 0) & (numbers < len(files))).all():
+        return "`source` names inputs that there are not"
+    return None
+
+
+def _add_reads(store: Store, digest: InputDigest) -> None:
+    """All input records' identifiers, also of those that gave no row."""
+    reads = store.array("read_id")
+    for start in range(0, reads.shape[0], SEQUENCES_PER_CHUNK):
+        ids = [str(name) for name in reads[start : start + SEQUENCES_PER_CHUNK]]
+        none = np.array([], np.int64)
+        digest.update_origin(Origin(ids, read=none, start=none))
+
+
+def check_results(store: Store) -> dict[tuple[str, int], str]:
+    """Damaged chunks of results and what is wrong with each, by the result's name and the chunk.
+
+    They decode, and there is a finite value for each row with an embedding and for no other. A
+    result whose metadata is damaged has the chunk -1.
+    """
+    torn = damaged_results(store)
+    found = {(name, -1): problem for name, problem in torn.items()}
+    present = store.present()
+
+    def check(result: Result, chunk: int) -> None:
+        if problem := _problem_of_result(result, chunk, bool(present[chunk])):
+            found[result.name, chunk] = problem
+
+    with ThreadPoolExecutor(8) as pool:
+        for name in result_names(store):
+            if name not in torn:
+                result = open_result(store, name)
+                # A file that is too small is no chunk, and damage all the same.
+                chunks = np.flatnonzero(result.touched()).tolist()
+                deque(pool.map(check, repeat(result), chunks), maxlen=0)
+    return dict(sorted(found.items()))
+
+
+def _problem_of_result(result: Result, chunk: int, is_embedded_chunk: bool) -> str | None:
+    store = result.store
+    try:
+        values = result.read(store.rows(chunk))
+        status = store.read_status(chunk) if is_embedded_chunk else None
+    except StoreError as error:
+        return str(error)
+    except (ValueError, RuntimeError):
+        return None  # the states are damaged, which is said of the chunk itself
+    if status is None:
+        return None
+    has_value = values >= 0 if result.kind == "cluster" else np.isfinite(values)
+    if result.kind == "map":
+        has_value = has_value.all(axis=1)
+    if (has_value != is_embedded(status)).any():
+        return "values are not of the rows that have an embedding"
+    return None
+
+
+def leftovers(store: Store) -> list[str]:
+    """Files that are no part of the store and belong to no living writer, by their keys.
+
+    Readers ignore them. A `.partial` file is listed once nobody holds its lock; if it is another
+    host's, whose locks may not be seen here, once it is a day old.
+    """
+    patterns = {name: CHUNK_FILE.get(name, re.compile(r"c\.(\d+)")) for name in store.names}
+    limits = {name: store.array(name).cdata_shape[0] for name in store.names}
+    torn = damaged_results(store)
+    for name in result_names(store):
+        is_whole = name not in torn
+        patterns[name] = open_result(store, name).chunk_file if is_whole else re.compile(r"c\..*")
+        limits[name] = store.chunk_count
+    found = [entry for entry in store.place.listing() if entry not in {*patterns, "zarr.json"}]
+    for name, pattern in patterns.items():
+        limit = limits[name]
+        for entry, size in store.place.listing(name).items():
+            match = pattern.fullmatch(entry)
+            is_chunk = match is not None and size is not None
+            is_chunk &= name in torn or (match is not None and int(match[1]) < limit)
+            if entry != "zarr.json" and not is_chunk:
+                found.append(f"{name}/{entry}")
+    return sorted(filter(store.place.is_abandoned, found))

@@ -1,0 +1,339 @@
+"""Writing a new store: the sequences, whole, before any work begins."""
+
+from __future__ import annotations
+
+from math import log2
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+from uuid import uuid4
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.storage import LocalStore
+
+from virnuc_dask.errors import NotAStoreError, StoreError
+from virnuc_dask.inputs.lengths import encoded_lengths
+from virnuc_dask.inputs.records import Block, Headers
+from virnuc_dask.settings import Identity, Status
+from virnuc_dask.store.directory import ROOT
+from virnuc_dask.store.location import place_of
+from virnuc_dask.store.store import (
+    ATTRIBUTE,
+    CHUNK_FILE,
+    RESIDUES_PER_STORED_CHUNK,
+    SEQUENCES_PER_CHUNK,
+    TILED,
+    TRANSLATED,
+    can_create,
+    is_store,
+    residue_slots,
+)
+
+# About 10 MB of float16 in a chunk of `residue_embedding`.
+_RESIDUE_VALUES_PER_CHUNK = 2**22
+# What `start` holds.
+_FIRST_NUCLEOTIDE = "first nucleotide of the first codon in the record, from 0"
+_FIRST_RESIDUE = "first residue in the record, from 0"
+
+
+class Ingest:
+    """Puts a new store together in a directory of its own, and gives it its place whole.
+
+    A context manager: left without `commit`, it removes what it wrote. Killed, it leaves a
+    directory that the next ingest removes, hidden beside the store's path or, for an object store,
+    among the temporary files; the place itself holds either nothing or a whole store. While it is
+    being written, its lock says that somebody does so.
+
+    Parameters
+    ----------
+    path : str or Path
+        Where the store will be, a path or a URL. An empty directory there is replaced.
+
+    translated, tiled : bool
+        The rows will be of nucleotide records, or tiles, and their blocks say where they come from.
+
+    Raises
+    ------
+    NotAStoreError
+        Something else is there.
+    """
+
+    def __init__(self, path: str | Path, *, translated: bool = False, tiled: bool = False) -> None:
+        self._origin_arrays = TRANSLATED if translated else TILED if tiled else ()
+        self._first = _FIRST_NUCLEOTIDE if translated else _FIRST_RESIDUE
+        self.place = place_of(path)
+        # A store may be there by now, of a run that was faster: `commit` leaves it alone.
+        if not (can_create(path) or is_store(path)):
+            raise NotAStoreError(f"{path}: exists and is not empty; nothing was changed")
+        self._staging = self.place.staging()
+        self._written: dict[str, Any] = {}
+        try:
+            self._begin()
+        except BaseException:
+            self._staging.close()
+            raise
+
+    def _begin(self) -> None:
+        # Nothing is durable, and nothing need be, before the final rename.
+        self._group = zarr.create_group(LocalStore(self._staging.held.root), zarr_format=3)
+        dims, per_chunk = ("sequence",), (SEQUENCES_PER_CHUNK,)
+        self._ids = _Appender(self._create("sequence_id", "string", per_chunk, "", dims))
+        self._length = _Appender(
+            self._create("length", "int32", per_chunk, -1, dims, {"long_name": "residues"})
+        )
+        self._offset = _Appender(
+            self._create("offset", "int64", per_chunk, -1, dims, {"long_name": "first residue"})
+        )
+        self._residues = _Appender(
+            self._create(
+                "residues",
+                "uint8",
+                (RESIDUES_PER_STORED_CHUNK,),
+                0,
+                ("residue",),
+                {"long_name": "residues of all sequences, ASCII"},
+            )
+        )
+        description = self._create(
+            "description", "string", per_chunk, "", dims, {"long_name": "rest of the header"}
+        )
+        source = self._create(
+            "source", "int32", per_chunk, -1, dims, {"long_name": "input, a number into `files`"}
+        )
+        self._headers = {"description": _Appender(description), "source": _Appender(source)}
+        self._next_offset = 0
+        self._origin: dict[str, _Appender] = {}
+        if self._origin_arrays:
+            self._begin_origin()
+
+    def _begin_origin(self) -> None:
+        """Where rows come from: one entry for each row, and one for each input record."""
+        for name, dtype, fill, what in (
+            ("read", "int64", -1, "number of the input record, into read_id"),
+            ("window", "int32", 0, "window of the record, from 1"),
+            ("frame", "int8", 0, "reading frame, negative on the reverse strand"),
+            ("start", "int64", -1, self._first),
+        ):
+            if name not in self._origin_arrays:
+                continue
+            array = self._create(
+                name, dtype, (SEQUENCES_PER_CHUNK,), fill, ("sequence",), {"long_name": what}
+            )
+            self._origin[name] = _Appender(array)
+        # A dimension of its own, for there are reads without a row, and with several.
+        ids = self._create("read_id", "string", (SEQUENCES_PER_CHUNK,), "", ("input_record",))
+        self._origin["read_id"] = _Appender(ids)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        lost = isinstance(error, FileNotFoundError) and not self._staging.held.is_in_place
+        self._staging.close()
+        if lost:
+            raise self._removed() from error
+
+    def _removed(self) -> StoreError:
+        return StoreError(
+            f"{self.place.path}: what this run had written so far was removed, by hand or by a run"
+            " on a machine that does not see this one's locks; the same command starts over"
+        )
+
+    def append(self, block: Block) -> None:
+        """Add records."""
+        if block.origin is not None:
+            origin = block.origin
+            ids = np.array(origin.read_ids, dtype=np.dtypes.StringDType())
+            self._origin["read_id"].append(ids)
+            for name in self._origin.keys() - {"read_id"}:
+                self._origin[name].append(getattr(origin, name))
+        if not len(block.lengths):
+            return
+        ends = self._next_offset + np.cumsum(block.lengths, dtype=np.int64)
+        headers = block.headers or Headers(
+            [""] * len(block.ids), np.zeros(len(block.ids), np.int32)
+        )
+        texts = np.array(headers.description, dtype=np.dtypes.StringDType())
+        self._headers["description"].append(texts)
+        self._headers["source"].append(headers.source)
+        self._ids.append(np.array(block.ids, dtype=np.dtypes.StringDType()))
+        self._length.append(block.lengths)
+        self._offset.append(ends - block.lengths)
+        self._residues.append(block.residues)
+        self._next_offset = int(ends[-1])
+
+    def commit(
+        self,
+        identity: Identity,
+        dimension: int,
+        provenance: dict[str, Any],
+        comment: dict[str, str],
+    ) -> bool:
+        """Give the store its place, durably; a comment is an attribute that readers meet first.
+
+        Returns
+        -------
+        bool
+            False if another run put a store there first; this one is then discarded.
+
+        Raises
+        ------
+        StoreError
+            Something that was written is not there any more.
+        """
+        sequences = (self._ids, self._length, self._offset, self._residues)
+        for appender in (*sequences, *self._headers.values(), *self._origin.values()):
+            appender.flush()
+        self._written["source"].attrs["files"] = provenance.get("inputs", [])
+        rows = min(identity.rows_per_chunk, identity.records)
+        meanings = {s: s.meaning for s in Status}
+        self._create(
+            "status",
+            "uint8",
+            (rows,),
+            int(Status.PENDING),
+            ("sequence",),
+            {
+                "long_name": "state of the row",
+                "flag_values": [int(s) for s in meanings],
+                "flag_meanings": " ".join(meanings.values()),
+            },
+            identity.records,
+        )
+        self._create(
+            "embedding",
+            identity.dtype,
+            (rows, dimension),
+            float("nan"),
+            ("sequence", "feature"),
+            {"long_name": f"ESM-2 embedding, {identity.pooling} pooling"},
+            identity.records,
+        )
+        if identity.per_residue:
+            self._create_residue_arrays(identity, dimension)
+        more = " residue_slot" if identity.per_residue else ""
+        more += "".join(f" {name}" for name in self._origin)
+        self._group.attrs.update(
+            {
+                **comment,
+                "Conventions": "CF-1.11",
+                "coordinates": f"sequence_id length status description source{more}",
+                ATTRIBUTE: {
+                    "id": uuid4().hex,
+                    "headers": True,
+                    "identity": identity.to_json(),
+                    "provenance": provenance,
+                },
+            }
+        )
+        path = self.place.path
+        self._check_all_is_there()
+        if self.place.publish(self._staging.path):
+            return True
+        if not is_store(path):
+            raise StoreError(f"{path}: cannot put the store there: something else is there by now")
+        return False
+
+    def _check_all_is_there(self) -> None:
+        """A chunk that is missing would be read as zeros, and an embedding of it would be wrong."""
+        held = self._staging.held
+        wanted = {ROOT} | {f"{name}/{ROOT}" for name in self._written}
+        for name in self._written.keys() - CHUNK_FILE.keys():
+            count = self._written[name].cdata_shape[0]
+            wanted |= {f"{name}/c.{chunk}" for chunk in range(count)}
+        root = held.root
+        found = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
+        if not held.is_in_place or wanted - found:
+            raise self._removed()
+
+    def _create_residue_arrays(self, identity: Identity, dimension: int) -> None:
+        lengths = self._length.read()
+        encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
+        largest = np.add.reduceat(encoded, np.arange(0, len(encoded), identity.rows_per_chunk))
+        per_chunk = 2 ** round(log2(_RESIDUE_VALUES_PER_CHUNK / dimension))
+        per_chunk = max(1, min(per_chunk, int(largest.max())))
+        slots, total = residue_slots(encoded, identity.rows_per_chunk, per_chunk)
+        self._create(
+            "residue_slot",
+            "int64",
+            (SEQUENCES_PER_CHUNK,),
+            -1,
+            ("sequence",),
+            {"long_name": "first slot of the row's residues"},
+            len(slots),
+        )[:] = slots
+        self._create(
+            "residue_embedding",
+            "float16",
+            (per_chunk, dimension),
+            float("nan"),
+            ("slot", "feature"),
+            {"long_name": "ESM-2 representation of each residue"},
+            total,
+        )
+
+    def _create(
+        self,
+        name: str,
+        dtype: str,
+        chunks: tuple[int, ...],
+        fill: object,
+        dims: tuple[str, ...],
+        attributes: dict[str, Any] | None = None,
+        rows: int = 0,
+    ) -> Any:
+        self._written[name] = self._group.create_array(
+            name,
+            shape=(rows, *chunks[1:]),
+            chunks=chunks,
+            dtype=dtype,
+            fill_value=fill,
+            dimension_names=dims,
+            attributes=attributes or {},
+            # "." keeps an array's chunks in one directory, which is listed ten times faster.
+            chunk_key_encoding={"name": "default", "separator": "."},
+            # Without the checksum a flipped bit is read back without a word.
+            compressors=(ZstdCodec(level=1), Crc32cCodec()),
+            config={"write_empty_chunks": True},
+        )
+        return self._written[name]
+
+
+class _Appender:
+    """Appends to a one-dimensional array in whole chunks, so that none is written twice."""
+
+    def __init__(self, array: Any) -> None:
+        self._array = array
+        self._pending: list[NDArray[Any]] = []
+        self._waiting = 0
+
+    def append(self, values: NDArray[Any]) -> None:
+        self._pending.append(values)
+        self._waiting += len(values)
+        chunk = self._array.chunks[0]
+        if self._waiting >= chunk:
+            self._write(self._waiting - self._waiting % chunk)
+
+    def flush(self) -> None:
+        self._write(self._waiting)
+
+    def read(self) -> NDArray[Any]:
+        """Everything that was appended and flushed."""
+        return np.asarray(self._array[:])
+
+    def _write(self, count: int) -> None:
+        if not count:
+            return
+        values = np.concatenate(self._pending)
+        done = self._array.shape[0]
+        self._array.resize((done + count,))
+        self._array[done:] = values[:count]
+        self._pending, self._waiting = [values[count:]], len(values) - count

@@ -1,0 +1,114 @@
+"""How far a store is, and what became of its rows."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from virnuc_dask.errors import StoreError
+from virnuc_dask.settings import ModelSpec, Status
+from virnuc_dask.store.store import Store
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStatus:
+    """How far a store is, by chunk presence alone.
+
+    Attributes
+    ----------
+    path : str
+    model : ModelSpec
+        Its reference is where the weights were when the store was made.
+    device : str
+        That the store was made for; empty if it does not say so.
+    records, chunks, rows_per_chunk, dimension : int
+    present : ndarray, bool, shape (chunks,)
+    rows_done : int
+        Rows in present chunks.
+    """
+
+    path: str
+    model: ModelSpec
+    device: str
+    records: int
+    chunks: int
+    rows_per_chunk: int
+    dimension: int
+    present: NDArray[np.bool_]
+    rows_done: int
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON values; the missing chunks are listed."""
+        document = asdict(self) | self.model.comment()
+        document["present"] = int(self.present.sum())
+        document["missing"] = np.flatnonzero(~self.present).tolist()
+        return document
+
+
+def status(store: str | Path) -> StoreStatus:
+    """Look how far a store is. Two directory listings; no chunk is opened."""
+    opened = Store(store)
+    present = opened.present()
+    return StoreStatus(
+        str(opened.path),
+        opened.model,
+        opened.device,
+        opened.records,
+        opened.chunk_count,
+        opened.identity.rows_per_chunk,
+        opened.dimension,
+        present,
+        opened.rows_in(np.flatnonzero(present)),
+    )
+
+
+def row_states(store: str | Path) -> dict[str, int]:
+    """Rows per state, read from `status`; they add up to the records."""
+    opened = Store(store)
+    done = np.flatnonzero(opened.present())
+    counts = count_states(opened, done)
+    counts[Status.PENDING.meaning] = opened.records - opened.rows_in(done)
+    return {state: number for state, number in counts.items() if number}
+
+
+def count_states(store: Store, chunks: Iterable[int]) -> Counter[str]:
+    """Rows per state in some chunks that are present.
+
+    Raises
+    ------
+    StoreError
+        A chunk of `status` is damaged.
+    """
+
+    def count(chunk: int) -> Counter[str]:
+        try:
+            codes, numbers = np.unique(store.read_status(int(chunk)), return_counts=True)
+            return Counter({Status(c).meaning: int(n) for c, n in zip(codes, numbers, strict=True)})
+        except (ValueError, RuntimeError) as error:
+            raise StoreError(
+                f"{store.path}: status of chunk {chunk} is damaged ({error});"
+                " `verify --repair` removes it"
+            ) from error
+
+    with ThreadPoolExecutor(8) as pool:
+        return sum(pool.map(count, chunks), Counter())
+
+
+def quarantined(store: str | Path) -> Iterator[tuple[int, str, str]]:
+    """Every quarantined row as (row, identifier, reason), in order."""
+    opened = Store(store)
+    for chunk in np.flatnonzero(opened.present()):
+        codes = opened.read_status(int(chunk))
+        found = np.flatnonzero(codes >= Status.INVALID_RESIDUES)
+        if len(found):
+            ids = opened.read_ids(int(chunk))
+            first = opened.rows(int(chunk)).start
+            for row in found:
+                yield first + int(row), ids[row], Status(int(codes[row])).meaning
