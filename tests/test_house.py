@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import virnuc_dask
 
@@ -58,3 +60,15 @@ def test_public_names_resolve_and_stay_functions() -> None:
         assert getattr(virnuc_dask, name).__doc__
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         virnuc_dask.nothing  # noqa: B018
+
+
+def test_the_tests_that_the_readme_names_are_there() -> None:
+    table = (
+        (ROOT / "README.md")
+        .read_text()
+        .partition("| promise | tested by |")[2]
+        .partition("\n\n")[0]
+    )
+    named = re.findall(r"`((?:\w+/)?test_\w+\.py)`", table)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / "tests" / name).is_file()] == []

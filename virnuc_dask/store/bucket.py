@@ -31,7 +31,7 @@ from virnuc_dask.store.directory import ROOT, Directory, IsOurs, Staging
 
 # Says which content a place is being filled with; gone once the root is there.
 CLAIM = "unfinished"
-# Three seconds or so in all; `retry` waits for what takes longer.
+# Three seconds or so in all; `runtime.failures` waits for what takes longer.
 _RETRIES = {
     "max_retries": 5,
     "backoff": {"init_backoff": timedelta(milliseconds=100), "base": 2},
@@ -349,7 +349,7 @@ _HOST = re.compile(r"https?://[^/\s?]+")
 _REASON = re.compile(r'(?:message|error): "([^"]*)"')
 # Where cloud machines ask for credentials of their own when the environment has none.
 _METADATA = re.compile(r"169\.254\.\d+\.\d+|metadata\.google\.internal")
-# What no waiting mends, as `retry` knows it from disks.
+# What no waiting mends, as `runtime.failures` knows it from disks.
 _ERRNO = {
     "401": errno.EACCES,
     "403": errno.EACCES,
@@ -362,7 +362,7 @@ _ERRNO = {
 
 @contextmanager
 def _errors_of(path: str, key: str = "") -> Iterator[None]:
-    """Turn obstore's errors into a `PlaceError`, which `retry` understands."""
+    """Turn obstore's errors into a `PlaceError`, which `runtime.failures` understands."""
     said = _obstore().exceptions
     try:
         yield
