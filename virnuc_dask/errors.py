@@ -106,7 +106,7 @@ class StoreReplacedError(StoreError):
         return type(self), (self.path,)
 
 
-class PlaceError(StoreError, OSError):
+class LocationError(StoreError, OSError):
     """An object store that does not answer, or answers with an error.
 
     An `OSError` too, so that its errno says what is to be done about it, as for a disk. Most often

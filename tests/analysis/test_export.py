@@ -226,7 +226,7 @@ def test_what_goes_while_it_is_exported_is_missed(
         assert not (tmp_path / name).exists()
         store.write_chunk(last, status, embedding)
     # The states of a chunk are there before its embeddings are.
-    store.place.remove(f"embedding/c.{last}.0")
+    store.location.remove(f"embedding/c.{last}.0")
     virnuc_dask.export(store.path, tmp_path / "part.csv", partial=True)
     assert [row[2] for row in read_csv(tmp_path / "part.csv")[1]][-1] == "pending"
 

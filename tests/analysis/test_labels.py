@@ -25,7 +25,7 @@ from virnuc_dask.analysis import neighbours, passes
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import RANDOM_WEIGHTS, Tiling, Translation
 from virnuc_dask.store import bucket
-from virnuc_dask.store.location import place_of
+from virnuc_dask.store.location import location_of
 from virnuc_dask.store.store import Store
 
 
@@ -412,7 +412,7 @@ def test_in_an_object_store(
         monkeypatch.setenv(name, value)
     bucket._client.cache_clear()
     url = f"s3://{BUCKET}/{uuid4().hex}/labels.zarr"
-    place = place_of(url)
+    place = location_of(url)
     assert place.publish(store.path)
     label_file(store, tmp_path / "labels.tsv")
     here, there = (

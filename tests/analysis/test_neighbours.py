@@ -146,7 +146,7 @@ def test_a_store_that_is_being_filled(store: Store) -> None:
     for chunk in (2, 5):
         store.remove_chunk(chunk)
     # The states of a chunk are there before its embeddings are.
-    store.place.remove("embedding/c.9.0")
+    store.location.remove("embedding/c.9.0")
     assert store.read_status(9).all()
     left = np.flatnonzero(np.repeat(store.present(), 32)[:300])
     found = virnuc_dask.nearest(store.path, ids[0], k=250)

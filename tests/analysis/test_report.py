@@ -26,7 +26,7 @@ from virnuc_dask.analysis import report as report_module
 from virnuc_dask.analysis.passes import fill
 from virnuc_dask.errors import UsageError
 from virnuc_dask.store import bucket
-from virnuc_dask.store.location import place_of
+from virnuc_dask.store.location import location_of
 from virnuc_dask.store.results import keep_result, open_result
 from virnuc_dask.store.store import Store
 
@@ -338,7 +338,7 @@ def test_in_an_object_store(make_store: Maker, s3: Any, monkeypatch: pytest.Monk
     bucket._client.cache_clear()
     store = make_store(VIRAL_PROTEINS)
     url = f"s3://{BUCKET}/{uuid4().hex}/report.zarr"
-    assert place_of(url).publish(store.path)
+    assert location_of(url).publish(store.path)
     here = written(store)
     there = Page(virnuc_dask.report(url, store.path.with_name("there.html")))
     for tag in ("circle", "rect", "path"):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from virnuc_dask.encoder import device_lock
-from virnuc_dask.encoder.device_lock import Turn
+from virnuc_dask.encoder.device_lock import DeviceLock
 
 HOLD = """
 import fcntl, sys, time
@@ -26,12 +26,12 @@ time.sleep(600)
 
 
 @pytest.fixture
-def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Turn:
-    """A turn at a card that is not here: the lock's file is as it would be."""
+def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeviceLock:
+    """A lock of a card that is not here: the lock's file is as it would be."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    turn = Turn(torch.device("cpu"))
-    turn._file = device_lock._open("card")
-    return turn
+    lock = DeviceLock(torch.device("cpu"))
+    lock._file = device_lock._open("card")
+    return lock
 
 
 def held_elsewhere(folder: Path) -> subprocess.Popen[str]:
@@ -46,13 +46,13 @@ def held_elsewhere(folder: Path) -> subprocess.Popen[str]:
     return process
 
 
-def test_threads_take_turns() -> None:
-    turn, inside, most = Turn(torch.device("cpu")), 0, 0
+def test_threads_wait_for_each_other() -> None:
+    lock, inside, most = DeviceLock(torch.device("cpu")), 0, 0
 
     def work() -> None:
         nonlocal inside, most
         for _ in range(50):
-            with turn:
+            with lock:
                 inside += 1
                 most = max(most, inside)
                 time.sleep(0.0001)
@@ -66,21 +66,21 @@ def test_threads_take_turns() -> None:
     assert most == 1
 
 
-def test_a_process_that_is_killed_gives_its_turn_away(card: Turn, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_releases_its_lock(card: DeviceLock, tmp_path: Path) -> None:
     process = held_elsewhere(tmp_path)
     killer = threading.Timer(0.5, process.kill)
     began = time.monotonic()
     killer.start()
     with card:
         waited = time.monotonic() - began
-    assert 0.4 < waited < device_lock._PATIENCE_S / 2
+    assert 0.4 < waited < device_lock._LONGEST_WAIT_S / 2
     process.wait()
 
 
 def test_a_process_that_hangs_keeps_nobody_for_ever(
-    card: Turn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    card: DeviceLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(device_lock, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(device_lock, "_LONGEST_WAIT_S", 0.3)
     process = held_elsewhere(tmp_path)
     with card:
         assert process.poll() is None
@@ -90,8 +90,8 @@ def test_a_process_that_hangs_keeps_nobody_for_ever(
     process.wait()
 
 
-def test_where_there_are_no_locks_there_are_turns_of_threads_only(
-    card: Turn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_without_locks_of_files_only_threads_wait(
+    card: DeviceLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no locks available")

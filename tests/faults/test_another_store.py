@@ -27,7 +27,7 @@ from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import ModelSpec, Settings
 from virnuc_dask.store import bucket
 from virnuc_dask.store.directory import Held
-from virnuc_dask.store.location import place_of
+from virnuc_dask.store.location import location_of
 from virnuc_dask.store.store import Store
 
 SAME: dict[str, Any] = {"model": "demo", "rows_per_chunk": 32, "repr_layer": 0}
@@ -115,7 +115,7 @@ def test_a_chunk_stays_with_the_store_that_its_rows_came_from(
         embed_chunk(str(path), 2, first.identity, model, store_id=first.id)
     assert tree(new if how in ("link", "nothing") else path) == before
     with pytest.raises(StoreReplacedError, match="no longer there"):
-        first.check_place()
+        first.check_location()
     assert list(Store(away).present().nonzero()[0]) == [1]
     fill(away, model)
     assert_ledger(Store(away), reference)
@@ -196,7 +196,7 @@ def test_objects_too_go_into_no_other_store(
     before: dict[str, Any] = {}
 
     def change() -> None:
-        place_of(url.removesuffix("/out.zarr")).remove("out.zarr")
+        location_of(url.removesuffix("/out.zarr")).remove("out.zarr")
         if settings:
             make(url, settings)
             before.update(tree(url))
@@ -209,7 +209,7 @@ def test_objects_too_go_into_no_other_store(
         embed_chunk(url, 2, first.identity, model, store_id=first.id)
     assert tree(url) == before
     with pytest.raises(StoreReplacedError):
-        first.check_place()
+        first.check_location()
 
 
 # --- with real clusters ---
@@ -302,7 +302,7 @@ def test_nor_is_it_put_into_another_store_in_a_bucket(slow: Path, tmp_path: Path
         try:
             run.process.kill()
             assert run.finish() == -signal.SIGKILL
-            place_of(url.removesuffix("/out.zarr")).remove("out.zarr")
+            location_of(url.removesuffix("/out.zarr")).remove("out.zarr")
             make(url, ONE_BY_ONE | {"pooling": "max"}, slow)
             before = tree(url)
         finally:

@@ -28,7 +28,7 @@ from harness import Run, assert_ledger, await_end, finished_chunks
 from s3 import BUCKET, Fault, Proxy, Server, client
 
 import virnuc_dask
-from virnuc_dask.errors import NotAStoreError, PlaceError, StoreError, UsageError
+from virnuc_dask.errors import LocationError, NotAStoreError, StoreError, UsageError
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.clusters import connect
 from virnuc_dask.runtime.embed import embed_chunk
@@ -37,7 +37,7 @@ from virnuc_dask.settings import Settings
 from virnuc_dask.store import bucket, status, verify
 from virnuc_dask.store.checks import check_sequences
 from virnuc_dask.store.create import Ingest
-from virnuc_dask.store.location import place_of
+from virnuc_dask.store.location import location_of
 from virnuc_dask.store.store import Store
 
 OTHER_PROTEINS = VIRAL_PROTEINS.parent / "esm_some_proteins.fasta"
@@ -194,7 +194,7 @@ def test_a_task_has_the_url_and_no_secret(url: str, s3: Server) -> None:
         data = virnuc_dask.open_store(url).embedding
         mean = float(connected.compute(data.mean()).result())
     assert mean == pytest.approx(float(data.mean()))
-    tasks += [pickle.dumps(data), pickle.dumps(store.place.arrays())]
+    tasks += [pickle.dumps(data), pickle.dumps(store.location.arrays())]
     assert any(url.encode() in task for task in tasks[:-2])
     assert not any(s3.secret.encode() in task for task in tasks)
     assert not any(s3.secret in log for log in logs)
@@ -280,7 +280,7 @@ def test_uploads_of_different_stores_that_race_never_mix(staged: list[Path]) -> 
     def publish(url: str, start: threading.Barrier, number: int) -> str:
         start.wait()
         try:
-            return f"made {number % 2}" if place_of(url).publish(staged[number % 2]) else "found"
+            return f"made {number % 2}" if location_of(url).publish(staged[number % 2]) else "found"
         except NotAStoreError:
             return "refused"
 
@@ -301,7 +301,7 @@ def test_a_claim_after_the_store_is_there_changes_nothing(url: str, staged: list
     with Ingest(url) as late:  # the place was free when it began
         make(url)
         before = tree(url)
-        assert not late.place.publish(staged[1])
+        assert not late.location.publish(staged[1])
     assert tree(url) == before
 
 
@@ -341,7 +341,7 @@ def test_a_damaged_object_is_found_and_mended(damage: str, url: str) -> None:
 @pytest.mark.parametrize("lost", ["zarr.json", "status/zarr.json"])
 def test_lost_metadata_is_damage_and_no_free_place(lost: str, url: str) -> None:
     make(url)
-    place_of(url).remove(lost)
+    location_of(url).remove(lost)
     before = tree(url)
     for use in (Store, make):
         with pytest.raises(StoreError, match=r"zarr\.json"):
@@ -377,7 +377,7 @@ def test_a_server_that_fails_now_and_then_costs_time_and_nothing_else(
     (failed,) = run.of("chunk_failed")
     assert (failed["chunk"], failed["final"]) == (9, False)
     assert re.fullmatch(
-        rf"PlaceError: {url}/embedding/c\.9\.0: the server says 503 Service Unavailable",
+        rf"LocationError: {url}/embedding/c\.9\.0: the server says 503 Service Unavailable",
         failed["error"],
     )
     assert_ledger(Store(url), reference)
@@ -435,7 +435,7 @@ def test_a_bucket_that_is_not_there_is_one_line(s3: Server) -> None:
 
 def test_who_may_only_read_stops_the_run_at_once(url: str, s3: Server) -> None:
     store = make(url)
-    place_of(url).probe()
+    location_of(url).probe()
     for chunk in range(9):
         store.remove_chunk(chunk)
     before = tree(url)
@@ -451,19 +451,19 @@ def test_who_may_only_read_stops_the_run_at_once(url: str, s3: Server) -> None:
 
 
 def test_a_probe_says_what_does_not_work(url: str, s3: Server, tmp_path: Path) -> None:
-    place_of(url).probe()
-    place_of(tmp_path).probe()
+    location_of(url).probe()
+    location_of(tmp_path).probe()
     with pytest.raises(FileNotFoundError, match="nothing"):
-        place_of(str(tmp_path / "nothing")).probe()
+        location_of(str(tmp_path / "nothing")).probe()
     with pytest.raises(UsageError, match="directory"):
-        place_of("ftp://somewhere/out.zarr").probe()
+        location_of("ftp://somewhere/out.zarr").probe()
     assert tree(url) == {}
     code = f"""
-from virnuc_dask.errors import PlaceError
-from virnuc_dask.store.location import place_of
+from virnuc_dask.errors import LocationError
+from virnuc_dask.store.location import location_of
 try:
-    place_of({url!r}).probe()
-except PlaceError as error:
+    location_of({url!r}).probe()
+except LocationError as error:
     print(error)
 """
     found = subprocess.check_output([sys.executable, "-c", code], env=s3.reader, text=True)
@@ -485,7 +485,7 @@ except PlaceError as error:
 )
 def test_a_url_with_a_secret_is_refused_and_not_repeated(bad: str) -> None:
     with pytest.raises(UsageError, match="AWS_ACCESS_KEY_ID") as refused:
-        place_of(bad)
+        location_of(bad)
     assert not re.search("ses?ame|AKIA|same", str(refused.value))
 
 
@@ -505,12 +505,12 @@ def test_a_url_with_a_secret_is_refused_and_not_repeated(bad: str) -> None:
 )
 def test_a_url_that_means_nothing_is_refused(bad: str | Path) -> None:
     with pytest.raises(UsageError, match=r"out\.zarr|write s3://bucket/prefix"):
-        place_of(bad)
+        location_of(bad)
 
 
 def test_a_file_url_is_a_path(tmp_path: Path) -> None:
-    assert place_of(f"file://{tmp_path}/a%20b").path == tmp_path / "a b"
-    assert place_of("s3://bucket/a/b/").path == "s3://bucket/a/b"
+    assert location_of(f"file://{tmp_path}/a%20b").path == tmp_path / "a b"
+    assert location_of("s3://bucket/a/b/").path == "s3://bucket/a/b"
 
 
 def test_without_obstore_the_error_says_how_to_get_it() -> None:
@@ -542,8 +542,8 @@ def test_causes_are_short_and_without_secrets(said: str, cause: str) -> None:
 def test_expired_credentials_and_full_servers_are_not_waited_out() -> None:
     from virnuc_dask.runtime import failures
 
-    def error(said: str) -> PlaceError:
-        return PlaceError(*bucket._explained(said), "s3://bucket/out.zarr")
+    def error(said: str) -> LocationError:
+        return LocationError(*bucket._explained(said), "s3://bucket/out.zarr")
 
     hopeless: Callable[[str], bool] = lambda said: failures.is_hopeless(error(said))  # noqa: E731
     assert hopeless("status code: 400 Bad Request: <Error><Code>ExpiredToken</Code></Error>")

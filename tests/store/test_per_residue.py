@@ -155,7 +155,9 @@ def test_each_task_writes_its_own_files_and_the_commit_last(make_store: Maker) -
     seen: set[str] = set()
     for chunk in range(store.chunk_count):
         status, embedding = whole.read_chunk(chunk)
-        kept = whole.read_residues(chunk)[: whole.read_rows(chunk)[0].clip(max=1022).sum()]
+        kept = whole.read_residue_embeddings(chunk)[
+            : whole.read_rows(chunk)[0].clip(max=1022).sum()
+        ]
         assert not store.is_present(chunk)
         store.write_chunk(chunk, status, embedding, kept)
         assert store.is_present(chunk)
@@ -236,7 +238,7 @@ def test_a_flipped_bit_is_found_and_mended(store: Store, client: Any) -> None:
 
 def test_residues_that_do_not_agree_with_the_status_are_found(store: Store) -> None:
     status, embedding = store.read_chunk(1)
-    residues = store.read_residues(1)[: store.read_rows(1)[0].sum()]
+    residues = store.read_residue_embeddings(1)[: store.read_rows(1)[0].sum()]
     residues[7, 3] = np.nan
     store.write_chunk(1, status, embedding, residues)
     assert "do not agree with the status" in str(check_chunk(store, 1))

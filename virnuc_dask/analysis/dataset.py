@@ -57,13 +57,16 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
 
     # xarray would say of anything at all that it holds no group.
     opened = Store(store)
-    source: Any = opened.place.for_xarray
+    source: Any = opened.location.for_xarray
     data = xarray.open_dataset(source, cache=False, engine="zarr", consolidated=False)
     known: dict[str, Any] = {}
     for name in filter(data.coords.__contains__, _COORDINATES):
         variable = data[name].variable
         if name == "status":
-            known |= {name: variable, "embedded": columns.embedded(variable, opened.place.location)}
+            known |= {
+                name: variable,
+                "embedded": columns.embedded(variable, opened.location.address),
+            }
         elif name == "source":
             variable.attrs.pop("files", None)
             known[name] = columns.named(variable, opened.files)

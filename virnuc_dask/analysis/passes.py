@@ -151,7 +151,7 @@ def open_pool(store: Store, threads: int, client: Any) -> Iterator[Pool]:
     """Threads of this process, or the workers of a Dask client if there is one."""
     if client is not None:
         width = 2 * max(1, sum(client.nthreads().values()))
-        to_client = partial(client.submit, _at, store.place.location, store.id, pure=False)
+        to_client = partial(client.submit, _at, store.location.address, store.id, pure=False)
         yield Pool(store, to_client, width, partial(client.scatter, broadcast=True))
         return
     from threadpoolctl import threadpool_limits

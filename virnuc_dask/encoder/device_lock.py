@@ -1,4 +1,4 @@
-"""Whose turn a device is: one chunk computes at a time, others read and write meanwhile."""
+"""A lock on a device: one chunk computes at a time, while others are read and written."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from types import TracebackType
 
 import torch
 
-# Turns are for speed alone: whoever has waited this long goes on, for another may hang.
-_PATIENCE_S = 20.0
+# The lock is for speed alone. Whoever has waited this long goes on: another may hang.
+_LONGEST_WAIT_S = 20.0
 _LOOK_EVERY_S = 0.005
 
 
-class Turn:
+class DeviceLock:
     """A lock on a device: of this process's threads, and, of a GPU, of all this user's processes.
 
-    Workers that share a card would each take half of it, and twice the memory. On a GPU a turn ends
-    when all work is queued, and before it is done: two processes may overlap by one chunk.
+    Workers that share a card would each take half of it, and twice the memory. On a GPU it is
+    released when all work is queued, before it is done: two processes may overlap by one chunk.
 
     Parameters
     ----------
@@ -61,11 +61,11 @@ def _open(name: str) -> int | None:
         # Not through a link that somebody else has put there.
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError:
-        return None  # a full or foreign file system: turns are for speed alone
+        return None  # a full or foreign file system: the lock is for speed alone
 
 
 def _await(file: int) -> None:
-    until = time.monotonic() + _PATIENCE_S
+    until = time.monotonic() + _LONGEST_WAIT_S
     while time.monotonic() < until:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from virnuc_dask.encoder import faults
-from virnuc_dask.encoder.device_lock import Turn
+from virnuc_dask.encoder.device_lock import DeviceLock
 from virnuc_dask.encoder.memory import fitting_tokens, grown, is_out_of_memory, release_memory
 from virnuc_dask.encoder.network import Network
 from virnuc_dask.encoder.packing import (
@@ -150,7 +150,7 @@ class Encoder:
         # Halved whenever memory runs out. On a CPU it stays so. On a GPU others may have had the
         # memory, and it grows again.
         self.token_budget = fitting_tokens(self._device, spec.dimension)
-        self._turn = Turn(self._device)
+        self._device_lock = DeviceLock(self._device)
         self._used = threading.local()
 
     def encode(self, sequences: Sequence[str]) -> NDArray[np.float32]:
@@ -225,7 +225,7 @@ class Encoder:
         asked = time.perf_counter()
         unfit: list[int] = []
         queued: list[_Part] = []
-        with self._turn, torch.inference_mode(), self._queue.as_current_device():
+        with self._device_lock, torch.inference_mode(), self._queue.as_current_device():
             began = self._queue.mark()
             if self._device.type == "cuda":
                 fitting = fitting_tokens(self._device, self.dimension)
@@ -324,7 +324,7 @@ class Encoder:
     def _encode_batch(
         self, residues: NDArray[np.uint8], segments: Segments, batch: Batch, per_residue: bool
     ) -> _Part:
-        spoiled = faults.strike(residues, segments, batch.segments)
+        spoiled = faults.inject(residues, segments, batch.segments)
         hidden = self._network.represent(residues, segments.start[batch.segments], batch.runs)
         if spoiled.any():
             tokens = np.repeat(spoiled, segments.length[batch.segments] + 2)

@@ -35,7 +35,7 @@ from virnuc_dask.encoder.packing import Segments
 VARIABLE = "VIRNUC_DASK_FAULTS"
 
 
-def strike(
+def inject(
     residues: NDArray[np.uint8], segments: Segments, chosen: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
     """Do what is asked for, if one of the chosen segments has one of the motifs.

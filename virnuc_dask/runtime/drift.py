@@ -91,7 +91,7 @@ def sample_drift(
         start = opened.rows(int(chunk)).start
         lengths, residues = opened.read_rows(int(chunk))
         pooled = opened.read_chunk(int(chunk))[1]
-        each = opened.read_residues(int(chunk)) if identity.per_residue else None
+        each = opened.read_residue_embeddings(int(chunk)) if identity.per_residue else None
         ends, slots = np.cumsum(lengths), np.cumsum(opened.encoded(lengths))
         for row in chosen[chosen // identity.rows_per_chunk == chunk] - start:
             alone = residues[ends[row] - lengths[row] : ends[row]]

@@ -22,7 +22,7 @@ from virnuc_dask.encoder.weights import describe, hashing, load_checkpoint, reso
 from virnuc_dask.errors import (
     IdentityMismatchError,
     InputError,
-    PlaceError,
+    LocationError,
     RandomWeightsWarning,
     StoreError,
     UsageError,
@@ -46,7 +46,7 @@ from virnuc_dask.settings import (
     precision_on,
 )
 from virnuc_dask.store.create import Ingest
-from virnuc_dask.store.location import place_of
+from virnuc_dask.store.location import location_of
 from virnuc_dask.store.store import Store, can_create
 
 Inputs = str | Path | Sequence[str | Path]
@@ -233,9 +233,9 @@ def _explained(store: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if isinstance(error, PlaceError) or not failures.is_hopeless(error):
+        if isinstance(error, LocationError) or not failures.is_hopeless(error):
             raise
-        raise StoreError(place_of(store).explain(error)) from error
+        raise StoreError(location_of(store).explain(error)) from error
 
 
 def check_input(settings: Settings, summary: InputSummary, files: Sequence[str | Path]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from distributed import Client, performance_report
 
 from virnuc_dask.encoder.upstream import fair_esm
-from virnuc_dask.errors import PlaceError, StoreError, UsageError
+from virnuc_dask.errors import LocationError, StoreError, UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.inputs.lengths import residues_to_encode
 from virnuc_dask.runtime import events
@@ -226,7 +226,7 @@ def _fill(
             work.drive(connected, missing)
     try:
         summary = _summarise(store, work, shard, time.monotonic() - started)
-    except PlaceError as error:
+    except LocationError as error:
         raise StoreError(f"{error}. Finished chunks are safe; the same command resumes") from error
     emit(summary)
     return summary
@@ -287,7 +287,7 @@ def _check_workers(client: Client, needs: Needs, work: Work) -> None:
 
 def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSummary:
     """Counts of the whole store: from the reports, and from `status` where there is none."""
-    store.check_place()
+    store.check_location()
     present = store.present()
     counts = Counter(work.counts)
     unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]

@@ -309,7 +309,7 @@ class Work:
             self.retries += 1
         self.emit(events.ChunkFailed(chunk, attempt, self.errors[chunk], final))
         if failures.is_hopeless(error) and self.stopped is None:
-            self.stopped = self.store.place.explain(error)
+            self.stopped = self.store.location.explain(error)
             self.emit(events.CannotGoOn(self.stopped, len(self._running) - 1))
 
     # --- workers ---

@@ -70,7 +70,7 @@ class Needs:
     @classmethod
     def here(cls, store: Store, spec: ModelSpec, device: str, *, is_met: bool) -> Needs:
         """With this process's versions."""
-        path = store.place.location
+        path = store.location.address
         return cls(path, store.id, store.identity, spec, device, _versions(), is_met)
 
 
@@ -108,7 +108,7 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
         store = Store(needs.path)
         if store.id != needs.store_id:
             found.append(f"{needs.path}: another store")
-        store.place.probe()
+        store.location.probe()
     except (VirnucError, OSError) as error:
         if failures.is_transient(error):
             raise

@@ -25,7 +25,7 @@ from zarr.abc.store import ByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
 from zarr.storage import ObjectStore
 
-from virnuc_dask.errors import NotAStoreError, PlaceError, StoreReplacedError, UsageError
+from virnuc_dask.errors import LocationError, NotAStoreError, StoreReplacedError, UsageError
 from virnuc_dask.files import owner_mark, remove_orphans
 from virnuc_dask.store.directory import ROOT, Directory, IsOurs, Staging
 
@@ -58,7 +58,7 @@ class Bucket:
         self.path = path
 
     @property
-    def location(self) -> str:
+    def address(self) -> str:
         """What other processes find it by."""
         return self.path
 
@@ -228,16 +228,16 @@ class Bucket:
             self._create_new(key, content)
             found = self._read(key)
             self.remove(key)
-        except PlaceError as error:
+        except LocationError as error:
             if error.errno != errno.ENOSPC:
                 raise
         else:
             if found != content:
-                raise PlaceError(errno.EIO, "what is written is not what is read", self.path)
+                raise LocationError(errno.EIO, "what is written is not what is read", self.path)
 
     def explain(self, error: OSError) -> str:
         """Cause and place, for whoever has to see to it."""
-        if isinstance(error, PlaceError):
+        if isinstance(error, LocationError):
             return str(error)
         # A new store is put together on this machine's disk.
         return f"{self.path}: {Directory(Path(tempfile.gettempdir())).explain(error)}"
@@ -362,7 +362,7 @@ _ERRNO = {
 
 @contextmanager
 def _errors_of(path: str, key: str = "") -> Iterator[None]:
-    """Turn obstore's errors into a `PlaceError`, which `runtime.failures` understands."""
+    """Turn obstore's errors into a `LocationError`, which `runtime.failures` understands."""
     said = _obstore().exceptions
     try:
         yield
@@ -371,7 +371,7 @@ def _errors_of(path: str, key: str = "") -> Iterator[None]:
     except (said.BaseError, ValueError) as error:
         number, cause = _explained(str(error))
         # Not `from error`: for some servers its text has a signed URL in it.
-        raise PlaceError(number, cause, f"{path}/{key}".rstrip("/")) from None
+        raise LocationError(number, cause, f"{path}/{key}".rstrip("/")) from None
 
 
 def _explained(text: str) -> tuple[int, str]:

@@ -35,14 +35,14 @@ def check_chunk(store: Store, chunk: int, *, sequences: bool = True) -> str | No
     is for a store whose sequence arrays are damaged.
     """
     for key in store.keys(chunk):
-        array, size = key.partition("/")[0], store.place.size(key)
+        array, size = key.partition("/")[0], store.location.size(key)
         if size is None:
             return f"{array} chunk is missing"
         if size < MIN_CHUNK_BYTES:
             return f"{array} chunk has {size} bytes"
     try:
         status, embedding = store.read_chunk(chunk)
-        residues = store.read_residues(chunk) if store.identity.per_residue else None
+        residues = store.read_residue_embeddings(chunk) if store.identity.per_residue else None
     except (ValueError, RuntimeError) as error:
         return f"does not decode: {error}"
     if not np.isin(status, [s for s in Status if s is not Status.PENDING]).all():
@@ -120,7 +120,7 @@ def _check_headers(store: Store, rows: slice) -> str | None:
         return None
     chunk = f"c.{rows.start // SEQUENCES_PER_CHUNK}"
     for name in HEADERS:
-        if store.place.size(f"{name}/{chunk}") is None:  # a missing one would read as empty
+        if store.location.size(f"{name}/{chunk}") is None:  # a missing one would read as empty
             return f"a chunk of `{name}` is missing"
     _ = store.array("description")[rows]
     sources = store.array("source")
@@ -195,13 +195,13 @@ def leftovers(store: Store) -> list[str]:
         is_whole = name not in torn
         patterns[name] = open_result(store, name).chunk_file if is_whole else re.compile(r"c\..*")
         limits[name] = store.chunk_count
-    found = [entry for entry in store.place.listing() if entry not in {*patterns, "zarr.json"}]
+    found = [entry for entry in store.location.listing() if entry not in {*patterns, "zarr.json"}]
     for name, pattern in patterns.items():
         limit = limits[name]
-        for entry, size in store.place.listing(name).items():
+        for entry, size in store.location.listing(name).items():
             match = pattern.fullmatch(entry)
             is_chunk = match is not None and size is not None
             is_chunk &= name in torn or (match is not None and int(match[1]) < limit)
             if entry != "zarr.json" and not is_chunk:
                 found.append(f"{name}/{entry}")
-    return sorted(filter(store.place.is_abandoned, found))
+    return sorted(filter(store.location.is_abandoned, found))

@@ -19,7 +19,7 @@ from virnuc_dask.inputs.lengths import encoded_lengths
 from virnuc_dask.inputs.records import Block, Headers
 from virnuc_dask.settings import Identity, Status
 from virnuc_dask.store.directory import ROOT
-from virnuc_dask.store.location import place_of
+from virnuc_dask.store.location import location_of
 from virnuc_dask.store.store import (
     ATTRIBUTE,
     CHUNK_FILE,
@@ -64,11 +64,11 @@ class Ingest:
     def __init__(self, path: str | Path, *, translated: bool = False, tiled: bool = False) -> None:
         self._origin_arrays = TRANSLATED if translated else TILED if tiled else ()
         self._first = _FIRST_NUCLEOTIDE if translated else _FIRST_RESIDUE
-        self.place = place_of(path)
+        self.location = location_of(path)
         # A store may be there by now, of a run that was faster: `commit` leaves it alone.
         if not (can_create(path) or is_store(path)):
             raise NotAStoreError(f"{path}: exists and is not empty; nothing was changed")
-        self._staging = self.place.staging()
+        self._staging = self.location.staging()
         self._written: dict[str, Any] = {}
         try:
             self._begin()
@@ -143,8 +143,8 @@ class Ingest:
 
     def _removed(self) -> StoreError:
         return StoreError(
-            f"{self.place.path}: what this run had written so far was removed, by hand or by a run"
-            " on a machine that does not see this one's locks; the same command starts over"
+            f"{self.location.path}: what this run had written so far was removed, by hand or by a"
+            " run on a machine that does not see this one's locks; the same command starts over"
         )
 
     def append(self, block: Block) -> None:
@@ -234,9 +234,9 @@ class Ingest:
                 },
             }
         )
-        path = self.place.path
+        path = self.location.path
         self._check_all_is_there()
-        if self.place.publish(self._staging.path):
+        if self.location.publish(self._staging.path):
             return True
         if not is_store(path):
             raise StoreError(f"{path}: cannot put the store there: something else is there by now")

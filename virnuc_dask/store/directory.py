@@ -126,7 +126,7 @@ class Directory:
         self._location = os.path.realpath(self.path)
 
     @property
-    def location(self) -> str:
+    def address(self) -> str:
         """What other processes find it by; where links led when it was held."""
         return self._location or os.path.realpath(self.path)
 
@@ -164,7 +164,7 @@ class Directory:
 
         A link is followed, also one that leads to nothing yet.
         """
-        target = Path(self.location)
+        target = Path(self.address)
         if os.path.lexists(target):
             return target.is_dir() and not any(target.iterdir())
         return True
@@ -216,7 +216,7 @@ class Directory:
         UsageError
             No store can be put at this path, whatever is read.
         """
-        target = Path(self.location)
+        target = Path(self.address)
         advice = ""
         try:
             if target.is_dir():
@@ -241,7 +241,7 @@ class Directory:
         bool
             False if something was there first.
         """
-        target = Path(self.location)
+        target = Path(self.address)
         sync_tree(staging)
         try:
             os.rename(staging, target)

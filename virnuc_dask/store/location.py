@@ -13,12 +13,12 @@ from virnuc_dask.store.directory import Directory
 _SCHEMES = ("s3", "s3a", "gs", "az")
 
 
-def place_of(location: str | Path) -> Directory | Bucket:
-    """The place that a user means. Looks at nothing that is there.
+def location_of(path: str | Path) -> Directory | Bucket:
+    """The location that a user means. Looks at nothing that is there.
 
     Parameters
     ----------
-    location : str or Path
+    path : str or Path
         A path, which may begin with ``~``, ``file:///path``, or the URL of an object store:
         ``s3://bucket/prefix``.
 
@@ -27,11 +27,11 @@ def place_of(location: str | Path) -> Directory | Bucket:
     UsageError
         A URL of another kind, or one that holds credentials.
     """
-    text = str(location)
+    text = str(path)
     if "://" not in text:
         if text.startswith(tuple(f"{scheme}:/" for scheme in _SCHEMES)):
             raise UsageError(f"{text}: a URL has two slashes there; as a Path it loses one")
-        return Directory(Path(expanded(location)))
+        return Directory(Path(expanded(path)))
     if text.startswith("file://"):
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):

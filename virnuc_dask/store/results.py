@@ -72,7 +72,7 @@ class Result:
         return self._listed(0)
 
     def _listed(self, least: int) -> NDArray[np.bool_]:
-        files = self.store.place.listing(self.name)
+        files = self.store.location.listing(self.name)
         return listed(files, self.chunk_file, self.store.chunk_count, least)
 
     @property
@@ -142,7 +142,7 @@ class Result:
 
     def remove_chunk(self, chunk: int) -> None:
         """Remove a chunk, so that it is computed again."""
-        self.store.place.remove(f"{self.name}/c.{chunk}" + ".0" * (self.array.ndim - 1))
+        self.store.location.remove(f"{self.name}/c.{chunk}" + ".0" * (self.array.ndim - 1))
 
 
 def results_of(store: Store) -> list[Result]:
@@ -163,7 +163,7 @@ def result_names(store: Store) -> list[str]:
     """
     return sorted(
         name
-        for name, size in store.place.listing().items()
+        for name, size in store.location.listing().items()
         if size is None and RESULT.fullmatch(name) and not isinstance(_look(store, name), _Foreign)
     )
 
@@ -241,7 +241,7 @@ def keep_result(
     """
     full = result_name(kind, name)
     about = json.loads(json.dumps(about))
-    store.check_place()
+    store.check_location()
     there = _look(store, full)
     if isinstance(there, Result):
         if there.about == about:
@@ -255,10 +255,10 @@ def keep_result(
             )
     elif isinstance(there, str) and not replace:
         raise StoreError(f"{there}; `verify --repair` removes it, as `--replace` does")
-    elif isinstance(there, _Foreign) and store.place.size(f"{full}/zarr.json"):
+    elif isinstance(there, _Foreign) and store.location.size(f"{full}/zarr.json"):
         raise UsageError(f"{store.path}: `{full}` is there, and is no result of this program")
-    if store.place.has_array(full):  # also one that was begun, or removed half
-        store.place.remove(full)
+    if store.location.has_array(full):  # also one that was begun, or removed half
+        store.location.remove(full)
     is_map = kind == "map"
     zarr.create_array(
         store.zarr_store,
@@ -281,7 +281,7 @@ class _Foreign:
 
 def _look(store: Store, name: str) -> Result | str | _Foreign:
     """A result; what is wrong with its metadata; or that it is none of ours."""
-    if not store.place.size(f"{name}/zarr.json"):
+    if not store.location.size(f"{name}/zarr.json"):
         return _Foreign()
     try:
         array = store.open_array(name)

@@ -27,7 +27,7 @@ from virnuc_dask.inputs.records import decoded_header
 from virnuc_dask.settings import FORMAT, Identity, ModelSpec, Status
 from virnuc_dask.store.bucket import Bucket
 from virnuc_dask.store.directory import Directory
-from virnuc_dask.store.location import place_of
+from virnuc_dask.store.location import location_of
 
 SEQUENCES_PER_CHUNK = 65_536
 RESIDUES_PER_STORED_CHUNK = 2**22
@@ -88,11 +88,11 @@ class Store:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.place = place_of(path)
-        self.path = self.place.path
+        self.location = location_of(path)
+        self.path = self.location.path
         try:
-            self.place.hold()
-            there = _has_arrays(self.place)
+            self.location.hold()
+            there = _has_arrays(self.location)
         except (FileNotFoundError, NotADirectoryError):
             there = False
         except OSError as error:
@@ -100,11 +100,11 @@ class Store:
                 raise
             raise NotAStoreError(f"{self.path}: {error.strerror}") from error
         if not there:
-            if not self.place.exists():
+            if not self.location.exists():
                 raise NotAStoreError(f"{self.path}: no store there")
             raise NotAStoreError(f"{self.path}: not a store of this program; nothing was changed")
         try:
-            arrays = self.place.arrays()
+            arrays = self.location.arrays()
             attributes: Any = zarr.open_group(arrays, mode="r", zarr_format=3).attrs.asdict()
             document = attributes[ATTRIBUTE]
             self.id = _id_of(document)
@@ -119,7 +119,7 @@ class Store:
             raise StoreError(
                 f"{path}: the metadata (zarr.json) is missing or damaged: {error!r}"
             ) from error
-        self.zarr_store = self.place.arrays(self._is_ours)
+        self.zarr_store = self.location.arrays(self._is_ours)
         self.names = {*INGESTED, *CHUNK_FILE}
         if not document.get("headers"):  # made before they were kept
             self.names.difference_update(HEADERS)
@@ -130,7 +130,7 @@ class Store:
         self._arrays = {name: self.open_array(name) for name in self.names}
         self.dimension = int(self.array("embedding").shape[1])
 
-    def check_place(self) -> None:
+    def check_location(self) -> None:
         """Make sure that the store is still where it was opened.
 
         Raises
@@ -138,7 +138,7 @@ class Store:
         StoreReplacedError
             It was removed, moved, or replaced.
         """
-        if not self.place.holds(self._is_ours):
+        if not self.location.holds(self._is_ours):
             raise StoreReplacedError(str(self.path))
 
     def _is_ours(self, root: bytes) -> bool:
@@ -217,7 +217,7 @@ class Store:
 
     def is_present(self, chunk: int) -> bool:
         """Whether one chunk is done."""
-        return all((self.place.size(key) or 0) >= MIN_CHUNK_BYTES for key in self.keys(chunk))
+        return all((self.location.size(key) or 0) >= MIN_CHUNK_BYTES for key in self.keys(chunk))
 
     def slots(self, chunk: int) -> slice:
         """Slots of `residue_embedding` that belong to a chunk of rows: whole chunks of slots."""
@@ -301,7 +301,7 @@ class Store:
         except (ValueError, RuntimeError):
             # Zarr reads a short last chunk before it overwrites it, so that damage there would
             # stop the very write that repairs it.
-            self.place.remove(_key(name, rows.start // self.identity.rows_per_chunk))
+            self.location.remove(_key(name, rows.start // self.identity.rows_per_chunk))
             self.array(name)[rows] = values
 
     def _write_residues(self, slots: slice, residues: NDArray[np.float16]) -> None:
@@ -320,7 +320,7 @@ class Store:
         rows = self.rows(chunk)
         return np.asarray(self.array("status")[rows]), np.asarray(self.array("embedding")[rows])
 
-    def read_residues(self, chunk: int) -> NDArray[np.float16]:
+    def read_residue_embeddings(self, chunk: int) -> NDArray[np.float16]:
         """Representations of a chunk's residues and the unused slots, NaN, after them."""
         return np.asarray(self.array("residue_embedding")[self.slots(chunk)])
 
@@ -376,9 +376,9 @@ class Store:
 
     def remove_chunk(self, chunk: int) -> None:
         """Remove a chunk, so that it is computed again. The commit goes first."""
-        self.check_place()
+        self.check_location()
         for key in reversed(self.keys(chunk)):
-            self.place.remove(key)
+            self.location.remove(key)
 
     # --- files ---
 
@@ -434,7 +434,7 @@ class Store:
         By one listing: Zarr's own count takes minutes for 100,000 chunks.
         """
         count = self.array(name).cdata_shape[0]
-        return listed(self.place.listing(name), CHUNK_FILE[name], count, least)
+        return listed(self.location.listing(name), CHUNK_FILE[name], count, least)
 
     def _residue_files(self, least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """Files of residues that each chunk of rows has, and those that it is to have."""
@@ -502,16 +502,16 @@ def is_embedded(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 def can_create(path: str | Path) -> bool:
     """Whether a new store may be put at a path or URL."""
-    return place_of(path).is_free()
+    return location_of(path).is_free()
 
 
 def is_store(path: str | Path) -> bool:
     """Whether what is at a path or URL looks like one of our stores, healthy or damaged."""
-    return _has_arrays(place_of(path))
+    return _has_arrays(location_of(path))
 
 
-def _has_arrays(place: Directory | Bucket) -> bool:
-    return all(place.has_array(name) for name in ("embedding", "status"))
+def _has_arrays(location: Directory | Bucket) -> bool:
+    return all(location.has_array(name) for name in ("embedding", "status"))
 
 
 def _id_of(document: dict[str, Any]) -> str:

@@ -97,7 +97,7 @@ def verify(
     for start in range(0, len(chunks), step):
         parts = [
             delayed(_check)(
-                opened.place.location,
+                opened.location.address,
                 chunks[first : first + _CHUNKS_PER_CHECK],
                 sequences is None,
             )
@@ -110,16 +110,16 @@ def verify(
     if client is not None:
         # A worker may have another zarr, or another disk at this path: what is whole stays.
         with ThreadPoolExecutor(8) as pool:
-            again = partial(_check, opened.place.location, sequences=sequences is None)
+            again = partial(_check, opened.location.address, sequences=sequences is None)
             found_here = list(pool.map(again, ([chunk] for chunk in bad)))
         bad = {chunk: problem for part in found_here for chunk, problem in part.items()}
     damaged = check_results(opened)
     strays = leftovers(opened)
     if repair:
-        opened.check_place()
+        opened.check_location()
         for name, chunk in damaged:
             if chunk < 0:
-                opened.place.remove(name)
+                opened.location.remove(name)
             else:
                 open_result(opened, name).remove_chunk(chunk)
         results = results_of(opened)
@@ -129,7 +129,7 @@ def verify(
             opened.remove_chunk(chunk)
         for key in strays:
             if key.rpartition("/")[0] in {*TASK_ARRAYS, *(result.name for result in results)}:
-                opened.place.remove(key)
+                opened.location.remove(key)
     return VerifyReport(
         len(chunks),
         opened.chunk_count - len(chunks),
