@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pty
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import xarray
 from conftest import VIRAL_PROTEINS, Cli, Maker
 from numpy.typing import NDArray
 from pyarrow import parquet
@@ -382,3 +384,25 @@ def test_identifiers_break_no_table(make_store: Maker, tmp_path: Path) -> None:
     assert b"owned" in shown
     assert b"\x1b" not in shown
     assert b"\x07" not in shown
+
+
+def test_the_mean_is_kept_for_other_processes(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ids = all_rows(store)[0][:3]
+    read: list[tuple[int, int]] = []
+    first = virnuc_dask.nearest(store.path, ids, progress=lambda *each: read.append(each))
+    assert read[-1] == (2 * store.chunk_count, 2 * store.chunk_count)
+    (entry,) = (tmp_path / "virnuc_dask").glob("mean-*.json")
+    again = virnuc_dask.nearest(store.path, ids, progress=lambda *each: read.append(each))
+    assert read[-1] == (store.chunk_count, store.chunk_count)
+    xarray.testing.assert_identical(again, first)
+    # Of other chunks, or damaged, it is computed again.
+    kept = json.loads(entry.read_text())
+    for damage in ({"key": None}, {"value": "AAAA"}, {"value": None}, {"value": 7}):
+        entry.write_text(json.dumps(kept | damage))
+        again = virnuc_dask.nearest(store.path, ids, progress=lambda *each: read.append(each))
+        assert read[-1][1] == 2 * store.chunk_count
+        xarray.testing.assert_identical(again, first)
+        assert json.loads(entry.read_text()) == kept

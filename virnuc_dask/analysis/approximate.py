@@ -20,16 +20,14 @@ from numpy.typing import NDArray
 from virnuc_dask.analysis.fits import Space
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
-    Pool,
     Progress,
     as_float32,
     blocks,
     check_finite,
     open_pool,
-    sum_rows,
     thread_count,
 )
-from virnuc_dask.analysis.rows import embedded_rows
+from virnuc_dask.analysis.rows import embedded_rows, mean_row
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded, sync, write_durably
 from virnuc_dask.store.store import Store
@@ -244,41 +242,10 @@ def _index_to_add_to(path: Path, store: Store, *, force: bool) -> Index | None:
     return index
 
 
-def mean_row(
-    store: Store, chunks: list[int], pool: Pool, count: ChunkCounter
-) -> tuple[NDArray[np.float32], int]:
-    """Mean of the embedded rows of some chunks, zeros if there are none, and their number.
-
-    Parameters
-    ----------
-    store : Store
-    chunks : list of int
-    pool : Pool
-    count : ChunkCounter
-
-    Returns
-    -------
-    mean : ndarray, float32, shape (D,)
-    rows : int
-
-    Raises
-    ------
-    StoreError
-        A chunk is damaged, or an embedded row is not finite.
-    """
-    total, rows = np.zeros(store.dimension), 0
-    calls = ((group,) for group in pool.grouped(chunks))
-    for part, number in pool.run(sum_rows, calls, count):
-        total += part
-        rows += number
-    check_finite(store, total)
-    return (total / max(rows, 1)).astype(np.float32), rows
-
-
 def _trained(store: Store, present: list[int], random_state: int, threads: int) -> Index:
     faiss = _faiss()
     with open_pool(store, threads, None) as pool:
-        mean, rows = mean_row(store, present, pool, ChunkCounter(None, 0))
+        mean, rows, _ = mean_row(store, present, pool, ChunkCounter(None, 0))
     if not rows:
         raise UsageError(f"{store.path} has no embedded row yet")
     lists = max(1, min(math.isqrt(rows) * _LISTS_PER_ROOT, rows // _ROWS_PER_LIST))

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask import caches
-from virnuc_dask.analysis.approximate import Index, mean_row, open_index
+from virnuc_dask.analysis.approximate import Index, open_index
 from virnuc_dask.analysis.comparable import check_comparable, note_on_lengths, what_must_agree
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
@@ -27,7 +28,7 @@ from virnuc_dask.analysis.passes import (
     open_pool,
     thread_count,
 )
-from virnuc_dask.analysis.rows import TEXTS, by_chunk, embedded_rows, read_vectors, taken
+from virnuc_dask.analysis.rows import TEXTS, by_chunk, embedded_rows, mean_row, read_vectors, taken
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import METRICS, Metric, Status
 from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
@@ -235,15 +236,24 @@ def search(
     batches = range(0, len(rows), _QUERIES_AT_ONCE)
     total = len(chunks) * len(batches) + (int(present.sum()) if known_mean is None else 0)
     count = ChunkCounter(progress, total)
+    of_first = None
     with open_pool(searched, threads, client) as pool:
-        if is_centred:
-            origin = _mean(searched, present, pool, count) if known_mean is None else known_mean
+        if known_mean is None:
+            # This reads all rows, so the first queries too, if they are rows of the same store.
+            is_own = vectors is None and source.id == searched.id
+            first = rows[: _QUERIES_AT_ONCE if is_own else 0]
+            origin, read = _mean(searched, present, pool, count, first)
+            of_first = read if is_own else None
+        elif is_centred:
+            origin = known_mean
         for start in batches:
             part = rows[start : start + _QUERIES_AT_ONCE]
-            if vectors is None:
-                of_part = read_vectors(source, part, threads)
-            else:
+            if vectors is not None:
                 of_part = vectors[start : start + _QUERIES_AT_ONCE]
+            elif start == 0 and of_first is not None:
+                of_part = of_first
+            else:
+                of_part = read_vectors(source, part, threads)
             # The same row may be met only in the same store.
             own = part if source.id == searched.id else np.full(len(part), -1)
             if groups is not None:
@@ -311,20 +321,29 @@ def _queries(
 def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
     """All rows of the identifiers, in the order of these."""
     found: dict[str, list[int]] = {name: [] for name in ids}
-    alike: list[str] = []
-    for first in range(0, store.records, SEQUENCES_PER_CHUNK):
-        with store.reading("`sequence_id`"):
-            names = store.array("sequence_id")[first : first + SEQUENCES_PER_CHUNK].tolist()
+    for first, names in _names(store):
         for row, name in enumerate(names, first):
             if name in found:
                 found[name].append(row)
-            elif len(alike) < _ALIKE and any(each and each in name for each in ids):
-                alike.append(name)  # as of an accession, which is only a part of it
-    unknown = [name for name in ids if not found[name]]
-    of_unknown = [name for name in alike if any(each in name for each in unknown)]
-    hint = f"; did you mean {', '.join(map(printable, of_unknown))}?" if of_unknown else ""
-    _refuse(store, "no record has the identifier", unknown, hint)
+    if unknown := [name for name in ids if not found[name]]:
+        alike = _alike(store, unknown)
+        hint = f"; did you mean {', '.join(map(printable, alike))}?" if alike else ""
+        _refuse(store, "no record has the identifier", unknown, hint)
     return np.array([row for name in ids for row in found[name]], np.int64)
+
+
+def _names(store: Store) -> Iterator[tuple[int, list[str]]]:
+    """Identifiers of all rows, a chunk at a time, and each chunk's first row."""
+    for first in range(0, store.records, SEQUENCES_PER_CHUNK):
+        with store.reading("`sequence_id`"):
+            yield first, store.array("sequence_id")[first : first + SEQUENCES_PER_CHUNK].tolist()
+
+
+def _alike(store: Store, unknown: list[str]) -> list[str]:
+    """A few identifiers that have an unknown one, such as an accession, as a part."""
+    every = (name for _, names in _names(store) for name in names)
+    alike = (name for name in every if any(each and each in name for each in unknown))
+    return list(islice(alike, _ALIKE))
 
 
 def _check_embedded(store: Store, rows: NDArray[np.int64]) -> None:
@@ -531,13 +550,17 @@ def _padded(best: _Hits, queries: int, k: int) -> tuple[NDArray[np.float32], NDA
 
 
 def _mean(
-    store: Store, present: NDArray[np.bool_], pool: Pool, count: ChunkCounter
-) -> NDArray[np.float32]:
-    """Mean of all embedded rows, shape (D,); zeros if there is none."""
-    mean, _ = mean_row(store, np.flatnonzero(present).tolist(), pool, count)
+    store: Store,
+    present: NDArray[np.bool_],
+    pool: Pool,
+    count: ChunkCounter,
+    rows: NDArray[np.int64],
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean of all embedded rows, shape (D,), zeros if there is none; and the vectors of some."""
+    mean, _, vectors = mean_row(store, np.flatnonzero(present).tolist(), pool, count, rows)
     content = b64encode(mean.astype("<f4").tobytes()).decode()
     caches.remember("mean", store.id.encode(), _mean_key(present), content)
-    return mean
+    return mean, vectors
 
 
 def _kept_mean(store: Store, present: NDArray[np.bool_]) -> NDArray[np.float32] | None:

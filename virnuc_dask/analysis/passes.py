@@ -74,15 +74,6 @@ def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
     return found
 
 
-def sum_rows(store: Store, chunks: list[int]) -> tuple[NDArray[np.float64], int]:
-    """Sum of the embedded rows in some chunks, shape (D,), and how many they are."""
-    total, count = np.zeros(store.dimension), 0
-    for rows, values in blocks(store, chunks):
-        total += as_float32(values).sum(axis=0, dtype=np.float64)
-        count += len(rows)
-    return total, count
-
-
 def check_finite(store: Store, values: NDArray[np.floating[Any]]) -> None:
     """Refuse what there is only in a damaged store: nothing can be compared with NaN."""
     if not np.isfinite(values).all():

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.passes import check_finite
+from virnuc_dask.analysis.passes import ChunkCounter, Pool, as_float32, blocks, check_finite
 from virnuc_dask.store.store import Store, is_embedded
 
 TEXTS = ("sequence_id", "description")
 _CHUNKS_OF_A_SAMPLE = 512
+_NO_ROWS = np.zeros(0, np.int64)
 
 
 def embedded_rows(store: Store, chunks: Iterable[int] | None = None) -> NDArray[np.int64]:
@@ -29,7 +30,7 @@ def embedded_rows(store: Store, chunks: Iterable[int] | None = None) -> NDArray[
 
     with ThreadPoolExecutor(8) as pool:
         parts = list(pool.map(rows, chunks))
-    return np.concatenate([np.zeros(0, np.int64), *parts])
+    return np.concatenate([_NO_ROWS, *parts])
 
 
 def random_rows(
@@ -87,6 +88,66 @@ def read_vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray
         deque(pool.map(lambda part: read(*part), by_chunk(store, rows)), maxlen=0)
     check_finite(store, found)
     return found
+
+
+def mean_row(
+    store: Store,
+    chunks: list[int],
+    pool: Pool,
+    count: ChunkCounter,
+    rows: NDArray[np.int64] = _NO_ROWS,
+) -> tuple[NDArray[np.float32], int, NDArray[np.float32]]:
+    """Mean of the embedded rows of some chunks; in the same pass, some of these rows.
+
+    Parameters
+    ----------
+    store : Store
+    chunks : list of int
+    pool : Pool
+    count : ChunkCounter
+    rows : ndarray, int64, shape (n,)
+        Embedded rows of these chunks.
+
+    Returns
+    -------
+    mean : ndarray, float32, shape (D,)
+        Zeros if there is no row.
+    number : int
+        Of the rows that the mean is of.
+    vectors : ndarray, float32, shape (n, D)
+        Embeddings of `rows`.
+
+    Raises
+    ------
+    StoreError
+        A chunk is damaged, or an embedded row is not finite.
+    """
+    total, number = np.zeros(store.dimension), 0
+    vectors = np.empty((len(rows), store.dimension), np.float32)
+    shared = pool.shared(rows)
+    calls = ((group, shared) for group in pool.grouped(chunks))
+    for part, added, where, values in pool.run(_sum_and_take, calls, count):
+        total += part
+        number += added
+        vectors[where] = values
+    check_finite(store, total)
+    return (total / max(number, 1)).astype(np.float32), number, vectors
+
+
+def _sum_and_take(
+    store: Store, chunks: list[int], wanted: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], int, NDArray[np.int64], NDArray[np.float32]]:
+    """Sum and number of the embedded rows in some chunks; where wanted ones are, and these."""
+    total, number = np.zeros(store.dimension), 0
+    places, vectors = [_NO_ROWS], [np.zeros((0, store.dimension), np.float32)]
+    for rows, values in blocks(store, chunks):
+        block = as_float32(values)
+        total += block.sum(axis=0, dtype=np.float64)
+        number += len(rows)
+        is_here = np.flatnonzero((wanted >= rows[0]) & (wanted <= rows[-1]))
+        places.append(is_here)
+        vectors.append(block[np.searchsorted(rows, wanted[is_here])])
+    return total, number, np.concatenate(places), np.concatenate(vectors)
 
 
 def by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
