@@ -8,6 +8,7 @@ import json
 import operator
 import os
 import pickle
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from models import Malicious
 from numpy.typing import NDArray
 from pyarrow import parquet
 from s3 import BUCKET, Server
+from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
@@ -148,6 +150,29 @@ def test_metrics_by_hand() -> None:
     worse = training.measure(np.array([1, 0, 1, 0]), np.array([0.9, 0.8, 0.7, 0.6]))
     assert worse.auroc == 0.75
     np.testing.assert_allclose(worse.auprc, (1 / 1 + 2 / 3) / 2)
+
+
+def test_the_interval_is_of_groups_that_are_drawn() -> None:
+    random = np.random.default_rng(3)
+    is_first = np.repeat([1, 0], 60)
+    score = np.clip(random.normal(0.4 + 0.2 * is_first, 0.2), 0, 1).round(2)  # some are level
+    found = training.measure(is_first, score)
+    # As anybody would do it who has scikit-learn.
+    expected = []
+    for _ in range(1000):
+        rows = np.concatenate([random.choice(np.flatnonzero(is_first == n), 60) for n in (1, 0)])
+        expected.append(roc_auc_score(is_first[rows], score[rows]))
+    low, high = np.quantile(expected, [0.025, 0.975])
+    np.testing.assert_allclose([found.auroc_low, found.auroc_high], [low, high], atol=0.02)
+    assert found.auroc_low < found.auroc < found.auroc_high
+    assert training.measure(is_first, score) == found
+    assert training.measure(is_first, score, random_state=1).auroc_low != found.auroc_low
+    # Nine copies of each row say no more than one of them.
+    copies = np.repeat(np.arange(120), 9)
+    grouped = training.measure(is_first[copies], score[copies], groups=copies)
+    assert (grouped.auroc_low, grouped.auroc_high) == (found.auroc_low, found.auroc_high)
+    alone = training.measure(is_first[copies], score[copies])
+    assert alone.auroc_high - alone.auroc_low < (high - low) / 2
 
 
 def test_copies_of_a_sequence_are_on_one_side(
@@ -357,8 +382,12 @@ def test_what_cannot_be_trained_on_is_refused(
 ) -> None:
     out = tmp_path / "c.skops"
     deeper = make_store(awkward, "deeper.zarr", repr_layer=1, pooling="max", embed=False)
-    with pytest.raises(UsageError, match=r"not comparable:\n  repr_layer: 0 and 1\n  pooling:"):
+    with pytest.raises(
+        UsageError, match=r"not comparable:\n  repr_layer: 0 and 1\n  pooling:"
+    ) as said:
         virnuc_dask.train(viral.path, deeper.path, out)
+    for store in (viral, deeper):
+        assert f"\n  {store.path}: {store.model.described('')}" in str(said.value)
     with pytest.raises(UsageError, match="hold the same sequences"):
         virnuc_dask.train(viral.path, viral.path, out)
     empty = make_store(awkward, "empty.zarr", embed=False)
@@ -433,10 +462,12 @@ def test_another_classifier_of_the_name_is_refused(
     before = tree(viral.path)
     (tmp_path / "b").mkdir()
     virnuc_dask.train(viral.path, other.path, tmp_path / "b" / "virus.skops", random_state=3)
-    with pytest.raises(UsageError, match=r"`score_virus` is there and was computed otherwise"):
+    with pytest.raises(
+        UsageError, match=r"`score_virus` was made by another classifier; --replace"
+    ):
         virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops")
     assert tree(viral.path) == before
-    with pytest.raises(UsageError, match="was computed otherwise"):
+    with pytest.raises(UsageError, match="made by another classifier"):
         virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops", force=True)
     assert tree(viral.path) == before
     virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops", replace=True)
@@ -452,8 +483,15 @@ def test_other_embeddings_are_refused(
 ) -> None:
     deeper = make_store(awkward, "deeper.zarr", repr_layer=1, pooling="bos", embed=False)
     before = tree(deeper.path)
-    with pytest.raises(UsageError, match=r"other embeddings.*:\n  repr_layer: 1 and 0\n  pooling"):
+    with pytest.raises(
+        UsageError, match=r"other embeddings.*:\n  repr_layer: 1 and 0\n  pooling"
+    ) as said:
         virnuc_dask.predict(deeper.path, trained)
+    digest = deeper.identity.weights_sha256[:12]
+    assert str(said.value).splitlines()[-2:] == [
+        f"  {deeper.path}: {deeper.model.described('')}",
+        f"  {trained}: demo, weights {digest}, layer 0, mean pooling, float32",
+    ]
     assert tree(deeper.path) == before
 
 
@@ -858,12 +896,16 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     assert f"comment: {RANDOM_WEIGHTS}\n" in done.stderr
     assert "viral         130 of 130 rows embedded; trained on 98, held out 32" in done.stdout
     assert "held out                  embeddings  composition alone" in done.stdout
+    interval = r"\nAUROC, 95 % interval +0\.\d{3} to [01]\.\d{3} +0\.\d{3} to [01]\.\d{3}\nAUPRC"
+    assert re.search(interval, done.stdout)
     assert done.stdout.endswith("virus.skops\n")
     done = invoke(*command)
     assert (done.exit_code, done.stdout) == (2, "")
     assert "exists" in done.stderr
     done = invoke(*command, "--force", "--json")
     report = json.loads(done.stdout)
+    figures = report["embeddings"]
+    assert figures["auroc_low"] <= figures["auroc"] <= figures["auroc_high"]
     assert report["comment"] == RANDOM_WEIGHTS
     assert report["classes"][0]["input_sha256"] == viral.identity.input_sha256
     about = load_classifier(file).about
@@ -877,7 +919,7 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     assert f"5 chunks computed\n130 in {table}, " in done.stdout
     virnuc_dask.train(viral.path, other.path, file, random_state=3, force=True)
     again = ("predict", viral.path, "--classifier", file, "--out", table)
-    for one, problem in (("--force", "computed otherwise"), ("--replace", "t.tsv exists")):
+    for one, problem in (("--force", "by another classifier"), ("--replace", "t.tsv exists")):
         done = invoke(*again, one)
         assert (done.exit_code, problem in done.stderr) == (2, True)
     assert invoke(*again, "--force", "--replace").exit_code == 0

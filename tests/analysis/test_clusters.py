@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,6 +144,29 @@ def test_what_makes_no_sense_is_refused(make_store: Maker, awkward: Path) -> Non
     embedded = virnuc_dask.open_store(store.path).embedded.values
     assert np.array_equal(labels(store) >= 0, embedded)
     assert found.sizes.sum() == embedded.sum()
+
+
+def test_an_empty_cluster_has_empty_cells(store: Store, tmp_path: Path) -> None:
+    found = virnuc_dask.make_clusters(store.path, n_clusters=2)
+    nothing = np.full(2, np.nan, np.float32)
+    found = replace(
+        found,
+        sizes=np.array([300, 0]),
+        medoid_rows=np.array([7, -1]),
+        medoid_ids=["x", ""],
+        medoid_descriptions=["", ""],
+        medoid_lengths=np.array([30, -1], np.int32),
+        medoid_scores=np.array([0.5, np.nan], np.float32),
+        silhouettes=nothing,
+    )
+    clusters.write_clusters(found, tmp_path / "c.tsv")
+    lines = (tmp_path / "c.tsv").read_text().splitlines()
+    assert lines[1:] == ["0\t300\tx\t7\t0.5\t\t30\t", "1\t0\t\t\t\t\t\t"]
+    clusters.write_clusters(found, tmp_path / "c.parquet")
+    table = parquet.read_table(tmp_path / "c.parquet")
+    for name in ("row", "similarity", "length"):
+        assert [value is None for value in table[name].to_pylist()] == [False, True]
+    assert table["silhouette"].null_count == 2
 
 
 def test_damage_is_said(store: Store) -> None:

@@ -30,9 +30,11 @@ from xopen import xopen
 import virnuc_dask
 from virnuc_dask.analysis import formats
 from virnuc_dask.analysis.formats import rows_per_part
+from virnuc_dask.analysis.passes import fill
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import RANDOM_WEIGHTS, Settings, Status, Translation
+from virnuc_dask.store.results import keep_result, open_result
 from virnuc_dask.store.store import Store
 
 PEPTIDE = "MKTAYIAKQRQISFVKSHFSRQ"
@@ -164,6 +166,52 @@ def test_hdf5_as_one_matrix(store: Store, tmp_path: Path) -> None:
 def read_anndata(path: Path) -> anndata.AnnData:
     # From 0.12 on it warns of what it will write in another way; here it only reads.
     return anndata.read_zarr(path) if path.suffix == ".zarr" else anndata.read_h5ad(path)
+
+
+@pytest.fixture
+def clustered(make_store: Maker, awkward: Path) -> Store:
+    """Rows of the clusters 0, 2 and 11, and three that have none."""
+    store = make_store(awkward, "clustered.zarr", rows_per_chunk=3)
+    numbers = {0: [0, 11], 1: [2], 2: [0]}
+    chunks = iter(numbers.values())
+    fill(keep_result(store, "cluster", "x", {}), lambda _: np.array(next(chunks)), workers=1)
+    assert open_result(store, "cluster_x").array[:].tolist() == [0, 11, -1, -1, 2, -1, 0]
+    return store
+
+
+@pytest.mark.filterwarnings("error::UserWarning:anndata")
+@pytest.mark.parametrize("name", ["out.h5ad", "out.zarr"])
+def test_clusters_are_categories_in_anndata(name: str, clustered: Store, tmp_path: Path) -> None:
+    virnuc_dask.export(clustered.path, tmp_path / name)
+    column = read_anndata(tmp_path / name).obs.cluster_x
+    assert list(column.cat.categories) == ["0", "2", "11"]
+    assert column.tolist()[:2] + column.tolist()[4:5] == ["0", "11", "2"]
+    assert column.isna().tolist() == [False, False, True, True, False, True, False]
+    if name.endswith(".zarr"):
+        return  # of which anndata warns that its metadata is not consolidated
+    lazy = anndata.experimental.read_lazy(tmp_path / name).obs
+    assert list(lazy["cluster_x"].dtype.categories) == ["0", "2", "11"]
+
+
+def test_clusters_of_no_row_are_written(make_store: Maker, awkward: Path, tmp_path: Path) -> None:
+    store = make_store(awkward, embed=False)
+    keep_result(store, "cluster", "x", {})
+    for name in ("none.h5ad", "none.zarr"):
+        virnuc_dask.export(store.path, tmp_path / name, partial=True)
+        assert read_anndata(tmp_path / name).obs.cluster_x.isna().all()
+
+
+def test_a_row_without_a_cluster_has_an_empty_cell(clustered: Store, tmp_path: Path) -> None:
+    fill(keep_result(clustered, "score", "x", {}), lambda rows: np.full(len(rows), 0.5))
+    virnuc_dask.export(clustered.path, tmp_path / "out.tsv")
+    head, rows = read_csv(tmp_path / "out.tsv", "\t")
+    cells = [(row[head.index("cluster_x")], row[head.index("score_x")]) for row in rows]
+    assert cells == [
+        *[("0", "0.5"), ("11", "0.5"), ("", ""), ("", ""), ("2", "0.5"), ("", ""), ("0", "0.5")]
+    ]
+    virnuc_dask.export(clustered.path, tmp_path / "out.parquet")
+    table = parquet.read_table(tmp_path / "out.parquet")
+    assert table["cluster_x"].to_pylist() == [0, 11, None, None, 2, None, 0]
 
 
 @pytest.mark.filterwarnings("error::UserWarning:anndata")

@@ -22,6 +22,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import virnuc_dask
 from virnuc_dask.analysis import labels as labels_module
 from virnuc_dask.analysis import neighbours, passes
+from virnuc_dask.analysis.tables import write_annotations
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import RANDOM_WEIGHTS, Tiling, Translation
 from virnuc_dask.store import bucket
@@ -270,6 +271,9 @@ def test_only_labelled_embedded_rows_take_part(
     assert found["labels"].values[1] == found.sequence_id.values[1] == ""
     assert found.reliability.values[1] == 0
     assert np.isnan(found.similarity.values[1])
+    write_annotations([found], tmp_path / "out.tsv")
+    lines = (tmp_path / "out.tsv").read_text().splitlines()
+    assert lines[2] == "b\t\t0.0\t\t\t\t\t\t"  # a name, a reliability, and no neighbour
     note = found.attrs["note"]
     assert f"1 identifier of {labels} not in {store.path} (nobody)" in note
     assert "1 labelled row of" in note
@@ -389,8 +393,6 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
 
 @pytest.mark.usefixtures("few_rows_a_block")
 def test_parquet_is_written_part_by_part(store: Store, tmp_path: Path) -> None:
-    from virnuc_dask.analysis.tables import write_annotations
-
     label_file(store, tmp_path / "labels.tsv", slice(0, 100))
     parts = list(labels_module.annotate_in_parts(store.path, tmp_path / "labels.tsv", k=2))
     assert [part.sizes["query"] for part in parts] == [50] * 6

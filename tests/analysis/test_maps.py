@@ -69,6 +69,23 @@ def test_no_threads_or_workers_change_it(make_store: Maker, client: Any) -> None
     np.testing.assert_allclose(others[1], first, rtol=1e-5, atol=1e-6)
 
 
+def test_no_more_products_than_fit_are_on_workers(
+    store: Store, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    widths: list[int] = []
+    run = passes.Pool.run
+
+    def seen(pool: passes.Pool, *arguments: Any) -> Any:
+        widths.append(pool.width)
+        return run(pool, *arguments)
+
+    monkeypatch.setattr(passes.Pool, "run", seen)
+    monkeypatch.setattr(maps, "_PRODUCT_BYTES", 2 * 8 * store.dimension**2)
+    maps._fit_pca(store, 4, client, None)
+    maps._fit_pca(store, 4, None, None)
+    assert widths == [2, 2]
+
+
 def test_rows_that_come_later_come_into_the_same_map(make_store: Maker) -> None:
     store, whole = make_store(VIRAL_PROTEINS, embed=False), make_store(VIRAL_PROTEINS, "w.zarr")
     with pytest.raises(UsageError, match="has 0 embedded rows, too few"):
@@ -157,7 +174,7 @@ def test_what_makes_no_sense_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(NotAStoreError):
         virnuc_dask.make_map(tmp_path / "nowhere")
     virnuc_dask.make_map(store.path, "x")
-    with pytest.raises(UsageError, match=r"`map_x` is there and was made with other settings \(me"):
+    with pytest.raises(UsageError, match=r"`map_x` was made with other settings \(method\)"):
         virnuc_dask.make_map(store.path, "x", method="umap")
     about = dict(open_result(store, "map_x").about)
     for damaged in ("AAAA", "!", 3, None):
@@ -390,6 +407,32 @@ def test_colours(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert np.isnan(numbers[30:]).all()
 
 
+def contrast_with_white(colour: str) -> float:
+    """By WCAG 2; 1 is white itself."""
+    red, green, blue = (int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5))
+    linear = [
+        part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4
+        for part in (red, green, blue)
+    ]
+    return 1.05 / (0.05 + 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+
+
+def test_no_colour_is_lost_on_white() -> None:
+    scale = [contrast_with_white(colour) for colour in plots._scale()]
+    assert min(scale) > 3
+    # The lightness alone tells which number is larger, so that nobody needs the hue.
+    assert scale == sorted(scale, reverse=True)
+    assert min(map(contrast_with_white, plots._COLOURS)) > 2
+
+
+def test_only_colours_that_a_store_has_are_named(store: Store) -> None:
+    fill(keep_result(store, "cluster", "x", {}), lambda rows: np.zeros(len(rows)))
+    with pytest.raises(
+        UsageError, match=r"'none': give length, status, cluster_x, or a \.tsv file"
+    ):
+        points.check_colour(store, "none")
+
+
 def test_colours_that_are_none_are_refused(store: Store, tmp_path: Path) -> None:
     virnuc_dask.make_map(store.path)
     file = tmp_path / "labels.tsv"
@@ -413,6 +456,8 @@ def test_colours_that_are_none_are_refused(store: Store, tmp_path: Path) -> None
 def test_frames_have_colours(make_store: Maker) -> None:
     genome = ROOT / "examples" / "lambda_virus.fa.gz"
     store = make_store(genome, translation=Translation("orf", min_residues=200))
+    with pytest.raises(UsageError, match="give length, frame, status, or a"):
+        points.check_colour(store, "none")
     virnuc_dask.make_map(store.path)
     frames = points.draw_points(store, "pca", colour="frame")
     assert "-1" in frames.categories

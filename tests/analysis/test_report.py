@@ -159,7 +159,10 @@ def hostile_store(make_store: Maker, tmp_path: Path) -> Store:
             f">{name} {name}\nMKTAY{letters[n]}\n>{name}\nMKT1\n" for n, name in enumerate(HOSTILE)
         )
     )
-    store = make_store(file, rows_per_chunk=4)
+    return hostile_results(make_store(file, rows_per_chunk=4))
+
+
+def hostile_results(store: Store) -> Store:
     fill(keep_result(store, "score", "x", {"by": HOSTILE[0]}), score)
     fill(keep_result(store, "map", "x", {HOSTILE[1]: "by"}), lambda rows: rows[:, :2])
     return store
@@ -190,7 +193,8 @@ def test_names_are_no_markup(make_store: Maker, tmp_path: Path) -> None:
 
 def test_results_are_shown(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS)
-    fill(keep_result(store, "score", "virus", {"classifier": "a test"}), score)
+    about = {"classifier": "a test", "classes": ["viral", "other"], "share": 0.123456}
+    fill(keep_result(store, "score", "virus", about), score)
     fill(keep_result(store, "map", "umap", {"neighbours": 15}), lambda rows: rows[:, :2])
     data = virnuc_dask.open_store(store.path).load()
     ids = data.sequence_id.values
@@ -205,7 +209,10 @@ def test_results_are_shown(make_store: Maker) -> None:
     assert "by the result map_umap" in page.text
     assert "neighbours 15" in page.text
     top = np.argsort(-data.score_virus.values, kind="stable")[:20]
-    section = page.text.partition("score_virus")[2]
+    section = page.text.partition("Histogram of score_virus")[2]
+    assert "classes viral, other" in section
+    assert "share 0.1235" in section
+    assert "The highest. identifier score" in section
     for row in top:
         assert f"{ids[row]} {data.score_virus.values[row]:.3f}" in section
     counts = np.histogram(data.score_virus.values, np.linspace(0, 1, 21))[0]
@@ -223,10 +230,80 @@ def test_reads_have_the_mean_of_their_rows(make_store: Maker, tmp_path: Path) ->
     )
     fill(keep_result(store, "score", "virus", {}), score)
     data = virnuc_dask.open_store(store.path).load()
-    text = written(store).text.partition("score_virus")[2]
+    page = written(store)
+    check_accessible(page)
+    text = page.text.partition("Histogram of score_virus by read")[2]
+    means = []
     for read, name in enumerate(data.read_id.values):
         mine = data.score_virus.values[data.read.values == read]
-        assert f"{name} {mine.astype(float).mean():.3f} {len(mine)}" in text
+        means.append(mine.astype(float).mean())
+        assert f"{name} {means[-1]:.3f} {len(mine)}" in text
+    first = sum(mean >= 0.5 for mean in means)
+    assert f"Mean scores of 2 reads; {first} of them are 0.5 or more" in text
+    counts = np.histogram(means, np.linspace(0, 1, 21))[0]
+    for number in np.flatnonzero(counts):
+        assert f"{number / 20:g} to {(number + 1) / 20:g}: {counts[number]}" in text
+    assert "The highest, each read by the mean of its rows. read score rows" in text
+
+
+def test_tiles_have_the_mean_of_their_proteins(make_store: Maker) -> None:
+    store = make_store(VIRAL_PROTEINS, tiling=virnuc_dask.Tiling(400, 300))
+    fill(keep_result(store, "score", "virus", {}), score)
+    text = written(store).text
+    assert "Mean scores of 300 proteins" in text
+    assert "The highest, each protein by the mean of its rows. protein score rows" in text
+
+
+def test_clusters_are_shown(make_store: Maker) -> None:
+    store = make_store(VIRAL_PROTEINS)
+    assert "Clusters" not in written(store).text
+    virnuc_dask.make_clusters(store.path, "families", n_clusters=3)
+    fill(keep_result(store, "cluster", "many", {}), lambda rows: np.arange(len(rows)))
+    open_result(store, "cluster_many").remove_chunk(9)
+    sizes = np.bincount(open_result(store, "cluster_families").array[:])
+    page = written(store, force=True)
+    check_accessible(page)
+    section = page.text.partition("Clusters cluster_families")[2]
+    assert "300 rows in 3 clusters." in section
+    for number, size in enumerate(sizes):
+        assert f"{number} {size} {size / 300:.1%}" in section
+    assert "n clusters 3" in section
+    assert "288 rows in 32 clusters; the 20 largest." in section
+
+
+def colours_of(page: Page) -> list[str]:
+    """Names in the map's key."""
+    key = page.text.partition("Scatter plot")[2].partition("embedded rows")[0]
+    return re.findall(r"(cluster \d+|[a-z]+ clusters?|\d\.\d to \d\.\d|no score|residues) \(", key)
+
+
+def test_the_map_is_coloured_by_what_says_most(make_store: Maker, tmp_path: Path) -> None:
+    store = make_store(VIRAL_PROTEINS)
+    page = written(store)
+    assert "colours are by length" in page.text
+    assert colours_of(page) == ["residues"] * 4
+    fill(keep_result(store, "cluster", "x", {}), lambda rows: np.arange(len(rows)) % 7)
+    open_result(store, "cluster_x").remove_chunk(3)
+    page = written(store, force=True)
+    assert "colours are by cluster_x" in page.text
+    clusters = [f"cluster {number}" for number in range(5)]
+    assert colours_of(page) == [*clusters, "other clusters", "no cluster"]
+    assert "no cluster (32)" in page.text
+    fill(keep_result(store, "score", "x", {}), score)
+    values = open_result(store, "score_x").array[:]
+    open_result(store, "score_x").remove_chunk(0)
+    page = written(store, force=True)
+    assert "colours are by score_x" in page.text
+    assert "no score (32)" in page.text
+    parts = np.bincount(np.clip(values[32:] * 5, 0, 4).astype(int), minlength=5)
+    for number in np.flatnonzero(parts):
+        assert f"{number / 5:.1f} to {(number + 1) / 5:.1f} ({parts[number]})" in page.text
+    two = [tmp_path / f"{name}.faa" for name in "ab"]
+    for name, letters in zip(two, ("MKTAY", "MLLIV"), strict=True):
+        name.write_text("".join(f">{n}\n{letters[:n]}\n" for n in range(2, 6)))
+    page = written(make_store(two, "two.zarr"), force=True)
+    assert "colours are by input file" in page.text
+    assert "a.faa (4)" in page.text
 
 
 def test_a_store_that_is_filling(make_store: Maker) -> None:
@@ -362,11 +439,32 @@ def browse(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+# How wide the page is, and which words of its charts are not within their chart.
+MEASURE = """
+const wide = document.documentElement.scrollWidth
+const outside = [...document.querySelectorAll("svg text")].filter((each) => {
+  const inner = each.getBoundingClientRect(), outer = each.ownerSVGElement.getBoundingClientRect()
+  return inner.left < outer.left - 0.5 || inner.right > outer.right + 0.5
+}).map((each) => each.textContent)
+"""
+
+
 @pytest.mark.skipif(not CHROMIUM, reason="NOT TESTED IN A BROWSER: there is no chromium here")
 @pytest.mark.parametrize("width", [400, 1200])
 def test_a_browser_shows_it(width: int, make_store: Maker, tmp_path: Path) -> None:
     store = hostile_store(make_store, tmp_path)
-    path = virnuc_dask.report(store.path, tmp_path / "page.html")
+    # Long and short numbers at the ends of the axes.
+    long = "".join(f">{n} {n}\nM{'KT' * (500 + n)}\n" for n in range(9))
+    (tmp_path / "a<b>.faa").write_text((tmp_path / "a<b>.faa").read_text() + long)
+    shutil.rmtree(store.path)
+    store = hostile_results(make_store(tmp_path / "a<b>.faa", rows_per_chunk=4))
+    virnuc_dask.make_clusters(store.path, n_clusters=2)
+    done = {"run": "a", "event": "chunk_done", "computed": True, "rows": 1_000_000, "residues": 1}
+    done |= dict.fromkeys(("read_s", "wait_s", "compute_s", "write_s", "memory"), 1.0)
+    lines = [json.dumps(done | {"time": f"2026-01-01T00:0{n}:00+00:00"}) for n in range(9)]
+    telemetry = tmp_path / "telemetry.jsonl"
+    telemetry.write_text("\n".join(lines))
+    path = virnuc_dask.report(store.path, tmp_path / "page.html", telemetry=telemetry)
     size = f"--window-size={width},3000"
     picture = tmp_path / "page.png"
     done = browse(tmp_path, size, f"--screenshot={picture}", path.as_uri())
@@ -377,15 +475,17 @@ def test_a_browser_shows_it(width: int, make_store: Maker, tmp_path: Path) -> No
     # A script, in a copy that allows it, measures whether anything is wider than the frame. No
     # window is as narrow as a phone.
     copy = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", path.read_text())
-    script = "parent.document.title = 'width ' + document.documentElement.scrollWidth"
+    script = f"{MEASURE}; parent.document.title = 'width ' + wide + ' outside ' + outside"
     copy = copy.replace("</body>", f"<script>{script}</script></body>")
     frame = f'<iframe srcdoc="{escape(copy)}" style="width: {width}px; border: 0"></iframe>'
     (tmp_path / "frame.html").write_text(f"<!DOCTYPE html><title></title>{frame}")
     shown = browse(tmp_path, "--dump-dom", (tmp_path / "frame.html").as_uri()).stdout
-    widths = re.findall("<title>width ([0-9]+)</title>", shown)
-    assert len(widths) == 1
+    found = re.findall("<title>width ([0-9]+) outside (.*)</title>", shown)
+    assert len(found) == 1
     # Beside it is a scroll bar.
-    assert width - 20 <= int(widths[0]) <= width
+    assert width - 20 <= int(found[0][0]) <= width
+    # No label of an axis is cut off.
+    assert found[0][1] == ""
     # The page itself allows none.
     run = path.read_text().replace("</body>", f"<script>{script}</script></body>")
     (tmp_path / "run.html").write_text(run)

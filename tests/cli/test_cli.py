@@ -255,3 +255,34 @@ def test_every_command_has_help(name: str) -> None:
     done = CliRunner().invoke(main, [name, "--help"])
     assert done.exit_code == 0
     assert "Usage:" in done.output
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"), [("neighbours", "nearest"), ("anotate", "annotate"), ("UMAP", "map")]
+)
+def test_a_command_that_was_meant_is_named(typed: str, meant: str) -> None:
+    done = CliRunner().invoke(main, [typed, "x.zarr"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert f"No such command '{typed}'. Did you mean {meant}?" in done.stderr
+    assert "Did you mean" not in CliRunner().invoke(main, ["xyzzy"]).stderr
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        *("export {store} {file}.tsv", "nearest {store} --query x --out {file}.tsv"),
+        *("annotate {store} --labels x --out {file}.tsv", "map {store} --out {file}.html"),
+        *("map {store} --png {file}.png", "cluster {store} --out {file}.tsv"),
+        *("train --viral {store} --other {store} --out {file}.skops", "report {store} {file}.html"),
+    ],
+)
+def test_a_file_that_is_there_is_replaced_by_force(
+    arguments: str, make_store: Maker, awkward: Path, tmp_path: Path
+) -> None:
+    store = make_store(awkward, embed=False)
+    words = arguments.format(store=store.path, file=tmp_path / "there").split()
+    file = Path(next(word for word in words if "there." in word))
+    file.write_text("mine")
+    done = CliRunner().invoke(main, words)
+    assert (done.exit_code, done.stdout, file.read_text()) == (2, "", "mine")
+    assert f"{file} exists; give another name, or --force, which replaces it" in done.stderr

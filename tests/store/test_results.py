@@ -113,7 +113,7 @@ def test_quarantined_rows_have_no_value(make_store: Maker, awkward: Path) -> Non
 
 def test_another_result_of_the_name_is_not_mixed_in(store: Store) -> None:
     filled(store)
-    with pytest.raises(UsageError, match=r"`score_x` is there and was computed otherwise \(by\)"):
+    with pytest.raises(UsageError, match=r"`score_x` was made with other settings \(by\); --rep"):
         keep_result(store, "score", "x", {"by": "another"})
     assert open_result(store, "score_x").present().all()
     result = keep_result(store, "score", "x", {"by": "another"}, replace=True)
@@ -206,7 +206,7 @@ def test_what_lands_in_a_result_that_is_new_meanwhile_is_removed(
 def test_only_the_result_that_was_seen_is_replaced(store: Store) -> None:
     first = keep_result(store, "map", "x", {"by": "the first"})
     second = keep_result(store, "map", "x", {"by": "the second"}, replace=first.id)
-    with pytest.raises(UsageError, match="computed otherwise"):
+    with pytest.raises(UsageError, match="made with other settings"):
         keep_result(store, "map", "x", {"by": "the third"}, replace=first.id)
     assert open_result(store, "map_x").id == second.id
 

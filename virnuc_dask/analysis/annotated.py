@@ -18,6 +18,7 @@ from virnuc_dask.analysis.formats import (
     about,
     hdf5,
     hdf5_dataset,
+    is_cluster,
     is_text,
     put,
     rows_per_part,
@@ -52,7 +53,7 @@ def write_zarr(path: Path, store: Store, parts: Iterable[Part]) -> int:
     per_chunk = {1: rows_per_part(store), 2: store.identity.rows_per_chunk}
 
     def create(group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-        chunks = (min(shape[0], per_chunk[len(shape)]), *shape[1:]) if shape else ()
+        chunks = (max(1, min(shape[0], per_chunk[len(shape)])), *shape[1:]) if shape else ()
         return group.create_array(
             name,
             shape=shape,
@@ -99,7 +100,8 @@ def _write(
 
     names = _Names(store)
     # The categories are those that occur, and that is known at the end.
-    codes = np.empty(rows, np.uint8)
+    states = np.empty(rows, np.uint8)
+    clusters: dict[str, NDArray[np.int32]] = {}
     arrays: dict[str, Any] = {}
     for part in parts:
         of_maps = {f"map_{name}_{axis}" for name in part.maps for axis in (1, 2)}
@@ -107,6 +109,10 @@ def _write(
         columns = {name: values for name, values in columns.items() if name not in of_maps}
         shown = [name for name in columns if name != _INDEX]
         del columns["status"]
+        here = slice(part.first, part.first + len(part.codes))
+        states[here] = part.codes
+        for name in filter(is_cluster, part.columns):
+            clusters.setdefault(name, np.empty(rows, np.int32))[here] = columns.pop(name)
         # The names that scanpy looks for.
         maps = {f"X_{name}": values for name, values in part.maps.items()}
         if not part.first:
@@ -118,22 +124,26 @@ def _write(
             arrays["X"] = _column(root, create, "X", rows, part.embedding.dtype, store.dimension)
         for name, values in {**columns, **maps, "X": part.embedding}.items():
             put(arrays[name], part.first, values)
-        codes[part.first : part.first + len(part.codes)] = part.codes
         check()
-    _write_states(obs, create, codes)
+    _write_categories(obs, create, "status", states, lambda code: Status(code).meaning)
+    for name, numbers in clusters.items():
+        _write_categories(obs, create, name, numbers, str)
     return rows
 
 
-def _write_states(obs: Any, create: _Create, codes: NDArray[np.uint8]) -> None:
-    """The column `status`, as numbers into a list of those states that occur."""
-    known = np.unique(codes)
-    status = obs.create_group("status")
-    _mark(status, "categorical")
-    status.attrs["ordered"] = False
-    meanings = np.array([Status(code).meaning for code in known.tolist()], _TEXT)
-    put(_column(status, create, "categories", len(known), _TEXT), 0, meanings)
-    numbers = _column(status, create, "codes", len(codes), np.dtype(np.int8))
-    put(numbers, 0, np.searchsorted(known, codes).astype(np.int8))
+def _write_categories(
+    obs: Any, create: _Create, name: str, values: NDArray[Any], text: Callable[[int], str]
+) -> None:
+    """A column of numbers that have names, as codes into those that occur; none below zero."""
+    known = np.unique(values[values >= 0])
+    column = obs.create_group(name)
+    _mark(column, "categorical")
+    column.attrs["ordered"] = False
+    names = np.array([text(number) for number in known.tolist()], _TEXT)
+    put(_column(column, create, "categories", len(known), _TEXT), 0, names)
+    dtype = np.dtype(np.int8 if len(known) <= np.iinfo(np.int8).max else np.int32)
+    codes = np.where(values < 0, -1, np.searchsorted(known, values)).astype(dtype)
+    put(_column(column, create, "codes", len(codes), dtype), 0, codes)
 
 
 def _table(root: Any, name: str, columns: list[str]) -> Any:

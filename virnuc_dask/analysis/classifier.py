@@ -48,6 +48,7 @@ _LOADERS = {
 # Of arrays, unpacked: a hundred times a perceptron on embeddings of 5,120 features.
 _MOST_BYTES = 2**32
 _SCHEMA = "schema.json"
+_LONGEST_MODEL = 300
 # What skops, zipfile and NumPy raise of a file that is damaged, or something else.
 _DAMAGED = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError),
@@ -66,7 +67,8 @@ class Classifier:
         Standardises, then classifies; class 1 is the first of `classes`.
     about : dict
         JSON values: ``kind``, ``classes``, ``model`` (weights, layer, pooling, precision and
-        dimension of the embeddings that it takes), ``median_length`` (residues of the rows it was
+        dimension of the embeddings that it takes), ``model_name`` (of files since there is one; it
+        decides nothing), ``median_length`` (residues of the rows it was
         trained on), ``versions``, and ``training``, a report.
     """
 
@@ -82,6 +84,21 @@ class Classifier:
         """Names of the classes; scores are probabilities of the first."""
         first, second = self.about["classes"]
         return first, second
+
+    def described_model(self) -> str:
+        """The model whose embeddings it takes, in a line, as `ModelSpec.described`.
+
+        What it says is the file's: it may be anything, and is made printable.
+        """
+        model = self.about["model"]
+        parts = [
+            str(self.about.get("model_name", "a model without a name")),
+            f"weights {str(model.get('weights_sha256'))[:12]}",
+            f"layer {model.get('repr_layer')}",
+            f"{model.get('pooling')} pooling",
+            str(model.get("precision")),
+        ]
+        return printable(", ".join(parts), _LONGEST_MODEL)
 
     def digest(self) -> str:
         """SHA-256 of all that scores depend on, hexadecimal.

@@ -23,7 +23,7 @@ from virnuc_dask.analysis.passes import (
     thread_count,
 )
 from virnuc_dask.analysis.rows import random_rows, read_vectors, taken
-from virnuc_dask.analysis.tables import write_rows
+from virnuc_dask.analysis.tables import none_below_zero, write_rows
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import METRICS, Metric
 from virnuc_dask.store.results import keep_result
@@ -219,7 +219,7 @@ def write_clusters(
 
     The columns are ``cluster``, ``size`` in rows, ``medoid``, its identifier, ``row``,
     ``similarity`` or ``distance`` of it and the centre, ``silhouette``, and the medoid's ``length``
-    in residues and ``description``.
+    in residues and ``description``. An empty cluster has no medoid.
 
     Parameters
     ----------
@@ -237,11 +237,11 @@ def write_clusters(
         "cluster": list(range(len(found.sizes))),
         "size": found.sizes.tolist(),
         "medoid": found.medoid_ids,
-        "row": found.medoid_rows.tolist(),
+        "row": none_below_zero(found.medoid_rows.tolist()),
         # As short as gives the same number back.
         "similarity" if found.metric == "cosine" else "distance": list(found.medoid_scores),
         "silhouette": list(found.silhouettes),
-        "length": found.medoid_lengths.tolist(),
+        "length": none_below_zero(found.medoid_lengths.tolist()),
         "description": found.medoid_descriptions,
     }
     if found.comment:

@@ -9,9 +9,11 @@ import numpy as np
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import Identity
 from virnuc_dask.store.store import SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.text import printable
 
 _FIELDS = ("weights_sha256", "repr_layer", "pooling", "precision")
 _LENGTH_FACTOR = 3
+_LONGEST_MODEL = 300
 _CHUNKS_OF_LENGTHS = 8
 
 
@@ -20,7 +22,12 @@ def what_must_agree(identity: Identity) -> dict[str, object]:
     return {name: getattr(identity, name) for name in _FIELDS}
 
 
-def check_comparable(here: Mapping[str, object], there: Mapping[str, object], problem: str) -> None:
+def check_comparable(
+    here: Mapping[str, object],
+    there: Mapping[str, object],
+    problem: str,
+    models: tuple[str, str] = ("", ""),
+) -> None:
     """Refuse embeddings of another model, layer, pooling or precision.
 
     Parameters
@@ -29,6 +36,8 @@ def check_comparable(here: Mapping[str, object], there: Mapping[str, object], pr
         From `what_must_agree`.
     problem : str
         The first line of the error; each difference follows in a line of its own.
+    models : tuple of str
+        What either is of, as from `named_model`, for two further lines; empty: not known.
 
     Raises
     ------
@@ -40,7 +49,29 @@ def check_comparable(here: Mapping[str, object], there: Mapping[str, object], pr
         if here.get(name) != there.get(name)
     ]
     if differences:
-        raise UsageError("\n".join([f"{problem}:", *differences]))
+        named = [f"  {model}" for model in models if model]
+        raise UsageError("\n".join([f"{problem}:", *differences, *named]))
+
+
+def check_same_embeddings(here: Store, there: Store) -> None:
+    """Refuse two stores whose rows cannot be compared.
+
+    Raises
+    ------
+    UsageError
+        It names both models.
+    """
+    check_comparable(
+        what_must_agree(here.identity),
+        what_must_agree(there.identity),
+        f"rows of {here.path} and {there.path} are not comparable",
+        (named_model(here), named_model(there)),
+    )
+
+
+def named_model(store: Store) -> str:
+    """A store and its model, in a line: name, digest, layer, pooling, precision."""
+    return f"{store.path}: {printable(store.model.described(''), _LONGEST_MODEL)}"
 
 
 def length_note(here: float, name: str, there: float, other: str) -> str | None:
@@ -56,12 +87,10 @@ def length_note(here: float, name: str, there: float, other: str) -> str | None:
     here, there = max(1.0, here), max(1.0, there)
     if max(here, there) <= _LENGTH_FACTOR * min(here, there):
         return None
-    longer = name if here > there else other
     return (
-        f"median lengths are {here:,.0f} residues in {name} and {there:,.0f} in {other}:"
-        " embeddings of fragments and of whole proteins are not comparable."
-        f" `run --tile {min(here, there):.0f}` makes a store like {longer} whose sequences are cut"
-        " to the others' length"
+        f"median lengths are {here:,.0f} residues in {name} and {there:,.0f} in {other}, too"
+        " different for their embeddings to be compared; embed the longer sequences again in tiles"
+        f" of the shorter length, by `run --tile {min(here, there):.0f}`"
     )
 
 

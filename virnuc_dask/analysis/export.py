@@ -53,7 +53,8 @@ def export(
     model, weights, layer, pooling, precision and versions, is JSON text: in Parquet's schema,
     HDF5's root and AnnData's `uns` under ``virnuc_dask``, in NumPy's archive an array of that name,
     and beside CSV and TSV a file, ``OUT.json``. Rows go through memory in parts of 16 MB of
-    embeddings, or one chunk; AnnData takes about 20 bytes more for each row of all.
+    embeddings, or one chunk; AnnData takes about 20 bytes more for each row of all, and 4 for each
+    cluster_NAME.
 
     Parameters
     ----------
@@ -67,8 +68,9 @@ def export(
         KiB; it is named by the identifier, with ``_`` for a slash, and ``#`` and the row's number
         behind it where that name is taken. ``.h5ad``, and ``.zarr``, a directory in Zarr's format
         3: AnnData with embeddings as `X`, NaN without, and all else as `obs`, whose index is the
-        identifiers, with ``#`` and the row's number behind those that were there before. anndata
-        reads the latter from 0.12 on.
+        identifiers, with ``#`` and the row's number behind those that were there before. States and
+        clusters are categorical there. anndata reads the latter from 0.12 on. In all of them a row
+        without a cluster has none: an empty cell, null or NaN; in ``.npz`` and ``.h5`` it is -1.
     partial : bool
         Also of a store that is not complete.
     guard : bool

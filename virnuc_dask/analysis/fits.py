@@ -73,8 +73,8 @@ def find_fit(
     changed = [key for key, value in settings.items() if about.get(key) != value]
     if changed and not replace:
         raise UsageError(
-            f"{store.path}: `{full}` is there and was made with other settings"
-            f" ({', '.join(changed)}); give another name, or --replace"
+            f"{store.path}: `{full}` was made with other settings ({', '.join(changed)});"
+            " --replace makes it anew, or give another --name"
         )
     return (None, there.id) if changed or refit else (about, False)
 

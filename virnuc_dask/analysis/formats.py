@@ -179,7 +179,7 @@ def write_csv(
                 file.write(delimiter.join([*part.columns, *features]) + "\n")
             cells = [
                 [_quoted(value, guard) if name in _NAMES else _text(value) for value in values]
-                for name, values in ((name, v.tolist()) for name, v in part.columns.items())
+                for name, values in ((n, _cells(n, v)) for n, v in part.columns.items())
             ]
             for row, others in enumerate(zip(*cells, strict=True)):
                 # As short as gives the same number back, in the store's own precision.
@@ -188,8 +188,18 @@ def write_csv(
     return store.records
 
 
+def is_cluster(name: str) -> bool:
+    """Whether a column has numbers of clusters: -1 is a row without one."""
+    return name.startswith("cluster_")
+
+
+def _cells(name: str, values: NDArray[Any]) -> list[Any]:
+    cells: list[Any] = values.tolist()
+    return [None if cell < 0 else cell for cell in cells] if is_cluster(name) else cells
+
+
 def _text(value: object) -> str:
-    return "" if value != value else str(value)  # empty for NaN
+    return "" if value is None or value != value else str(value)  # empty for NaN
 
 
 def guarded(name: str) -> str:
@@ -220,7 +230,7 @@ def write_parquet(path: Path, store: Store, parts: Iterable[Part]) -> int:
             columns = {
                 name: pyarrow.array(values.tolist(), pyarrow.string())
                 if is_text(values.dtype)
-                else pyarrow.array(values, from_pandas=True)  # null for NaN
+                else _arrow(name, values)
                 for name, values in part.columns.items()
             }
             lists = pyarrow.FixedSizeListArray.from_arrays(
@@ -242,6 +252,15 @@ def write_parquet(path: Path, store: Store, parts: Iterable[Part]) -> int:
                 )
             table.write_table(rows)
     return store.records
+
+
+def _arrow(name: str, values: NDArray[Any]) -> Any:
+    """Numbers in Arrow; null where there is none."""
+    import pyarrow
+
+    if is_cluster(name):
+        return pyarrow.array(values, mask=values < 0)
+    return pyarrow.array(values, from_pandas=True)
 
 
 def is_text(dtype: np.dtype[Any]) -> bool:
@@ -397,7 +416,7 @@ def put(array: Any, first: int, values: NDArray[Any]) -> None:
 
     Zarr would write several at once, and go on with the others after one has failed.
     """
-    step = array.chunks[0] if array.chunks else len(values)
+    step = array.chunks[0] if array.chunks else max(1, len(values))
     for start in range(0, len(values), step):
         piece = values[start : start + step]
         if is_text(piece.dtype):

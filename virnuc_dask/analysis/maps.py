@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
@@ -37,7 +37,7 @@ _MIN_DIST = 0.1
 _LEAST_ROWS = 2
 # A call sums so many rows; sums do not depend on the number of threads.
 _ROWS_PER_SUM = 65_536
-# Matrices of products that are in memory at once.
+# Matrices of products that are in memory at once, here or on a client's workers.
 _PRODUCT_BYTES = 2**31
 
 
@@ -99,7 +99,8 @@ def make_map(
     UMAP [2]_ is fitted to a random sample of rows, minus their mean and divided by their lengths,
     so that distance is the cosine of `nearest`. Other rows are placed among the sample's. Its model
     cannot be kept without pickle: the numbers of the sample's rows are kept, and later calls fit
-    them again, which gives the same model on the same kind of machine. It runs in one thread.
+    them again, which gives the same model on the same kind of machine. It is fitted, and places
+    all rows, in one thread of this process: on a large store that takes much longer than PCA.
 
     Parameters
     ----------
@@ -121,7 +122,8 @@ def make_map(
     progress : callable, optional
         Called with the chunks read so far and how many will be, for each pass.
     client : distributed.Client, optional
-        Whose workers compute a PCA.
+        Whose workers compute a PCA. UMAP ignores it, as it does `workers` once the rows of its
+        sample are read.
 
     Returns
     -------
@@ -233,8 +235,9 @@ def _fit_pca(store: Store, threads: int, client: Any, progress: Progress | None)
     present = np.flatnonzero(store.present()).tolist()
     size = store.dimension
     total, products, rows = np.zeros(size), np.zeros((size, size), order="F"), 0
-    threads = max(1, min(threads, _PRODUCT_BYTES // products.nbytes))
-    with open_pool(store, threads, client) as pool:
+    most = max(1, _PRODUCT_BYTES // products.nbytes)
+    with open_pool(store, min(threads, most), client) as opened:
+        pool = replace(opened, width=min(opened.width, most))
         calls = ((group,) for group in _groups(store, present))
         counter = ChunkCounter(progress, len(present))
         for part, of_part, count in pool.run(_products, calls, counter):

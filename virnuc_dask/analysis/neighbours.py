@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from virnuc_dask import caches
 from virnuc_dask.analysis.approximate import Index, open_index
-from virnuc_dask.analysis.comparable import check_comparable, note_on_lengths, what_must_agree
+from virnuc_dask.analysis.comparable import check_same_embeddings, note_on_lengths
 from virnuc_dask.analysis.passes import (
     ChunkCounter,
     Pool,
@@ -283,11 +283,7 @@ def check_search(searched: Store, source: Store, k: int, metric: str) -> None:
         raise UsageError(f"k must be at least 1, not {k}")
     if metric not in METRICS:
         raise UsageError(f"metric must be one of {', '.join(METRICS)}, not {metric!r}")
-    check_comparable(
-        what_must_agree(searched.identity),
-        what_must_agree(source.identity),
-        f"rows of {searched.path} and {source.path} are not comparable",
-    )
+    check_same_embeddings(searched, source)
 
 
 # --- queries -------------------------------------------------------------------------------------

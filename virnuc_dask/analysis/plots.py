@@ -17,10 +17,14 @@ from virnuc_dask.store.store import Store
 DRAWINGS = (".html", ".png")
 # Okabe and Ito's colours, which people with any kind of colour vision tell apart
 # (jfly.uni-koeln.de, 2008); in an order in which neighbours differ in lightness too.
-_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000")
+# Their yellow cannot be seen on white: here Paul Tol's wine stands for it.
+_COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000")
 _GREY = "#999999"
 _LONGEST_LABEL = 20
 _ALPHA, _DIMMED = 0.75, 0.12
+# Of plasma's 256 colours, which differ in lightness for any kind of colour vision; the others, up
+# to yellow, are too light to be seen on white.
+_DARK_COLOURS = 160
 _SMALL, _LARGE, _MANY = 5, 8, 3000
 _DPI = 150
 
@@ -136,7 +140,6 @@ def scatter(points: Points) -> Any:
         height=560,
         sizing_mode="stretch_width",
         output_backend="webgl",
-        match_aspect=True,
         tools="pan,box_zoom,wheel_zoom,reset,save",
         active_scroll="wheel_zoom",
         x_axis_label=points.axes[0],
@@ -193,11 +196,10 @@ def _size(points: Points) -> int:
 def _numbers(plot: Any, source: Any, points: Points) -> list[Any]:
     from bokeh.models import LinearColorMapper, LogColorMapper, LogTicker, NumeralTickFormatter
     from bokeh.models.annotations import ColorBar
-    from bokeh.palettes import Viridis256
 
     low, high = _span(points)
     mapper = (LogColorMapper if points.is_logarithmic else LinearColorMapper)(
-        palette=Viridis256, low=low, high=high, nan_color=_GREY
+        palette=_scale(), low=low, high=high, nan_color=_GREY
     )
     renderer = plot.scatter(
         "x",
@@ -214,6 +216,13 @@ def _numbers(plot: Any, source: Any, points: Points) -> list[Any]:
         bar.formatter = NumeralTickFormatter(format="0,0")
     plot.add_layout(bar, "below")
     return [renderer]
+
+
+def _scale() -> list[str]:
+    """Colours of numbers, from low to high, all of which can be seen on white."""
+    from bokeh.palettes import Plasma256
+
+    return list(Plasma256[:_DARK_COLOURS])
 
 
 def _categories(plot: Any, source: Any, points: Points) -> list[Any]:
@@ -316,7 +325,7 @@ def _write_html(points: Points, path: Path) -> None:
 
 def _write_png(points: Points, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.colors import ListedColormap, LogNorm, Normalize
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
@@ -340,7 +349,12 @@ def _write_png(points: Points, path: Path) -> None:
         is_number = np.isfinite(values)
         axes.scatter(x[~is_number], y[~is_number], c=_GREY, **how)
         dots = axes.scatter(
-            x[is_number], y[is_number], c=values[is_number], cmap="viridis", norm=norm, **how
+            x[is_number],
+            y[is_number],
+            c=values[is_number],
+            cmap=ListedColormap(_scale()),
+            norm=norm,
+            **how,
         )
         bar = drawing.colorbar(dots, ax=axes, shrink=0.7)
         if bar.solids:

@@ -82,8 +82,9 @@ def check_colour(store: Store, colour: str) -> None:
     elif colour.lower().endswith(_LABELS):
         read_lines(colour)
     else:
+        columns = [name for name in _COLUMNS if name != "frame" or store.identity.translation]
         results = [name for name in result_names(store) if not name.startswith("map_")]
-        known = ", ".join([*_COLUMNS, *results])
+        known = ", ".join([*columns, *results])
         raise UsageError(f"cannot colour by {colour!r}: give {known}, or a {_LABELS} file")
 
 

@@ -15,6 +15,7 @@ from virnuc_dask.analysis.comparable import (
     check_comparable,
     length_note,
     median_length,
+    named_model,
     what_must_agree,
 )
 from virnuc_dask.analysis.passes import Progress, fill, thread_count
@@ -174,6 +175,7 @@ def predict(
         what_must_agree(opened.identity),
         found.about["model"],
         f"{opened.path} has other embeddings than those that {classifier} was trained on",
+        (named_model(opened), f"{classifier}: {found.described_model()}"),
     )
     if opened.dimension != found.about["model"]["dimension"]:
         raise UsageError(f"{classifier} is not for embeddings of {opened.dimension:,} features")

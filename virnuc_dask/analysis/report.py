@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,7 +22,7 @@ from virnuc_dask.analysis.rows import taken
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.settings import Status
-from virnuc_dask.store.results import Result, open_result, result_names
+from virnuc_dask.store.results import Kind, Result, open_result, result_names
 from virnuc_dask.store.status import quarantined, row_states
 from virnuc_dask.store.store import RESIDUES_PER_STORED_CHUNK, Store, is_embedded
 from virnuc_dask.text import duration, printable
@@ -49,6 +50,17 @@ _SERIES = (
     ("#56b4e9", "cross"),
     ("#000000", "ring"),
 )
+# Of matplotlib's plasma, from low to high, without its light end.
+_SCALE = (
+    ("#0d0887", "circle"),
+    ("#5302a3", "square"),
+    ("#8b0aa5", "triangle"),
+    ("#b83289", "diamond"),
+    ("#db5c68", "cross"),
+)
+_OTHERS = ("#767676", "circle")
+_NONE = ("#767676", "ring")
+_CLUSTERS_COLOURED = 5
 
 
 def report(
@@ -62,9 +74,10 @@ def report(
 ) -> Path:
     """Write a page about a store: what it is, how far, what is in it. Also while it fills.
 
-    The page holds no script and loads nothing. States, lengths and scores are of all rows;
-    residues, and the points of the map, are a sample, whose size the page says. So a store of a
-    million rows takes seconds, and memory holds one chunk of embeddings.
+    The page holds no script and loads nothing. States, lengths, clusters and scores are of all
+    rows; residues, and the points of the map, are a sample, whose size the page says. So a store of
+    a million rows takes seconds, and memory holds one chunk of embeddings. The map is coloured by a
+    score, or else by clusters, by input files, or by lengths: the first that the store has.
 
     Parameters
     ----------
@@ -123,7 +136,6 @@ def _facts(
     lengths = store.lengths()
     states = row_states(store.path)
     quarantine = sum(states.get(state.meaning, 0) for state in Status if state.quarantined)
-    scores = [open_result(store, name) for name in result_names(store) if name[:6] == "score_"]
     return {
         "name": Path(str(store.path)).name,
         "store": store,
@@ -145,7 +157,8 @@ def _facts(
         "map": _map(store, present, random),
         "query": query,
         "neighbours": neighbours,
-        "scores": [_score(store, result) for result in scores],
+        "clusters": [_clusters(store, result) for result in _results(store, "cluster")],
+        "scores": [_score(store, result) for result in _results(store, "score")],
     }
 
 
@@ -369,8 +382,37 @@ def _cumulative(times: NDArray[np.float64], rows: NDArray[np.float64]) -> dict[s
 _UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 
+# --- results -------------------------------------------------------------------------------------
+
 # Of a fit, for programs.
 _NUMBERS = ("mean", "axes", "origin", "centres", "sampled_rows")
+
+
+def _results(store: Store, kind: Kind) -> list[Result]:
+    return [open_result(store, name) for name in result_names(store) if name.startswith(f"{kind}_")]
+
+
+def _fullest(store: Store, kind: Kind, present: NDArray[np.bool_]) -> Result | None:
+    """The first of the results that have most of these chunks, if any has one."""
+    results = _results(store, kind)
+    counts = [int((present & each.present()).sum()) for each in results]
+    most = max(counts, default=0)
+    return results[counts.index(most)] if most else None
+
+
+def _listed(result: Result) -> list[tuple[str, str]]:
+    """What a result was made by, for people."""
+    return [
+        (key.replace("_", " "), _as_text(value))
+        for key, value in result.about.items()
+        if key not in _NUMBERS
+    ]
+
+
+def _as_text(value: object) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(_as_text, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 # --- the map -------------------------------------------------------------------------------------
@@ -380,11 +422,7 @@ def _map(
     store: Store, present: NDArray[np.bool_], random: np.random.Generator
 ) -> dict[str, Any] | None:
     """Points of a sample: of the result that has most, if there is one, or of a PCA."""
-    results = [open_result(store, name) for name in result_names(store) if name[:4] == "map_"]
-    # The first of those that have most chunks, if any has one.
-    counts = [int((present & each.present()).sum()) for each in results]
-    most = max(counts, default=0)
-    result = results[counts.index(most)] if most else None
+    result = _fullest(store, "map", present)
     if result:
         present = present & result.present()
     rows, values = _sample(store, np.flatnonzero(present), random, result)
@@ -393,9 +431,7 @@ def _map(
     facts: dict[str, Any] = {"method": f"the result {result.name}" if result else "PCA"}
     if result:
         points = values.astype(np.float64)
-        facts["about"] = [
-            (key, str(value)) for key, value in result.about.items() if key not in _NUMBERS
-        ]
+        facts["about"] = _listed(result)
         facts["axes"] = ("first axis", "second axis")
     else:
         points, explained = _principal(values)
@@ -406,7 +442,7 @@ def _map(
         )
     low, high = points.min(axis=0), points.max(axis=0)
     scaled = (points - low) / np.where(high > low, high - low, 1)
-    group, series = _groups(store, rows)
+    colour, group, series = _colouring(store, present, rows)
     ids, lengths = taken(store, "sequence_id", rows), taken(store, "length", rows)
     dots = [
         {
@@ -417,7 +453,7 @@ def _map(
         }
         for (x, y), number, name, length in zip(scaled, group, ids, lengths, strict=True)
     ]
-    return facts | {"dots": dots, "series": series}
+    return facts | {"dots": dots, "series": series, "colour": colour}
 
 
 def _sample(
@@ -458,30 +494,69 @@ def _principal(values: NDArray[np.float32]) -> tuple[NDArray[np.float64], list[f
     return points, [float(share) for share in np.nan_to_num(pca.explained_variance_ratio_)]
 
 
-def _groups(
-    store: Store, rows: NDArray[np.int64]
-) -> tuple[NDArray[np.int64], list[dict[str, Any]]]:
-    """By input file, if there are some; else by length, in four parts of equal size."""
-    files = store.files
-    if 1 < len(files) <= len(_SERIES):
-        with store.reading("`source`"):
-            group = np.asarray(store.array("source").oindex[rows], np.int64)
-        names = [Path(name).name for name in files]
+# Number of each row's series, and their names and marks.
+_Groups = tuple[NDArray[np.int64], list[tuple[str, tuple[str, str]]]]
+
+
+def _colouring(
+    store: Store, present: NDArray[np.bool_], rows: NDArray[np.int64]
+) -> tuple[str, NDArray[np.int64], list[dict[str, Any]]]:
+    """What says most of some rows: a score, a cluster, the input file, or else the length."""
+    if score := _fullest(store, "score", present):
+        colour, (group, marked) = score.name, _by_score(score.read(rows))
+    elif cluster := _fullest(store, "cluster", present):
+        colour, (group, marked) = cluster.name, _by_cluster(cluster.read(rows))
+    elif 1 < len(store.files) <= len(_SERIES):
+        colour, (group, marked) = "input file", _by_file(store, rows)
     else:
-        lengths = taken(store, "length", rows)
-        cuts = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75]).astype(int))
-        group = np.searchsorted(cuts, lengths, side="left")
-        bounds = [0, *cuts.tolist()]
-        names = [f"{a + 1:,} to {b:,} residues" for a, b in pairwise(bounds)]
-        names.append(f"over {bounds[-1]:,} residues")
+        colour, (group, marked) = "length", _by_length(taken(store, "length", rows))
     series = [
-        {"name": name, "colour": colour, "shape": shape, "count": int((group == number).sum())}
-        for number, (name, (colour, shape)) in enumerate(zip(names, _SERIES, strict=False))
+        {"name": name, "colour": ink, "shape": shape, "count": int((group == number).sum())}
+        for number, (name, (ink, shape)) in enumerate(marked)
     ]
-    return group, series
+    return colour, group, series
 
 
-# --- neighbours and scores -----------------------------------------------------------------------
+def _by_score(values: NDArray[np.float32]) -> _Groups:
+    """In five parts of equal width."""
+    count = len(_SCALE)
+    is_scored = np.isfinite(values)
+    part = np.clip(np.where(is_scored, values, 0) * count, 0, count - 1).astype(np.int64)
+    names = [f"{n / count:.1f} to {(n + 1) / count:.1f}" for n in range(count)]
+    marked = [*zip(names, _SCALE, strict=True), ("no score", _NONE)]
+    return np.where(is_scored, part, count), marked
+
+
+def _by_cluster(values: NDArray[np.int32]) -> _Groups:
+    """The largest clusters, all others, and rows without one."""
+    numbers, counts = np.unique(values[values >= 0], return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:_CLUSTERS_COLOURED]
+    largest = np.sort(numbers[order]).tolist()
+    group = np.where(values < 0, len(largest) + 1, len(largest))
+    for place, number in enumerate(largest):
+        group[values == number] = place
+    names = [f"cluster {number}" for number in largest]
+    marked = [*zip(names, _SERIES, strict=False), ("other clusters", _OTHERS)]
+    return group.astype(np.int64), [*marked, ("no cluster", _NONE)]
+
+
+def _by_file(store: Store, rows: NDArray[np.int64]) -> _Groups:
+    with store.reading("`source`"):
+        group = np.asarray(store.array("source").oindex[rows], np.int64)
+    names = [Path(name).name for name in store.files]
+    return group, list(zip(names, _SERIES, strict=False))
+
+
+def _by_length(lengths: NDArray[np.int32]) -> _Groups:
+    """In four parts of equal size."""
+    cuts = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75]).astype(int))
+    bounds = [0, *cuts.tolist()]
+    names = [f"{a + 1:,} to {b:,} residues" for a, b in pairwise(bounds)]
+    names.append(f"over {bounds[-1]:,} residues")
+    return np.searchsorted(cuts, lengths, side="left"), list(zip(names, _SCALE, strict=False))
+
+
+# --- neighbours, clusters and scores -------------------------------------------------------------
 
 
 def _neighbours(store: Store, query: str) -> list[dict[str, Any]]:
@@ -497,12 +572,35 @@ def _neighbours(store: Store, query: str) -> list[dict[str, Any]]:
     ]
 
 
+def _clusters(store: Store, result: Result) -> dict[str, Any]:
+    """Rows in each cluster, the largest first, chunk by chunk."""
+    sizes: Counter[int] = Counter()
+    for chunk in np.flatnonzero(result.present()).tolist():
+        numbers, counts = np.unique(result.read(store.rows(chunk)), return_counts=True)
+        sizes.update(dict(zip(numbers.tolist(), counts.tolist(), strict=True)))
+    del sizes[-1]  # rows without an embedding
+    rows = sizes.total()
+    order = sorted(sizes, key=lambda number: (-sizes[number], number))
+    return {
+        "name": result.name,
+        "about": _listed(result),
+        "rows": rows,
+        "count": len(order),
+        "largest": [
+            {"number": number, "rows": sizes[number], "share": sizes[number] / rows}
+            for number in order[:_LISTED]
+        ],
+    }
+
+
 def _score(store: Store, result: Result) -> dict[str, Any]:
-    """Scores of all rows, chunk by chunk, and the reads or rows with the highest."""
-    edges = np.linspace(0, 1, 21)
-    counts, total = np.zeros(20, np.int64), 0
-    is_translated = store.identity.translation is not None
-    reads = store.array("read_id").shape[0] if is_translated else 0
+    """Scores of all rows, chunk by chunk, and the reads or rows with the highest.
+
+    A read, or a protein of tiles, has the mean of its rows.
+    """
+    counts, total = np.zeros(_SCORE_BARS, np.int64), 0
+    has_reads = "read" in store.names
+    reads = store.array("read_id").shape[0] if has_reads else 0
     sums, of_read = np.zeros(reads), np.zeros(reads, np.int64)
     best = (np.zeros(0), np.zeros(0, np.int64))
     for chunk in np.flatnonzero(result.present()).tolist():
@@ -510,9 +608,9 @@ def _score(store: Store, result: Result) -> dict[str, Any]:
         values = result.read(span).astype(np.float64)
         rows = np.flatnonzero(np.isfinite(values))
         values = values[rows]
-        counts += np.histogram(np.clip(values, 0, 1), edges)[0]
+        counts += _score_counts(values)
         total += len(rows)
-        if is_translated:
+        if has_reads:
             with store.reading("`read`"):
                 read = np.asarray(store.array("read")[span])[rows]
             np.add.at(sums, read, values)
@@ -521,25 +619,42 @@ def _score(store: Store, result: Result) -> dict[str, Any]:
             best = _highest(
                 np.concatenate([best[0], values]), np.concatenate([best[1], span.start + rows])
             )
-    if is_translated:
+    means = np.zeros(0)
+    if has_reads:
         scored = np.flatnonzero(of_read)
-        best = _highest(sums[scored] / of_read[scored], scored)
-    names = taken(store, "sequence_id", best[1]) if not is_translated else _read_ids(store, best[1])
+        means = sums[scored] / of_read[scored]
+        best = _highest(means, scored)
+    names = _read_ids(store, best[1]) if has_reads else taken(store, "sequence_id", best[1])
     return {
         "name": result.name,
-        "about": [(key, str(value)) for key, value in result.about.items()],
-        "bars": Bars(edges.tolist(), counts.tolist(), [0, 0.25, 0.5, 0.75, 1]),
+        "about": _listed(result),
+        "bars": _score_bars(counts),
         "rows": total,
-        "unit": "read" if is_translated else "row",
+        "unit": ("read" if store.identity.translation else "protein") if has_reads else None,
+        "read_bars": _score_bars(_score_counts(means)),
+        "reads": len(means),
+        "first_reads": int((means >= 0.5).sum()),
         "top": [
             {
                 "id": str(name),
                 "score": f"{value:.3f}",
-                "rows": int(of_read[number]) if is_translated else 1,
+                "rows": int(of_read[number]) if has_reads else 1,
             }
             for name, value, number in zip(names, best[0], best[1].tolist(), strict=True)
         ],
     }
+
+
+_SCORE_BARS = 20
+_SCORE_EDGES = np.linspace(0, 1, _SCORE_BARS + 1)
+
+
+def _score_counts(values: NDArray[np.float64]) -> NDArray[np.int64]:
+    return np.histogram(np.clip(values, 0, 1), _SCORE_EDGES)[0].astype(np.int64)
+
+
+def _score_bars(counts: NDArray[np.int64]) -> Bars:
+    return Bars(_SCORE_EDGES.tolist(), counts.tolist(), [0, 0.25, 0.5, 0.75, 1])
 
 
 def _highest(

@@ -1,4 +1,7 @@
-"""Results as a table, for other programs: TSV or Parquet."""
+"""Results as a table, for other programs: TSV or Parquet.
+
+A value that is missing is an empty cell in TSV, and null in Parquet.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,7 @@ Columns = Mapping[str, Any]
 
 _SUFFIXES = (".tsv", ".parquet")
 _TEXT = "string"
+_FLOATS = ("float32", "float64")
 _TYPES = {
     "query": _TEXT,
     "rank": "int64",
@@ -79,7 +83,8 @@ def write_annotations(
     """Write annotations as a table, one row in a line, a part at a time.
 
     The columns are ``query``, ``label``, ``reliability``, ``labels``, ``neighbour``, ``row``,
-    ``similarity`` or ``distance``, ``length`` and ``description``.
+    ``similarity`` or ``distance``, ``length`` and ``description``. A row that has no neighbour has
+    a reliability of 0, and none of the others.
 
     Parameters
     ----------
@@ -119,7 +124,7 @@ def write_rows(
     Parameters
     ----------
     parts : iterable of mapping
-        Values of some lines, a list or an array for each column.
+        Values of some lines, a list or an array for each column. None and NaN are missing.
     types : mapping of str to str
         The columns, and the types that they have in Parquet, by pyarrow's names.
     out : path or text file
@@ -152,7 +157,7 @@ def write_rows(
         else:
             write = _tsv_writer(out, types, guard)
         for columns in parts:
-            write(columns)
+            write({name: _without_nan(columns[name], kind) for name, kind in types.items()})
             lines += len(next(iter(columns.values())))
     return lines
 
@@ -170,6 +175,16 @@ def check_table(out: str | Path, *, force: bool = False) -> Path:
     if path.suffix.lower() == ".parquet":
         require("pyarrow", ".parquet")
     return path
+
+
+def _without_nan(values: Any, kind: str) -> Any:
+    """None for NaN, which only floats have."""
+    return [None if value != value else value for value in values] if kind in _FLOATS else values
+
+
+def none_below_zero(numbers: Iterable[int]) -> list[int | None]:
+    """Row numbers and lengths as cells: -1, which stands for no row, is missing."""
+    return [None if number < 0 else number for number in numbers]
 
 
 def _columns(found: Any) -> dict[str, list[Any]]:
@@ -197,6 +212,8 @@ def _annotated(part: Any) -> Columns:
         values = part[name].values
         # As short as gives the same number back.
         found = list(values) if values.dtype == np.float32 else values.tolist()
+        if name in ("row", "length"):
+            found = none_below_zero(found)
         columns["neighbour" if name == "sequence_id" else name] = found
     return columns
 

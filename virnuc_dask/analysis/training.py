@@ -18,7 +18,11 @@ from virnuc_dask.analysis.classifier import (
     save_classifier,
     versions,
 )
-from virnuc_dask.analysis.comparable import check_comparable, length_note, what_must_agree
+from virnuc_dask.analysis.comparable import (
+    check_same_embeddings,
+    length_note,
+    what_must_agree,
+)
 from virnuc_dask.analysis.fits import check_seed
 from virnuc_dask.analysis.outputs import check_out
 from virnuc_dask.analysis.passes import ChunkCounter, Progress, open_pool, thread_count
@@ -28,6 +32,8 @@ from virnuc_dask.settings import CLASSIFIERS, ClassifierKind
 from virnuc_dask.store.store import Store
 
 _BINS = 10
+_RESAMPLES = 1000
+_INTERVAL = (0.025, 0.975)
 _FEW = 100
 _HIDDEN_UNITS = 512
 # The inverse strength of the penalty, scikit-learn's C.
@@ -47,6 +53,11 @@ class Metrics:
     ----------
     auroc : float
         Area under the receiver operating characteristic; 0.5 is chance.
+    auroc_low, auroc_high : float
+        Its 95 % interval: percentiles of 1,000 bootstrap samples of the held-out sequences, or
+        reads, of either class, each with all its rows. It says how far the figure depends on which
+        sequences were held out, not on which the classifier learned from. With few sequences it is
+        too narrow.
     auprc : float
         Average precision; chance is the first class's share of the held-out rows.
     sensitivity, specificity : float
@@ -63,10 +74,12 @@ class Metrics:
     References
     ----------
     Naeini, Cooper and Hauskrecht, AAAI 2015 (expected calibration error); Brier, Monthly Weather
-    Review 78, 1950.
+    Review 78, 1950; Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
     """
 
     auroc: float
+    auroc_low: float
+    auroc_high: float
     auprc: float
     sensitivity: float
     specificity: float
@@ -163,7 +176,7 @@ class TrainReport:
             rows = " and ".join(f"{each.left_out:,}" for each in self.classes)
             lines.append(f"left out      {self.shared:,} sequences in both classes, {rows} rows")
         lines += ["", f"{'held out':<26}embeddings  composition alone"]
-        lines += [
+        figures = [
             f"{title:<26}{getattr(self.embeddings, name):>10.4f}"
             f"  {getattr(self.composition, name):>17.4f}"
             for name, title in (
@@ -174,6 +187,15 @@ class TrainReport:
                 ("brier", "Brier score"),
                 ("calibration_error", "calibration error"),
             )
+        ]
+        intervals = [
+            f"{each.auroc_low:.3f} to {each.auroc_high:.3f}"
+            for each in (self.embeddings, self.composition)
+        ]
+        lines += [
+            figures[0],
+            f"{'AUROC, 95 % interval':<22}{intervals[0]:>14}  {intervals[1]:>17}",
+            *figures[1:],
         ]
         lines += ["", f"score         rows  mean score  share of {first}"]
         for each_bin in self.embeddings.reliability:
@@ -278,11 +300,14 @@ def train(
     left_out = [
         before - len(sample.sequence) for before, sample in zip(sampled, samples, strict=True)
     ]
+    groups = [groups_of(sample) for sample in samples]
     held_out = [
-        _held_out(sample, store, name, test_size, [random_state, number, 1])
-        for number, (sample, store, name) in enumerate(zip(samples, stores, classes, strict=True))
+        _held_out(group, store, name, test_size, [random_state, number, 1])
+        for number, (group, store, name) in enumerate(zip(groups, stores, classes, strict=True))
     ]
     is_test = np.concatenate(held_out)
+    # Each group is named by its first row, and so it is in both classes together.
+    group = np.concatenate([groups[0], groups[1] + len(groups[0])])
     is_first = np.repeat([1, 0], [len(each) for each in held_out])
     notes = _notes(samples, classes, sampled, is_test)
     for store, name in zip(stores, classes, strict=True):
@@ -298,10 +323,22 @@ def train(
         )
     model = what_must_agree(stores[0].identity) | {"dimension": stores[0].dimension}
     pipeline, embeddings = _fit(
-        kind, [sample.embedding for sample in samples], is_first, is_test, random_state, notes
+        kind,
+        [sample.embedding for sample in samples],
+        is_first,
+        is_test,
+        random_state,
+        notes,
+        group,
     )
     _, composition = _fit(
-        kind, [sample.composition for sample in samples], is_first, is_test, random_state, notes
+        kind,
+        [sample.composition for sample in samples],
+        is_first,
+        is_test,
+        random_state,
+        notes,
+        group,
     )
     report = TrainReport(
         out=path,
@@ -335,6 +372,8 @@ def train(
         "kind": kind,
         "classes": list(classes),
         "model": model,
+        # Not the folders that the weights were in: it may be given to others.
+        "model_name": Path(stores[0].model.reference).name,
         "median_length": float(np.median(lengths)),
         # Not where the file was: it may be given to others.
         "training": {name: value for name, value in report.to_json().items() if name != "out"},
@@ -360,11 +399,7 @@ def _check_settings(
 
 
 def _check_stores(viral: Store, other: Store) -> None:
-    check_comparable(
-        what_must_agree(viral.identity),
-        what_must_agree(other.identity),
-        f"rows of {viral.path} and {other.path} are not comparable",
-    )
+    check_same_embeddings(viral, other)
     if viral.identity.input_sha256 == other.identity.input_sha256:
         raise UsageError(f"{viral.path} and {other.path} hold the same sequences; give two classes")
 
@@ -392,10 +427,9 @@ def _draw_both(
 
 
 def _held_out(
-    sample: Sample, store: Store, name: str, test_size: float, seed: list[int]
+    groups: NDArray[np.int64], store: Store, name: str, test_size: float, seed: list[int]
 ) -> NDArray[np.bool_]:
     """Which rows are held out, shape (n,): a share of the groups, and at least one."""
-    groups = groups_of(sample)
     different = np.unique(groups)
     if len(different) < 2:
         what = "reads" if store.identity.translation else "sequences"
@@ -437,6 +471,7 @@ def _fit(
     is_test: NDArray[np.bool_],
     random_state: int,
     notes: list[str],
+    groups: NDArray[np.int64],
 ) -> tuple[Any, Metrics]:
     """A pipeline fitted on the training rows, and its metrics on the others."""
     from sklearn.exceptions import ConvergenceWarning
@@ -454,7 +489,9 @@ def _fit(
     if any(issubclass(each.category, ConvergenceWarning) for each in caught):
         notes.append(f"a fit did not converge in {_MOST_ITERATIONS:,} iterations")
     scores = pipeline.predict_proba(testing)[:, 1].astype(np.float64)
-    return pipeline, measure(is_first[is_test], scores)
+    return pipeline, measure(
+        is_first[is_test], scores, groups=groups[is_test], random_state=random_state
+    )
 
 
 def new_pipeline(kind: ClassifierKind, random_state: int, *, early_stopping: bool) -> Any:
@@ -477,7 +514,13 @@ def new_pipeline(kind: ClassifierKind, random_state: int, *, early_stopping: boo
     return make_pipeline(StandardScaler(), classifier)
 
 
-def measure(is_first: NDArray[np.int64], score: NDArray[np.float64]) -> Metrics:
+def measure(
+    is_first: NDArray[np.int64],
+    score: NDArray[np.float64],
+    *,
+    groups: NDArray[np.int64] | None = None,
+    random_state: int = 0,
+) -> Metrics:
     """Metrics of probabilities.
 
     Parameters
@@ -486,6 +529,11 @@ def measure(is_first: NDArray[np.int64], score: NDArray[np.float64]) -> Metrics:
         1 for rows of the first class, else 0; there must be both.
     score : ndarray, float64, shape (n,)
         Probability of the first class.
+    groups : ndarray, int64, shape (n,), optional
+        Rows that are drawn together for the interval, each group of one class; default: each row
+        by itself.
+    random_state : int
+        Of the interval.
     """
     from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
@@ -493,7 +541,11 @@ def measure(is_first: NDArray[np.int64], score: NDArray[np.float64]) -> Metrics:
     rows = np.bincount(number, minlength=_BINS)
     scores = np.bincount(number, score, minlength=_BINS)
     observed = np.bincount(number, is_first, minlength=_BINS)
+    groups = np.arange(len(score)) if groups is None else groups
+    low, high = _auroc_interval(is_first, score, groups, random_state)
     return Metrics(
+        auroc_low=low,
+        auroc_high=high,
         auroc=float(roc_auc_score(is_first, score)),
         auprc=float(average_precision_score(is_first, score)),
         sensitivity=float((score[is_first == 1] >= 0.5).mean()),
@@ -511,3 +563,33 @@ def measure(is_first: NDArray[np.int64], score: NDArray[np.float64]) -> Metrics:
             for each in range(_BINS)
         ],
     )
+
+
+def _auroc_interval(
+    is_first: NDArray[np.int64],
+    score: NDArray[np.float64],
+    groups: NDArray[np.int64],
+    random_state: int,
+) -> tuple[float, float]:
+    """95 % of the AUROCs of bootstrap samples of the groups, as many of either class as there are.
+
+    A group that is drawn twice counts twice. So scores are sorted once, whatever is drawn.
+    """
+    known, group = np.unique(groups, return_inverse=True)
+    is_first_group = np.zeros(len(known), np.bool_)
+    is_first_group[group] = is_first == 1
+    of_class = [np.flatnonzero(is_first_group), np.flatnonzero(~is_first_group)]
+    values, rank = np.unique(score, return_inverse=True)
+    is_row_first = is_first == 1
+    random = np.random.default_rng(random_state)
+    found = np.empty(_RESAMPLES)
+    for number in range(_RESAMPLES):
+        drawn = np.concatenate([random.choice(part, len(part)) for part in of_class])
+        times = np.bincount(drawn, minlength=len(known))[group].astype(np.float64)
+        first = np.bincount(rank[is_row_first], times[is_row_first], len(values))
+        other = np.bincount(rank[~is_row_first], times[~is_row_first], len(values))
+        # Pairs that are in the right order, and half of those that are level.
+        won = first @ (np.cumsum(other) - other / 2)
+        found[number] = won / (first.sum() * other.sum())
+    low, high = np.quantile(found, _INTERVAL)
+    return float(low), float(high)

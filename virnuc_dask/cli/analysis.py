@@ -242,7 +242,13 @@ def _show_accuracy(found: LeaveOneOut) -> None:
 @click.command("map")
 @click.argument("store")
 @click.option("--name", help="The map is kept in STORE as map_NAME.  [default: the method]")
-@click.option("--method", type=click.Choice(("pca", "umap")), default="pca", show_default=True)
+@click.option(
+    "--method",
+    type=click.Choice(("pca", "umap")),
+    default="pca",
+    show_default=True,
+    help="umap runs in one thread, whatever --workers says.",
+)
 @click.option("--sample", type=int, help="Rows that UMAP is fitted to.  [default: 10,000]")
 @_seed
 @click.option("--out", type=click.Path(path_type=Path), help="Draw it into a .html or .png file.")

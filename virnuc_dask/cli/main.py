@@ -40,8 +40,35 @@ _DASK = ("dask", "distributed")
 _LISTED = 10
 
 
+# What other programs, or we ourselves elsewhere, call what a command does.
+_MEANT = {
+    "neighbours": "nearest",
+    "neighbors": "nearest",
+    "search": "nearest",
+    "label": "annotate",
+    "embed": "run",
+    "info": "status",
+    "check": "verify",
+    "classify": "predict",
+    "score": "predict",
+    "kmeans": "cluster",
+    "pca": "map",
+    "umap": "map",
+    "plot": "map",
+}
+
+
 class _Group(click.Group):
     """Turns the package's errors into a message and an exit code."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        is_known = ctx.resilient_parsing or self.get_command(ctx, name) is not None
+        if not is_known and (meant := _meant(name, self.list_commands(ctx))):
+            ctx.fail(f"No such command {name!r}. Did you mean {meant}?")
+        return super().resolve_command(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -281,6 +308,15 @@ for _command in COMMANDS:
 
 
 # --- shared --------------------------------------------------------------------------------------
+
+
+def _meant(name: str, commands: list[str]) -> str | None:
+    """The command that somebody means by another name; None if there is no telling."""
+    from difflib import get_close_matches
+
+    if name.lower() in _MEANT:
+        return _MEANT[name.lower()]
+    return next(iter(get_close_matches(name.lower(), commands)), None)
 
 
 def _about_dask_configuration(error: BaseException) -> str | None:

@@ -247,11 +247,9 @@ def keep_result(
         if there.about == about:
             return there
         if replace is not True and replace != there.id:
-            names = sorted({*about, *there.about})
-            changed = [name for name in names if about.get(name) != there.about.get(name)]
             raise UsageError(
-                f"{store.path}: `{full}` is there and was computed otherwise"
-                f" ({', '.join(changed)}); give another name, or --replace"
+                f"{store.path}: `{full}` was made {_otherwise(about, there.about)}; --replace makes"
+                " it anew, or give another --name"
             )
     elif isinstance(there, str) and not replace:
         raise StoreError(f"{there}; `verify --repair` removes it, as `--replace` does")
@@ -273,6 +271,14 @@ def keep_result(
         compressors=(ZstdCodec(level=1), Crc32cCodec()),
     )
     return open_result(store, full)
+
+
+def _otherwise(about: dict[str, Any], there: dict[str, Any]) -> str:
+    names = sorted({*about, *there})
+    changed = [name for name in names if about.get(name) != there.get(name)]
+    if "classifier" in changed:
+        return "by another classifier"
+    return f"with other settings ({', '.join(changed)})"
 
 
 class _Foreign:
