@@ -278,7 +278,7 @@ class Encoder:
             tokens = sum(count * (length + 2) for count, length in batch.runs)
             if part is not None:
                 usage.tokens += tokens
-                # A sequence longer than the budget is a batch of its own.
+                # A batch may exceed the budget, for example if a sequence is longer.
                 usage.capacity += max(tokens, self.token_budget)
                 yield part
             elif len(batch.segments) == 1:
