@@ -112,8 +112,8 @@ class Usage:
 class _Part:
     """Results of one batch: its segments pooled, shape (s, D), and on request their residues.
 
-    Residues are end to end. From a GPU both tensors are incomplete on the host until its queue has
-    reached the end of the copies.
+    Residues are end to end. Results of a GPU are incomplete until its queue has reached the end of
+    the copies to the host.
     """
 
     segments: NDArray[np.int64]

@@ -1,9 +1,9 @@
 """Triton kernels for the work between the matrix products of a layer on a GPU.
 
-A residual add, layer norm and conversion take one pass over memory, 12 D bytes per token. Attention
-reads queries, keys and values once, applies rotary embedding on the way, and writes its result,
-8 D. GELU works in place, 16 D. So a layer moves 48 D bytes per token outside its matrix products.
-torch's own operations move about 124 D.
+Twice per layer, a residual add, layer norm and conversion take one pass over memory, 12 D bytes per
+token. Attention reads queries, keys and values once, applies rotary embedding on the way, and
+writes its result, 8 D. GELU works in place, 16 D. So a layer moves 48 D bytes per token outside its
+matrix products. torch's own operations move about 124 D.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ def serve(device: torch.device, dtype: torch.dtype, features: int, heads: int) -
             raise  # not a fault of the kernels, and it may not happen again
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        _log.warning("Triton kernels on %s are not used, torch is slower: %s", device, problem)
+        _log.warning("without Triton kernels on %s, encoding is slower: %s", device, problem)
     return problem is None
 
 

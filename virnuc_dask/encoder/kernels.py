@@ -88,7 +88,7 @@ def _run(name: str, work: int | Tensor, *arguments: Tensor | ctypes.c_float | in
     kernel = getattr(_library(), f"virnuc_{name}")
 
     def call(first: int, last: int) -> int:
-        # Made in each thread, which so keeps its tensors even if its caller is interrupted.
+        # Made in each thread: it keeps the tensors alive even if its caller is interrupted.
         values = (_address(item) if isinstance(item, Tensor) else item for item in arguments)
         return int(kernel(first, last, *values))
 

@@ -68,8 +68,8 @@ def give_back_pages(tensor: Tensor) -> None:
     """Release pages that were read from a mapped file. The system reads them again when needed.
 
     Such pages count as memory of the process from the first read until the file is unmapped. No
-    value changes: a tensor is left alone if it is not from a file, if it was written to, or if the
-    system does not tell.
+    value changes: a tensor keeps its pages if it is not from a file, if it was written to, or if
+    the system does not tell.
 
     Parameters
     ----------
@@ -100,8 +100,8 @@ def give_back_pages(tensor: Tensor) -> None:
 
 def is_out_of_memory(error: Exception) -> bool:
     """Whether an error means that a device or the host is out of memory."""
-    # On a CPU torch raises a plain RuntimeError, and oneDNN one of the last two texts. A GPU without
-    # memory for a kernel does not raise `OutOfMemoryError` either.
+    # On a CPU torch raises a plain RuntimeError; oneDNN's has one of the last two texts. A GPU
+    # without memory for a kernel does not raise `OutOfMemoryError` either.
     texts = (
         *("out of memory", "can't allocate memory"),
         *("could not create a", "could not execute a"),

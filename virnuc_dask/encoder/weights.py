@@ -140,7 +140,7 @@ def known_sha256(checkpoint: Checkpoint, given_up: threading.Event | None = None
         Once it is set, hashing stops, and the result is empty.
     """
     files = checkpoint.files
-    # If the state is still the same, the kept digest is that of the mapped values.
+    # If the files are unchanged since they were mapped, their digest is that of the mapped values.
     if files and files.is_same(_states(checkpoint.reference)) and (kept := digests.recall(files)):
         return kept
     digest = checkpoint.sha256(given_up)
@@ -405,7 +405,7 @@ def _problem(checkpoint: Checkpoint) -> str | None:
     _ = checkpoint.token_dropout  # raises if there is none
     # Each head's features are rotated in pairs.
     if min(layers, dimension, heads) < 1 or dimension % (2 * heads):
-        return f"no ESM-2 has {layers} layers, {dimension} features and {heads} heads"
+        return f"{layers} layers, {dimension} features and {heads} heads do not fit together"
     tensors = checkpoint.base()
     shapes = _shapes(layers, dimension, heads)
     if missing := sorted(shapes.keys() - tensors.keys()):
