@@ -223,11 +223,11 @@ QUERY = "encoder.layer.0.attention.self.query"
         (lambda tensors: without(tensors, "lora_B"), r"the adapter has lora_A for encoder\.layer"),
         (
             lambda tensors: tensors | {first(tensors, "lora_A"): torch.ones(3, 64)},
-            "do not go together",
+            "parts of layers.* do not match",
         ),
         (
             lambda tensors: tensors | {first(tensors, "lora_A"): torch.ones(4, 64).long()},
-            r"down is of torch\.int64",
+            r"down is torch\.int64, not floating-point",
         ),
         (other_trunk, "changes 2 ESM-2 models"),
         (fair_esms_names, r"changes 0 ESM-2 models; it has layers\.0"),

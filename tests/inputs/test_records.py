@@ -92,12 +92,13 @@ def test_any_text_is_a_sequence_or_an_error_that_can_be_printed(text: str) -> No
     ("text", "problem"),
     [
         ("M*K", r"internal stop '\*' at position 2"),
-        ("MK1-", "letter '1', no residue at position 3"),
-        ("M-?", r"letter '\?', no residue at position 3"),
-        ("Mé", "letter 'é', no residue at position 2"),
-        ("M\udce9", "letter 'é', no residue at position 2"),
-        ("M\ud800", r"letter '\\ud800', no residue at position 2"),
-        ("M\u017fK", "letter '\u017f', no residue"),  # long s, whose upper case is S
+        ("MK1-", "letter '1' at position 3 is not a residue"),
+        ("M-?", r"letter '\?' at position 3 is not a residue"),
+        ("Mé", "letter 'é' at position 2 is not a residue"),
+        ("M\udce9", "letter 'é' at position 2 is not a residue"),
+        ("M\ud800", r"letter '\\ud800' at position 2 is not a residue"),
+        # Long s: its upper case is S.
+        ("M\u017fK", "letter '\u017f' at position 2 is not a residue"),
         ("*M", r"internal stop '\*' at position 1"),
     ],
 )

@@ -1,1 +1,1 @@
-"""From sequences to embeddings: weights, batches, the network. Knows neither Zarr nor Dask."""
+"""Embeds sequences: weights, batches and the network. Uses neither Zarr nor Dask."""

@@ -1,4 +1,4 @@
-"""Attention within each of several sequences that lie end to end: no padding, no mask."""
+"""Attention within each of several concatenated sequences, without padding or masks."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ Runs = list[tuple[int, int]]
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the tokens of sequences lie, which are sorted by length.
+    """Positions of the packed tokens of a batch. Its sequences are sorted by length.
 
     Attributes
     ----------
     runs : list of (count, length)
-        Residues of the sequences, in order; each has two tokens more.
+        Runs of `count` sequences of `length` residues each, in order. BOS and EOS add two tokens
+        to each sequence.
     bounds : Tensor, int32, shape (sequences + 1,)
-        First token of each sequence, and the end.
+        First token of each sequence, then the end of the last sequence.
     positions : Tensor, int64, shape (tokens,)
-        Place of each token in its sequence. Tokens beyond the last sequence have none.
+        Position of each token in its sequence. Padding after the last sequence has none.
     angles : Tensor, float32, shape (longest, d / 2)
-        By which rotary embedding turns the pairs of features of a head, for each place.
+        Rotary embedding: angle for each position and each pair of features of a head.
     """
 
     runs: Runs
@@ -42,12 +43,12 @@ class Layout:
 
     @cached_property
     def turns(self) -> Tensor:
-        """Cosines, then sines, for each place, shape (longest, d)."""
+        """Cosines, then sines, for each position, shape (longest, d)."""
         return torch.cat([self.angles.cos(), self.angles.sin()], 1)
 
     @cached_property
     def programs(self) -> Tensor:
-        """Programs of `fused.attend`."""
+        """Programs of `fused.attend`, as `fused.cut_programs` returns them."""
         lengths = np.repeat(
             [length + 2 for _, length in self.runs], [count for count, _ in self.runs]
         )
@@ -55,25 +56,26 @@ class Layout:
 
     @cached_property
     def rotation(self) -> Tensor:
-        """Complex numbers of size 1, for each token, shape (tokens, 1, 1, d / 2)."""
+        """Rotation of each token as complex numbers of modulus 1, shape (tokens, 1, 1, d / 2)."""
         turned = torch.polar(torch.ones_like(self.angles), self.angles)
         return turned[self.positions][:, None, None]
 
 
-# From queries, keys and values of so many heads, shape (tokens, 3 * D), to (tokens, D).
+# Takes queries, keys and values, shape (tokens, 3 * D), the number of heads and the layout.
+# Returns shape (tokens, D).
 Attention = Callable[[Tensor, int, Layout], Tensor]
 
 
 def attend_natively(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
-    """Attention by the compiled kernel; feature i of a head turns with i + d / 2."""
+    """Attention by the compiled kernel. Rotation pairs feature i of a head with i + d / 2."""
     return kernels.attend(qkv, layout.turns, layout.bounds, heads)
 
 
 def attend(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
-    """Attention by dense views, on any device; feature 2 i of a head turns with 2 i + 1.
+    """Attention on dense views, on any device. Rotation pairs feature 2 i of a head with 2 i + 1.
 
-    Sequences of equal length lie next to each other, so each run is a dense view, and no result
-    depends on a neighbour.
+    Sequences of equal length are adjacent, so each run is a dense view. No result depends on a
+    neighbour.
     """
     turned = _rotate(qkv, heads, layout)
     outputs, first = [], 0
@@ -88,12 +90,12 @@ def attend(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
 
 
 def attend_fused(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
-    """`attend` by one kernel of ours, in the dtype of `qkv`."""
+    """Attention as in `attend`, by one Triton kernel, in the dtype of `qkv`."""
     return fused.attend(qkv, heads, layout.bounds, layout.programs, layout.turns)
 
 
 def _rotate(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
-    """Queries and keys turned, values as they are, float32, shape (tokens, 3, heads, d)."""
+    """Rotate queries and keys, not values. Returns float32, shape (tokens, 3, heads, d)."""
     tokens = len(layout.positions)
     pairs = qkv[:tokens].to(torch.float32).view(tokens, 3, heads, -1, 2)
     torch.view_as_complex(pairs[:, :2]).mul_(layout.rotation)
@@ -101,14 +103,14 @@ def _rotate(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
 
 
 def _filled_up(attended: Tensor, qkv: Tensor) -> Tensor:
-    """With nothing for the tokens beyond the last sequence."""
+    """Append zeros for the padding after the last sequence."""
     missing = len(qkv) - len(attended)
-    # Where there are none, padding would copy all.
+    # Without padding, `F.pad` would still copy the whole tensor.
     return F.pad(attended, (0, 0, 0, missing)) if missing else attended
 
 
 def describe_attention(attention: Attention) -> str:
-    """``compiled``, ``triton``, ``varlen`` (one launch for all) or ``sdpa`` (for each length)."""
+    """``compiled``, ``triton``, ``varlen`` (a single launch) or ``sdpa`` (one for each length)."""
     if isinstance(attention, PackedKernel):
         return "varlen"
     names: dict[Attention, str] = {attend_natively: "compiled", attend_fused: "triton"}
@@ -116,17 +118,18 @@ def describe_attention(attention: Attention) -> str:
 
 
 def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> Attention:
-    """`attend`, or where it can serve a single kernel for sequences of any lengths.
+    """`PackedKernel` where it works, otherwise `attend`.
 
-    ``torch.nn.attention.varlen.varlen_attn`` is for GPUs and half precision, and new: its results
-    are compared with `attend` before it is trusted.
+    ``torch.nn.attention.varlen.varlen_attn`` serves sequences of any lengths with a single launch.
+    It needs a GPU and half precision. It is new, so its results are compared with `attend` before
+    it is used.
 
     Parameters
     ----------
     device : torch.device
     dtype : torch.dtype
     features : int
-        Of a head, d.
+        Features per head, d.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return attend
@@ -138,15 +141,15 @@ def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> A
         layout = Layout([(2, 1), (1, 5)], bounds, positions, angles)
         qkv = torch.linspace(-2, 2, 13 * 3 * 2 * features, device=device).sin().view(13, -1)
         with torch.inference_mode():
-            found = kernel(qkv.clone(), 2, layout)
+            actual = kernel(qkv.clone(), 2, layout)
             expected = attend(qkv, 2, layout)
-        return kernel if torch.allclose(found.float(), expected, atol=0.02) else attend
+        return kernel if torch.allclose(actual.float(), expected, atol=0.02) else attend
     except (ImportError, AttributeError, RuntimeError, TypeError, ValueError):
         return attend
 
 
 class PackedKernel:
-    """`attend` by a single launch."""
+    """Attention as in `attend`, by a single launch of torch's kernel for any lengths."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
@@ -154,10 +157,10 @@ class PackedKernel:
         self._varlen_attn: Callable[..., Any] = module.varlen_attn
 
     def __call__(self, qkv: Tensor, heads: int, layout: Layout) -> Tensor:
-        """As `attend`, in the kernel's dtype."""
+        """Attention as in `attend`, in the kernel's dtype."""
         longest = max(length for _, length in layout.runs) + 2
         query, key, value = _rotate(qkv, heads, layout).to(self._dtype).unbind(1)
-        # The arguments that torch 2.10 to 2.13 have in common, by position.
+        # torch 2.10 to 2.13 share these arguments, by position.
         attended: Tensor = self._varlen_attn(
             query, key, value, layout.bounds, layout.bounds, longest, longest
         )

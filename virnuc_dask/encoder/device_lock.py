@@ -1,4 +1,4 @@
-"""A lock on a device: one chunk computes at a time, while others are read and written."""
+"""A device lock: one chunk computes at a time while other chunks are read and written."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from types import TracebackType
 
 import torch
 
-# The lock is for speed alone. Whoever has waited this long goes on: another may hang.
+# The lock only improves speed. After this time a waiter proceeds: the holder may hang.
 _LONGEST_WAIT_S = 20.0
 _LOOK_EVERY_S = 0.005
 
 
 class DeviceLock:
-    """A lock on a device: of this process's threads, and, of a GPU, of all this user's processes.
+    """A lock shared by the threads of a process and, on a GPU, by all processes of a user.
 
-    Workers that share a card would each take half of it, and twice the memory. On a GPU it is
-    released when all work is queued, before it is done: two processes may overlap by one chunk.
+    Without it, workers that share a GPU each get half of its speed and need twice the memory. On a
+    GPU the lock is released when all work is queued, before the work is done: two processes may
+    overlap by one chunk.
 
     Parameters
     ----------
@@ -48,20 +49,20 @@ class DeviceLock:
     ) -> None:
         try:
             if self._file is not None:
-                with suppress(OSError):  # where it could not be had either
+                with suppress(OSError):  # on a file system without locks, as in `_await`
                     fcntl.flock(self._file, fcntl.LOCK_UN)
         finally:
             self._threads.release()
 
 
 def _open(name: str) -> int | None:
-    """A file for a lock, which ends with the process that has it; None where there can be none."""
+    """Open a lock file, or return None if that fails. A lock on it ends with its process."""
     path = Path(tempfile.gettempdir(), f"virnuc_dask-{os.getuid()}-{name}.lock")
     try:
-        # Not through a link that somebody else has put there.
+        # O_NOFOLLOW: another user may have put a link there.
         return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError:
-        return None  # a full or foreign file system: the lock is for speed alone
+        return None  # a full or foreign file system; the lock only improves speed
 
 
 def _await(file: int) -> None:

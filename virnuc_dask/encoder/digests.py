@@ -1,11 +1,11 @@
-"""Digests of weights that were hashed before, kept from one run to the next.
+"""Digests of weights, kept from one run to the next.
 
-A kept digest counts only for the very same files: same paths, devices, inodes, sizes and times. The
-time of the last change, ctime, cannot be set, so a file with other content differs in it, unless it
-was written within the clock's granularity or its file system keeps no such time. A digest that is
-wrong all the same lets nothing into a store: every worker hashes the weights that it has loaded.
+A kept digest is used only for the same files: same paths, devices, inodes, sizes and times. No
+program can set ctime, the time of the last change. So a file with other content has another ctime,
+unless it was written within the clock's granularity or its file system keeps no ctime. Even a wrong
+digest lets nothing into a store: every worker hashes the weights that it has loaded.
 
-What cannot be kept, or is damaged, is hashed again.
+Weights are hashed again if their digest cannot be kept or is damaged.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ import torch
 
 from virnuc_dask import __version__, caches
 
-# To be counted up whenever the same weights get another digest.
+# Increase this whenever the same weights get another digest.
 _ALGORITHM = 1
 _KIND = "weights"
-# The coarsest times that file systems keep. A younger file may change once more and look the same.
+# The coarsest timestamps of file systems. A younger file may change again and look the same.
 _SETTLED_NS = 2 * 10**9
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True, slots=True)
 class FileStates:
-    """What identifies the content of some files, without reading them.
+    """Identifies the content of some files without reading them.
 
     Attributes
     ----------
     states : tuple of tuple
-        Path, device, inode, size, mtime and ctime of each, the times in ns.
+        Path, device, inode, size, mtime and ctime of each file. Times are in ns.
     are_settled : bool
-        Whether any later change will be seen: all files were last changed some seconds before.
+        Whether any later change will be visible, because the last one is at least 2 s old.
     """
 
     states: tuple[tuple[str, int, int, int, int, int], ...]
@@ -46,12 +46,12 @@ class FileStates:
 
     @classmethod
     def of(cls, files: Sequence[Path]) -> FileStates:
-        """Of files as they are now.
+        """State of files as they are now.
 
         Parameters
         ----------
         files : sequence of path
-            Absolute. Of a link it is what it leads to that counts.
+            Absolute paths. Links are followed.
 
         Raises
         ------
@@ -60,19 +60,19 @@ class FileStates:
         now = time.time_ns()
         states, newest = [], 0
         for file in files:
-            found = file.stat()
-            times = found.st_mtime_ns, found.st_ctime_ns
-            states.append((str(file), found.st_dev, found.st_ino, found.st_size, *times))
+            status = file.stat()
+            times = status.st_mtime_ns, status.st_ctime_ns
+            states.append((str(file), status.st_dev, status.st_ino, status.st_size, *times))
             newest = max(newest, *times)
         return cls(tuple(states), newest + _SETTLED_NS <= now)
 
     def is_same(self, other: FileStates | None) -> bool:
-        """Whether nothing has changed between two looks."""
+        """Whether nothing has changed between the two states."""
         return other is not None and self.states == other.states
 
 
 def recall(files: FileStates) -> str | None:
-    """The digest that is kept of files in this state, if there is one.
+    """Digest that is kept for files in this state, if there is one.
 
     Parameters
     ----------
@@ -88,12 +88,12 @@ def recall(files: FileStates) -> str | None:
 
 
 def remember(files: FileStates, digest: str) -> None:
-    """Keep the digest of files, instead of an earlier one of the same paths, if that is possible.
+    """Keep the digest of files if possible. It replaces an earlier one of the same paths.
 
     Parameters
     ----------
     files : FileStates
-        As they were before they were read, and still are.
+        State before the files were read. It must be unchanged.
     digest : str
     """
     if files.are_settled:
@@ -101,7 +101,7 @@ def remember(files: FileStates, digest: str) -> None:
 
 
 def forget(files: FileStates) -> None:
-    """Remove what is kept of these paths.
+    """Remove the digest that is kept for these paths.
 
     Parameters
     ----------
@@ -111,12 +111,12 @@ def forget(files: FileStates) -> None:
 
 
 def _name(files: FileStates) -> bytes:
-    """Of the paths only, so that a new digest takes the place of an old one."""
+    """A name made of the paths only, so that a new digest replaces an old one."""
     return os.fsencode("\0".join(state[0] for state in files.states))
 
 
 def _key(files: FileStates) -> list[object]:
-    # Frequencies that a file leaves out are computed, with last bits that torch and the processor
-    # decide. A home may be shared by several machines.
-    kind = torch.backends.cpu.get_cpu_capability()
-    return [_ALGORITHM, __version__, torch.__version__, kind, [list(s) for s in files.states]]
+    # Frequencies that a file leaves out are computed. Their last bits depend on torch and on the
+    # processor, and several machines may share a home directory.
+    capability = torch.backends.cpu.get_cpu_capability()
+    return [_ALGORITHM, __version__, torch.__version__, capability, list(map(list, files.states))]

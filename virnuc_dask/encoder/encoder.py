@@ -1,4 +1,4 @@
-"""Sequences of any lengths to embeddings: batches that fit into memory, and pooling."""
+"""Embeds sequences of any length: batches that fit into memory, and pooling."""
 
 from __future__ import annotations
 
@@ -51,18 +51,18 @@ def load_encoder(
     device : str
         A torch device.
     precision : {'float32', 'bfloat16', 'float16'}
-        Arithmetic of the matrix products; all else is float32.
+        Arithmetic of the matrix products. Everything else is float32.
     repr_layer : int, optional
-        Layer whose representation is pooled; 0 is the token embedding. Default: the last.
+        Layer to pool; 0 is the token embedding. Default: the last.
     pooling : {'mean', 'bos', 'max'}
         Mean or maximum over residues, or the BOS token.
 
     Raises
     ------
     ModelError
-        The weights cannot be read, or have no such layer.
+        The weights cannot be read, or the model has no such layer.
     UsageError
-        A pooling or a precision that does not exist, or not on this device.
+        The pooling or precision does not exist, or the device does not support the precision.
     """
     checkpoint = load_checkpoint(model)
     return Encoder(checkpoint, describe(checkpoint, precision, repr_layer, pooling), device)
@@ -70,17 +70,16 @@ def load_encoder(
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """Rows that went through the encoder.
+    """Embeddings of some rows.
 
     Attributes
     ----------
     embedding : ndarray, float32, shape (rows, D)
         NaN for rows without a segment.
     fits : ndarray, bool, shape (rows,)
-        False where a segment does not fit into memory, even alone.
+        False if a segment of the row does not fit into memory, even alone.
     residues : ndarray, float16, shape (N, D), optional
-        Representation of each residue; where windows overlap, their mean. NaN for residues
-        outside all segments.
+        Representation of each residue: the mean where windows overlap, NaN outside all segments.
     """
 
     embedding: NDArray[np.float32]
@@ -90,17 +89,17 @@ class Encoded:
 
 @dataclass(slots=True)
 class Usage:
-    """What encoding has taken.
+    """Time and tokens used by encoding.
 
     Attributes
     ----------
     wait_s : float
-        Seconds spent waiting for the device, which had other chunks to do: for its lock, and on a
-        GPU also in its queue.
+        Seconds spent waiting while the device computed other chunks: for its lock, and on a GPU
+        also in its queue.
     busy_s : float
-        Seconds that the device took, from the first of the work to the last.
+        Seconds that the device took, from the start of the work to its end.
     tokens, capacity : int
-        Tokens encoded, and those that the batches had room for.
+        Tokens encoded, and tokens that the batches had room for.
     """
 
     wait_s: float = 0.0
@@ -111,9 +110,10 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """One batch's segments, each pooled, (s, D), and on request their residues end to end.
+    """Results of one batch: its segments pooled, shape (s, D), and on request their residues.
 
-    On a GPU's host both are being copied to until its queue has come to the end of them.
+    Residues are end to end. Results of a GPU are incomplete until its queue has reached the end of
+    the copies to the host.
     """
 
     segments: NDArray[np.int64]
@@ -131,10 +131,10 @@ class Encoder:
     dimension : int
         Features per embedding, D.
     token_budget : int
-        Tokens that are encoded at once; becomes less when memory runs out, and on a GPU more
-        again when there is some.
+        Tokens encoded at once. It shrinks when memory runs out. On a GPU it grows again when
+        memory is free.
     backends : dict of str to str
-        What serves ``attention`` and ``elementwise`` work, ``torch`` or something faster.
+        What computes ``attention`` and ``elementwise`` work: ``torch`` or something faster.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: str = "cpu") -> None:
@@ -145,10 +145,10 @@ class Encoder:
         self._queue = Queue(self._device)
         with self._queue.as_current_device():
             self._network = Network(checkpoint, spec, self._device)
-        release_memory(torch.device("cpu"))  # what merging an adapter has taken
+        release_memory(torch.device("cpu"))  # used by merging an adapter
         self.backends = self._network.backends
-        # Halved whenever memory runs out. On a CPU it stays so. On a GPU others may have had the
-        # memory, and it grows again.
+        # Halved whenever memory runs out. On a CPU it stays halved. On a GPU it grows again,
+        # because other processes may have used the memory.
         self.token_budget = fitting_tokens(self._device, spec.dimension)
         self._device_lock = DeviceLock(self._device)
         self._used = threading.local()
@@ -159,7 +159,7 @@ class Encoder:
         Parameters
         ----------
         sequences : sequence of str
-            Proteins; letters are treated as in a run (see the README, "Letters").
+            Proteins. Letters are treated as in a run (see "Letters" in the README).
 
         Returns
         -------
@@ -168,11 +168,11 @@ class Encoder:
         Raises
         ------
         InputError
-            A sequence is empty or has a letter that is no residue; counted from 0.
+            A sequence is empty or has a letter that is no residue. The message counts from 0.
         MemoryError
             A sequence does not fit into memory, even alone.
         TypeError
-            One string instead of several.
+            `sequences` is one string instead of several.
         """
         if isinstance(sequences, str | bytes):
             raise TypeError("encode takes a list of sequences, not one string")
@@ -189,7 +189,7 @@ class Encoder:
         whole = cut_segments(lengths, int(lengths.max(initial=1)), "truncate")
         encoded = self.encode_segments(residues, whole, len(cleaned))
         if not encoded.fits.all():
-            # If it was others who had the memory, batches need not be small ever after.
+            # If other processes used the memory, later batches need not stay small.
             self.token_budget = fitting_tokens(self._device, self.dimension)
             number = int(np.argmin(encoded.fits))
             raise MemoryError(f"sequence {number}, {lengths[number]} residues, does not fit")
@@ -205,18 +205,19 @@ class Encoder:
     ) -> Encoded:
         """Embed rows that are cut into segments.
 
-        A row with several windows gets the mean over its residues, each counted once; with
-        ``max``, the maximum over all windows; with ``bos``, the mean of the windows' BOS tokens.
+        With ``mean``, a row with several windows gets the mean over its residues, each counted
+        once; with ``max``, the maximum over all windows; with ``bos``, the mean of the windows'
+        BOS tokens.
 
         Parameters
         ----------
         residues : ndarray, uint8, shape (N,)
-            ASCII residues that the segments point into.
+            ASCII residues. `segments` indexes into them.
         segments : Segments
         rows : int
-            Rows of the result.
+            Number of rows in the result.
         per_residue : bool
-            Return each residue's representation too.
+            Also return the representation of each residue.
         """
         embedding = np.full((rows, self.dimension), np.nan, np.float32)
         embedding[segments.row] = -np.inf if self.spec.pooling == "max" else 0.0
@@ -232,12 +233,12 @@ class Encoder:
                 self.token_budget = grown(self.token_budget, fitting)
             for part in self._encode_batches(residues, segments, per_residue, unfit):
                 if self._queue.is_immediate:
-                    # One by one: kept between larger tensors, they would scatter these.
+                    # Free each part at once: small tensors between large ones fragment memory.
                     self._combine(part, segments, embedding, each)
                 else:
                     queued.append(part)
             ended = self._queue.mark()
-        # A GPU's lock is free by now: another chunk is queued before this one has come to an end.
+        # The lock is free now: on a GPU another chunk can be queued before this one is done.
         busy = self._queue.wait(began, ended)
         usage.busy_s += busy
         usage.wait_s += max(0.0, time.perf_counter() - asked - busy)
@@ -248,7 +249,7 @@ class Encoder:
         return Encoded(embedding, fits, each)
 
     def take_usage(self) -> Usage:
-        """What this thread's calls have taken since it last asked."""
+        """Time and tokens used by this thread since the last call."""
         usage, self._used.usage = self._usage(), Usage()
         return usage
 
@@ -265,9 +266,9 @@ class Encoder:
         per_residue: bool,
         unfit: list[int],
     ) -> Iterator[_Part]:
-        """What became of each batch; segments that do not fit are added to `unfit`.
+        """Encode batch by batch. Segments that do not fit are added to `unfit`.
 
-        A GPU is left to work on while the next batch is prepared: nothing is waited for in here.
+        Nothing in here waits for a GPU: it works while the next batch is prepared.
         """
         usage = self._usage()
         left = self._cut(segments, np.arange(len(segments)))
@@ -277,7 +278,7 @@ class Encoder:
             tokens = sum(count * (length + 2) for count, length in batch.runs)
             if part is not None:
                 usage.tokens += tokens
-                # A sequence longer than the budget has a batch to itself.
+                # A batch may exceed the budget, for example if a sequence is longer.
                 usage.capacity += max(tokens, self.token_budget)
                 yield part
             elif len(batch.segments) == 1:
@@ -287,9 +288,9 @@ class Encoder:
                 rest = [batch.segments, *(other.segments for other in left)]
                 left = self._cut(segments, np.concatenate(rest))
 
-    def _cut(self, segments: Segments, chosen: NDArray[np.int64]) -> deque[Batch]:
-        batches = cut_batches(segments.length[chosen], self.token_budget)
-        return deque(Batch(chosen[batch.segments], batch.runs) for batch in batches)
+    def _cut(self, segments: Segments, members: NDArray[np.int64]) -> deque[Batch]:
+        batches = cut_batches(segments.length[members], self.token_budget)
+        return deque(Batch(members[batch.segments], batch.runs) for batch in batches)
 
     def _combine(
         self,
@@ -298,7 +299,7 @@ class Encoder:
         embedding: NDArray[np.float32],
         each: NDArray[np.float16] | None,
     ) -> None:
-        """Put a batch's results, which have arrived, where they belong."""
+        """Add the results of a batch to its rows. They must have arrived on the host."""
         pooled, rows = part.pooled.numpy(), segments.row[part.segments]
         shared = segments.windows[part.segments] > 1
         embedding[rows[~shared]] = pooled[~shared]
@@ -312,7 +313,7 @@ class Encoder:
     def _encode_or_run_out(
         self, residues: NDArray[np.uint8], segments: Segments, batch: Batch, per_residue: bool
     ) -> _Part | None:
-        """None if memory ran out. What was allocated by then is free again."""
+        """Encode a batch. If memory runs out, free what was allocated and return None."""
         try:
             return self._encode_batch(residues, segments, batch, per_residue)
         except (MemoryError, RuntimeError) as error:
@@ -336,7 +337,7 @@ class Encoder:
             first = to_device(np.cumsum(lengths) - lengths, self._device)
             pooled = F.embedding_bag(inner, hidden, first, mode="sum", per_sample_weights=weights)
         elif self.spec.pooling == "max":
-            # Not `embedding_bag`, for which NaN is less than any number.
+            # Not `embedding_bag`: it treats NaN as less than any number.
             parts = torch.split(hidden, [count * (length + 2) for count, length in batch.runs])
             pooled = torch.cat(
                 [
@@ -358,13 +359,13 @@ def _scatter(
     segments: Segments,
     members: NDArray[np.int64],
 ) -> None:
-    """Put the residues of some segments, end to end, where they belong among all residues."""
+    """Write the residues of some segments, given end to end, to their rows of `each`."""
     ends = np.cumsum(segments.length[members])
     for number, part in zip(members.tolist(), np.split(values, ends[:-1]), strict=True):
         start = int(segments.start[number])
-        place = each[start : start + len(part)]
+        target = each[start : start + len(part)]
         if segments.windows[number] == 1:
-            place[:] = part
+            target[:] = part
         else:
             shared = part * window_shares(segments, number)[:, None]
-            place[:] = np.where(np.isnan(place), 0, place) + shared
+            target[:] = np.where(np.isnan(target), 0, target) + shared

@@ -1,20 +1,20 @@
 """A hook for tests: sequences that harm the process that encodes them.
 
-Set ``VIRNUC_DASK_FAULTS`` to the path of a JSON file such as ``{"WWCWW": "abort"}``, and whatever
-encodes a sequence that has this motif fares as it would with a library's bug. A list of actions is
-for the first, second, … time that the motif is met, in whatever process; after its end nothing
-happens. How often a motif was met is the size of the file ``MOTIF.met`` beside the table. Unset, as
-always outside tests, nothing is read.
+Set ``VIRNUC_DASK_FAULTS`` to the path of a JSON file such as ``{"WWCWW": "abort"}``. A process that
+encodes a sequence with this motif then fails as it would through a bug in a library. A list of
+actions applies to the first, second, … sequence with the motif, counted over all processes. After
+the end of the list nothing happens. The size of the file ``MOTIF.met`` beside the JSON file is the
+count. Outside tests the variable is never set, and nothing is read.
 
 ========== =========================================================
 ``abort``  ends the process by SIGABRT
 ``kill``   ends it by SIGKILL
 ``raise``  raises RuntimeError
-``cuda``   raises what torch does once a GPU's context is lost
-``memory`` takes memory until there is none
+``cuda``   raises torch's error for a lost GPU context
+``memory`` allocates memory until none is left
 ``nan``    makes the sequence's result NaN
-``hang``   does not return
-``slow``   takes a second longer
+``hang``   never returns
+``slow``   takes one second longer
 ``pass``   does nothing
 ========== =========================================================
 """
@@ -38,19 +38,19 @@ VARIABLE = "VIRNUC_DASK_FAULTS"
 def inject(
     residues: NDArray[np.uint8], segments: Segments, chosen: NDArray[np.int64]
 ) -> NDArray[np.bool_]:
-    """Do what is asked for, if one of the chosen segments has one of the motifs.
+    """Cause the faults of all motifs that the chosen segments contain.
 
     Returns
     -------
     ndarray, bool, shape (chosen,)
-        Whose results are to be NaN.
+        True for segments with a result that must become NaN.
 
     Raises
     ------
     RuntimeError
-        What ``raise`` and ``cuda`` stand for.
+        By ``raise`` and ``cuda``.
     MemoryError
-        What ``memory`` ends with, where a limit is set.
+        By ``memory``, where a limit is set.
     """
     spoiled = np.zeros(len(chosen), np.bool_)
     if VARIABLE not in os.environ:
@@ -68,7 +68,7 @@ def inject(
 
 
 def _due(actions: str | list[str], count: Path) -> str:
-    """The action that is due; a file's size counts, for processes that end without a word."""
+    """The action that is due. A file's size is the counter: it survives a killed process."""
     with open(count, "ab") as file:
         file.write(b".")
         file.flush()
@@ -85,12 +85,12 @@ def _act(action: str) -> None:
         case "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         case "raise":
-            raise RuntimeError("a fault was asked for")
+            raise RuntimeError("an injected fault")
         case "cuda":
             raise RuntimeError("CUDA error: device-side assert triggered")
         case "memory":
             held = []
-            while True:  # a limit of addresses is met at once, one of memory soon
+            while True:  # reaches a limit of addresses at once, a limit of memory soon
                 held.append((b"\1" * 2**24, np.empty(2**28, np.uint8)))
         case "hang":
             while True:

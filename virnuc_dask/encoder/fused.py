@@ -1,9 +1,9 @@
-"""What stands between the matrix products of a layer on a GPU, by Triton.
+"""Triton kernels for the work between the matrix products of a layer on a GPU.
 
-Residual add, layer norm and conversion are one pass over memory, 12 D bytes per token; attention
-reads queries, keys and values once, turns them by rotary embedding on the way, and writes its
-result, 8 D; GELU is in place, 16 D. So a layer moves 48 D bytes per token outside of its products,
-where torch's own operations move about 124 D.
+Twice per layer, a residual add, layer norm and conversion take one pass over memory, 12 D bytes per
+token. Attention reads queries, keys and values once, applies rotary embedding on the way, and
+writes its result, 8 D. GELU works in place, 16 D. So a layer moves 48 D bytes per token outside its
+matrix products. torch's own operations move about 124 D.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 from virnuc_dask.encoder.memory import is_out_of_memory
 
 _log = logging.getLogger(__name__)
-# Values that one program of GELU works on.
+# Values per program of GELU.
 GELU_BLOCK = 4096
 
 
@@ -32,11 +32,11 @@ class Tile(NamedTuple):
     Attributes
     ----------
     queries : int
-        That one program works on, all of one sequence.
+        Queries per program, all of one sequence.
     keys : int
-        That it meets at a time.
+        Keys that a program loads at a time.
     warps, stages : int
-        Of a program, and of the copies that run ahead of it.
+        Warps per program, and stages of its pipeline of copies.
     """
 
     queries: int
@@ -46,7 +46,7 @@ class Tile(NamedTuple):
 
 
 # On an H200 the fastest for reads and proteins, or within 3 % of it (benchmarks/RESULTS.md). It is
-# the same for all lengths, so that no row depends on what else is in its batch.
+# the same for all lengths, so that no row depends on the rest of its batch.
 TILE = Tile(64, 64, 4, 1)
 
 
@@ -62,7 +62,7 @@ def add_norm(
     weight, bias : Tensor, float32, shape (D,)
     eps : float
     dtype : torch.dtype
-        Of the result.
+        Dtype of the result.
     """
     _require_dense(x, weight, bias, *([] if product is None else [product]))
     tokens, features = x.shape
@@ -84,7 +84,7 @@ def add_norm(
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU by the error function, in place, of a dense tensor in half precision."""
+    """Exact (erf) GELU of a dense tensor in half precision, in place."""
     _require_dense(x)
     count = x.numel()
     _kernels().gelu[(-(-count // GELU_BLOCK),)](x, count, block=GELU_BLOCK)
@@ -92,27 +92,27 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def attend(qkv: Tensor, heads: int, bounds: Tensor, programs: Tensor, turns: Tensor) -> Tensor:
-    """Attention within sequences that lie end to end, queries and keys turned by rotary angles.
+    """Attention within concatenated sequences, with rotary embedding of queries and keys.
 
     Parameters
     ----------
     qkv : Tensor, bfloat16 or float16, shape (tokens, 3 * D)
-        Queries, keys and values, of all heads each; feature 2 i of a head turns with 2 i + 1.
+        Queries, keys and values of all heads. Rotation pairs feature 2 i of a head with 2 i + 1.
     heads : int
     bounds : Tensor, int32, shape (sequences + 1,)
-        First token of each sequence, and the end.
+        First token of each sequence, then the end of the last sequence.
     programs : Tensor, int32, shape (programs, 2)
         See `cut_programs`.
     turns : Tensor, float32, shape (longest, d)
-        For each place in a sequence the cosines of its angles, then the sines.
+        For each position in a sequence the cosines of its angles, then the sines.
 
     Returns
     -------
     Tensor, shape (tokens, D)
-        Undefined for tokens beyond the last sequence.
+        Undefined for padding after the last sequence.
     """
     _require_dense(qkv, bounds, programs, turns)
-    if len(turns) * qkv.shape[1] >= 2**31:  # the kernel counts in 32 bits within a sequence
+    if len(turns) * qkv.shape[1] >= 2**31:  # offsets within a sequence are 32-bit
         raise ValueError(f"a sequence of {len(turns):,} tokens is too long for attention on a GPU")
     features = qkv.shape[1] // 3 // heads
     out = torch.empty_like(qkv[:, : heads * features])
@@ -122,11 +122,11 @@ def attend(qkv: Tensor, heads: int, bounds: Tensor, programs: Tensor, turns: Ten
         bounds,
         programs,
         turns,
-        # exp2 takes the place of exp.
+        # The kernel uses exp2 instead of exp.
         math.log2(math.e) / math.sqrt(features),
         heads=heads,
         features=features,
-        # A matrix unit takes 16 at least.
+        # A matrix unit needs at least 16.
         pairs=max(16, _power_of_two(features // 2)),
         queries=TILE.queries,
         keys=TILE.keys,
@@ -137,17 +137,17 @@ def attend(qkv: Tensor, heads: int, bounds: Tensor, programs: Tensor, turns: Ten
 
 
 def cut_programs(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
-    """Programs of `attend` for sequences that are sorted by length; the longest come first.
+    """Programs of `attend` for sequences sorted by length. The longest sequences come first.
 
     Parameters
     ----------
     lengths : ndarray, int64, shape (sequences,)
-        Tokens.
+        Tokens per sequence.
 
     Returns
     -------
     ndarray, int32, shape (programs, 2)
-        For each program a sequence and its first query.
+        A sequence and its first query, for each program.
     """
     counts = -(-lengths // TILE.queries)
     begins = np.repeat(np.cumsum(counts) - counts, counts)
@@ -165,7 +165,7 @@ def serve(device: torch.device, dtype: torch.dtype, features: int, heads: int) -
     Raises
     ------
     RuntimeError
-        The device has no memory, or is of no use any more.
+        The device is out of memory, or no longer usable.
     """
     if device.type != "cuda" or dtype == torch.float32:
         return False
@@ -173,21 +173,21 @@ def serve(device: torch.device, dtype: torch.dtype, features: int, heads: int) -
         problem = differs(device, dtype, features, heads)
     except Exception as error:  # no Triton, no C compiler, a cache that cannot be written, …
         if is_out_of_memory(error) or "CUDA error" in str(error):
-            raise  # says nothing about the kernels, and may be otherwise the next time
+            raise  # not a fault of the kernels, and it may not happen again
         problem = f"{type(error).__name__}: {error}"
     if problem:
-        _log.warning("torch does what Triton could do faster on %s: %s", device, problem)
+        _log.warning("without Triton kernels on %s, encoding is slower: %s", device, problem)
     return problem is None
 
 
 def differs(device: torch.device, dtype: torch.dtype, features: int, heads: int) -> str | None:
-    """Which kernel gives something else than torch in float32, but for rounding; or None."""
+    """Which kernel differs from torch in float32 by more than rounding, or None."""
     step, size = torch.finfo(dtype).eps, features // heads
     lengths = np.array([1, 3, 64, 65, 200])
     tokens = int(lengths.sum())
 
-    def is_close(found: Tensor, expected: Tensor, steps: float) -> bool:
-        return torch.allclose(found.float(), expected, rtol=steps * step, atol=steps * step)
+    def is_close(actual: Tensor, expected: Tensor, steps: float) -> bool:
+        return torch.allclose(actual.float(), expected, rtol=steps * step, atol=steps * step)
 
     with torch.inference_mode():
         some = torch.arange(tokens * 3 * features, device=device, dtype=torch.float64)
@@ -196,8 +196,8 @@ def differs(device: torch.device, dtype: torch.dtype, features: int, heads: int)
         product = qkv[:, -features:].contiguous()
         total = x + product
         expected = F.layer_norm(total, (features,), weight, bias, 1e-5)
-        found = add_norm(x, product, weight, bias, 1e-5, dtype)
-        if not (torch.allclose(x, total) and is_close(found, expected, 1)):
+        actual = add_norm(x, product, weight, bias, 1e-5, dtype)
+        if not (torch.allclose(x, total) and is_close(actual, expected, 1)):
             return "residual and norm differ"
         if not is_close(gelu(4 * qkv), F.gelu(4 * qkv.float()), 1):
             return "GELU differs"
@@ -206,14 +206,14 @@ def differs(device: torch.device, dtype: torch.dtype, features: int, heads: int)
         turns = torch.cat([angles.cos(), angles.sin()], 1)
         bounds = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]).astype(np.int32))
         programs = torch.from_numpy(cut_programs(lengths)).to(device)
-        found = attend(qkv, heads, bounds.to(device), programs, turns)
-        if not is_close(found, _attention(qkv, heads, lengths.tolist(), angles), 4):
+        actual = attend(qkv, heads, bounds.to(device), programs, turns)
+        if not is_close(actual, _attention(qkv, heads, lengths.tolist(), angles), 4):
             return "attention differs"
     return None
 
 
 def _attention(qkv: Tensor, heads: int, lengths: list[int], angles: Tensor) -> Tensor:
-    """What `attend` gives, in float32 and one sequence after the other."""
+    """Reference for `attend`: in float32, one sequence at a time."""
     outputs = []
     pairs = qkv.float().view(len(qkv), 3, heads, -1, 2)
     for part in torch.split(pairs, lengths):
@@ -227,17 +227,17 @@ def _attention(qkv: Tensor, heads: int, lengths: list[int], angles: Tensor) -> T
 
 def _require_dense(*tensors: Tensor) -> None:
     if not all(tensor.is_contiguous() for tensor in tensors):
-        raise ValueError("kernels are for dense tensors")
+        raise ValueError("kernels need dense tensors")
 
 
 def _power_of_two(number: int) -> int:
-    """The least that is not below a number."""
+    """The smallest power of two that is not below `number`."""
     return 1 << (number - 1).bit_length()
 
 
 @cache
 def _kernels() -> Any:
-    # Triton takes a while to load, and is not there where torch is built for CPUs alone.
+    # Triton loads slowly, and torch's builds for CPUs do not include it.
     from virnuc_dask.encoder import triton_kernels
 
     return triton_kernels

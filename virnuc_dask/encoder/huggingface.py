@@ -1,4 +1,4 @@
-"""ESM-2 in Hugging Face's layout, ``config.json`` and weights, as fair-esm's files have it."""
+"""Converts ESM-2 from Hugging Face's layout, ``config.json`` and weights, to fair-esm's."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from virnuc_dask.encoder.upstream import fair_esm
 
-# As transformers chooses: others may be left there from what was saved before.
+# In the order of transformers: a directory may still hold files of an earlier save.
 _WEIGHTS = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -22,10 +22,10 @@ _WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 _SUFFIXES = (".safetensors", ".bin")
-# Tokens of ESM-2's alphabet; a fine-tuned model may have more, to make a multiple of 8 to 128.
+# Tokens of ESM-2's alphabet. A fine-tuned model may have more, to reach a multiple of 8 to 128.
 TOKENS, _MOST_TOKENS = 33, 128
 
-# Names within a layer, there and here.
+# Names within a layer: Hugging Face's, then fair-esm's.
 _IN_LAYER = {
     "attention.self.query": "self_attn.q_proj",
     "attention.self.key": "self_attn.k_proj",
@@ -41,12 +41,12 @@ _OUTSIDE = {
     "embeddings.word_embeddings": "embed_tokens",
     "encoder.emb_layer_norm_after": "emb_layer_norm_after",
 }
-# One for all layers: as transformers 5 has it in memory and, by default, in files.
+# One tensor for all layers: transformers 5 has it in memory and, by default, in files.
 _FREQUENCIES = (
     "rotary_embeddings.inv_freq",
     "encoder.layer.*.attention.self.rotary_embeddings.inv_freq",
 )
-# What no embedding depends on, in ESM-2's trunk; and how the names of the trunk begin.
+# Prefixes of the trunk's tensors that no embedding depends on, then of all the trunk's tensors.
 UNUSED = ("contact_head.", "pooler.", "embeddings.position_")
 _TRUNK = ("embeddings.", "encoder.", "rotary_embeddings.", *UNUSED)
 _WORDS = "embeddings.word_embeddings.weight"
@@ -63,17 +63,17 @@ def is_huggingface(path: Path) -> bool:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a directory holds weights, under a name that they have there."""
+    """Whether a directory holds weights under one of their usual names."""
     return any((folder / name).is_file() for name in _WEIGHTS)
 
 
 def huggingface_files(path: Path) -> list[Path]:
-    """All files that `read_huggingface` takes values or names from.
+    """All files from which `read_huggingface` takes values or names.
 
     Raises
     ------
     ValueError, OSError, KeyError
-        Files that are missing or damaged.
+        Files are missing or damaged.
     """
     if path.is_file():
         return [path.parent / "config.json", path]
@@ -82,7 +82,7 @@ def huggingface_files(path: Path) -> list[Path]:
 
 
 def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """Read an ESM-2, from a directory or a file of weights with a ``config.json`` beside it.
+    """Read an ESM-2 from a directory, or from a file of weights beside its ``config.json``.
 
     Parameters
     ----------
@@ -93,32 +93,32 @@ def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     data : dict
         ``cfg`` and ``model`` as in fair-esm's files.
     left_out : tuple of str
-        Tensors outside of ESM-2, such as a classifier's.
+        Tensors outside ESM-2, such as a classifier's.
 
     Raises
     ------
     ValueError
-        Not an ESM-2, or not one that fair-esm's module can express.
+        The model is not an ESM-2, or fair-esm's module cannot express it.
     OSError, safetensors.SafetensorError, KeyError
-        Files that are missing or damaged.
+        Files are missing or damaged.
     """
     folder = path if path.is_dir() else path.parent
     config = json.loads((folder / "config.json").read_text())
     _check(config, folder)
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
-    found: dict[str, Tensor] = {}
+    stored: dict[str, Tensor] = {}
     for file in [path] if path.is_file() else _files(folder):
-        found |= read_tensors(file)
-    prefix = _prefix(found)
+        stored |= read_tensors(file)
+    prefix = _prefix(stored)
     tensors: dict[str, Tensor] = {}
-    # Some files leave out what follows from the configuration. What a file has counts: published
-    # frequencies are rounded to float16, and transformers uses what it finds, too.
+    # Some files leave out the frequencies, because they follow from the configuration. Those in a
+    # file take precedence, as in transformers: published ones are rounded to float16.
     frequencies = _inverse_frequencies(config["hidden_size"] // heads)
     left_out, around = [], prefix.removesuffix("esm.")
-    for name, tensor in found.items():
+    for name, tensor in stored.items():
         short = name.removeprefix(prefix)
         is_own = name.startswith(prefix) and short.startswith(_TRUNK)
-        # Where ESM-2's own tensors have a place of their own, all that is there must be known.
+        # If ESM-2's own tensors have a prefix, every tensor with that prefix must be known.
         if not (is_own or (prefix != around and name.startswith(prefix))):
             left_out.append(name.removeprefix(around))
         elif short in _FREQUENCIES:
@@ -127,7 +127,7 @@ def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
             tensors[renamed] = tensor
     embedding = tensors[EMBEDDING]
     if len(embedding) != config["vocab_size"]:
-        raise ValueError(f"it has {len(embedding)} tokens, vocab_size is {config['vocab_size']}")
+        raise ValueError(f"it has {len(embedding)} tokens, not vocab_size {config['vocab_size']}")
     tensors[EMBEDDING] = embedding[:TOKENS]
     for layer in range(layers):
         tensors.setdefault(f"layers.{layer}.self_attn.rot_emb.inv_freq", frequencies)
@@ -137,23 +137,23 @@ def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
         encoder_attention_heads=heads,
         token_dropout=config["token_dropout"],
     )
-    # Of its own head every ESM-2 may have or lack the parts.
+    # Any ESM-2 may have or lack parts of its own language-model head.
     others = tuple(sorted(name for name in left_out if not name.startswith("lm_head.")))
     return {"cfg": {"model": settings}, "model": tensors}, others
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Tensors of a file by name; no code from it is run."""
+    """Tensors of a file by name. No code from the file is run."""
     if file.suffix == ".safetensors":
         return load_file(file)
-    found = torch_load(file)
-    if not isinstance(found, dict) or not all(isinstance(t, Tensor) for t in found.values()):
+    tensors = torch_load(file)
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise ValueError(f"{file.name} holds more than tensors")
-    return found
+    return tensors
 
 
 def torch_load(file: Path) -> Any:
-    """What torch has saved, mapped into memory where its format allows it; no code is run."""
+    """Load a file saved by torch, memory-mapped if its format allows it. No code is run."""
     try:
         return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except RuntimeError as error:
@@ -163,16 +163,16 @@ def torch_load(file: Path) -> Any:
 
 
 def _prefix(names: Iterable[str]) -> str:
-    """What stands before the names of ESM-2's own tensors: ``esm.`` or less or more."""
-    found = [name.removesuffix(_WORDS) for name in names if name.endswith(_WORDS)]
-    if len(found) != 1:
+    """Prefix of the names of ESM-2's own tensors: empty, ``esm.`` or longer."""
+    prefixes = [name.removesuffix(_WORDS) for name in names if name.endswith(_WORDS)]
+    if len(prefixes) != 1:
         some = ", ".join(sorted(names)[:3])
-        raise ValueError(f"it has {len(found)} tensors {_WORDS}, not one; the first are {some}")
-    return found[0]
+        raise ValueError(f"it has {len(prefixes)} tensors {_WORDS}, not one; the first are {some}")
+    return prefixes[0]
 
 
 def _check(config: dict[str, Any], folder: Path) -> None:
-    """Refuse what would silently give other embeddings."""
+    """Refuse settings that would silently give other embeddings."""
     for name, expected in (
         ("model_type", "esm"),
         ("position_embedding_type", "rotary"),
@@ -183,23 +183,26 @@ def _check(config: dict[str, Any], folder: Path) -> None:
         ("rope_theta", 10_000),
         ("intermediate_size", 4 * config["hidden_size"]),
     ):
-        # What a file leaves out may be another's default, but for these two.
-        missing = None if name in ("position_embedding_type", "layer_norm_eps") else expected
-        found = config.get(name, missing)
-        if (found or False) != expected:
-            raise ValueError(f"config.json has {name} {found!r}, an ESM-2 {expected!r}")
+        # A missing setting has ESM-2's value by default, except for these two.
+        default = None if name in ("position_embedding_type", "layer_norm_eps") else expected
+        value = config.get(name, default)
+        if (value or False) != expected:
+            raise ValueError(f"config.json has {name} {value!r}, but ESM-2 has {expected!r}")
     if not TOKENS <= config["vocab_size"] <= _MOST_TOKENS:
-        raise ValueError(f"config.json has vocab_size {config['vocab_size']}, an ESM-2 {TOKENS}")
+        size = config["vocab_size"]
+        raise ValueError(f"config.json has vocab_size {size}, but ESM-2 has {TOKENS}")
     if config.get("mask_token_id") not in (None, 32):
-        raise ValueError("config.json has another mask_token_id than ESM-2's alphabet")
+        raise ValueError("config.json has a mask_token_id that is not that of ESM-2's alphabet")
     for name in ("rope_parameters", "rope_scaling"):
         for key, value in (config.get(name) or {}).items():
             if _PLAIN_ROTATION.get(key) != value:
-                raise ValueError(f"config.json has {name} {config[name]!r}, which ESM-2 has not")
+                raise ValueError(
+                    f"config.json has {name} {config[name]!r}, which ESM-2 does not have"
+                )
     vocabulary = folder / "vocab.txt"
     alphabet, _ = fair_esm()
     letters = alphabet.from_architecture("ESM-1b").all_toks
-    # The 32nd is a filler, and has another name there.
+    # The 32nd token is a filler with another name in Hugging Face's files.
     if vocabulary.is_file() and vocabulary.read_text().split()[:31] != letters[:31]:
         raise ValueError("vocab.txt is not ESM-2's alphabet")
 
@@ -217,10 +220,10 @@ def _files(folder: Path) -> list[Path]:
 
 
 def fair_esm_name(short: str) -> str | None:
-    """The name in fair-esm's files of a tensor of the trunk; None for what is not needed."""
+    """Name of a tensor of the trunk in fair-esm's files, or None if it is not needed."""
     if short.startswith(UNUSED):
         return None
-    # Newer files keep the names that TensorFlow gave a norm's two parts.
+    # Newer files keep TensorFlow's names for the two parts of a norm.
     module, _, kind = short.replace(".gamma", ".weight").replace(".beta", ".bias").rpartition(".")
     if module in _OUTSIDE:
         return f"{_OUTSIDE[module]}.{kind}"
@@ -231,5 +234,5 @@ def fair_esm_name(short: str) -> str | None:
 
 
 def _inverse_frequencies(head: int) -> Tensor:
-    # As fair-esm's module computes them.
+    # The same computation as in fair-esm's module.
     return 1.0 / (10_000 ** (torch.arange(0, head, 2).float() / head))

@@ -1,10 +1,10 @@
-// What torch is slow at on a CPU: attention within short sequences that lie end to end, and what
-// stands between two matrix products, each in one pass over memory. Called from kernels.py.
+// Work that torch does slowly on a CPU: attention within short concatenated sequences, and the
+// steps between two matrix products, each in one pass over memory. Called from kernels.py.
 //
-// Built for one kind of processor at a time (see hatch_build.py), with vectors of W floats. Every
-// token is computed in the same order whatever its neighbours: a sequence gives the same bits alone
-// and in a batch. NaN and infinity spread over their row, for rows that are not finite must be
-// found.
+// Compiled for one kind of processor at a time (see hatch_build.py), with vectors of W floats. The
+// operations for a token have the same order whatever its neighbours, so a sequence gives the same
+// bits alone and in a batch. NaN and infinity spread over their row, because rows that are not
+// finite must be detected.
 
 #include <math.h>
 #include <stdint.h>
@@ -30,10 +30,11 @@ INLINE vec load(const bfloat16 *p) {
 }
 INLINE void store(float *p, vec x) { *(vec *)p = x; }
 
-// If one of them is NaN, b.
+// b if either is NaN.
 INLINE vec larger(vec a, vec b) { return a > b ? a : b; }
 
-// Lanes moved on by n: what follows folds a vector upon itself with it, to a result in every lane.
+// Rotates the lanes by n. The next two functions fold a vector onto itself with it, which gives the
+// result in every lane.
 INLINE vec moved(vec x, int n) {
 #if W == 16
     const ivec lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
@@ -59,7 +60,7 @@ INLINE float largest(vec x) {
     return x[0];
 }
 
-// exp of x <= 0 to 1e-7 of its value, as in Cephes' expf; below -87 it is 1.6e-38.
+// exp of x <= 0 with a relative error of 1e-7, as in Cephes' expf. Below -87 it is 1.6e-38.
 INLINE vec exponential(vec x) {
     x = larger(splat(-87.0f), x);
     vec shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the integer is in the last bits
@@ -77,7 +78,7 @@ INLINE vec exponential(vec x) {
 
 // --- attention ---
 
-// R rows of a times C vectors of columns of b, kept in registers all the while.
+// Product of R rows of a and C vectors of columns of b. The sums stay in registers.
 template <int R, int C>
 INLINE void tile(const float *a, int a_row, const float *b, int b_row, int n, float *c) {
     vec sums[R][C];
@@ -94,7 +95,7 @@ INLINE void tile(const float *a, int a_row, const float *b, int b_row, int n, fl
         UNROLL for (int j = 0; j < C; j++) store(c + (size_t)i * b_row + j * W, sums[i][j]);
 }
 
-// c = a b for R rows; b and c have so many columns, a multiple of W.
+// c = a b for R rows. b and c have `columns` columns, a multiple of W.
 template <int R>
 INLINE void product(const float *a, int a_row, const float *b, int columns, int n, float *c) {
     int j = 0;
@@ -117,18 +118,18 @@ INLINE void put(float x, bfloat16 *to) {
         float value;
         uint32_t bits;
     } same = {x};
-    uint32_t nearest = same.bits + 0x7fff + ((same.bits >> 16) & 1);  // or the even one of two
-    to->bits = (x == x ? nearest : (same.bits | 0x400000)) >> 16;     // a NaN stays one
+    uint32_t nearest = same.bits + 0x7fff + ((same.bits >> 16) & 1);  // ties go to even
+    to->bits = (x == x ? nearest : (same.bits | 0x400000)) >> 16;     // a NaN stays a NaN
 }
 
-// One head's features of one token as float32.
+// Converts one head's features of one token to float32.
 template <typename T>
 INLINE void widen(const T *__restrict values, int d, float *__restrict to) {
     for (int f = 0; f < d; f++) to[f] = number(values[f]);
 }
 
-// Rotary embedding: feature f turns with f + d / 2, by an angle of which there is the cosine, then,
-// d / 2 further, the sine.
+// Rotary embedding: feature f is paired with f + d / 2. `turn` has the cosines of the angles, then,
+// d / 2 further, the sines.
 INLINE void rotate(const float *__restrict plain, const float *__restrict turn, int d, float size,
                    float *__restrict to) {
     const int half = d / 2;
@@ -138,7 +139,8 @@ INLINE void rotate(const float *__restrict plain, const float *__restrict turn, 
     }
 }
 
-// exp of the scores less their maximum, and 1 / their sum; what is beyond `length` is padding.
+// Replaces the scores by exp of the scores minus their maximum, and returns 1 / their sum. Scores
+// from `length` on are padding.
 INLINE float softmax(float *scores, int length, int padded) {
     for (int j = length; j < padded; j++) scores[j] = -INFINITY;
     vec top = load(scores), total = vec{};
@@ -155,7 +157,7 @@ INLINE float softmax(float *scores, int length, int padded) {
 template <typename T, int D>
 int attend(const T *qkv, const float *turns, const int32_t *bounds, int begin, int end, int heads,
            int d_, T *out) {
-    const int d = D ? D : d_;  // known to the compiler, or not
+    const int d = D ? D : d_;  // D is a constant for the compiler
     const int wide = (d + W - 1) / W * W, width = heads * d;
     int longest = 0;
     for (int s = begin; s < end; s++) {
@@ -213,7 +215,7 @@ template <typename T>
 int attend_heads(const void *qkv, const float *turns, const int32_t *bounds, int begin, int end,
                  int heads, int d, void *out) {
 #define ATTEND(D) attend<T, D>((const T *)qkv, turns, bounds, begin, end, heads, d, (T *)out)
-    switch (d) {  // those of the published models, 8M to 15B
+    switch (d) {  // values of the published models, 8M to 15B
         case 16: return ATTEND(16);
         case 24: return ATTEND(24);
         case 32: return ATTEND(32);
@@ -262,22 +264,24 @@ int add_norm(float *x, const T *product, const float *weight, const float *shift
 
 }  // namespace
 
-// For rows from begin to end: tokens, but of attend sequences. All return 0, or 1 without memory.
-// Kinds of numbers: 0 float32, 1 bfloat16. Features are a multiple of W.
+// Each function computes rows from begin to end: sequences in attend, tokens otherwise. It returns
+// 0, or 1 if memory ran out. Kinds of numbers: 0 float32, 1 bfloat16. The number of features is a
+// multiple of W.
 extern "C" {
 
-// What this was built from, as hatch_build.py has it: kernels.py refuses an older one.
+// SHA-256 of this file, from hatch_build.py. kernels.py refuses a library of another source.
 extern const char virnuc_source[] = SOURCE;
 
-// Softmax attention of sequences from bounds[s] to bounds[s + 1], with rotary embedding, from
-// (tokens, 3, heads, d) to (tokens, heads * d), both of a kind. turns: (longest, 2, d / 2).
+// Softmax attention with rotary embedding. Sequence s has the tokens from bounds[s] to
+// bounds[s + 1]. Input (tokens, 3, heads, d) and output (tokens, heads * d) are of the same kind.
+// turns: (longest, 2, d / 2).
 int virnuc_attend(int begin, int end, int kind, const void *qkv, const float *turns,
                   const int32_t *bounds, int heads, int d, void *out) {
     auto attend_all = kind ? attend_heads<bfloat16> : attend_heads<float>;
     return attend_all(qkv, turns, bounds, begin, end, heads, d, out);
 }
 
-// x += product, unless that is null, and the layer norm of x.
+// x += product, unless product is null; then the layer norm of x.
 int virnuc_add_norm(int begin, int end, float *x, int kind, const void *product,
                     const float *weight, const float *shift, float eps, int n, int out_kind,
                     void *out) {

@@ -1,8 +1,8 @@
-"""Compiled kernels for the CPU: attention, and what stands between two matrix products.
+"""Compiled kernels for the CPU: attention, and the work between two matrix products.
 
-``kernels.cpp`` is built when the package is installed, where there is a compiler, for each kind of
-processor that the machine's architecture has; the best that this processor can run is loaded here.
-Without any, torch does the same, slower.
+``kernels.cpp`` is compiled when the package is installed, if there is a compiler, for each kind of
+processor of the machine's architecture. This module loads the best library that the processor can
+run. Without one, torch does the same work, more slowly.
 """
 
 from __future__ import annotations
@@ -18,35 +18,35 @@ from torch import Tensor
 
 from virnuc_dask.settings import Precision
 
-# Features are a multiple of this, the widest vector that kernels are built for.
+# The number of features must be a multiple of this, the widest vector of all builds.
 _LANES = 16
 _KINDS = {torch.float32: 0, torch.bfloat16: 1}
-# Tokens that are worth another thread.
+# Tokens that justify another thread.
 _ROWS_PER_THREAD = 8
 
 
 def attend(qkv: Tensor, turns: Tensor, bounds: Tensor, heads: int) -> Tensor:
-    """Attention within sequences that lie end to end, queries and keys turned by rotary angles.
+    """Attention within concatenated sequences, with rotary embedding of queries and keys.
 
     Parameters
     ----------
     qkv : Tensor, float32 or bfloat16, shape (tokens, 3 * D)
-        Queries, keys and values, of all heads each.
+        Queries, keys and values of all heads.
     turns : Tensor, float32, shape (longest, D / heads)
         For each position in a sequence the cosines of its angles, then the sines.
     bounds : Tensor, int32, shape (sequences + 1,)
-        First token of each sequence, and the end.
+        First token of each sequence, then the end of the last sequence.
     heads : int
 
     Returns
     -------
     Tensor, shape (tokens, D)
-        Of the dtype of `qkv`. Zero for tokens beyond the last sequence.
+        In the dtype of `qkv`. Zero for padding after the last sequence.
     """
     tokens, features = qkv.shape[0], qkv.shape[1] // 3
     out = qkv.new_empty(tokens, features)
     out[int(bounds[-1]) :] = 0
-    work = bounds.diff().to(torch.float64).square()  # of each sequence
+    work = bounds.diff().to(torch.float64).square()  # for each sequence
     kind = _KINDS[qkv.dtype]
     _run("attend", work, kind, qkv, turns, bounds, heads, features // heads, out)
     return out
@@ -64,7 +64,7 @@ def add_norm(
     weight, bias : Tensor, float32, shape (D,)
     eps : float
     dtype : torch.dtype
-        Of the result: float32 or bfloat16.
+        Dtype of the result: float32 or bfloat16.
     """
     tokens, features = x.shape
     out = x.new_empty(tokens, features, dtype=dtype)
@@ -81,16 +81,16 @@ def _run(name: str, work: int | Tensor, *arguments: Tensor | ctypes.c_float | in
     ----------
     name : str
     work : int or Tensor, shape (rows,)
-        Rows, or where they differ what each of them costs.
+        Number of rows, or the cost of each row if costs differ.
     arguments
-        After the first row and the end, which come first.
+        Arguments of the kernel after its first two, the first row and the end.
     """
     kernel = getattr(_library(), f"virnuc_{name}")
 
     def call(first: int, last: int) -> int:
-        # In each thread: its arguments must outlive it, whatever interrupts who waits for it.
-        given = (_address(item) if isinstance(item, Tensor) else item for item in arguments)
-        return int(kernel(first, last, *given))
+        # Made in each thread: it keeps the tensors alive even if its caller is interrupted.
+        values = (_address(item) if isinstance(item, Tensor) else item for item in arguments)
+        return int(kernel(first, last, *values))
 
     threads = torch.get_num_threads()
     if isinstance(work, int):
@@ -100,15 +100,15 @@ def _run(name: str, work: int | Tensor, *arguments: Tensor | ctypes.c_float | in
         rows, sums = len(work), work.cumsum(0)
         shares = sums[-1:] * torch.arange(1, threads, device=work.device) / threads
         ends = torch.searchsorted(sums, shares).tolist()
-    # ctypes lets go of the interpreter's lock meanwhile.
+    # ctypes releases the interpreter's lock during the call.
     failed = _pool().map(call, [0, *ends], [*ends, rows]) if ends else [call(0, rows)]
     if any(list(failed)):
-        raise MemoryError(f"no memory for {name}")
+        raise MemoryError(f"not enough memory for the kernel {name}")
 
 
 def _address(tensor: Tensor) -> ctypes.c_void_p:
     if tensor.device.type != "cpu" or not tensor.is_contiguous():
-        raise ValueError("kernels are for dense tensors in the CPU's memory")
+        raise ValueError("kernels need dense tensors in the CPU's memory")
     return ctypes.c_void_p(tensor.data_ptr())
 
 
@@ -119,7 +119,7 @@ def _pool() -> ThreadPoolExecutor:
 
 @cache
 def _library() -> ctypes.CDLL | None:
-    """The kernels for this processor, or None: they were not built, or not for it."""
+    """The kernels for this processor, or None if none were built for it."""
     capability = torch.backends.cpu.get_cpu_capability()
     names = {"AVX512": ("avx512", "avx2"), "AVX2": ("avx2",)}.get(capability, ("generic",))
     for name in names:
@@ -129,7 +129,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def load(path: Path) -> ctypes.CDLL | None:
-    """A library; None if it is not there, or was built from another ``kernels.cpp``."""
+    """Load a library. None if it is missing or was built from another ``kernels.cpp``."""
     try:
         library = ctypes.CDLL(str(path))
         built_from = (ctypes.c_char * 65).in_dll(library, "virnuc_source").value.decode()
@@ -140,6 +140,6 @@ def load(path: Path) -> ctypes.CDLL | None:
 
 
 def serve(device: torch.device, precision: Precision, features: int) -> bool:
-    """Whether there are kernels for a network of so many features."""
+    """Whether there are kernels for a network with this number of features."""
     fits = features % _LANES == 0 and precision != "float16"
     return device.type == "cpu" and fits and _library() is not None

@@ -1,8 +1,8 @@
 """Linear layers at several precisions: oneDNN's fused kernels on a CPU, torch's own elsewhere.
 
-Weights are packed once for oneDNN, which then adds the bias and takes the exact (erf) GELU while a
-product is still in cache. These operators are private to torch, so they are tried when a
-layer is built, and `torch.nn.functional.linear` stands in where they are missing.
+Weights are packed once for oneDNN, which then adds the bias and applies the exact (erf) GELU while
+a product is still in cache. These operators are private to torch, so they are tried when a layer is
+built. Where they are missing, `torch.nn.functional.linear` is used.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DTYPES: dict[Precision, torch.dtype] = {
     "float16": torch.float16,
 }
 
-# Tokens that weights are packed for; any other number gives the same result.
+# Number of tokens that weights are packed for. Other numbers give the same result.
 _PACKED_TOKENS = 2048
 
 
@@ -35,7 +35,7 @@ class Linear:
     weight : Tensor, shape (out, in)
     bias : Tensor, shape (out,)
     gelu : callable
-        Exact GELU of a product, which it may overwrite.
+        Exact GELU of a product. It may overwrite the product.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor, gelu: Callable[..., Tensor] = F.gelu) -> None:
@@ -51,7 +51,7 @@ class Linear:
 
 
 class OneDnnLinear(Linear):
-    """The same by oneDNN, float32 or bfloat16, with GELU fused into it."""
+    """The same layer by oneDNN, in float32 or bfloat16, with GELU fused into it."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
         packed = torch.ops.mkldnn._reorder_linear_weight(weight, _PACKED_TOKENS)
@@ -75,16 +75,16 @@ class OneDnnLinear(Linear):
 def make_linear(
     weight: Tensor, bias: Tensor, precision: Precision, *, is_fused: bool = False
 ) -> Linear:
-    """The fastest layer that this processor has for a precision.
+    """The fastest layer for a precision on this processor.
 
     Parameters
     ----------
     weight : Tensor, float32, shape (out, in)
     bias : Tensor, float32, shape (out,)
     precision : {'float32', 'bfloat16', 'float16'}
-        The device must have it (`settings.precision_on`).
+        The device must support it (`settings.precision_on`).
     is_fused : bool
-        Whether `fused.serve` says so.
+        Whether to use `fused.gelu`. `fused.serve` decides.
     """
     dtype = DTYPES[precision]
     weight, bias = weight.to(dtype), bias.to(dtype)
@@ -101,5 +101,5 @@ def _has_onednn(dtype: torch.dtype) -> bool:
     try:
         layer = OneDnnLinear(ones, ones[0])
         return bool((layer(ones) == 17).all() and (layer.gelu(ones) == 17).all())
-    except (AttributeError, RuntimeError, TypeError):  # other names or signatures: not ours
+    except (AttributeError, RuntimeError, TypeError):  # torch changed names or signatures
         return False

@@ -1,6 +1,6 @@
-"""LoRA adapters as PEFT saves them: small changes to the weights of a base model.
+"""LoRA adapters saved by PEFT: small changes to the weights of a base model.
 
-Sources: Hu et al. 2021, arXiv:2106.09685; rank-stabilised, arXiv:2312.03732; DoRA,
+Sources: Hu et al. 2021, arXiv:2106.09685; rank-stabilised LoRA, arXiv:2312.03732; DoRA,
 arXiv:2402.09353; PEFT's ``tuners/lora``.
 """
 
@@ -20,11 +20,11 @@ from virnuc_dask.encoder.memory import give_back_pages
 
 _CONFIG = "adapter_config.json"
 _WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
-# Where a name within the base model's trunk begins.
+# The group is a tensor's name within the base model's trunk.
 _TRUNK = re.compile(r"(?:^|\.)((?:encoder|embeddings)\..+)$")
 _PARTS = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
-# Settings that `Update.applied` knows, or that merging does not depend on. Each version of PEFT has
-# more: another is refused, unless it is off.
+# Settings that `Update.applied` handles, or that merging does not depend on. Each version of PEFT
+# adds settings. An unknown one is refused unless it is off.
 _KNOWN = {
     "alpha_pattern",
     "auto_mapping",
@@ -52,13 +52,13 @@ _KNOWN = {
     "use_dora",
     "use_rslora",
 }
-# Initialisations that leave the base model as it is.
+# Initialisations that do not change the base model.
 _INITIALISATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True, slots=True)
 class Update:
-    """A change of one matrix.
+    """Change of one weight matrix.
 
     Attributes
     ----------
@@ -66,7 +66,7 @@ class Update:
     up : Tensor, shape (out, rank)
     scale : float
     magnitude : Tensor, shape (out,), optional
-        Length that each row is to have (DoRA).
+        Euclidean norm of each row after the change (DoRA).
     """
 
     down: Tensor
@@ -75,26 +75,26 @@ class Update:
     magnitude: Tensor | None
 
     def applied(self, weight: Tensor) -> Tensor:
-        """The matrix, shape (out, in), changed; float32."""
+        """The changed matrix, float32, shape (out, in)."""
         changed: Tensor = weight.float() + (self.up.float() @ self.down.float()) * self.scale
         if self.magnitude is None:
             return changed
-        wanted = self.magnitude.float().flatten()
-        changed *= (wanted / torch.linalg.vector_norm(changed, dim=1))[:, None]
+        magnitude = self.magnitude.float().flatten()
+        changed *= (magnitude / torch.linalg.vector_norm(changed, dim=1))[:, None]
         return changed
 
 
 @dataclass(frozen=True, slots=True)
 class Adapter:
-    """What an adapter changes; names are those of fair-esm's files.
+    """Changes that an adapter makes. Names are those of fair-esm's files.
 
     Attributes
     ----------
     updates : dict of str to Update
     replaced : dict of str to Tensor
-        Weights that were trained as they are, such as biases.
+        Weights that replace the base model's, such as biases.
     left_out : tuple of str
-        Tensors outside of ESM-2, such as a classifier's.
+        Tensors outside ESM-2, such as a classifier's.
     """
 
     updates: dict[str, Update]
@@ -102,29 +102,30 @@ class Adapter:
     left_out: tuple[str, ...]
 
     def check(self, base: dict[str, Tensor]) -> None:
-        """Make sure that it is for this base model.
+        """Check that the adapter fits this base model.
 
         Raises
         ------
         ValueError
-            The base model has no such weight, or one of another shape.
+            The adapter's tensors do not fit each other, or the base model has no such weight or
+            one of another shape.
         """
         for name, tensor in self.parts().items():
             if not tensor.is_floating_point():
-                raise ValueError(f"the adapter's {name} is of {tensor.dtype}")
+                raise ValueError(f"the adapter's {name} is {tensor.dtype}, not floating-point")
         shapes = {name: tuple(tensor.shape) for name, tensor in self.replaced.items()}
         for name, update in self.updates.items():
             rank, into = update.down.shape
             out, other = update.up.shape
             if rank != other or (update.magnitude is not None and update.magnitude.numel() != out):
-                raise ValueError(f"the adapter's parts of {name} do not go together")
+                raise ValueError(f"the shapes of the adapter's parts of {name} do not match")
             shapes[name] = (out, into)
         for name, shape in shapes.items():
             if name not in base or tuple(base[name].shape) != shape:
                 raise ValueError(f"the adapter is for another base model: {name} {shape}")
 
     def merged(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The base model's weights, changed. Those that are stay in memory, as float32."""
+        """The base model's weights after the changes. Changed ones are in memory, as float32."""
         changed = base | self.replaced
         for name, update in self.updates.items():
             weight = changed[name]
@@ -133,14 +134,14 @@ class Adapter:
         return changed
 
     def parts(self) -> dict[str, Tensor]:
-        """All that merging depends on, by name."""
-        found = dict(self.replaced)
+        """All tensors that merging depends on, by name."""
+        parts = dict(self.replaced)
         for name, update in self.updates.items():
-            found[f"{name} down"], found[f"{name} up"] = update.down, update.up
-            found[f"{name} scale"] = torch.tensor(update.scale)
+            parts[f"{name} down"], parts[f"{name} up"] = update.down, update.up
+            parts[f"{name} scale"] = torch.tensor(update.scale)
             if update.magnitude is not None:
-                found[f"{name} magnitude"] = update.magnitude
-        return found
+                parts[f"{name} magnitude"] = update.magnitude
+        return parts
 
 
 def is_adapter(path: Path) -> bool:
@@ -149,7 +150,7 @@ def is_adapter(path: Path) -> bool:
 
 
 def base_of(folder: Path) -> str:
-    """The base model, as an adapter names it."""
+    """Name of the base model in an adapter's configuration."""
     return str(json.loads((folder / _CONFIG).read_text()).get("base_model_name_or_path"))
 
 
@@ -160,14 +161,14 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def read_adapter(folder: Path) -> Adapter:
-    """Read an adapter, running no code from it.
+    """Read an adapter. No code from it is run.
 
     Raises
     ------
     ValueError
-        Another kind of adapter than LoRA, or one that changes more than matrices and biases.
+        The adapter is not LoRA, or changes more than matrices and biases.
     OSError, safetensors.SafetensorError, KeyError
-        Files that are missing or damaged.
+        Files are missing or damaged.
     """
     config = json.loads((folder / _CONFIG).read_text())
     _check_config(config)
@@ -180,41 +181,45 @@ def read_adapter(folder: Path) -> Adapter:
     left_out, trunks = [], set()
     for name, tensor in read_tensors(files[0]).items():
         own = name.removeprefix("base_model.model.")
-        found = _TRUNK.search(own)
-        if found is None:
+        in_trunk = _TRUNK.search(own)
+        if in_trunk is None:
             if not own.removeprefix("esm.").startswith(UNUSED):
                 left_out.append(own)
             continue
-        trunks.add(own[: found.start(1)])
-        if match := _PARTS.fullmatch(found[1]):
+        trunks.add(own[: in_trunk.start(1)])
+        if match := _PARTS.fullmatch(in_trunk[1]):
             target = fair_esm_name(f"{match[1]}.weight")
             parts.setdefault(str(target), {})[match[2]] = tensor
-            modules[str(target)] = own[: found.start(1)] + match[1]
+            modules[str(target)] = own[: in_trunk.start(1)] + match[1]
         elif ".lora_" in own:
             raise ValueError(f"the adapter has {own}, which cannot be merged")
-        elif renamed := fair_esm_name(found[1].replace(".base_layer.", ".")):
-            # A vocabulary may be padded, here as in the base.
+        elif renamed := fair_esm_name(in_trunk[1].replace(".base_layer.", ".")):
+            # The vocabulary may be padded, as in the base model.
             replaced[renamed] = tensor[:TOKENS] if renamed == EMBEDDING else tensor
     if len(trunks) != 1:
         raise ValueError(
             f"the adapter changes {len(trunks)} ESM-2 models; it has {', '.join(left_out[:3])}"
         )
     updates = {}
-    wanted = {"lora_A", "lora_B"}
+    required = {"lora_A", "lora_B"}
     if config.get("use_dora"):
-        wanted.add("lora_magnitude_vector")
-    for target, given in parts.items():
-        if given.keys() != wanted:
-            raise ValueError(f"the adapter has {', '.join(sorted(given))} for {modules[target]}")
-        down, up = given["lora_A"], given["lora_B"]
+        required.add("lora_magnitude_vector")
+    for target, stored in parts.items():
+        if stored.keys() != required:
+            raise ValueError(
+                f"the adapter has {', '.join(sorted(stored))} for {modules[target]},"
+                f" not {', '.join(sorted(required))}"
+            )
+        down, up = stored["lora_A"], stored["lora_B"]
         scale = _scale(config, modules[target], down.shape[0])
-        updates[target] = Update(down, up, scale, given.get("lora_magnitude_vector"))
+        updates[target] = Update(down, up, scale, stored.get("lora_magnitude_vector"))
     return Adapter(updates, replaced, tuple(left_out))
 
 
 def _check_config(config: dict[str, Any]) -> None:
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"an adapter of the kind {config.get('peft_type')!r}; only LoRA is merged")
+        kind = config.get("peft_type")
+        raise ValueError(f"the adapter is of the kind {kind!r}; only LoRA can be merged")
     for name in config.keys() - _KNOWN:
         if config[name]:
             raise ValueError(f"{_CONFIG} has {name} {config[name]!r}, which cannot be merged")
@@ -228,7 +233,7 @@ def _check_config(config: dict[str, Any]) -> None:
 def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     alpha = config["lora_alpha"]
     for pattern, other in (config.get("alpha_pattern") or {}).items():
-        # PEFT takes any expression, and a stranger's may take for ever.
+        # PEFT accepts any regular expression. One from an untrusted file may run for ever.
         if not re.fullmatch(r"\^?[\w.]+", pattern):
             raise ValueError(f"{_CONFIG} has the alpha_pattern {pattern!r}, not a module's name")
         if re.match(rf"(.*\.)?({pattern})$", module):

@@ -1,7 +1,7 @@
-"""Which ESM-2 models there are, and about how long one takes. Loads no torch.
+"""The published ESM-2 models, and estimates of their speed. Does not load torch.
 
-How long is estimated from a model's size and the kind of device alone, never measured, so that what
-follows from it, the size of a chunk, is the same in every run.
+Estimates depend only on a model's size and the kind of device, never on a measurement. So the size
+of a chunk, which follows from them, is the same in every run.
 """
 
 from __future__ import annotations
@@ -13,32 +13,32 @@ from numpy.typing import NDArray
 
 from virnuc_dask.settings import ModelSpec, Precision
 
-# Operations per second of one worker, about. A core of a CPU reaches 50 (AVX2) to 220 (AVX-512) in
-# float32; of GPUs an RTX 4090 reaches 90 in 16 bits, an A100 180, an H200 590: see RESULTS.md.
+# Approximate operations per second of one worker. A CPU core reaches 50e9 (AVX2) to 220e9 (AVX-512)
+# in float32. In 16 bits an RTX 4090 reaches 90e12, an A100 180e12, an H200 590e12: see RESULTS.md.
 _CORE = 100e9
 _GPU: dict[Precision, float] = {"float32": 30e12, "bfloat16": 200e12, "float16": 200e12}
-# Bytes per second at which weights are downloaded, by a slow line.
+# Bytes per second of a download over a slow connection.
 _DOWNLOAD = 2e6
 
-# A chunk is what a kill costs, so it should take about this long; where there are few sequences,
-# less, so that each worker gets several chunks, but not so little that overhead counts.
+# A killed worker loses one chunk, so a chunk should take about this long. If there are few
+# sequences it takes less, so that each worker gets several chunks, but enough to hide overhead.
 _CHUNK_S = 40.0
 _LEAST_CHUNK_S = 0.1
 _CHUNKS_PER_WORKER = 4
 _MOST_ROWS = 8192
-# Of the residues' own representations, which lie in memory together.
+# Bytes of residue embeddings per chunk, which are in memory together.
 _MOST_RESIDUE_BYTES = 2**28
 
 
 @dataclass(frozen=True, slots=True)
 class Published:
-    """An ESM-2 model of fair-esm's.
+    """An ESM-2 model published by fair-esm.
 
     Attributes
     ----------
     layers, dimension : int
     megabytes : int
-        To download. The two largest are in float16.
+        Size of the download. The two largest models are in float16.
     """
 
     layers: int
@@ -58,31 +58,31 @@ PUBLISHED = {
 
 
 def parameters(layers: int, dimension: int) -> int:
-    """Weights in the matrices of an ESM-2's layers, which are nearly all that it has."""
+    """Number of weights in the matrices of an ESM-2's layers: nearly all of its weights."""
     return 12 * layers * dimension**2
 
 
 def operations(layers: int, dimension: int, length: float) -> float:
-    """Floating-point operations for a residue of a sequence, its share of attention included.
+    """Floating-point operations per residue of a sequence, including its share of attention.
 
     Parameters
     ----------
     layers, dimension : int
     length : float
-        Residues of the sequence.
+        Residues in the sequence.
     """
     return 2.0 * parameters(layers, dimension) + 4.0 * layers * dimension * length
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """About how fast one worker is, estimated from sizes alone.
+    """Approximate speed of one worker, estimated from sizes alone.
 
     Attributes
     ----------
     residues_per_s : float
     load_s : float
-        Seconds to download the weights, by a slow line.
+        Seconds to download the weights over a slow connection.
     """
 
     residues_per_s: float
@@ -90,13 +90,13 @@ class Estimate:
 
     @classmethod
     def of(cls, model: ModelSpec, device: str, length: float) -> Estimate:
-        """Of a model on a kind of device, for sequences of so many residues on average."""
+        """Estimate for a model on a kind of device, with this mean number of residues."""
         rate = _CORE if device.partition(":")[0] == "cpu" else _GPU[model.precision]
-        # A network of no layers looks up its tokens.
+        # A network without layers only looks up its tokens.
         work = max(operations(model.repr_layer, model.dimension, length), 1.0 * model.dimension)
-        # All layers are downloaded, also those that are not used.
-        known = PUBLISHED.get(model.reference)
-        size = 1e6 * known.megabytes if known else 0.0
+        # All layers are downloaded, even unused ones.
+        published = PUBLISHED.get(model.reference)
+        size = 1e6 * published.megabytes if published else 0.0
         return cls(rate / work, size / _DOWNLOAD)
 
     def rows_per_chunk(
@@ -105,20 +105,19 @@ class Estimate:
         workers: int,
         residue_bytes: NDArray[np.int64] | None = None,
     ) -> int:
-        """Rows that make a chunk: the largest power of two that fits.
+        """Rows per chunk: the largest power of two that meets all limits.
 
-        No chunk takes more than 40 seconds of one worker by this estimate, there are four for each
-        worker unless they would take less than a tenth of a second, and none has more than 8,192
-        rows.
+        By this estimate no chunk takes more than 40 seconds of one worker. There are at least four
+        chunks per worker, unless a chunk takes no more than a tenth of a second. No chunk has more
+        than 8,192 rows.
 
         Parameters
         ----------
         residues : ndarray, int64, shape (records,)
-            Residues of each row that will go through the encoder.
+            Residues to encode in each row.
         workers : int
         residue_bytes : ndarray, int64, shape (records,), optional
-            Of the representations of single residues that are to be kept of each row, of which a
-            chunk may have 256 MiB.
+            Bytes of residue embeddings to keep for each row. A chunk may have 256 MiB of them.
         """
 
         def fits(rows: int) -> bool:
@@ -135,7 +134,7 @@ class Estimate:
 
 
 def costliest(costs: NDArray[np.int64], rows: int) -> int:
-    """What the chunk that costs most has, of chunks of so many rows.
+    """Cost of the most expensive chunk, if each chunk has `rows` rows.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
-"""ESM-2: a forward pass over packed tokens that pads nothing.
+"""ESM-2: a forward pass over packed tokens, without padding of sequences.
 
-fair-esm gives the alphabet, the module and the published weights; the forward here runs on that
-module's parameters and leaves out the language-model head. Lin et al. 2023,
-https://doi.org/10.1126/science.ade2574; upstream: ``esm/model/esm2.py`` of fair-esm 2.0.0.
+fair-esm provides the alphabet, the module and the published weights. The forward pass here uses
+that module's parameters and leaves out the language-model head. Sources: Lin et al. 2023,
+https://doi.org/10.1126/science.ade2574; ``esm/model/esm2.py`` of fair-esm 2.0.0.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from virnuc_dask.encoder.upstream import fair_esm
 from virnuc_dask.encoder.weights import Checkpoint
 from virnuc_dask.settings import ModelSpec, Precision
 
-# On a CPU oneDNN makes and keeps a program for each number of tokens that it meets, which takes
-# half a millisecond and megabytes: batches are filled up to a multiple, so that there are few.
+# On a CPU oneDNN makes and keeps a program for each number of tokens, which takes half a
+# millisecond and megabytes. Batches are filled up to a multiple of this to keep programs few.
 _CPU_MULTIPLE = 32
 
 
-# Adds a product to x, in place, and gives x's norm: `kernels.add_norm` says of what.
+# Adds a product to x, in place, and returns the norm of x. See `kernels.add_norm`.
 AddNorm = Callable[[Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype], Tensor]
 _ADD_NORM: dict[str, AddNorm] = {"compiled": kernels.add_norm, "triton": fused.add_norm}
 
@@ -62,7 +62,7 @@ class Network:
     Attributes
     ----------
     backends : dict of str to str
-        What serves ``attention`` and ``elementwise`` work: ``torch`` or something faster.
+        What computes ``attention`` and ``elementwise`` work: ``torch`` or something faster.
     """
 
     def __init__(self, checkpoint: Checkpoint, spec: ModelSpec, device: torch.device) -> None:
@@ -70,7 +70,7 @@ class Network:
         self._multiple = _CPU_MULTIPLE if device.type == "cpu" else 1
         network, alphabet = _build(checkpoint)
         self._heads = int(network.attention_heads)
-        # Without a masked token upstream's token dropout is this constant.
+        # Without masked tokens, fair-esm's token dropout is this constant factor.
         scale = 1 - 0.15 * 0.8 if network.token_dropout else 1.0
         self._embedding: Tensor = _on(device, network.embed_tokens.weight) * scale
         dtype = DTYPES[spec.precision]
@@ -83,7 +83,7 @@ class Network:
             _Layer.of(layer, self._heads, spec.precision, device, by)
             for layer in network.layers[: spec.repr_layer]
         ]
-        # What enters the first attention depends on the token alone.
+        # The input of the first attention depends on the token alone.
         with torch.inference_mode():
             self._first_qkv = [la.qkv(la.norm1(self._embedding)) for la in self._layers[:1]]
         is_last = spec.repr_layer == network.num_layers
@@ -98,46 +98,46 @@ class Network:
     def represent(
         self, residues: NDArray[np.uint8], starts: NDArray[np.int64], runs: Runs
     ) -> Tensor:
-        """Representation of each token of sequences that are sorted by length.
+        """Representation of each token of sequences sorted by length.
 
         Parameters
         ----------
         residues : ndarray, uint8, shape (N,)
-            ASCII residues that the starts point into.
+            ASCII residues. `starts` indexes into them.
         starts : ndarray, int64, shape (sequences,)
             First residue of each sequence.
         runs : list of (count, length)
-            Residues of the sequences, in order.
+            Runs of `count` sequences of `length` residues each, in order.
 
         Returns
         -------
         Tensor, float32, shape (tokens, D)
-            End to end, each sequence's BOS, residues and EOS.
+            BOS, residues and EOS of each sequence, end to end.
         """
         lengths = np.repeat([n + 2 for _, n in runs], [count for count, _ in runs])
         ends = np.cumsum(lengths)
         positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
-        # BOS stands before a sequence's first residue, EOS after its last.
+        # BOS precedes the first residue of a sequence, EOS follows the last.
         sources = np.repeat(starts - 1, lengths) + positions
         tokens = self._token_of[residues[sources.clip(0, len(residues) - 1)]]
         tokens[ends - lengths], tokens[ends - 1] = self._bos, self._eos
-        # Nothing attends to these, and nobody looks at what becomes of them.
+        # No token attends to these fillers, and their results are cut off.
         filled = np.pad(tokens, (0, -len(tokens) % self._multiple), constant_values=self._eos)
         bounds = np.concatenate(([0], ends)).astype(np.int32)
-        # In float32 whatever the precision: rounded frequencies ruin long sequences.
-        places = torch.arange(int(lengths.max()), dtype=torch.float32, device=self._device)
+        # In float32 at every precision: rounded frequencies ruin long sequences.
+        indices = torch.arange(int(lengths.max()), dtype=torch.float32, device=self._device)
         layout = Layout(
             runs,
             to_device(bounds, self._device),
             to_device(positions, self._device),
-            places[:, None] * self._inverse_frequencies,
+            indices[:, None] * self._inverse_frequencies,
         )
         return self._forward(to_device(filled, self._device), layout)[: len(tokens)]
 
     def _forward(self, tokens: Tensor, layout: Layout) -> Tensor:
         """Representation of packed tokens, shape (tokens, D)."""
         x = F.embedding(tokens, self._embedding)
-        # What the last layer gave is added to x together with the next one's norm.
+        # A layer's result is added to x in the same pass as the next layer's norm.
         product: Tensor | None = None
         for number, layer in enumerate(self._layers):
             qkv = (
@@ -154,7 +154,7 @@ class Network:
 
 @dataclass(frozen=True, slots=True)
 class _Norm:
-    """Layer norm; where there is a kernel, of the dtype that what follows takes."""
+    """Layer norm. With a kernel its result has the dtype that the next product takes."""
 
     weight: Tensor
     bias: Tensor
@@ -174,7 +174,7 @@ class _Norm:
         return cls(weight, bias, norm.eps, kernel, dtype)
 
     def __call__(self, x: Tensor, product: Tensor | None = None) -> Tensor:
-        """Of x, to which the product is added in place."""
+        """Norm of x, after the product is added to x in place."""
         if self.kernel:
             return self.kernel(x, product, self.weight, self.bias, self.eps, self.dtype)
         if product is not None:
@@ -182,7 +182,7 @@ class _Norm:
         return self.plain(x)
 
     def plain(self, x: Tensor) -> Tensor:
-        """Of x, in float32."""
+        """Norm of x, in float32."""
         return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
 
 
@@ -199,7 +199,7 @@ class _Layer:
     def of(
         cls, layer: Any, heads: int, precision: Precision, device: torch.device, by: str
     ) -> _Layer:
-        """Copies of a layer's parameters; memory that the file's own have taken is given back."""
+        """Copy a layer's parameters to the device, and release the memory of the originals."""
         attention = layer.self_attn
         query, key, value = attention.q_proj, attention.k_proj, attention.v_proj
 
@@ -225,7 +225,7 @@ class _Layer:
             like(layer.fc1),
             like(layer.fc2),
         )
-        # Neither what was read nor the copies on the way stay on the host until all is loaded.
+        # Otherwise pages read and temporary copies stay on the host until all layers are loaded.
         for parameter in layer.parameters():
             give_back_pages(parameter)
         release_memory(torch.device("cpu"))
@@ -233,10 +233,10 @@ class _Layer:
 
 
 def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
-    """fair-esm's module, whose parameters are the checkpoint's own tensors, and its alphabet.
+    """fair-esm's module with the checkpoint's own tensors as parameters, and its alphabet.
 
-    They stay on the host and in their dtype: of a large model a GPU holds what it needs, and not
-    all of it twice. Its heads, which nothing here uses, may be left without parameters.
+    The tensors stay on the host and keep their dtype, so that a GPU holds only what it needs of a
+    large model, and nothing twice. The module's heads, which are unused, may lack parameters.
     """
     alphabet_class, network_class = fair_esm()
     alphabet = alphabet_class.from_architecture("ESM-1b")
@@ -248,13 +248,13 @@ def _build(checkpoint: Checkpoint) -> tuple[Any, Any]:
             alphabet,
             checkpoint.token_dropout,
         )
-    # Which names and shapes there are was looked at when the checkpoint was read.
+    # Names and shapes were checked when the checkpoint was read.
     network.load_state_dict(checkpoint.tensors(), strict=False, assign=True)
     return network.requires_grad_(False), alphabet
 
 
 class _NoRandomWeights(TorchFunctionMode):
-    """Leaves new parameters as memory is: to draw 650 million random weights takes seconds."""
+    """Leaves new parameters uninitialised: drawing 650 million random weights takes seconds."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -272,22 +272,22 @@ _RANDOM = (
 
 
 def _on(device: torch.device, values: Tensor) -> Tensor:
-    """A dense float32 copy on the device: not what a file is mapped to, nor with its strides."""
+    """A dense float32 copy on the device, with neither a mapped file's memory nor its strides."""
     return values.to(device, torch.float32, copy=True, memory_format=torch.contiguous_format)
 
 
 def _pair(rows: Tensor, heads: int) -> Tensor:
-    """Rows of a query or key projection with the two halves of each head interleaved.
+    """Interleave the two halves of each head in the rows of a query or key projection.
 
-    Upstream rotates feature i of a head with feature i + d/2. Side by side the two are one complex
-    number and the rotation one multiplication; no dot product of a query and a key changes.
+    fair-esm rotates feature i of a head with feature i + d/2. Side by side the two are one complex
+    number, and the rotation is one multiplication. No dot product of a query and a key changes.
     """
     halves = rows.view(heads, 2, -1, *rows.shape[1:])
     return halves.transpose(1, 2).reshape(rows.shape)
 
 
 def _token_table(alphabet: Any) -> NDArray[np.int64]:
-    """Token of each ASCII letter; letters that are no residue never get here."""
+    """Token of each ASCII letter. Letters that are no residue never get here."""
     table = np.full(256, alphabet.unk_idx, np.int64)
     for token, index in alphabet.tok_to_idx.items():
         if len(token) == 1:

@@ -1,4 +1,4 @@
-"""Cut rows into segments that the encoder takes, and segments into evenly filled batches."""
+"""Cuts rows into segments for the encoder, and segments into evenly filled batches."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from virnuc_dask.settings import LongPolicy
 
 @dataclass(frozen=True, slots=True)
 class Segments:
-    """Stretches of residues to encode, each belonging to one row.
+    """Stretches of residues to encode. Each belongs to one row.
 
     Attributes
     ----------
     row : ndarray, int64, shape (s,)
-        Row that a segment belongs to; a row has several segments only if it was windowed.
+        Row of the segment. A row has several segments only if it is cut into windows.
     start : ndarray, int64, shape (s,)
-        First residue, as an index into the rows' residues laid end to end.
+        First residue, as an index into the concatenated residues of all rows.
     length : ndarray, int64, shape (s,)
-        Residues.
+        Number of residues.
     windows : ndarray, int64, shape (s,)
-        Windows that the row has.
+        Number of windows of the segment's row.
     """
 
     row: NDArray[np.int64]
@@ -37,7 +37,7 @@ class Segments:
         return len(self.row)
 
     def select(self, chosen: NDArray[np.bool_]) -> Segments:
-        """The chosen segments; all windows of a row, or none."""
+        """Select segments by a mask, which must keep all windows of a row or none."""
         return Segments(
             self.row[chosen], self.start[chosen], self.length[chosen], self.windows[chosen]
         )
@@ -45,14 +45,14 @@ class Segments:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Segments that go through the encoder together, sorted by length.
+    """Segments that are encoded together, sorted by length.
 
     Attributes
     ----------
     segments : ndarray, int64, shape (b,)
-        Indices into the segments.
+        Indices of the segments.
     runs : list of (count, length)
-        Runs of equal length, in order: within one the packed tokens are a dense array.
+        Runs of equal length, in order. The packed tokens of a run are a dense array.
     """
 
     segments: NDArray[np.int64]
@@ -60,7 +60,7 @@ class Batch:
 
 
 def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy) -> Segments:
-    """Cut each row into what the encoder may take at once.
+    """Cut each row into segments that the encoder can take.
 
     Parameters
     ----------
@@ -69,16 +69,16 @@ def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPo
     max_residues : int
         Longest segment.
     policy : {'truncate', 'window', 'skip'}
-        What becomes of a longer row: its first `max_residues` residues; overlapping windows that
-        cover it, all of `max_residues`, evenly spaced and overlapping by at least a quarter; or
-        no segment.
+        What a longer row gives. ``truncate``: its first `max_residues` residues. ``window``:
+        windows that cover it, all of `max_residues`, evenly spaced and overlapping by at least a
+        quarter. ``skip``: no segment.
     """
     lengths = lengths.astype(np.int64)
     offsets = np.cumsum(lengths) - lengths
     windows = segment_counts(lengths, max_residues, policy)
     row = np.repeat(np.arange(len(lengths), dtype=np.int64), windows)
     count = windows[row]
-    # k-th window of its row
+    # A segment is the k-th window of its row.
     k = np.arange(len(row)) - np.repeat(np.cumsum(windows) - windows, windows)
     spare = np.maximum(lengths[row] - max_residues, 0)
     shift = np.where(count > 1, k * spare // np.maximum(count - 1, 1), 0)
@@ -87,10 +87,10 @@ def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPo
 
 
 def window_shares(segments: Segments, number: int) -> NDArray[np.float32]:
-    """1/k for each residue of a segment that k windows of its row see, shape (length,)."""
+    """1/k for each residue of a segment, if k windows of its row cover it, shape (length,)."""
     row, length = segments.row[number], int(segments.length[number])
     first, last = np.searchsorted(segments.row, [row, row + 1])
-    starts = segments.start[first:last]  # of all the row's windows, which are equally long
+    starts = segments.start[first:last]  # of all windows of the row; they are equally long
     residues = segments.start[number] + np.arange(length)
     begun = np.searchsorted(starts, residues, side="right")
     ended = np.searchsorted(starts + length, residues, side="right")
@@ -98,26 +98,26 @@ def window_shares(segments: Segments, number: int) -> NDArray[np.float32]:
 
 
 def residue_weights(segments: Segments, members: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Weight of each residue of some segments in its row's mean, end to end.
+    """Weight of each residue of some segments in the mean of its row, end to end.
 
-    Each residue of a row counts once: one that k windows see contributes 1/k from each.
+    Each residue of a row counts once: if k windows cover it, each window contributes 1/k.
     """
     lengths = segments.length[members]
     weights = np.repeat(1 / lengths, lengths).astype(np.float32)
     ends = np.cumsum(lengths)
-    for place in np.flatnonzero(segments.windows[members] > 1):
-        number = int(members[place])
+    for index in np.flatnonzero(segments.windows[members] > 1):
+        number = int(members[index])
         first, last = np.searchsorted(
             segments.row, [segments.row[number], segments.row[number] + 1]
         )
         covered = segments.start[last - 1] + segments.length[number] - segments.start[first]
         shares = window_shares(segments, number) / covered
-        weights[ends[place] - lengths[place] : ends[place]] = shares
+        weights[ends[index] - lengths[index] : ends[index]] = shares
     return weights
 
 
 def residue_tokens(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Which tokens of sequences that lie end to end are residues, and not BOS or EOS."""
+    """Indices of the residues among the tokens of concatenated sequences: no BOS, no EOS."""
     ends = np.cumsum(lengths + 2)
     is_residue = np.ones(int(ends[-1]), np.bool_)
     is_residue[ends - lengths - 2] = is_residue[ends - 1] = False
@@ -130,18 +130,19 @@ def cut_batches(lengths: NDArray[np.int64], token_budget: int) -> Iterator[Batch
     Parameters
     ----------
     lengths : ndarray, int64, shape (s,)
-        Residues per segment; each costs two tokens more, BOS and EOS.
+        Residues per segment. Each segment has two more tokens, BOS and EOS.
     token_budget : int
-        Tokens per batch, exceeded by less than one segment, and by one that is longer alone.
+        Tokens per batch. A batch exceeds it by less than one segment, which may be longer than
+        the budget.
     """
     if len(lengths) == 0:
         return
     order = np.argsort(lengths, kind="stable")
     tokens = np.cumsum(lengths[order] + 2)
     batches = -(-int(tokens[-1]) // token_budget)
-    # Even shares: cutting at the budget would leave a small last batch.
+    # Even shares, because cutting at the budget would leave a small last batch.
     shares = tokens[-1] * np.arange(1, batches) / batches
     cuts = np.unique(np.searchsorted(tokens, shares, side="left") + 1)
-    for chosen in np.split(order, cuts[cuts < len(order)]):
-        values, counts = np.unique(lengths[chosen], return_counts=True)
-        yield Batch(chosen, [(int(n), int(v)) for n, v in zip(counts, values, strict=True)])
+    for members in np.split(order, cuts[cuts < len(order)]):
+        values, counts = np.unique(lengths[members], return_counts=True)
+        yield Batch(members, [(int(n), int(v)) for n, v in zip(counts, values, strict=True)])

@@ -1,4 +1,4 @@
-"""A device's queue of work: a GPU is told what to do, and does it some time later."""
+"""A device's queue of work. A GPU does its work some time after it is queued."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
-    """Values on a device. Nothing waits until a GPU has come to this copy."""
+    """Copy values to a device. Nothing waits for a GPU's copy."""
     tensor = torch.from_numpy(values)
     if device.type != "cuda":
         return tensor
@@ -22,7 +22,7 @@ def to_device(values: NDArray[Any], device: torch.device) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """A point in a queue: of a CPU, which has no queue, a time."""
+    """A point in a device's queue. A CPU has no queue: its mark is a time."""
 
     seconds: float = 0.0
     work: torch.cuda.Event | None = None
@@ -32,8 +32,8 @@ class Mark:
 class Queue:
     """The work of one encoder on its device.
 
-    All threads add to the same queue of a GPU, so what they begin is done in the order in which it
-    was begun. Results are copied to the host beside it, while the next work is done.
+    All threads add to the same queue of a GPU, so their work is done in the order in which it was
+    queued. Results are copied to the host in a second stream, while the GPU does the next work.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ class Queue:
     Attributes
     ----------
     is_immediate : bool
-        Whether work is done when the call returns that asks for it, as on a CPU.
+        Whether work is done when the call that queues it returns, as on a CPU.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -55,10 +55,10 @@ class Queue:
         return nullcontext() if self._copies is None else torch.cuda.device(self._device)
 
     def mark(self) -> Mark:
-        """The end of the queue as it is now."""
+        """Mark the present end of the queue."""
         if self._copies is None:
             return Mark(time.perf_counter())
-        # A thread that waits for these sleeps, and other threads get the processor.
+        # blocking: a thread that waits for these events sleeps and frees the processor.
         work = torch.cuda.Event(enable_timing=True, blocking=True)  # type: ignore[no-untyped-call]
         copies = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         work.record(torch.cuda.current_stream(self._device))
@@ -66,23 +66,23 @@ class Queue:
         return Mark(work=work, copies=copies)
 
     def start_copy(self, values: Tensor) -> Tensor:
-        """Values on the host, once `wait` has come to a later mark."""
+        """Start to copy values to the host. They are complete once `wait` reaches a later mark."""
         if self._copies is None:
             return values
         host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
         self._copies.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._copies):
             host.copy_(values, non_blocking=True)
-        values.record_stream(self._copies)  # its memory is not used again before
+        values.record_stream(self._copies)  # keeps the memory until it is copied
         return host
 
     def wait(self, began: Mark, ended: Mark) -> float:
-        """Wait until all before a mark is done and copied.
+        """Wait until all work before `ended` is done and copied.
 
         Returns
         -------
         float
-            Seconds that the device took for what lies between the marks.
+            Seconds that the device took for the work between the marks.
         """
         if began.work is None or ended.work is None or ended.copies is None:
             return ended.seconds - began.seconds

@@ -1,7 +1,7 @@
-"""GPU kernels, in Triton, for all between the matrix products of a layer. `fused` calls them.
+"""Triton kernels for the work between the matrix products of a layer. `fused` calls them.
 
-Triton comes with torch's builds for CUDA. Its interpreter runs the same kernels on a CPU, which is
-how they are tested where there is no GPU.
+torch's builds for CUDA include Triton. Its interpreter runs the same kernels on a CPU, so they are
+tested without a GPU.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def add_norm(
 def gelu(x, count, block: tl.constexpr):
     """GELU by the error function, in place.
 
-    erf is Abramowitz and Stegun's 7.1.26, which is right to 1.5e-7.
+    erf is formula 7.1.26 of Abramowitz and Stegun, with an absolute error below 1.5e-7.
     """
     at = tl.program_id(0).to(tl.int64) * block + tl.arange(0, block)
     value = tl.load(x + at, mask=at < count, other=0.0).to(tl.float32)
@@ -54,8 +54,8 @@ def gelu(x, count, block: tl.constexpr):
     series = series * t - 0.284496736
     series = (series * t + 0.254829592) * t
     tail = 0.5 * series * tl.exp(-size * size)
-    found = value * tl.where(value < 0, tail, 1.0 - tail)
-    tl.store(x + at, found.to(x.dtype.element_ty), mask=at < count)
+    result = value * tl.where(value < 0, tail, 1.0 - tail)
+    tl.store(x + at, result.to(x.dtype.element_ty), mask=at < count)
 
 
 @triton.jit
@@ -72,10 +72,10 @@ def attend(
     queries: tl.constexpr,
     keys: tl.constexpr,
 ):
-    """Attention of some queries of one sequence, in one head, with rotary embedding.
+    """Attention of some queries of one sequence in one head, with rotary embedding.
 
-    `programs` has a sequence and a first query for each program. `pairs` is a power of two that a
-    head's pairs of neighbouring features fit into; those beyond it are taken for zeros.
+    `programs` has a sequence and a first query for each program. `pairs` is a power of two, at
+    least the number of pairs of neighbouring features in a head. Additional pairs are zeros.
     """
     sequence = tl.load(programs + 2 * tl.program_id(0))
     first = tl.load(programs + 2 * tl.program_id(0) + 1)
@@ -123,7 +123,7 @@ def _turn(
     pairs: tl.constexpr,
     rows: tl.constexpr,
 ):
-    """The even and the odd features of some rows, after rotary embedding."""
+    """The even and the odd features of some rows after rotary embedding."""
     pair = tl.arange(0, pairs)[None, :]
     used = inside & (pair < features // 2)
     at = turns + position[:, None] * features + pair

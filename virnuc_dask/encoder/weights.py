@@ -1,4 +1,4 @@
-"""ESM-2 weights: where they come from, read without running any code from them."""
+"""Finds and reads ESM-2 weights without running any code from them."""
 
 from __future__ import annotations
 
@@ -37,16 +37,16 @@ from virnuc_dask.files import expanded
 from virnuc_dask.settings import DEMO, POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
 from virnuc_dask.text import printable
 
-# How names of fair-esm's other models begin.
+# Prefixes of the names of fair-esm's other models.
 _OTHER_MODELS = ("esm1", "esm_msa1", "esm_if1", "esmfold")
 _URL = "https://dl.fbaipublicfiles.com/fair-esm/models/{}.pt"
 
 _DEMO_LAYERS, _DEMO_DIMENSION, _DEMO_HEADS = 4, 64, 4
 
-# Heads that no embedding depends on. Left out of the digest, so that weights with and without
+# Heads that no embedding depends on. The digest leaves them out, so that weights with and without
 # fair-esm's contact regression are the same weights.
 _HEADS = ("lm_head.", "contact_head.")
-# Values that are converted and hashed at once: 16 MiB.
+# Values to convert and hash at once: 16 MiB.
 _HASHED_AT_ONCE = 2**22
 
 
@@ -57,14 +57,14 @@ class Checkpoint:
     Attributes
     ----------
     reference : str
-        What `load_checkpoint` was asked for; a file as an absolute path.
+        Argument of `load_checkpoint`, with the path of a file made absolute.
     data : dict
-        In the layout of fair-esm's files: ``cfg`` and ``model``; of an adapter's base model.
+        ``cfg`` and ``model`` in the layout of fair-esm's files. With an adapter, its base model's.
     adapter : Adapter, optional
     left_out : tuple of str
-        Tensors outside of ESM-2, such as a classifier's.
+        Tensors outside ESM-2, such as a classifier's.
     files : FileStates, optional
-        The files that it was read from, as they were before.
+        State of its files before they were read.
     """
 
     reference: str
@@ -94,14 +94,15 @@ class Checkpoint:
         return bool(self.data["cfg"]["model"].token_dropout)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Weights of the network by name, an adapter merged."""
+        """Weights of the network by name, with the adapter merged."""
         tensors = self.base()
         return tensors if self.adapter is None else self.adapter.merged(tensors)
 
     def sha256(self, given_up: threading.Event | None = None) -> str:
-        """Digest of all that an embedding depends on: tensors by name, shape and value.
+        """Digest of everything that an embedding depends on: tensors by name, shape and value.
 
-        Of an adapter it is of the parts: what they make differs in its last bits with the machine.
+        An adapter is hashed by its parts, because the last bits of merged weights differ between
+        machines.
 
         Parameters
         ----------
@@ -109,7 +110,7 @@ class Checkpoint:
             Once it is set, hashing stops, and the result is empty.
         """
         given_up = given_up or threading.Event()
-        # No tensor tells this setting; the others follow from the tensors' names and shapes.
+        # No tensor shows this setting. The others follow from the tensors' names and shapes.
         digest = sha256(f"token_dropout {self.token_dropout}\n".encode())
         _feed(digest, self.base(), given_up)
         if self.adapter is not None:
@@ -118,7 +119,7 @@ class Checkpoint:
         return "" if given_up.is_set() else digest.hexdigest()
 
     def base(self) -> dict[str, Tensor]:
-        """Weights by name, without what an adapter changes, and without heads."""
+        """Weights by name, without an adapter's changes and without heads."""
         tensors = {
             name.removeprefix("encoder.").removeprefix("sentence_encoder."): tensor
             for name, tensor in self.data["model"].items()
@@ -127,10 +128,10 @@ class Checkpoint:
 
 
 def known_sha256(checkpoint: Checkpoint, given_up: threading.Event | None = None) -> str:
-    """Digest of weights, without reading them if it is kept from an earlier run.
+    """Digest of weights. It does not read them if an earlier run has kept their digest.
 
-    For whoever only names weights. Who computes with them takes `Checkpoint.sha256`, which is of
-    the values themselves.
+    This is only for naming weights. A process that computes with them uses `Checkpoint.sha256`,
+    which hashes the values themselves.
 
     Parameters
     ----------
@@ -139,7 +140,7 @@ def known_sha256(checkpoint: Checkpoint, given_up: threading.Event | None = None
         Once it is set, hashing stops, and the result is empty.
     """
     files = checkpoint.files
-    # What was mapped is what was looked at before, if nothing has changed meanwhile.
+    # If the files are unchanged since they were mapped, their digest is that of the mapped values.
     if files and files.is_same(_states(checkpoint.reference)) and (kept := digests.recall(files)):
         return kept
     digest = checkpoint.sha256(given_up)
@@ -150,22 +151,22 @@ def known_sha256(checkpoint: Checkpoint, given_up: threading.Event | None = None
 
 @contextmanager
 def hashing(checkpoint: Checkpoint, *, or_known: bool = False) -> Iterator[Future[str]]:
-    """Compute the digest of weights in another thread: for the largest it takes minutes.
+    """Compute the digest of weights in another thread. It takes minutes for the largest models.
 
-    Leaving the context gives it up.
+    Leaving the context stops the computation.
 
     Parameters
     ----------
     checkpoint : Checkpoint
     or_known : bool
-        Whether it may come from an earlier run, as by `known_sha256`.
+        Whether the digest may come from an earlier run, as in `known_sha256`.
     """
     given_up = threading.Event()
     with ThreadPoolExecutor(1, "virnuc-dask-hashing") as thread:
         compute = partial(known_sha256, checkpoint) if or_known else checkpoint.sha256
         digest = thread.submit(compute, given_up)
         del compute
-        del checkpoint  # its memory is free as soon as the digest is known
+        del checkpoint  # frees its memory once the digest is known
         try:
             yield digest
         finally:
@@ -173,7 +174,7 @@ def hashing(checkpoint: Checkpoint, *, or_known: bool = False) -> Iterator[Futur
 
 
 def _feed(digest: Any, tensors: dict[str, Tensor], given_up: threading.Event) -> None:
-    """Hash tensors as float32, a part at a time, so that large ones take no more memory."""
+    """Hash tensors as float32, part by part, so that large ones need no more memory."""
     for name in sorted(tensors):
         digest.update(f"{name} {tuple(tensors[name].shape)}\n".encode())
         rows = tensors[name].detach()
@@ -184,23 +185,23 @@ def _feed(digest: Any, tensors: dict[str, Tensor], given_up: threading.Event) ->
                 return
             digest.update(part.to(torch.float32).contiguous().numpy())
             give_back_pages(part)
-        give_back_pages(rows)  # and what the system has read around each part
+        give_back_pages(rows)  # also those that the system read around each part
 
 
 def load_checkpoint(reference: str) -> Checkpoint:
-    """Read weights by name or from a file, running no code from it.
+    """Read weights by name or from a file. No code from the file is run.
 
     Parameters
     ----------
     reference : str
-        ``demo``; a fair-esm name, read from torch's hub cache or downloaded to it; or the path of
-        a fair-esm ``.pt`` file, which needs no contact regression, of a directory or a file of
-        weights in Hugging Face's layout, or of a directory with a LoRA adapter of PEFT's.
+        ``demo``; a fair-esm name, read from torch's hub cache or downloaded to it; or a path. The
+        path is that of a fair-esm ``.pt`` file, with or without contact regression; of a directory
+        or a file of weights in Hugging Face's layout; or of a directory with a PEFT LoRA adapter.
 
     Raises
     ------
     ModelError
-        An unknown name, a file that is missing, is no ESM-2 checkpoint, or holds anything but
+        The name is unknown, or the file is missing, is not an ESM-2 checkpoint, or holds more than
         tensors and plain settings.
     """
     if reference == DEMO:
@@ -213,8 +214,8 @@ def load_checkpoint(reference: str) -> Checkpoint:
     if not _exists(file):
         if reference.startswith(_OTHER_MODELS):
             raise ModelError(
-                f"model {reference!r}: only ESM-2 is supported: {', '.join(PUBLISHED)}, and what"
-                " was made of them"
+                f"model {reference!r}: only ESM-2 is supported: {', '.join(PUBLISHED)}, and models"
+                " derived from them"
             )
         raise ModelError(
             f"model {reference!r}: neither a file nor a Hugging Face directory, nor one of"
@@ -224,10 +225,10 @@ def load_checkpoint(reference: str) -> Checkpoint:
 
 
 def resolved(reference: str) -> str:
-    """A model as other processes find it, in whatever directory: a path as an absolute one."""
+    """A model reference that is valid in any working directory: a path becomes absolute."""
     if reference == DEMO or reference in PUBLISHED:
         return reference
-    # Links stay: a file of weights may be one, to a name that tells nothing of its kind.
+    # Links are kept: the name that a link leads to may not show the kind of the file.
     return str(Path(expanded(reference)).absolute())
 
 
@@ -239,7 +240,7 @@ def weights_at_hand(reference: str) -> bool:
 
 
 def published_part(reference: str) -> str | None:
-    """What a model has of fair-esm's, which may have to be downloaded: itself, or its base."""
+    """Name of the fair-esm model to download if needed: the model itself, or its base."""
     folder = Path(expanded(reference))
     if reference in PUBLISHED:
         return reference
@@ -248,7 +249,7 @@ def published_part(reference: str) -> str | None:
     try:
         return _published_base(folder)
     except (ModelError, ValueError, AttributeError):
-        return None  # reading it says what is wrong
+        return None  # reading it reports the problem
 
 
 def describe(
@@ -259,7 +260,7 @@ def describe(
     *,
     hashed: bool = True,
 ) -> ModelSpec:
-    """What a worker needs to know in order to load the same model. Reads every weight once.
+    """Specification with which a worker loads the same model. Reads every weight once.
 
     Parameters
     ----------
@@ -269,14 +270,14 @@ def describe(
         Default: the last.
     pooling : str
     hashed : bool
-        False leaves the digest empty, and reads nothing.
+        If False, the digest is empty and no weights are read.
 
     Raises
     ------
     ModelError
         The model has no such layer.
     UsageError
-        A pooling or a precision that does not exist.
+        The pooling or precision does not exist.
     """
     for value, allowed in ((pooling, POOLINGS), (precision, PRECISIONS)):
         if value not in allowed:
@@ -291,7 +292,7 @@ def describe(
 
 
 def _file_of(reference: str) -> Path:
-    """The file or directory of a model that is none of the demo's."""
+    """The file or directory of a model other than ``demo``."""
     if reference in PUBLISHED:
         # Where fair-esm's own loader keeps its downloads.
         return Path(torch.hub.get_dir(), "checkpoints", f"{reference}.pt")
@@ -299,10 +300,10 @@ def _file_of(reference: str) -> Path:
 
 
 def _states(reference: str) -> FileStates | None:
-    """All files that a model's digest depends on, as they are now; None if that is not known."""
+    """State of all files that a model's digest depends on, or None if it cannot be read."""
     try:
         return FileStates.of([file.absolute() for file in _files_of(_file_of(reference))])
-    except Exception:  # files damaged in any way, or gone; reading says what is wrong
+    except Exception:  # files missing, or damaged in any way; reading reports the problem
         return None
 
 
@@ -316,11 +317,11 @@ def _files_of(file: Path) -> list[Path]:
 def _exists(file: Path) -> bool:
     try:
         return file.is_file() or is_huggingface(file) or is_adapter(file)
-    except (OSError, ValueError):  # a name too long for a file, or with a NUL
+    except (OSError, ValueError):  # a name that is too long, or has a NUL byte
         return False
 
 
-# torch's allow-list belongs to the process: who leaves it takes it from threads still reading.
+# torch's allow-list is global: a thread that leaves its context clears it for other threads.
 _reading = threading.Lock()
 
 
@@ -330,13 +331,13 @@ def _read(reference: str, file: Path) -> Checkpoint:
         checkpoint = replace(_parse(reference, file), files=files)
         problem = _problem(checkpoint)
     except pickle.UnpicklingError as error:
-        # Not torch's text, which advises to read the file without the protection.
+        # Without torch's text, which advises to read the file without protection.
         raise ModelError(
-            f"model {file}: refused, it is damaged or holds more than tensors and settings"
+            f"model {file}: refused, because it is damaged or holds more than tensors and settings"
         ) from error
     except (MemoryError, UsageError):
-        raise  # say nothing about what is in the file
-    except Exception as error:  # damaged bytes raise whatever they happen to mean
+        raise  # not caused by the file's content
+    except Exception as error:  # damaged bytes may raise anything
         detail = printable((str(error).splitlines() or [""])[0], 300)
         raise ModelError(
             f"model {file}: not an ESM-2 checkpoint, or damaged ({type(error).__name__}: {detail})"
@@ -353,7 +354,7 @@ def _parse(reference: str, file: Path) -> Checkpoint:
         data, left_out = read_huggingface(file) if is_huggingface(file) else (_unpickle(file), ())
         return Checkpoint(reference, data, None, left_out)
     adapter = read_adapter(file)
-    if has_weights(file):  # beside its base, or within
+    if has_weights(file):  # its base is in the same directory
         data, left_out = read_huggingface(file)
     else:
         base = load_checkpoint(_published_base(file))
@@ -364,32 +365,32 @@ def _parse(reference: str, file: Path) -> Checkpoint:
 
 
 def _published_base(folder: Path) -> str:
-    """The base of an adapter that has none beside it. Its name is data, and never a path.
+    """Base model of an adapter without a base beside it. The name is data, never a path.
 
     Raises
     ------
     ModelError
-        Not a published model.
+        The base is not a published model.
     """
     base = base_of(folder)
     name = base.removeprefix("facebook/")
     if name not in PUBLISHED:
         raise ModelError(
-            f"model {folder}: an adapter whose base model, {base!r}, is none of fair-esm's; put the"
+            f"model {folder}: the adapter's base model, {base!r}, is not one of fair-esm's; put the"
             " base's config.json and weights beside it"
         )
     return name
 
 
 def _unpickle(file: Path) -> Any:
-    # fair-esm's own loader unpickles whatever a file holds. Its files need one class beyond
-    # tensors, and nothing else is let in.
+    # fair-esm's own loader unpickles anything. Its files need one class besides tensors, and no
+    # other is allowed here.
     with _reading, torch.serialization.safe_globals([argparse.Namespace]):
         return torch_load(file)
 
 
 def _problem(checkpoint: Checkpoint) -> str | None:
-    """What is wrong with a checkpoint, other than what fair-esm finds when it builds it."""
+    """Problem of a checkpoint, apart from those that fair-esm finds when it builds the model."""
     data = checkpoint.data
     if not isinstance(data, dict) or not {"cfg", "model"} <= data.keys():
         return "no entries 'cfg' and 'model'"
@@ -397,32 +398,32 @@ def _problem(checkpoint: Checkpoint) -> str | None:
         return "no tensors"
     for name, tensor in data["model"].items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
-            return f"{name!r} is no tensor"
+            return f"{name!r} is not a tensor"
         if tensor.layout != torch.strided or tensor.is_meta or not tensor.is_floating_point():
-            return f"{name!r} is no plain tensor of numbers"
+            return f"{name!r} is not a dense tensor of floating-point numbers"
     layers, dimension, heads = checkpoint.layers, checkpoint.dimension, checkpoint.heads
     _ = checkpoint.token_dropout  # raises if there is none
     # Each head's features are rotated in pairs.
     if min(layers, dimension, heads) < 1 or dimension % (2 * heads):
-        return f"{layers} layers, {dimension} features and {heads} heads do not go together"
-    found = checkpoint.base()
-    wanted = _shapes(layers, dimension, heads)
-    if missing := sorted(wanted.keys() - found.keys()):
+        return f"{layers} layers, {dimension} features and {heads} heads do not fit together"
+    tensors = checkpoint.base()
+    shapes = _shapes(layers, dimension, heads)
+    if missing := sorted(shapes.keys() - tensors.keys()):
         return (
-            f"of an ESM-2 with {layers} layers and {dimension} features it lacks"
-            f" {len(missing)} tensor(s), such as {', '.join(missing[:3])}; it has"
-            f" {', '.join(sorted(found)[:3])}"
+            f"it lacks {len(missing)} tensor(s) of an ESM-2 with {layers} layers and {dimension}"
+            f" features, such as {', '.join(missing[:3])}; it has {', '.join(sorted(tensors)[:3])}"
         )
-    if surplus := sorted(found.keys() - wanted.keys()):
-        return f"it has {len(surplus)} tensor(s) that ESM-2 has not: {', '.join(surplus[:3])}"
-    for name, shape in wanted.items():
-        if found[name].shape != shape:
-            return f"{name} has the shape {tuple(found[name].shape)}, not {shape}"
+    if surplus := sorted(tensors.keys() - shapes.keys()):
+        some = ", ".join(surplus[:3])
+        return f"it has {len(surplus)} tensor(s) that ESM-2 does not have: {some}"
+    for name, shape in shapes.items():
+        if tensors[name].shape != shape:
+            return f"{name} has the shape {tuple(tensors[name].shape)}, not {shape}"
     return None
 
 
 def _shapes(layers: int, dimension: int, heads: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of all that an embedding depends on, by name."""
+    """Shapes of all tensors that an embedding depends on, by name."""
     shapes: dict[str, tuple[int, ...]] = {"embed_tokens.weight": (33, dimension)}
     for number in range(layers):
         layer = f"layers.{number}."
@@ -443,15 +444,15 @@ def _shapes(layers: int, dimension: int, heads: int) -> dict[str, tuple[int, ...
 
 
 def _download(name: str, file: Path) -> None:
-    if file.parts[0] == "~":  # a folder of that name is what torch would make
+    if file.parts[0] == "~":  # torch would make a folder of that name
         raise ModelError(
-            f"model {name}: there is no home to keep its weights in; TORCH_HOME says where else,"
-            " or give the path of a .pt file"
+            f"model {name}: there is no home directory for its weights; set TORCH_HOME to another"
+            " directory, or give the path of a .pt file"
         )
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        # The same address and the same cache as fair-esm's loader. torch takes a connection that
-        # breaks off for the end of the file, so the file appears only once it can be read.
+        # The address and the cache of fair-esm's loader. torch takes a broken connection for the
+        # end of the file, so the file gets its name only after it was read.
         with tempfile.TemporaryDirectory(prefix=f"{name}.", dir=file.parent) as folder:
             part = Path(folder, file.name)
             torch.hub.download_url_to_file(_URL.format(name), str(part))
@@ -468,8 +469,9 @@ def _download(name: str, file: Path) -> None:
 def _demo_weights() -> dict[str, Any]:
     """A small ESM-2 with random weights, the same on every machine.
 
-    NumPy's generator, since its stream is stable over versions and platforms and torch's is not
-    promised to be; and frequencies in float64, since float32 powers differ between processors.
+    They come from NumPy's generator, because its stream is stable over versions and platforms, and
+    torch does not promise that. Frequencies are computed in float64, because float32 powers differ
+    between processors.
     """
     random = np.random.Generator(np.random.PCG64(20_230_316))
     dimension = _DEMO_DIMENSION

@@ -1,1 +1,1 @@
-"""From files to clean records: reading, letters, tiles, and the six frames."""
+"""Turns files into clean records: reading, rules for letters, tiles and six-frame translation."""

@@ -1,4 +1,4 @@
-"""How many residues of a sequence are encoded, whatever its length."""
+"""Number of residues that are encoded, for sequences of any length."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 from virnuc_dask.settings import LongPolicy
 
-# Residues that neighbouring windows of a long sequence share at least, as a share of a window.
+# Minimum overlap of neighbouring windows of a long sequence, as a fraction of a window.
 WINDOW_OVERLAP = 0.25
 
 
 def segment_counts(
     lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy
 ) -> NDArray[np.int64]:
-    """Segments of each row."""
+    """Number of segments of each row, shape (n,)."""
     is_long = lengths > max_residues
     windows = (lengths > 0).astype(np.int64)
     if policy == "skip":
@@ -29,7 +29,7 @@ def segment_counts(
 def residues_to_encode(
     lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy
 ) -> NDArray[np.int64]:
-    """Residues of each row that are encoded, shape (n,), as often as windows see them."""
+    """Residues to encode in each row, shape (n,). Each counts once per window that covers it."""
     windows = segment_counts(lengths, max_residues, policy)
     windows *= np.minimum(lengths, max_residues)
     return windows
@@ -38,7 +38,7 @@ def residues_to_encode(
 def encoded_lengths(
     lengths: NDArray[np.integer], max_residues: int, policy: LongPolicy
 ) -> NDArray[np.int64]:
-    """Residues of each row that are encoded, shape (n,): its first ones, all of them, or none."""
+    """Residues of each row that are encoded, shape (n,): the first ones, all, or none."""
     encoded = lengths.astype(np.int64)
     if policy != "window":
         encoded[lengths > max_residues] = max_residues if policy == "truncate" else 0

@@ -1,4 +1,4 @@
-"""Read FASTA and FASTQ records and clean their residues, block by block, in bounded memory."""
+"""Reads FASTA and FASTQ records and cleans their residues, block by block, in bounded memory."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ from virnuc_dask.settings import Tiling, Translation
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdError
 else:
-    from backports.zstd import ZstdError  # as xopen does
+    from backports.zstd import ZstdError  # as in xopen
 
 BLOCK_RECORDS = 65_536
 BLOCK_RESIDUES = 2**24
-# Six frames and their sums take some fifty bytes a letter.
+# Six frames and their cumulative sums take about fifty bytes per letter.
 BLOCK_NUCLEOTIDES = 2**22
 
 _COMMENT = ";#"
-# A record of these alone is looked at no further.
+# The lines of a record are not checked one by one if it has only these characters.
 _PLAIN = (string.ascii_letters + "-.*" + string.whitespace).encode()
 
 _CHUNK = 2**16
 _MAGIC = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
-_MAGIC[b"P*M\x18"] = "zst"  # pzstd puts a skippable frame first
-_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # of UTF-16 and UTF-32
+_MAGIC[b"P*M\x18"] = "zst"  # pzstd writes a skippable frame first
+_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff")  # begin UTF-16 and UTF-32
 _DECOMPRESSION_ERRORS: tuple[type[Exception], ...] = (EOFError, OSError, ValueError, zlib.error)
 _DECOMPRESSION_ERRORS += (lzma.LZMAError, ZstdError)
-for _module in ("isal.isal_zlib", "zlib_ng.zlib_ng"):  # xopen's, where the platform has them
+for _module in ("isal.isal_zlib", "zlib_ng.zlib_ng"):  # xopen uses them where available
     with suppress(ImportError):
         _DECOMPRESSION_ERRORS += (import_module(_module).error,)
 
@@ -75,19 +75,20 @@ def read_blocks(
         FASTA or FASTQ files, plain or compressed (gz, bz2, xz, zst); ``-`` is standard input.
         The content decides the format, never the name.
     summary : InputSummary
-        Filled in passing; complete, with the content's digest, when the iterator is exhausted.
+        Filled while blocks are read. It is complete, with the digest of the content, when the
+        iterator is exhausted.
     strict : bool
-        Raise at the first record that has a letter outside the alphabet.
+        Raise at the first record with a letter outside the alphabet.
     translation : Translation, optional
-        The records are nucleotides; a block's rows are their proteins.
+        If given, records are nucleotides, and the rows of a block are their proteins.
     tiling : Tiling, optional
-        A block's rows are tiles of the proteins.
+        If given, the rows of a block are tiles of the proteins.
 
     Raises
     ------
     InputError
-        An input that cannot be read, is not FASTA or FASTQ, is damaged; no input holds a record;
-        or, if `strict`, a letter that is no residue.
+        An input cannot be read, is not FASTA or FASTQ, or is damaged; no input holds a record;
+        or, if `strict`, a letter is no residue.
     """
     for number, name in enumerate(map(str, inputs)):
         summary.files.setdefault(name, number)
@@ -120,12 +121,12 @@ def _all_records(inputs: Sequence[str | Path], summary: InputSummary) -> Iterato
 
 
 def read_records(name: str) -> Iterator[Record]:
-    """Read one FASTA or FASTQ input, lazily; a file without a record yields nothing.
+    """Read one FASTA or FASTQ input lazily. A file without a record yields nothing.
 
     Raises
     ------
     InputError
-        With file, line and, where it is known, record.
+        The input is not valid. The error has the file, the line and, if known, the record.
     """
     with _open_text(name) as text, closing(_Lines(text, name)) as lines:
         first = lines.first_content()
@@ -134,18 +135,18 @@ def read_records(name: str) -> Iterator[Record]:
         elif first.startswith("@") and not first.startswith(SAM):
             yield from _read_fastq(lines, name)
         elif first:
-            found = decoded_header(first.rstrip())[:40]
-            problem = f"expected a FASTA ('>') or FASTQ ('@') header, found {found!r}"
+            start = decoded_header(first.rstrip())[:40]
+            problem = f"expected a FASTA ('>') or FASTQ ('@') header, found {start!r}"
             raise InputError(lines.foreign or problem, file=name, line=lines.number)
 
 
 def _read_fasta(lines: _Lines, name: str) -> Iterator[Record]:
-    """Records; lines are looked at one by one only where something is no letter of a sequence.
+    """Read records. Their lines are checked one by one only if a character is no sequence letter.
 
-    Biopython's parser keeps no lines, and the errors here are about lines.
+    Biopython's parser does not keep lines, but the errors here need them.
     """
     identifier, description, header, body = "", "", 0, list[str]()
-    for line in chain(lines, [">"]):  # one more header, to end the last record
+    for line in chain(lines, [">"]):  # another header ends the last record
         if line[0] != ">":
             body.append(line)
             continue
@@ -161,16 +162,17 @@ def _read_fasta(lines: _Lines, name: str) -> Iterator[Record]:
 
 
 def _parts(header: str) -> tuple[str, str]:
-    """Identifier and description, the first word of a header and the rest; either may be empty."""
-    # Each by itself: what is wrong with a description does not change an identifier.
+    """Identifier and description: first word and rest of a header. Either may be empty."""
+    # Each is decoded by itself: a wrong byte in a description does not change the identifier.
     identifier, description = [*header.strip().split(maxsplit=1), "", ""][:2]
     return decoded_header(identifier), decoded_header(description)
 
 
 def _looked_at(body: list[str], record: Record) -> str:
-    """The lines of a sequence; InputError at one that is neither that nor comment.
+    """Join the lines of a sequence. Raise InputError at a '>' or a line of another format.
 
-    Comments may stand before and after the sequence. Within, one may be another format's header.
+    Comments may precede and follow the sequence. A comment within it is refused, because it may be
+    another format's header.
     """
     lines = [entry for entry in enumerate(body, record.line + 1) if not entry[1].isspace()]
     while lines and lines[-1][1][0] in _COMMENT:
@@ -192,7 +194,7 @@ def _read_fastq(lines: _Lines, name: str) -> Iterator[Record]:
         except StopIteration:
             return
         except ValueError as error:
-            # Biopython's FASTQ errors name neither the line nor, mostly, the record.
+            # Biopython's FASTQ errors name no line and, mostly, no record.
             problem = f"not valid FASTQ: {str(error).rstrip('.')}"
             raise InputError(problem, file=name, line=header, record=str(count)) from error
         identifier, description = _parts(title)
@@ -202,18 +204,21 @@ def _read_fastq(lines: _Lines, name: str) -> Iterator[Record]:
             if foreign:
                 raise InputError(foreign, file=name, line=header, record=record.id)
         yield record
-        # The parser reads one header ahead: that is where the next record starts.
+        # The parser reads one header ahead, so the next record starts there.
         header = lines.number
 
 
 class _Lines:
-    """Text lines, counted, none of them empty; Biopython's parsers take any iterable of lines."""
+    """Counts lines of text and never yields an empty string.
+
+    Biopython's parsers take any iterable of lines.
+    """
 
     def __init__(self, text: TextIO, name: str) -> None:
         self.number = 0
-        self.foreign: str | None = None  # what the first lines are, if they are known
+        self.foreign: str | None = None  # name of another format, if known
         self._name = name
-        # A generator takes half the time of a method that is called for each line.
+        # A generator takes half the time of a method call for each line.
         self._lines: Iterator[str] = self._counted(text)
 
     def _counted(self, text: TextIO) -> Iterator[str]:
@@ -225,7 +230,7 @@ class _Lines:
                         file=self._name,
                         line=self.number,
                     )
-                # Of files in this one: a byte order mark begins them, and in DOS 0x1A ends them.
+                # From concatenated files: a byte order mark begins one, and in DOS 0x1A ends it.
                 if line[0] == "\ufeff" or "\x1a" in line:
                     line = line.strip("\ufeff\x1a\n") + "\n"
                 yield line
@@ -233,7 +238,7 @@ class _Lines:
             raise _damaged(self._name, self.number, error) from error
 
     def first_content(self) -> str:
-        """The first line that is neither blank nor a comment, or ''."""
+        """The first line that is neither blank nor a comment, or an empty string."""
         for line in self._lines:
             if line.strip(" \t\r\n\v\f"):
                 self.foreign = self.foreign or foreign_line(line)
@@ -259,14 +264,12 @@ class _Lines:
 
 
 def _damaged(name: str, lines: int, error: Exception) -> InputError:
-    """The error for a stream that breaks off or does not decompress."""
-    return InputError(
-        f"cannot read on, the file is truncated or damaged: {error}", file=name, line=lines + 1
-    )
+    """Error for a stream that ends early or does not decompress."""
+    return InputError(f"the input is truncated or damaged: {error}", file=name, line=lines + 1)
 
 
 class _Chunks(io.RawIOBase):
-    """Chunks of bytes as a stream. Closing it closes nothing else, such as standard input."""
+    """Chunks of bytes as a stream. Closing it does not close their source, e.g. standard input."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks, self._left = filter(None, chunks), b""
@@ -282,9 +285,9 @@ class _Chunks(io.RawIOBase):
 
 
 def _decompressed(chunks: Iterable[bytes], new: Callable[[], Any]) -> Iterator[bytes]:
-    """Decompress bz2 or xz streams laid end to end, or padded with zeros.
+    """Decompress concatenated bz2 or xz streams, also with zeros as padding.
 
-    Python's own readers take a damaged stream, unless it is the first, for the end of the file.
+    Python's own readers take damage in any stream but the first for the end of the file.
     """
     stream = None
     for chunk in chunks:
@@ -295,17 +298,17 @@ def _decompressed(chunks: Iterable[bytes], new: Callable[[], Any]) -> Iterator[b
                 yield stream.decompress(b"", _CHUNK)
             chunk, stream = stream.unused_data, None if stream.eof else stream
     if stream:
-        raise EOFError("the compressed stream breaks off")
+        raise EOFError("the compressed stream ends early")
 
 
 @contextmanager
 def _open_text(name: str) -> Iterator[TextIO]:
-    """Open an input as text, decompressed by content; bytes that are not UTF-8 become escapes."""
+    """Open an input as decompressed text. Bytes that are not UTF-8 become surrogate escapes."""
     if name == "-" and sys.stdin is None:
         raise InputError("cannot open: it is closed", file=name)
     try:
         raw: BinaryIO = sys.stdin.buffer if name == "-" else open(name, "rb")  # noqa: SIM115
-        start = raw.read(8)  # `peek` may show fewer, if a pipe has not yet more
+        start = raw.read(8)  # `peek` may return fewer bytes from a pipe
     except (OSError, ValueError) as error:  # ValueError: NUL in a name
         problem = getattr(error, "strerror", None) or str(error)
         raise InputError(f"cannot open: {problem}", file=name) from error
@@ -320,7 +323,7 @@ def _open_text(name: str) -> Iterator[TextIO]:
             chunks = _decompressed(chunks, new)
         stream: BinaryIO = io.BufferedReader(_Chunks(chunks), _CHUNK)
         if kind in ("gz", "zst"):
-            # threads=0: no helper process, so damage raises where lines are read.
+            # threads=0: without a helper process, damage raises where lines are read.
             stream = xopen(stream, "rb", threads=0, format=kind)
         yield io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape")
     finally:
@@ -335,10 +338,9 @@ def _batches(records: Iterable[Record], letters: int) -> Iterator[list[Record]]:
 
 
 def _take(records: Iterator[Record], letters: int) -> list[Record]:
-    """Records for one block."""
     batch: list[Record] = []
     size = 0
-    # Looking for cycles among these tuples, in vain, would take a third of the time.
+    # A third of the time would go into a useless search for cycles among these tuples.
     was_enabled = gc.isenabled()
     gc.disable()
     try:

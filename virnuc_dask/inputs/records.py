@@ -1,4 +1,4 @@
-"""Records and the letter rules: what is a residue, what is mended, what is not."""
+"""Records and the rules for letters: which are residues, which are corrected, which are invalid."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ from virnuc_dask.settings import CONTIG_NUCLEOTIDES, Translation
 
 # The 20 amino acids, and ESM's own X B U Z O.
 ALPHABET = "ACDEFGHIKLMNPQRSTVWYXBUZO"
-# Names the rules of `clean` below; part of a store's identity, so change it with them.
+# Names the rules of `clean` below. It is part of a store's identity: change it with the rules.
 ALPHABET_POLICY = "esm2; J to X; gaps removed; terminal stop removed"
 
 _GAPS = "-."
-# Letters of proteins that stand for no nucleotide, nor, by IUPAC's code, for several.
+# Protein letters that stand neither for a nucleotide nor, in IUPAC's code, for several.
 _PROTEIN_ONLY = frozenset("EFILPQZJOefilpqzjo*")
-_TAIL = "*" + _GAPS  # what may follow the last residue
+_TAIL = "*" + _GAPS  # may follow the last residue
 
 
 class Record(NamedTuple):
-    """One input record, as written in the file. Millions are made: a tuple is made the fastest.
+    """One input record, as written in the file. A tuple, the fastest to make by the million.
 
     Attributes
     ----------
     id : str
-        First word of the header; may be empty, and need not be unique.
+        First word of the header. It may be empty and need not be unique.
     sequence : str
-        Residues as written, white space and line breaks included.
+        Residues as written, including white space and line breaks.
     file : str
-        The input, as the user named it.
+        Name of the input as the user gave it.
     line : int
         Line of the record's header, counted from 1.
     description : str
@@ -50,41 +50,42 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Headers:
-    """What the headers of a block's rows say, and where they stand. No row value depends on it.
+    """Headers of a block's rows, and their files. No row value depends on them.
 
     Attributes
     ----------
     description : list of str
-        What follows the identifier; of a translated row its read's, of a tile its record's.
+        Text after the identifier. A translated row has its read's, a tile has its record's.
     source : ndarray, int32, shape (n,)
-        Which of `InputSummary.files`.
+        Number of the file in `InputSummary.files`.
     """
 
     description: list[str]
     source: NDArray[np.int32]
 
     def select(self, records: NDArray[np.int64]) -> Headers:
-        """Those of some records, in the order given, shape (n,)."""
+        """Headers of some records, in the order given, shape (n,)."""
         return Headers([self.description[n] for n in records.tolist()], self.source[records])
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where the rows of a block come from, if they were translated or are tiles.
+    """Where the rows of a block come from, if they are translated or are tiles.
 
     Attributes
     ----------
     read_ids : list of str
-        Identifiers of all records that were read for the block, also those without a row.
+        Identifiers of all records that were read for the block, including those without a row.
     read : ndarray, int64, shape (n,)
-        Which record of the input, from 0.
+        Number of the record in the input, from 0.
     start : ndarray, int64, shape (n,)
-        The first nucleotide of the protein's first codon in the record, from 0; of a reverse frame
-        it is the highest. Of a tile of a protein record, its first residue after cleaning, from 0.
+        Translated rows: position in the record of the first nucleotide of the protein's first
+        codon, from 0. On the reverse strand this is the protein's highest position. Tiles of
+        protein records: first residue of the tile in the cleaned record, from 0.
     window : ndarray, int32, shape (n,), optional
-        Which window of the record, from 1; of translated rows.
+        Translated rows: number of the window in the record, from 1.
     frame : ndarray, int8, shape (n,), optional
-        +1, +2, +3; -1, -2, -3 on the reverse strand; of translated rows.
+        Translated rows: +1, +2, +3, and -1, -2, -3 on the reverse strand.
     """
 
     read_ids: list[str]
@@ -104,8 +105,8 @@ class Block:
     lengths : ndarray, int32, shape (n,)
         Residues per record, after cleaning.
     residues : ndarray, uint8, shape (sum of lengths,)
-        ASCII residues in upper case, records end to end. A record that `invalid_rows` finds keeps
-        its offending letters.
+        ASCII residues in upper case, records end to end. Records that `invalid_rows` finds keep
+        their invalid letters.
     origin : Origin, optional
     headers : Headers, optional
     """
@@ -119,39 +120,39 @@ class Block:
 
 @dataclass(slots=True)
 class InputSummary:
-    """What reading the input found; filled while the blocks go by.
+    """Counts and findings from reading the input, filled while blocks are read.
 
     Attributes
     ----------
     records, residues : int
-        Rows, one for each record unless it was translated or tiled, and their residues.
+        Rows and their residues. A record has one row unless it is translated or tiled.
     empty : int
         Records without a residue. They keep their row, with status ``empty``.
     invalid : int
-        Records with letters that are no residues. They keep their row, ``invalid_residues``; of
-        tiles those with such a letter.
+        Records with letters that are no residues. They keep their row, with status
+        ``invalid_residues``. In tiled records, only tiles with such a letter have this status.
     ambiguous_j, gaps, terminal_stops : int
         Letters J read as X, gap letters removed, terminal stops removed.
     lengths : list of ndarray, int32
         Lengths of all rows, block by block.
     files : dict of str to int
-        Inputs, numbered in their order; one that was given twice by its first place.
+        Inputs, numbered in order. An input that is given twice has its first number.
     empty_files : list of str
         Inputs without a record.
     first_invalid : InputError, optional
-        Where the first invalid record is.
+        Error with the position of the first invalid record.
     nucleotide_like : int
-        Records that use no letter but A C G T U N.
+        Records with no letters except A C G T U N.
     reads, nucleotides : int
         Nucleotide records that were translated, and their letters.
     without_row : list of str
         Identifiers of the reads that gave no row.
     contigs_without_row : int
-        Those of them that are so long that ``orf`` would have been the rule for them, and was not.
+        Reads without a row that are long enough for the rule ``orf``, but had another rule.
     tiled : int
-        Proteins, records or frames, that were cut into tiles.
+        Proteins (records or frames) that were cut into tiles.
     protein_like : int
-        Reads with a letter that stands for no nucleotide, nor for several.
+        Reads with a letter that stands neither for a nucleotide nor for several.
     first_protein_like : Record, optional
     """
 
@@ -177,7 +178,7 @@ class InputSummary:
     sha256: str = ""
 
     def take_headers(self, records: Sequence[Record]) -> Headers:
-        """What the headers of records say; files that were not met before are added to `files`."""
+        """Headers of records. New files are added to `files`."""
         sources = (self.files.setdefault(record.file, len(self.files)) for record in records)
         return Headers(
             [record.description for record in records],
@@ -185,7 +186,7 @@ class InputSummary:
         )
 
     def take_rows(self, lengths: NDArray[np.int32]) -> None:
-        """Count rows, by their lengths."""
+        """Count rows of these lengths."""
         self.records += len(lengths)
         self.residues += int(lengths.sum())
         self.lengths.append(lengths)
@@ -197,7 +198,7 @@ class InputSummary:
         with_row: NDArray[np.int64],
         how: Translation,
     ) -> None:
-        """Count translated records; `with_row` says which of them have rows."""
+        """Count translated records. `with_row` has the indices of those with rows."""
         self.reads += len(records)
         self.nucleotides += sum(map(len, sequences))
         has_row = np.zeros(len(records), np.bool_)
@@ -220,8 +221,8 @@ class InputSummary:
 class InputDigest:
     """SHA-256 of cleaned records: their identifiers, lengths and residues, in order.
 
-    Several streams, so that the digest does not depend on where blocks are cut. Of translated and
-    tiled rows also where they come from, and of records that gave no row the identifiers.
+    Each of these is a stream of its own, so the digest does not depend on where blocks are cut. For
+    translated and tiled rows the digest includes their origin and the identifiers of all records.
     """
 
     def __init__(self) -> None:
@@ -237,7 +238,7 @@ class InputDigest:
             self.update_origin(block.origin)
 
     def update_origin(self, origin: Origin) -> None:
-        """Add where rows come from."""
+        """Add the origin of rows."""
         if len(self._streams) == 3:
             self._streams += [sha256() for _ in range(5)]
         reads, *others = self._streams[3:]
@@ -253,7 +254,7 @@ class InputDigest:
 
 
 def invalid_rows(residues: NDArray[np.uint8], lengths: NDArray[np.int32]) -> NDArray[np.bool_]:
-    """Which rows hold a letter that is no residue, an internal stop included.
+    """Which rows have a letter that is no residue, such as an internal stop.
 
     Parameters
     ----------
@@ -265,13 +266,13 @@ def invalid_rows(residues: NDArray[np.uint8], lengths: NDArray[np.int32]) -> NDA
     ndarray, bool, shape (n,)
     """
     rows = np.repeat(np.arange(len(lengths)), lengths)
-    found = np.zeros(len(lengths), np.bool_)
-    found[rows[~_VALID[residues]]] = True
-    return found
+    invalid = np.zeros(len(lengths), np.bool_)
+    invalid[rows[~_VALID[residues]]] = True
+    return invalid
 
 
 def clean_sequence(sequence: str) -> str:
-    """Clean one sequence by the rules of a run (see the README, "Letters").
+    """Clean one sequence by the rules of a run (see "Letters" in the README).
 
     Raises
     ------
@@ -286,7 +287,7 @@ def clean_sequence(sequence: str) -> str:
 
 
 def decoded_header(text: str) -> str:
-    """A header's text; bytes that were not UTF-8 are taken as Latin-1, which loses none."""
+    """Text of a header. If its bytes are not UTF-8 it is read as Latin-1, which loses none."""
     if text.isascii():
         return text
     try:
@@ -310,7 +311,7 @@ _NOT_NUCLEOTIDE = ~np.isin(np.arange(256), np.frombuffer(b"ACGTUN", np.uint8))
 
 
 def clean(records: Sequence[Record], summary: InputSummary) -> Block:
-    """Apply the letter rules to a batch at once: one look-up per letter, no loop over letters."""
+    """Apply the letter rules to a whole batch, by one table look-up per letter."""
     written = [_without_space(record.sequence) for record in records]
     kept = [sequence.rstrip(_TAIL) for sequence in written]
     for whole, sequence in zip(written, kept, strict=True):
@@ -319,7 +320,7 @@ def clean(records: Sequence[Record], summary: InputSummary) -> Block:
             summary.terminal_stops += stops
             summary.gaps += len(whole) - len(sequence) - stops
     lengths = np.fromiter(map(len, kept), np.int64, len(kept))
-    # Letters beyond ASCII become '?', which is no residue either.
+    # Letters outside ASCII become '?', which is no residue either.
     letters = _UPPER[np.frombuffer("".join(kept).encode("ascii", "replace"), np.uint8)]
 
     removed = _IS_GAP[letters]
@@ -347,7 +348,7 @@ def clean(records: Sequence[Record], summary: InputSummary) -> Block:
 
 
 def _without_space(sequence: str) -> str:
-    """Drop white space of every kind, as the parsers do at the ends of lines."""
+    """Remove white space of every kind, as parsers do at the ends of lines."""
     return "".join(sequence.split())
 
 
@@ -355,9 +356,10 @@ def _invalid_letter(record: Record) -> InputError:
     allowed = set(ALPHABET + ALPHABET.lower() + "Jj" + _GAPS)
     body = _without_space(record.sequence).rstrip(_TAIL)
     position, letter = next((i, c) for i, c in enumerate(body, 1) if c not in allowed)
-    # Other surrogates stand for no byte; only a caller's own text can have them.
+    # Other surrogates stand for no byte. Only text from a caller can have them.
     shown = decoded_header(letter) if "\udc80" <= letter <= "\udcff" else letter
-    what = "an internal stop '*'" if letter == "*" else f"letter {shown!r}, no residue"
-    return InputError(
-        f"{what} at position {position}", file=record.file, line=record.line, record=record.id
-    )
+    if letter == "*":
+        problem = f"an internal stop '*' at position {position}"
+    else:
+        problem = f"letter {shown!r} at position {position} is not a residue"
+    return InputError(problem, file=record.file, line=record.line, record=record.id)

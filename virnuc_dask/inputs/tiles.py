@@ -1,4 +1,4 @@
-"""Proteins to tiles: overlapping pieces of one length, such as the reads' that they are for."""
+"""Cuts proteins into tiles: overlapping pieces of one length, for example that of reads."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Tiles(NamedTuple):
     Attributes
     ----------
     protein : ndarray, int64, shape (n,)
-        Which one of the batch.
+        Index of the protein in the batch.
     start, stop : ndarray, int64, shape (n,)
-        Its residues from `start` on and before `stop`, from 0.
+        The tile has the protein's residues from `start` to before `stop`, counted from 0.
     """
 
     protein: NDArray[np.int64]
@@ -35,17 +35,17 @@ class Tiles(NamedTuple):
 def cut_tiles(
     lengths: NDArray[np.int32], how: Tiling, at_once: int = _ROWS_PER_BLOCK
 ) -> Iterator[Tiles]:
-    """Tiles of proteins: one at every step, and the last where it ends with the protein.
+    """Cut proteins into tiles: one at every step, and the last at the end of the protein.
 
-    Of a protein of L residues there are 1 + ceil((L - size) / step), all of `size` residues. One
-    that is no longer than `size` is one tile, also if it is empty.
+    A protein of L residues gives 1 + ceil((L - size) / step) tiles, all of `size` residues. A
+    protein no longer than `size` is one tile, even if it is empty.
 
     Parameters
     ----------
     lengths : ndarray, int32, shape (proteins,)
     how : Tiling
     at_once : int
-        Most tiles that are made at a time.
+        Maximum number of tiles to make at a time.
     """
     last_start = np.maximum(lengths.astype(np.int64) - how.size, 0)
     counts = 1 - (-last_start // how.stride)
@@ -62,8 +62,8 @@ def cut_tiles(
 def tile_block(block: Block, how: Tiling, summary: InputSummary) -> Iterator[Block]:
     """Tiles of a block's proteins, as one block or several.
 
-    A tile is named after its protein and its residues there, from 1, as Pfam does:
-    ``P12345/25-48``. It has its protein's header.
+    A tile's name is its protein's name and its residues there, counted from 1 as in Pfam:
+    ``P12345/25-48``. A tile has its protein's header.
     """
     first_residue = np.cumsum(block.lengths, dtype=np.int64) - block.lengths
     read_ids = block.ids if block.origin is None else block.origin.read_ids
@@ -71,13 +71,13 @@ def tile_block(block: Block, how: Tiling, summary: InputSummary) -> Iterator[Blo
     for tiles in cut_tiles(block.lengths, how, at_once):
         lengths = tiles.stop - tiles.start
         begin = first_residue[tiles.protein] + tiles.start
-        places = np.arange(int(lengths.sum()))
-        places += np.repeat(begin - np.cumsum(lengths) + lengths, lengths)
+        positions = np.arange(int(lengths.sum()))
+        positions += np.repeat(begin - np.cumsum(lengths) + lengths, lengths)
         spans = zip(*(values.tolist() for values in tiles), strict=True)
         yield Block(
             [f"{block.ids[protein]}/{start + 1}-{stop}" for protein, start, stop in spans],
             lengths.astype(np.int32),
-            block.residues[places],
+            block.residues[positions],
             _origin(block, tiles, read_ids, summary.tiled),
             block.headers and block.headers.select(tiles.protein),
         )
@@ -86,7 +86,7 @@ def tile_block(block: Block, how: Tiling, summary: InputSummary) -> Iterator[Blo
 
 
 def _origin(block: Block, tiles: Tiles, read_ids: list[str], before: int) -> Origin:
-    """Where tiles begin in the input: at a residue of a protein, or a nucleotide of a read."""
+    """Where tiles begin in the input: at a residue of a protein or at a nucleotide of a read."""
     origin, protein = block.origin, tiles.protein
     if origin is None or origin.window is None or origin.frame is None:
         return Origin(read_ids, before + protein, tiles.start)

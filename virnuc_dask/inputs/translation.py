@@ -1,9 +1,9 @@
-"""Nucleotides to proteins: windows of reads and contigs, and their six reading frames.
+"""Translates nucleotides to proteins: windows of reads and contigs, and their six reading frames.
 
-All of a batch at once. Whatever a window, codon and strand, the residue depends only on where the
-codon lies: so each letter gets the residue of the codon that begins there, and of the one that
-ends there on the other strand, and a frame is every third of them. Stops are counted by sums over
-every third letter, so that the nine frames of ten that have one are never looked at.
+A batch is translated at once. The residue of a codon depends only on its position and strand, not
+on its window or frame. So each letter gets two residues: of the codon that begins there, and of the
+codon that ends there on the reverse strand. A frame is every third of them. Stops are counted by
+cumulative sums over every third letter, so that frames with a stop, nine of ten, are never read.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from virnuc_dask.inputs.records import Block, InputSummary, Origin, Record
 from virnuc_dask.settings import Translation
 
 _STOP, _UNKNOWN = ord("*"), ord("X")
-# A, C, G, T and U; anything else is unknown.
+# A, C, G, T and U. Any other letter is unknown.
 _CODE = np.full(256, 4, np.uint8)
 for _letters, _value in (("Aa", 0), ("Cc", 1), ("Gg", 2), ("TtUu", 3)):
     for _letter in _letters:
         _CODE[ord(_letter)] = _value
-# VirNucPro's tables know no U.
+# VirNucPro's tables have no U.
 _CODE_DNA = _CODE.copy()
 _CODE_DNA[[ord("U"), ord("u")]] = 4
 
@@ -39,9 +39,9 @@ class Proteins:
     Attributes
     ----------
     read : ndarray, int64, shape (n,)
-        Which record of the batch.
+        Index of the record in the batch.
     window : ndarray, int32, shape (n,)
-        Which window of the record, from 1.
+        Number of the window in the record, from 1.
     frame : ndarray, int8, shape (n,)
         +1, +2, +3, and -1, -2, -3 on the reverse strand.
     start : ndarray, int64, shape (n,)
@@ -63,22 +63,24 @@ class Proteins:
 def cut_windows(
     lengths: NDArray[np.int64], window: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Windows of records, as VirNucPro cuts them: as few as cover all, overlapping evenly.
+    """Cut records into windows as VirNucPro does: the fewest that cover a record, evenly spaced.
 
-    With n = ceil(L / c) windows and n c - L = spare nucleotides to overlap by, q, r = divmod(spare,
-    n), the first min(q + r, n - 1) gaps overlap by q + 1 and the others by q. The last window can
-    be short. [`split_fasta_chunk` in VirNucPro's units.py]
+    A record of L nucleotides has n = ceil(L / c) windows of c nucleotides, with n c - L = spare
+    nucleotides for overlaps. With q, r = divmod(spare, n), the first min(q + r, n - 1) overlaps
+    have q + 1 nucleotides and the others q. The last window can be short. [`split_fasta_chunk` in
+    VirNucPro's units.py]
 
     Parameters
     ----------
     lengths : ndarray, int64, shape (reads,)
     window : int, optional
-        None: one window for each record, which is all of it.
+        Nucleotides per window, c. None: each record is one window.
 
     Returns
     -------
     read, number, start, stop : ndarray, int64, shape (windows,)
-        Record; window of the record, from 0; and its letters within the record.
+        Index of the record; number of the window in the record, from 0; first letter of the
+        window in the record, and its end.
     """
     size = np.maximum(lengths, 1) if window is None else np.full(len(lengths), window)
     count = -(-lengths // size)
@@ -95,8 +97,8 @@ def cut_windows(
 class _Stretches:
     """Runs of codons.
 
-    `window` is an index; `place` of the first codon's lowest letter among all letters; `step`, 3 or
-    -3, leads to the next codon's; `count` codons.
+    `window` is the index of a window. `place` is the position of the first codon's lowest letter
+    among all letters. `step`, 3 or -3, leads to the next codon. `count` is the number of codons.
     """
 
     window: NDArray[np.int64]
@@ -110,7 +112,7 @@ class _Stretches:
 
     @property
     def last(self) -> NDArray[np.int64]:
-        """Place of the last codon, of runs that have one."""
+        """Position of the last codon of runs that have one."""
         return self.place + self.step * (self.count - 1)
 
     def select(self, kept: NDArray[np.bool_]) -> _Stretches:
@@ -118,19 +120,19 @@ class _Stretches:
 
 
 class _Codons:
-    """The residue of the codon whose lowest letter lies at each place, on either strand."""
+    """For each position, the residue of the codon with its lowest letter there, on each strand."""
 
     def __init__(self, codes: NDArray[np.uint8], genetic_code: int) -> None:
-        # Two more unknown letters, so that a codon begins at every letter.
+        # Two additional unknown letters, so that a codon begins at every letter.
         codes = np.append(codes, np.full(2, 4, np.uint8))
         forward, reverse = _tables(genetic_code)
         number = (codes[:-2] * 25 + codes[1:-1] * 5 + codes[2:]).astype(np.uint8)
-        # Both strands end to end: a place on the other strand is so many further on.
+        # Both strands end to end: positions on the reverse strand are `_letters` further on.
         self.residues = np.concatenate((forward[number], reverse[number]))
         self._letters = len(number)
 
     def places(self, runs: _Stretches) -> NDArray[np.int64]:
-        """Places of all codons of some runs, in order, shape (sum of counts,)."""
+        """Positions of all codons of some runs, in order, shape (sum of counts,)."""
         numbers = np.arange(int(runs.count.sum()))
         numbers -= np.repeat(np.cumsum(runs.count) - runs.count, runs.count)
         return np.repeat(self._first(runs), runs.count) + np.repeat(runs.step, runs.count) * numbers
@@ -140,7 +142,7 @@ class _Codons:
         return self.residues[self._first(runs) + runs.step * (runs.count - 1)]
 
     def number_of(self, residue: int, runs: _Stretches) -> NDArray[np.int64]:
-        """How many codons of each run stand for a residue: a difference of two sums."""
+        """Number of codons of each run that stand for a residue: a difference of two sums."""
         marks = self.residues == residue
         padding = -len(marks) % 3
         sums = np.pad(marks, (3, padding)).reshape(-1, 3).cumsum(0, np.int32).ravel()
@@ -154,14 +156,14 @@ class _Codons:
 
 @lru_cache
 def _tables(genetic_code: int) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """Residues of codons, and of their reverse complements, by 25 a + 5 b + c; with 4, unknown."""
+    """Residues of codons and of their reverse complements, at 25 a + 5 b + c. Code 4 is unknown."""
     table = CodonTable.unambiguous_dna_by_id.get(genetic_code)
     if table is None:
         raise UsageError(f"genetic code {genetic_code}: NCBI has no such table")
     forward, reverse = np.full(125, _UNKNOWN, np.uint8), np.full(125, _UNKNOWN, np.uint8)
     for a, b, c in product(range(4), repeat=3):
         codon = "".join("ACGT"[code] for code in (a, b, c))
-        # In tables where a stop may be read through, it is a stop here.
+        # Some tables have codons that can be a stop or a residue. Here they are stops.
         residue = "*" if codon in table.stop_codons else table.forward_table[codon]
         forward[25 * a + 5 * b + c] = ord(residue)
         reverse[25 * (3 - c) + 5 * (3 - b) + 3 - a] = ord(residue)
@@ -174,7 +176,7 @@ def translate(sequences: Sequence[str], how: Translation) -> Proteins:
     Parameters
     ----------
     sequences : sequence of str
-        Without white space. Letters other than A, C, G, T and U, of either case, are unknown.
+        Without white space. In either case, letters other than A, C, G, T and U are unknown.
     how : Translation
     """
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
@@ -196,7 +198,7 @@ def translate(sequences: Sequence[str], how: Translation) -> Proteins:
         kept = kept.select(unknown <= how.max_unknown * kept.count)
     residues, sizes = codons.residues[codons.places(kept)], kept.count
     if how.rule == "virnucpro":
-        # A codon with any other letter than these four is left out, which shortens the protein.
+        # A codon with an unknown letter is left out, which shortens the protein.
         known = residues != _UNKNOWN
         sizes = sizes - codons.number_of(_UNKNOWN, kept)
         residues, kept, sizes = residues[known], kept.select(sizes > 0), sizes[sizes > 0]
@@ -211,7 +213,7 @@ def translate(sequences: Sequence[str], how: Translation) -> Proteins:
 
 
 def _six_frames(first: NDArray[np.int64], size: NDArray[np.int64]) -> _Stretches:
-    """F1, F2, F3, R1, R2, R3 of each window, as far as they have a codon."""
+    """F1, F2, F3, R1, R2, R3 of each window, without frames that have no codon."""
     shift = np.arange(3)
     count = np.maximum(0, (size[:, None] - shift) // 3)
     forward = first[:, None] + shift
@@ -226,7 +228,7 @@ def _six_frames(first: NDArray[np.int64], size: NDArray[np.int64]) -> _Stretches
 
 
 def _open(frames: _Stretches, codons: _Codons) -> _Stretches:
-    """Frames without a stop, or with one at the end, which is left out."""
+    """Frames without a stop, and frames with one stop at the end, which is left out."""
     stops = codons.number_of(_STOP, frames)
     frames, stops = frames.select(stops <= 1), stops[stops <= 1]
     ends = codons.last(frames) == _STOP
@@ -235,9 +237,9 @@ def _open(frames: _Stretches, codons: _Codons) -> _Stretches:
 
 
 def _between_stops(frames: _Stretches, codons: _Codons) -> _Stretches:
-    """Every stretch between two stops, or a stop and an end."""
+    """Every stretch between two stops, or between a stop and an end of the frame."""
     is_stop = codons.residues[codons.places(frames)] == _STOP
-    # A stop more at the end of each frame: then every stretch ends with one.
+    # An additional stop at the end of each frame, so that every stretch ends with one.
     ends = np.cumsum(frames.count)
     is_stop = np.insert(is_stop, ends, True)
     last = np.flatnonzero(is_stop)
@@ -253,34 +255,34 @@ def _between_stops(frames: _Stretches, codons: _Codons) -> _Stretches:
 
 
 def translate_records(records: Sequence[Record], how: Translation, summary: InputSummary) -> Block:
-    """Rows of a batch of nucleotide records, named and with where they come from.
+    """Translate a batch of nucleotide records into rows with names and origins.
 
-    Names are as VirNucPro's, ``read_chunk_1F2``; without windows ``read_F2``; with `orf` followed
-    by the stretch's place in the record, from 1, such as ``read_F2_31-420``.
+    Names are VirNucPro's: ``read_chunk_1F2``. Without windows they are ``read_F2``. With `orf` the
+    positions of the stretch in the record follow, from 1: ``read_F2_31-420``.
     """
     sequences = ["".join(record.sequence.split()) for record in records]
-    found = translate(sequences, how)
-    ids = _names([record.id for record in records], found, how)
+    proteins = translate(sequences, how)
+    ids = _names([record.id for record in records], proteins, how)
     origin = Origin(
         read_ids=[record.id for record in records],
-        read=found.read + summary.reads,
-        start=found.start,
-        window=found.window,
-        frame=found.frame,
+        read=proteins.read + summary.reads,
+        start=proteins.start,
+        window=proteins.window,
+        frame=proteins.frame,
     )
-    headers = summary.take_headers(records).select(found.read)
-    summary.take_reads(records, sequences, found.read, how)
-    return Block(ids, found.lengths, found.residues, origin, headers)
+    headers = summary.take_headers(records).select(proteins.read)
+    summary.take_reads(records, sequences, proteins.read, how)
+    return Block(ids, proteins.lengths, proteins.residues, origin, headers)
 
 
-def _names(reads: list[str], found: Proteins, how: Translation) -> list[str]:
+def _names(reads: list[str], proteins: Proteins, how: Translation) -> list[str]:
     frames = [f"{'F' if frame > 0 else 'R'}{abs(frame)}" for frame in (*range(-3, 0), 0, 1, 2, 3)]
     parts = zip(
-        found.read.tolist(),
-        found.window.tolist(),
-        found.frame.tolist(),
-        found.start.tolist(),
-        found.lengths.tolist(),
+        proteins.read.tolist(),
+        proteins.window.tolist(),
+        proteins.frame.tolist(),
+        proteins.start.tolist(),
+        proteins.lengths.tolist(),
         strict=True,
     )
     if how.window is not None:
