@@ -109,8 +109,8 @@ class StoreReplacedError(StoreError):
 class LocationError(StoreError, OSError):
     """An object store does not answer, or answers with an error.
 
-    It is also an `OSError`: its errno selects the handling, as for an error of a disk. The exit
-    code is for errors before anything is computed; the command line sets it for later ones.
+    It is also an `OSError`: its errno selects the handling, as for a disk error. Its exit code is
+    for errors before anything is computed; a run turns later ones into a `StoreError`.
 
     Parameters
     ----------
