@@ -431,7 +431,7 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
         )
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == (
-        "error: the scheduler cannot take this work; it needs virnuc_dask too:"
+        "error: the scheduler cannot run this work; it needs virnuc_dask too:"
         " ImportError: no virnuc_dask here"
     )
     assert not Store(tmp_path / "out.zarr").present().any()
