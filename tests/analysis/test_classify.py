@@ -433,10 +433,10 @@ def test_another_classifier_of_the_name_is_refused(
     before = tree(viral.path)
     (tmp_path / "b").mkdir()
     virnuc_dask.train(viral.path, other.path, tmp_path / "b" / "virus.skops", random_state=3)
-    with pytest.raises(UsageError, match=r"`score_virus` is there and was computed otherwise"):
+    with pytest.raises(UsageError, match=r"`score_virus` exists and was computed in another way"):
         virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops")
     assert tree(viral.path) == before
-    with pytest.raises(UsageError, match="was computed otherwise"):
+    with pytest.raises(UsageError, match="was computed in another way"):
         virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops", force=True)
     assert tree(viral.path) == before
     virnuc_dask.predict(viral.path, tmp_path / "b" / "virus.skops", replace=True)
@@ -877,7 +877,7 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     assert f"5 chunks computed\n130 in {table}, " in done.stdout
     virnuc_dask.train(viral.path, other.path, file, random_state=3, force=True)
     again = ("predict", viral.path, "--classifier", file, "--out", table)
-    for one, problem in (("--force", "computed otherwise"), ("--replace", "t.tsv exists")):
+    for one, problem in (("--force", "computed in another way"), ("--replace", "t.tsv exists")):
         done = invoke(*again, one)
         assert (done.exit_code, problem in done.stderr) == (2, True)
     assert invoke(*again, "--force", "--replace").exit_code == 0

@@ -113,7 +113,7 @@ def test_quarantined_rows_have_no_value(make_store: Maker, awkward: Path) -> Non
 
 def test_another_result_of_the_name_is_not_mixed_in(store: Store) -> None:
     filled(store)
-    with pytest.raises(UsageError, match=r"`score_x` is there and was computed otherwise \(by\)"):
+    with pytest.raises(UsageError, match=r"`score_x` exists and .* in another way \(by\)"):
         keep_result(store, "score", "x", {"by": "another"})
     assert open_result(store, "score_x").present().all()
     result = keep_result(store, "score", "x", {"by": "another"}, replace=True)
@@ -206,7 +206,7 @@ def test_what_lands_in_a_result_that_is_new_meanwhile_is_removed(
 def test_only_the_result_that_was_seen_is_replaced(store: Store) -> None:
     first = keep_result(store, "map", "x", {"by": "the first"})
     second = keep_result(store, "map", "x", {"by": "the second"}, replace=first.id)
-    with pytest.raises(UsageError, match="computed otherwise"):
+    with pytest.raises(UsageError, match="computed in another way"):
         keep_result(store, "map", "x", {"by": "the third"}, replace=first.id)
     assert open_result(store, "map_x").id == second.id
 
@@ -235,7 +235,7 @@ def test_rows_that_are_embedded_later_have_values_later(store: Store) -> None:
     store.write_chunk(2, *whole)
     report = virnuc_dask.verify(store.path, repair=True)
     assert report.results == {
-        "score_x: chunk 2": "values are not of the rows that have an embedding"
+        "score_x: chunk 2": "the rows with a value are not the rows with an embedding"
     }
     assert fill(result, first_feature) == 1
     assert np.isfinite(result.array[:]).all()
@@ -269,7 +269,7 @@ def test_what_somebody_else_has_put_there_is_no_result(store: Store) -> None:
     report = virnuc_dask.verify(store.path, repair=True)
     assert (report.exit_code, report.leftovers) == (0, [f"{store.path}/score_mine"])
     virnuc_dask.export(store.path, store.path.with_name("out.csv"))
-    with pytest.raises(UsageError, match="no result of this program"):
+    with pytest.raises(UsageError, match="not a result of this program"):
         keep_result(store, "score", "mine", {}, replace=True)
     assert tree(store.path) == before
 
