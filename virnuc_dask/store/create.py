@@ -34,7 +34,7 @@ from virnuc_dask.store.store import (
 
 # About 10 MB of float16 in a chunk of `residue_embedding`.
 _RESIDUE_VALUES_PER_CHUNK = 2**22
-# What `start` holds.
+# Long names of `start`.
 _FIRST_NUCLEOTIDE = "first nucleotide of the first codon in the record, from 0"
 _FIRST_RESIDUE = "first residue in the record, from 0"
 

@@ -326,7 +326,7 @@ class Store:
         return np.asarray(self.array("status")[rows]), np.asarray(self.array("embedding")[rows])
 
     def read_residue_embeddings(self, chunk: int) -> NDArray[np.float16]:
-        """Read the residue embeddings of a chunk, shape (slots, D); the last, unused slots are NaN."""
+        """Read the residue embeddings of a chunk, shape (slots, D); unused slots are NaN."""
         return np.asarray(self.array("residue_embedding")[self.slots(chunk)])
 
     def read_status(self, chunk: int) -> NDArray[np.uint8]:
