@@ -167,7 +167,7 @@ class UnfitWorkerError(VirnucError):
 
 
 class NotAStoreError(UsageError):
-    """The path is empty, or holds something other than a store."""
+    """Nothing, or something other than a store, is at the path."""
 
 
 class IdentityMismatchError(UsageError):

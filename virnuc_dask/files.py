@@ -92,9 +92,10 @@ def lock(descriptor: int) -> bool:
 def _if_abandoned(path: Path) -> Iterator[bool]:
     """Whether no process is writing a file or directory; holds its lock while the caller decides.
 
-    A name without a mark does not belong to a writer of this package. A name with a mark is
-    abandoned if its lock is free. If the lock proves nothing, the last write must be old too: on
-    file systems without locks, for another host's files, and before the writer takes the lock.
+    A file whose name has no mark has no writer in this package, so it counts as abandoned. A file
+    with a mark is abandoned if its lock is free. In three cases a free lock proves nothing, and the
+    last write must be old too: the file system has no locks, the file is another host's, or its
+    writer has not locked it yet.
     """
     match = _OWNED_NAME.fullmatch(path.name)
     if match is None:

@@ -91,7 +91,7 @@ class Bucket:
         return not self.is_free()
 
     def is_free(self) -> bool:
-        """Whether a new store may be created: the location is unused, or has no finished store."""
+        """Whether a new store may be created: it is empty, or has an unfinished ingest."""
         return not any(self._keys("")) or self._is_unfinished()
 
     def _is_unfinished(self) -> bool:
