@@ -293,7 +293,7 @@ elif wanted == "end":
             atexit.register(interrupt)
 sys.addaudithook(hook)
 """
-INTERRUPTED = "interrupted; the same command goes on\n"
+INTERRUPTED = "interrupted; run the same command again to resume\n"
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
-"""What is worth keeping from one process to the next, in the user's private cache directory.
+"""A cache of values that later processes reuse, in the user's private cache directory.
 
-Each entry has a name, a key and a value. A value is found only under the very key that it was kept
-with, so whoever keeps one puts everything into the key that the value depends on.
+Each entry has a name, a key and a value. `recall` returns a value only for the same key, so the key
+must contain everything that the value depends on.
 
-Nothing here raises. What cannot be kept, or is damaged, is computed again.
+Nothing here raises an error. Values that cannot be kept, or are damaged, are computed again.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from typing import Any
 
 from virnuc_dask.files import write_durably
 
-# Of each kind. An entry has some kilobytes.
+# Per kind. An entry has a few kilobytes.
 _MOST_ENTRIES = 200
 
 
 def recall(kind: str, name: bytes, key: Any) -> Any:
-    """The value that is kept under a key, or None.
+    """Return the value that is kept for a name and key, or None.
 
     Parameters
     ----------
     kind : str
-        Such as "weights".
+        Kind of the entry, such as "weights".
     name : bytes
-        What the entry is of.
+        Name of the entry.
     key : JSON value
-        As it was given to `remember`.
+        The key that was given to `remember`.
 
     Returns
     -------
     JSON value, optional
-        It may be anything: the file may be damaged.
+        The file may be damaged, so the caller must check the value.
     """
-    # A foreign file may be anything, also JSON that is nested too deeply.
+    # The file may hold anything, even JSON that is nested too deeply.
     with suppress(OSError, ValueError, RecursionError):
         entry = _entry(kind, name)
         if entry is None or not _is_private(entry.parent):
             return None
-        found = json.loads(entry.read_bytes())
-        if isinstance(found, dict) and found.get("key") == key:
-            return found.get("value")
+        document = json.loads(entry.read_bytes())
+        if isinstance(document, dict) and document.get("key") == key:
+            return document.get("value")
     return None
 
 
 def remember(kind: str, name: bytes, key: Any, value: Any) -> None:
-    """Keep a value instead of an earlier one of the same kind and name, if that is possible.
+    """Keep a value, if possible; it replaces an earlier value of the same kind and name.
 
     Parameters
     ----------
@@ -84,17 +84,17 @@ def forget(kind: str, name: bytes) -> None:
 
 
 def _entry(kind: str, name: bytes) -> Path | None:
-    """The file of an entry; None without a home."""
-    # As the XDG Base Directory Specification has it; torch's hub keeps weights beside it.
+    """File of an entry, or None if the user has no home directory."""
+    # Follows the XDG Base Directory Specification; torch.hub keeps weights in the same directory.
     folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not folder.is_absolute():
-        folder = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # pathlib raises without one
+        folder = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # pathlib raises without HOME
     if not folder.is_absolute():
         return None
     return folder / "virnuc_dask" / f"{kind}-{sha256(name).hexdigest()[:32]}.json"
 
 
 def _is_private(folder: Path) -> bool:
-    """Whether nobody else can have written into a directory."""
-    found = folder.stat()
-    return found.st_uid == os.geteuid() and not found.st_mode & 0o022
+    """Whether only this user can write into a directory."""
+    state = folder.stat()
+    return state.st_uid == os.geteuid() and not state.st_mode & 0o022

@@ -1,4 +1,4 @@
-"""The few errors this package raises, each with the exit code the command line gives it."""
+"""The errors of this package, each with the exit code of the command line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ from typing import Any
 
 
 class VirnucError(Exception):
-    """Anything that stops a command; ``exit_code`` is what the shell sees."""
+    """Base class of all errors that stop a command; ``exit_code`` is the process's exit code."""
 
     exit_code = 4
 
 
 class UsageError(VirnucError):
-    """Something that the user asked for cannot be done as asked."""
+    """The user's request cannot be carried out."""
 
     exit_code = 2
 
 
 class InputError(UsageError):
-    """Input that cannot be read as sequences.
+    """The input cannot be read as sequences.
 
     Parameters
     ----------
@@ -31,7 +31,7 @@ class InputError(UsageError):
     line : int, optional
         Line number in the decompressed text, counted from 1.
     record : str, optional
-        Identifier of the record, or its ordinal where it has none.
+        Identifier of the record, or its number if it has no identifier.
     """
 
     def __init__(
@@ -42,45 +42,45 @@ class InputError(UsageError):
         if line is not None:
             where += f", line {line}"
         if record is not None:
-            # An identifier is data from outside: it may be a megabyte long, or hold control codes.
+            # Identifiers are untrusted: they may be a megabyte long or contain control characters.
             where += f", record {record[:80]!r}"
         super().__init__(f"{where}: {problem}")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # Errors travel from workers; by default only the message would.
+        # Workers send errors pickled; the default would keep only the message.
         return partial(
             type(self), self.problem, file=self.file, line=self.line, record=self.record
         ), ()
 
 
 class ModelError(UsageError):
-    """A model that is unknown, unreadable, or not the one it should be."""
+    """The model is unknown, unreadable, or not the expected one."""
 
 
 class RandomWeightsWarning(UserWarning):
-    """Embeddings of the demo model, which mean nothing."""
+    """The embeddings come from the demo model and mean nothing."""
 
 
 class StoreError(VirnucError):
-    """A store that is damaged, or cannot be read or written."""
+    """The store is damaged, or cannot be read or written."""
 
 
 class ResultReplacedError(StoreError):
-    """A result that another command has replaced while this one was filling it.
+    """Another command replaced the result while this command was filling it.
 
     Parameters
     ----------
     path : str
-        Of the store.
+        Path of the store.
     name : str
-        Of the result.
+        Name of the result.
     """
 
     def __init__(self, path: str, name: str) -> None:
         self.path, self.name = path, name
         super().__init__(
-            f"{path}: `{name}` was replaced by another command, or removed, while this one was"
-            " filling it; nothing of this one was left in it"
+            f"{path}: `{name}` was replaced by another command, or removed, while this command"
+            " was filling it; this command left no values in the new one"
         )
 
     def __reduce__(self) -> tuple[type[ResultReplacedError], tuple[str, str]]:
@@ -88,7 +88,7 @@ class ResultReplacedError(StoreError):
 
 
 class StoreReplacedError(StoreError):
-    """A place that no longer holds the store that was opened there.
+    """The store that was opened is no longer at its location.
 
     Parameters
     ----------
@@ -98,8 +98,8 @@ class StoreReplacedError(StoreError):
     def __init__(self, path: str) -> None:
         self.path = path
         super().__init__(
-            f"{path}: the store that this run is filling is no longer there; it was removed, moved,"
-            " or replaced by another, which was left as it is"
+            f"{path}: this run's store is no longer there; it was removed, moved, or replaced by"
+            " another store; this run did not change the other store"
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -107,15 +107,15 @@ class StoreReplacedError(StoreError):
 
 
 class LocationError(StoreError, OSError):
-    """An object store that does not answer, or answers with an error.
+    """An object store does not answer, or answers with an error.
 
-    An `OSError` too, so that its errno says what is to be done about it, as for a disk. Most often
-    met before anything is computed; what meets it later says so.
+    It is also an `OSError`: its errno selects the handling, as for a disk error. Its exit code is
+    for errors before anything is computed; a run turns later ones into a `StoreError`.
 
     Parameters
     ----------
     number : int
-        Errno of a disk's error that means as much.
+        Errno of the equivalent disk error.
     cause : str
     url : str
     """
@@ -130,7 +130,7 @@ class LocationError(StoreError, OSError):
 
 
 class DeviceLostError(VirnucError):
-    """A device whose process is of no use any more, such as after a sticky CUDA error.
+    """The process that uses a device can no longer compute, such as after a sticky CUDA error.
 
     Parameters
     ----------
@@ -148,13 +148,14 @@ class DeviceLostError(VirnucError):
 
 
 class UnfitWorkerError(VirnucError):
-    """A worker that lacks what a run needs.
+    """A worker does not meet the requirements of a run.
 
     Parameters
     ----------
     worker : str
-        Its address; of a process that is no worker, what it is called.
+        Address of the worker, or a name for a process that is not a worker.
     lacks : tuple of str
+        Requirements that it does not meet.
     """
 
     def __init__(self, worker: str, lacks: tuple[str, ...]) -> None:
@@ -166,18 +167,18 @@ class UnfitWorkerError(VirnucError):
 
 
 class NotAStoreError(UsageError):
-    """The path holds something else, or nothing."""
+    """Nothing, or something other than a store, is at the path."""
 
 
 class IdentityMismatchError(UsageError):
-    """The store was made with settings under which its rows would have other values.
+    """The store was made with other settings, so its rows have other values.
 
     Parameters
     ----------
     path : str
         The store.
     differences : sequence of (field, stored, requested)
-        Every identity field that differs, with both values.
+        Each identity field that differs, with both values.
     """
 
     def __init__(self, path: str, differences: Sequence[tuple[str, object, object]]) -> None:

@@ -1,4 +1,4 @@
-"""Files that survive SIGKILL and power cuts, marks of who writes them, and a store made of them."""
+"""Durable file writes, and marks and locks that show which process is writing a file."""
 
 from __future__ import annotations
 
@@ -17,33 +17,34 @@ from typing import Any
 
 from virnuc_dask.errors import UsageError
 
-# The process that writes, for people to read: across containers it proves nothing.
+# The host and process number are for people: containers may share both, so they prove nothing.
 _OWNED_NAME = re.compile(r".+~(?P<host>[^~]+)~\d+~[0-9a-f]{32}\.(?P<kind>partial|ingest|new)")
-# Without a lock that proves it, a writer counts as dead once it has written nothing for so long.
+# Where a lock proves nothing, a writer counts as dead after this many seconds without a write.
 _ABANDONED_S = 24 * 3600.0
 
 
 def expanded(path: str | Path) -> str:
-    """A path, with the home directory that ``~`` or ``~user`` at its beginning stands for.
+    """Replace ``~`` or ``~user`` at the beginning of a path by the home directory.
 
     Raises
     ------
     UsageError
         The user has no home directory.
     """
-    found = os.path.expanduser(path)  # noqa: PTH111  # pathlib refuses a name that just looks so
-    if found == str(path) and found.partition("/")[0] == "~":
-        raise UsageError(f"{path}: there is no home directory; set HOME, or write the whole path")
-    return found
+    # A name such as "~other" may be an ordinary file; pathlib would raise an error for it.
+    full = os.path.expanduser(path)  # noqa: PTH111
+    if full == str(path) and full.partition("/")[0] == "~":
+        raise UsageError(f"{path}: you have no home directory; set HOME, or write the full path")
+    return full
 
 
 def write_durably(path: Path, content: Any) -> None:
-    """Replace a file in one step that survives SIGKILL and power cuts.
+    """Write or replace a file atomically and durably: it survives SIGKILL and power cuts.
 
     Parameters
     ----------
     path : Path
-        In a directory that exists.
+        The directory must exist.
     content : bytes-like
     """
     partial = path.with_name(f"{path.name}{owner_mark()}.partial")
@@ -60,23 +61,25 @@ def write_durably(path: Path, content: Any) -> None:
     sync(path.parent)
 
 
-# --- who writes ----------------------------------------------------------------------------------
+# --- writers -------------------------------------------------------------------------------------
 
 
 def owner_mark() -> str:
-    """Part of a name that says which process is writing, and is never the same twice."""
+    """Part of a file name that identifies the writing process; each call returns a new one."""
     return f"~{socket.gethostname()}~{os.getpid()}~{uuid.uuid4().hex}"
 
 
 def lock(descriptor: int) -> bool:
-    """Say by a lock that somebody writes: the kernel drops it when the process ends, however.
+    """Lock a file that this process is writing.
 
-    Waits for whoever looks at it at this moment.
+    The kernel releases the lock when the process ends, for any reason. This call waits while
+    another process tests the lock.
 
     Returns
     -------
     bool
-        False if the file system has no such locks; then only time tells.
+        False if the file system has no such locks. Then only the time of the last write shows
+        whether a writer is alive.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -87,10 +90,12 @@ def lock(descriptor: int) -> bool:
 
 @contextmanager
 def _if_abandoned(path: Path) -> Iterator[bool]:
-    """Whether nobody is writing a file or directory; nobody else judges it in the meantime.
+    """Whether no process is writing a file or directory; holds its lock while the caller decides.
 
-    A name without a mark has no writer of ours. Of others the lock tells; and time, where there are
-    no locks, where they may not reach from one machine to another, or before there is one.
+    A file whose name has no mark has no writer in this package, so it counts as abandoned. A file
+    with a mark is abandoned if its lock is free. In three cases a free lock proves nothing, and the
+    last write must be old too: the file system has no locks, the file is another host's, or its
+    writer has not locked it yet.
     """
     match = _OWNED_NAME.fullmatch(path.name)
     if match is None:
@@ -99,39 +104,39 @@ def _if_abandoned(path: Path) -> Iterator[bool]:
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:
-        yield False  # gone by now, or not ours to judge
+        yield False  # removed since, or not readable by this user
         return
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            tells = match["host"] == socket.gethostname() and match["kind"] != "new"
+            lock_proves_it = match["host"] == socket.gethostname() and match["kind"] != "new"
         except BlockingIOError:
             yield False
             return
         except OSError:
-            tells = False
-        yield tells or _is_old(path)
+            lock_proves_it = False
+        yield lock_proves_it or _is_old(path)
     finally:
         os.close(descriptor)
 
 
 def _is_old(path: Path) -> bool:
     try:
-        # The folders of an ingest's arrays are one level below it.
+        # An ingest writes its arrays one level below its directory.
         last = max(entry.stat().st_mtime for entry in (path, *path.glob("*")))
     except FileNotFoundError:
-        return False  # somebody is at it
+        return False  # another process is changing it
     return time.time() - last > _ABANDONED_S
 
 
 def is_abandoned(path: Path) -> bool:
-    """Whether nobody is writing a file or directory, for all that can be known."""
+    """Whether no process is writing a file or directory, as far as locks and times show."""
     with _if_abandoned(path) as abandoned:
         return abandoned
 
 
 def remove_orphans(folder: Path, name: str) -> None:
-    """Remove what ingests of this name left in a folder when they were killed."""
+    """Remove the directories that killed ingests of this name left in a folder."""
     pattern = f"{glob.escape(name)}~*"
     for orphan in (*folder.glob(f"{pattern}.ingest"), *folder.glob(f"{pattern}.new")):
         with _if_abandoned(orphan) as abandoned:
@@ -140,7 +145,7 @@ def remove_orphans(folder: Path, name: str) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the system put a file's content, or a directory's names, on the disk."""
+    """Flush a file's content, or a directory's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -1,4 +1,4 @@
-"""What a run is made of: the settings that change row values, and those that do not."""
+"""Settings of a run: those that change row values, and those that do not."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ METRICS: tuple[str, ...] = get_args(Metric)
 CLASSIFIERS: tuple[str, ...] = get_args(ClassifierKind)
 CONSENSUS: tuple[str, ...] = get_args(Consensus)
 MIN_WINDOW = 30
-# A record of so many nucleotides has hardly a frame without a stop, unless it is within a gene.
+# A longer record outside a gene rarely has a frame without a stop codon.
 CONTIG_NUCLEOTIDES = 1_000
 AUTO: Literal["auto"] = "auto"
 STORED_DTYPES: tuple[str, ...] = get_args(StoredDtype)
@@ -38,9 +38,9 @@ FORMAT = 1
 
 
 class Status(IntEnum):
-    """State of a row. Every row ends in exactly one; from 16 on it is quarantined.
+    """Status of a row. Each row ends with exactly one; codes from 16 on mean quarantined.
 
-    A quarantined row has an embedding of NaN; the name is the reason.
+    The embedding of a quarantined row is NaN; the name of the status is the reason.
     """
 
     PENDING = 0
@@ -58,38 +58,38 @@ class Status(IntEnum):
 
     @property
     def quarantined(self) -> bool:
-        """Whether a row in this state has no embedding and never will."""
+        """Whether a row with this status has no embedding."""
         return self >= Status.INVALID_RESIDUES
 
     @property
     def meaning(self) -> str:
-        """Name as in the store's ``flag_meanings``."""
+        """Name of the status in the store's ``flag_meanings``."""
         return self.name.lower()
 
 
-# A model of random weights that needs no download, for trying the pipeline. Never for science.
+# A model with random weights. It needs no download and is for trying the pipeline, never science.
 DEMO = "demo"
 RANDOM_WEIGHTS = "random weights: these embeddings mean nothing"
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """Which embedding a model gives: all that a worker needs to load it and use it.
+    """A model, its layer and its pooling: all that a worker needs to compute embeddings.
 
     Attributes
     ----------
     reference : str
         ``demo``, a fair-esm name such as ``esm2_t6_8M_UR50D``, or the path of weights.
     weights_sha256 : str
-        Digest of the weights; a worker that finds others refuses them.
+        Digest of the weights; workers refuse weights with another digest.
     dimension : int
         Features per embedding, D.
     repr_layer : int
-        Layer whose representation is pooled, counted from 1; 0 is the token embedding.
+        Layer to pool, counted from 1; 0 is the token embedding.
     pooling : {'mean', 'bos', 'max'}
         Mean or maximum over residues (BOS and EOS excluded), or the BOS token.
     precision : {'float32', 'bfloat16', 'float16'}
-        Arithmetic of the encoder's matrix products; all else on a CPU is float32.
+        Precision of the encoder's matrix products; on a CPU everything else is float32.
     """
 
     reference: str
@@ -105,19 +105,21 @@ class ModelSpec:
         return self.reference == DEMO
 
     def comment(self) -> dict[str, str]:
-        """A word of warning about random weights, for JSON; none about any other weights."""
+        """Warning about random weights, as a JSON field; empty for other weights."""
         return {"comment": RANDOM_WEIGHTS} if self.has_random_weights else {}
 
     def described(self, device: str) -> str:
-        """All that a person should know of it, in a line.
+        """Describe the model in one line for people.
 
         Parameters
         ----------
         device : str
-            On which it computes; empty if that is not known.
+            Device that computes; empty if it is not known.
         """
         weights = (
-            f"weights {self.weights_sha256[:12]}" if self.weights_sha256 else "weights not here yet"
+            f"weights {self.weights_sha256[:12]}"
+            if self.weights_sha256
+            else "weights not yet downloaded"
         )
         random = f" ({RANDOM_WEIGHTS})" if self.has_random_weights else ""
         parts = [self.reference + random, weights, f"layer {self.repr_layer}"]
@@ -128,7 +130,7 @@ class ModelSpec:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """Everything that changes the value of a row. A store has one; a run must agree with it."""
+    """Everything that changes row values. A store has one identity; a run must have the same."""
 
     format: int
     input_sha256: str
@@ -150,10 +152,10 @@ class Identity:
     def from_json(cls, document: dict[str, Any]) -> Identity:
         """Rebuild an identity from a store's attributes; unknown or missing fields are an error."""
         names = {field.name for field in fields(cls)}
-        # Stores from before there was translation are of proteins, and older ones than tiles whole.
+        # Stores from before translation hold proteins; stores from before tiling hold whole ones.
         if {"translation", "tiling", *document} != names:
-            odd = sorted(set(document) ^ names)
-            raise UsageError(f"the store's identity has unknown or missing fields: {odd}")
+            unexpected = sorted(set(document) ^ names)
+            raise UsageError(f"the store's identity has unknown or missing fields: {unexpected}")
         return cls(**document)
 
     def to_json(self) -> dict[str, Any]:
@@ -161,28 +163,28 @@ class Identity:
         return asdict(self)
 
     def differences(self, other: Identity) -> list[tuple[str, object, object]]:
-        """Fields in which `other` differs, as (field, this value, other's value)."""
+        """Fields that differ from `other`, as (field, this value, other's value)."""
         mine, theirs = asdict(self), asdict(other)
         return [(name, mine[name], theirs[name]) for name in mine if mine[name] != theirs[name]]
 
 
 @dataclass(frozen=True, slots=True)
 class Translation:
-    """How nucleotides become proteins.
+    """How nucleotide sequences are translated into proteins.
 
     Attributes
     ----------
     rule : {'open', 'orf', 'virnucpro'}
-        ``open``: frames without a stop but at the end. ``orf``: every stretch between stops.
-        ``virnucpro``: as that program does, to the byte.
+        ``open``: frames whose only stop codon, if any, is the last codon. ``orf``: each stretch
+        between stop codons. ``virnucpro``: the same bytes as the program VirNucPro.
     window : int, optional
-        Nucleotides at once; None: whole records.
+        Nucleotides per window; None: whole records.
     genetic_code : int
-        NCBI's number of the table.
+        Number of the NCBI translation table.
     min_residues : int
-        Shorter proteins are left out; not with ``virnucpro``.
+        Shorter proteins are left out; no effect with ``virnucpro``.
     max_unknown : float
-        Proteins with a larger share of X are left out; not with ``virnucpro``.
+        Proteins with a larger fraction of X are left out; no effect with ``virnucpro``.
     """
 
     rule: FrameRule = "open"
@@ -197,19 +199,19 @@ class Translation:
         if self.window is not None and self.window < MIN_WINDOW:
             raise UsageError(f"window must be at least {MIN_WINDOW} nucleotides, not {self.window}")
         if self.rule == "virnucpro" and self.window is None:
-            raise UsageError("frames virnucpro needs a window, of 300 or 500 there")
+            raise UsageError("frames virnucpro needs a window; VirNucPro uses 300 or 500")
         if self.rule == "orf" and self.window is not None:
-            # The same stretch would be found in two windows, and cut by a third.
-            raise UsageError("frames orf takes whole records; leave out the window")
+            # Two windows would contain the same stretch, and a third would cut it.
+            raise UsageError("frames orf needs whole records; leave out the window")
         if self.rule == "virnucpro" and self.genetic_code != 1:
-            raise UsageError(f"frames virnucpro has genetic code 1, not {self.genetic_code}")
+            raise UsageError(f"frames virnucpro needs genetic code 1, not {self.genetic_code}")
         if self.min_residues < 1:
             raise UsageError(f"min_residues must be at least 1, not {self.min_residues}")
         if not 0 <= self.max_unknown <= 1:
-            raise UsageError(f"max_unknown must be a share from 0 to 1, not {self.max_unknown}")
+            raise UsageError(f"max_unknown must be a fraction from 0 to 1, not {self.max_unknown}")
 
     def __str__(self) -> str:
-        """All that decides rows, for a store's identity."""
+        """All values that change rows, as text for a store's identity."""
         if self.rule == "virnucpro":
             return f"six-frame; virnucpro; window {self.window}"
         return (
@@ -220,16 +222,16 @@ class Translation:
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How proteins, or the proteins of frames, are cut into tiles, each of which is a row.
+    """How proteins, or proteins translated from frames, are cut into tiles. Each tile is a row.
 
     Attributes
     ----------
     size : int
-        Residues of a tile; a shorter protein is one tile.
+        Residues per tile; a shorter protein is one tile.
     step : int, optional
-        Residues from the start of one tile to that of the next; the last tile begins where it ends
-        with the protein. Default: half of `size`. Then any fragment of `size` residues has three
-        quarters of them in common with some tile.
+        Residues from the start of one tile to the start of the next. The last tile ends at the end
+        of the protein. Default: half of `size`; then any fragment of `size` residues shares three
+        quarters of its residues with some tile.
     """
 
     size: int
@@ -240,53 +242,54 @@ class Tiling:
             raise UsageError(f"tiles must have at least 1 residue, not {self.size}")
         if not 1 <= self.stride <= self.size:
             raise UsageError(
-                f"the step from tile to tile must be 1 to {self.size} residues, so that none is"
-                f" left out, not {self.stride}"
+                f"the tile step must be 1 to {self.size} residues, not {self.stride}; a larger"
+                " step would leave out residues"
             )
 
     @property
     def stride(self) -> int:
-        """The step, given or not."""
+        """The step, or its default."""
         return max(1, self.size // 2) if self.step is None else self.step
 
     def __str__(self) -> str:
-        """All that decides rows, for a store's identity."""
+        """All values that change rows, as text for a store's identity."""
         return f"{self.size} residues, step {self.stride}"
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """What a user chooses that changes row values, or where one chunk ends and the next begins.
+    """Settings that change row values or the division of rows into chunks.
 
     Attributes
     ----------
     model : str
         A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     pooling : {'mean', 'bos', 'max'}
+        Mean or maximum over residues, or the BOS token.
     repr_layer : int, optional
-        Layer to pool; 0 is the token embedding. Default: the last.
+        Layer to pool; 0 is the token embedding. Default: the last layer.
     precision : {'auto', 'float32', 'bfloat16', 'float16'}
-        Arithmetic of the matrix products; ``auto`` is what the store has, and for a new one
+        Precision of the matrix products. ``auto``: the store's precision; for a new store,
         float32 on a CPU and float16 on a GPU.
     dtype : {'float32', 'float16'}
-        Of the stored embeddings.
+        Data type of the stored embeddings.
     max_residues : int
-        Residues of a sequence that are encoded at once.
+        Most residues that the encoder takes at once.
     long : {'truncate', 'window', 'skip'}
-        What becomes of longer sequences.
+        How longer sequences are handled.
     rows_per_chunk : int, optional
-        Rows that are computed and saved together. Default: what the store has; for a new one see
-        `models.Estimate.rows_per_chunk`.
+        Rows that are computed and saved together. Default: the store's number; for a new store,
+        see `models.Estimate.rows_per_chunk`.
     per_residue : bool
-        Store the representation of each residue too, as float16.
+        Also store the representation of each residue, as float16.
     translation : Translation, optional
-        The input is of nucleotides, and this is how they become proteins.
+        How the nucleotides of the input are translated. Default: the input is proteins.
     tiling : Tiling, optional
-        How the proteins are cut into tiles; default: each is one row.
+        How the proteins are cut into tiles. Default: each protein is one row.
     molecule : {'auto', 'protein', 'nucleotide'}
-        What the input is; ``auto`` refuses what does not look like what it should be.
+        Type of the input; ``auto`` refuses input that does not look like the expected type.
     strict : bool
-        Refuse an input that has a letter which is no residue.
+        Refuse input that contains a letter that is not a residue.
     """
 
     model: str
@@ -316,10 +319,10 @@ class Settings:
                     f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
                 )
         if self.strict and self.translation:
-            raise UsageError("strict is for proteins; letters of nucleotides are never refused")
+            raise UsageError("strict is for proteins; nucleotide letters are never refused")
         if self.tiling and self.translation and self.translation.rule == "virnucpro":
-            # Codons that it leaves out would leave a tile without a place in its record.
-            raise UsageError("tiles are for frames open and orf, not for virnucpro's")
+            # This rule leaves out codons, so a tile would have no exact position in its record.
+            raise UsageError("tiles work with frames open and orf, not with frames virnucpro")
         if self.max_residues < 1:
             raise UsageError(f"max_residues must be at least 1, not {self.max_residues}")
         if self.rows_per_chunk is not None and not 1 <= self.rows_per_chunk <= 10_000:
@@ -328,44 +331,45 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """Operational settings. None of them changes a row, so none is part of the identity.
+    """Operational settings. They do not change rows, so they are not part of the identity.
 
     Attributes
     ----------
     attempts : int
-        How often a chunk is tried that meets a transient error, such as of I/O, before it is left
-        missing. Any other error is tried twice.
+        Most attempts at a chunk after transient errors, such as I/O errors; then the chunk stays
+        missing. After any other error a chunk has at most two attempts.
     backoff : float
-        Seconds before the second attempt, about; doubled before each further one.
+        Approximate seconds before the second attempt; doubled before each further attempt.
     suspect_after : int
-        At how many deaths of workers a chunk that they were computing is computed in a process of
-        its own, to find out whether one of its rows kills.
+        Worker deaths after which the chunk that they were computing is computed in a separate
+        process, to find out whether one of its rows kills the worker.
     deadline_factor : float
-        How many times as long as usual an attempt may take before the chunk is taken elsewhere and
-        the worker replaced. Usual is the running median, per residue.
+        An attempt may take this many times the usual time, the running median per residue. Then
+        the chunk goes to another worker and the hanging worker is replaced.
     deadline_floor : float
         Seconds that any attempt may take.
     deadline_first : float, optional
-        Seconds that an attempt may take while too few chunks are done to know what is usual, and
-        that a worker may take to load the model. Default: by the model's size and the device.
+        Seconds that an attempt may take while too few chunks are done to know the usual time.
+        A worker may also take this long to load the model. Default: depends on the model's size
+        and the device.
     grace : float
-        Seconds that running chunks get to finish after SIGINT or SIGTERM.
+        Seconds that running chunks have to finish after SIGINT or SIGTERM.
     in_flight : int, optional
-        Chunks handed to the scheduler at once; default: one for each worker thread. Tasks that
-        only wait on a worker die with it, so a longer queue buys nothing.
+        Chunks submitted to the scheduler at once; default: one per worker thread. A longer queue
+        gains nothing, because tasks that wait on a worker are lost when it dies.
     verify : bool
-        Decode every chunk that is already present before trusting it.
+        Decode each chunk that is already present before trusting it.
     device : str
-        Torch device that the workers compute on; ``auto``: a GPU with ``local-cuda``, else a CPU.
+        Torch device of the workers; ``auto``: a GPU with ``local-cuda``, otherwise a CPU.
     shard : str, optional
-        ``i/n``: of the store's chunks only every n-th, beginning with the i-th, counted from 1, so
-        that n runs share the work of one store with no contact. ``slurm``: i and n are those of
-        the SLURM array job that this process is a task of.
+        ``i/n``: compute only every n-th chunk, starting with the i-th, counted from 1. So n runs
+        share the work of one store without communication. ``slurm``: take i and n from the SLURM
+        array job of this process.
     performance_report : str, optional
-        HTML file for Dask's own report of the run.
+        HTML file for Dask's performance report of the run.
     tls_ca_file, tls_cert, tls_key : str, optional
-        For a scheduler at ``tls://``: PEM files of the authority to trust, and of this client's
-        certificate and key. Default: what Dask's own configuration says.
+        PEM files for a ``tls://`` scheduler: the certificate authority to trust, and this
+        client's certificate and key. Default: from Dask's configuration.
     """
 
     attempts: int = 3
@@ -403,19 +407,19 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """A share of a store's chunks: every `count`-th, from the `index`-th on, counted from 1."""
+    """A share of a store's chunks: every `count`-th, starting with the `index`-th, from 1."""
 
     index: int = 1
     count: int = 1
 
     @classmethod
     def parse(cls, text: str | None, environment: Mapping[str, str]) -> Shard:
-        """Read ``3/16``, or ``slurm`` with the environment of an array job's task.
+        """Read a share such as ``3/16``; ``slurm`` takes it from the environment of an array task.
 
         Raises
         ------
         UsageError
-            Neither, or an index outside its range.
+            The text is neither, or the index is out of range.
         """
         if text is None:
             return cls()
@@ -427,33 +431,35 @@ class Shard:
             else:
                 index, count = map(int, text.split("/"))
         except KeyError as error:
-            raise UsageError(f"shard slurm: this is no task of an array job: no {error}") from error
+            raise UsageError(
+                f"shard slurm: this process is not a task of an array job: {error} is not set"
+            ) from error
         except ValueError as error:
-            raise UsageError(f"shard {text!r}: neither such as 3/16 nor slurm") from error
+            raise UsageError(f"shard {text!r}: give a share such as 3/16, or slurm") from error
         if not 1 <= index <= count:
-            raise UsageError(f"shard {index}/{count}: the first must be 1 to {count}")
+            raise UsageError(f"shard {index}/{count}: the first number must be 1 to {count}")
         return cls(index, count)
 
     def holds(self, chunk: int) -> bool:
-        """Whether a chunk is of this share."""
+        """Whether a chunk belongs to this share."""
         return chunk % self.count == self.index - 1
 
 
 def precision_on(device: str, precision: Precision | Literal["auto"]) -> Precision:
-    """A precision that a device has; ``auto`` is the fastest that kept every cosine above 0.999.
+    """Resolve and check a precision; ``auto`` is the fastest that kept all cosines above 0.999.
 
-    That was measured with real weights of an 8M model. On a GPU it is float16, in which ESM-2 was
-    trained (facebookresearch/esm, issue 259); bfloat16 fell to 0.998. Rows that float16 cannot hold
-    are computed in float32.
+    The cosines were measured with the real weights of the 8M model. On a GPU ``auto`` is float16,
+    the precision that ESM-2 was trained in (facebookresearch/esm, issue 259); bfloat16 fell to
+    0.998. Rows that overflow float16 are computed in float32.
 
     Raises
     ------
     UsageError
-        The device does not have it.
+        The device does not support the precision.
     """
     on_cpu = device.partition(":")[0] == "cpu"
     if precision == "auto":
         return "float32" if on_cpu else "float16"
     if precision == "float16" and on_cpu:
-        raise UsageError("precision float16 is for GPUs; a CPU has float32 and bfloat16")
+        raise UsageError("precision float16 needs a GPU; on a CPU use float32 or bfloat16")
     return precision

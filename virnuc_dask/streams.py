@@ -1,6 +1,7 @@
-"""Standard output and error that stop no run: what cannot be delivered is dropped, and said later.
+"""Standard output and error whose write errors do not stop a run.
 
-For the program alone. In Python these streams are the caller's.
+Output that cannot be written is dropped, and the program reports the loss at its end. Only the
+command line uses this module: in Python the streams belong to the caller.
 """
 
 from __future__ import annotations
@@ -15,18 +16,18 @@ from typing import Any, TextIO
 
 
 class Descriptor(io.FileIO):
-    """A file that takes all that is written; after its first error it drops it.
+    """A file that accepts all data, and drops data after its first error.
 
     Attributes
     ----------
     error : OSError, optional
-        That error.
+        The first error.
     """
 
     error: OSError | None = None
 
     def write(self, data: Any) -> int:
-        """Write all of it, or none of what comes after an error."""
+        """Write all data; after an error, drop the rest and all later data."""
         left = memoryview(data).cast("B")
         size = len(left)
         while left and self.error is None:
@@ -35,7 +36,7 @@ class Descriptor(io.FileIO):
             except OSError as error:
                 self.error = error
             else:
-                if written is None:  # it does not block, and has no room now
+                if written is None:  # non-blocking, and its buffer is full
                     select.select([], [self], [])
                 left = left[written or 0 :]
         return size
@@ -53,27 +54,28 @@ class _Output(io.TextIOWrapper):
 
 
 def protect() -> None:
-    """Replace sys.stdout and sys.stderr by streams that raise nothing, whatever they are.
+    """Replace sys.stdout and sys.stderr by streams that never raise an error.
 
-    Those that are closed are opened, or the next file that is opened would be what is printed to.
+    Closed standard descriptors are opened on the null device. Otherwise the next file that is
+    opened would get the descriptor, and receive the printed text.
     """
     for number in range(3):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # the lowest number that is free
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
             os.set_inheritable(number, True)
     codecs.register_error(_as_can_be.__name__, _as_can_be)
     sys.stdout, sys.stderr = _Output(1, sys.stdout), _Output(2, sys.stderr)
 
 
 def lost_output() -> str | None:
-    """Why standard output has not taken all that was said.
+    """Why some of the standard output was lost, or None if none was.
 
     Returns
     -------
     str, optional
-        None also for a pipe whose reader has seen enough, and where `protect` was not called.
+        None also if the reader of a pipe closed it, or if `protect` was not called.
     """
     if not isinstance(sys.stdout, _Output):
         return None
@@ -83,7 +85,7 @@ def lost_output() -> str | None:
 
 
 def _as_can_be(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Letters that an encoding lacks: a file name's own bytes, and escapes for all others."""
+    """Encode characters that an encoding lacks: bytes of file names as they are, others escaped."""
     try:
         return codecs.lookup_error("surrogateescape")(error)
     except UnicodeEncodeError:

@@ -1,20 +1,20 @@
-"""Texts for people."""
+"""Text for people to read."""
 
 from __future__ import annotations
 
 
 def printable(text: str, most: int = 80) -> str:
-    """A text for people that comes from outside, and may be a megabyte of control codes."""
+    """Shorten untrusted text, and replace its unprintable characters."""
     return "".join(letter if letter.isprintable() else "\ufffd" for letter in text[:most])
 
 
 def counted(number: int, noun: str) -> str:
-    """So many of something, in words."""
+    """A number and a noun, in the plural where it is needed: ``1 row``, ``1,000 rows``."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def duration(seconds: float) -> str:
-    """A time span as a person would say it."""
+    """A time span for people: ``1.5 s``, ``2 min 05 s``, ``3 h 20 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"

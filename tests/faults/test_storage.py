@@ -255,7 +255,7 @@ def test_a_directory_that_may_not_be_written_gets_no_store(tmp_path: Path) -> No
         check=False,
     )
     assert found.returncode == 2
-    cause = "cannot put a store there: Permission denied"
+    cause = "cannot create a store: Permission denied"
     assert found.stderr.splitlines()[1:] == [f"error: {folder}/out.zarr: {cause}"]
     assert os.listdir(folder) == []
 

@@ -431,7 +431,7 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
         )
     assert refused.returncode == 2
     assert refused.stderr.splitlines()[-1] == (
-        "error: the scheduler cannot take this work; it needs virnuc_dask too:"
+        "error: the scheduler cannot run this work; it needs virnuc_dask too:"
         " ImportError: no virnuc_dask here"
     )
     assert not Store(tmp_path / "out.zarr").present().any()
@@ -631,9 +631,9 @@ def test_shards_are_read(text: str | None, environment: dict[str, int], shard: S
     [
         ("0/4", {}, "must be 1 to 4"),
         ("5/4", {}, "must be 1 to 4"),
-        ("1", {}, "neither such as 3/16 nor slurm"),
-        ("a/b", {}, "neither such as 3/16 nor slurm"),
-        ("slurm", {}, "no task of an array job"),
+        ("1", {}, "give a share such as 3/16, or slurm"),
+        ("a/b", {}, "give a share such as 3/16, or slurm"),
+        ("slurm", {}, "not a task of an array job"),
         # --array=1,2,9: what is left out would be computed by nobody.
         ("slurm", {"TASK_ID": 9, "TASK_MIN": 1, "TASK_STEP": 1, "TASK_COUNT": 3}, "must be 1 to 3"),
     ],

@@ -138,7 +138,7 @@ def test_the_limit_of_open_files_is_raised_if_it_may_be(awkward: Path, cli: Cli)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "4 workers need about" in done.stderr
-    assert "the limit is 96: choose fewer by --workers" in done.stderr
+    assert "the limit is 96; use fewer --workers" in done.stderr
 
 
 # --- why workers do not start ---

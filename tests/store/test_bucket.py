@@ -225,7 +225,7 @@ def test_an_upload_that_was_killed_leaves_no_store_and_the_same_command_ends_it(
     assert "zarr.json" not in left
     with pytest.raises(NotAStoreError, match="no store there"):
         Store(url)
-    with pytest.raises(NotAStoreError, match="another input, or with other settings"):
+    with pytest.raises(NotAStoreError, match="or with other settings, is unfinished there"):
         make(url, OTHER_PROTEINS)
     assert set(tree(url)) >= left
     done = subprocess.run(command(*arguments), env={**s3.env, "TMPDIR": str(tmp_path)}, check=False)
@@ -419,7 +419,7 @@ def check_refusal(env: dict[str, str], cause: str, url: str, *arguments: object)
         ({"AWS_SECRET_ACCESS_KEY": "wrong"}, r".* 403 Forbidden \(SignatureDoesNotMatch: .*"),
         ({"AWS_ACCESS_KEY_ID": "who"}, r".* 403 Forbidden \(InvalidAccessKeyId: .*"),
         ({"AWS_ENDPOINT_URL": "http://127.0.0.1:1"}, ".*127.0.0.1:1 does not .*: Connection ref.*"),
-        ({"AWS_ALLOW_HTTP": "false"}, ".* not encrypted, which only AWS_ALLOW_HTTP=true permits"),
+        ({"AWS_ALLOW_HTTP": "false"}, ".* not encrypted; set AWS_ALLOW_HTTP=true to permit that"),
     ],
 )
 def test_what_the_environment_lacks_is_one_line(

@@ -235,7 +235,7 @@ def test_rows_that_are_embedded_later_have_values_later(store: Store) -> None:
     store.write_chunk(2, *whole)
     report = virnuc_dask.verify(store.path, repair=True)
     assert report.results == {
-        "score_x: chunk 2": "values are not of the rows that have an embedding"
+        "score_x: chunk 2": "the rows with a value are not the rows with an embedding"
     }
     assert fill(result, first_feature) == 1
     assert np.isfinite(result.array[:]).all()
@@ -269,7 +269,7 @@ def test_what_somebody_else_has_put_there_is_no_result(store: Store) -> None:
     report = virnuc_dask.verify(store.path, repair=True)
     assert (report.exit_code, report.leftovers) == (0, [f"{store.path}/score_mine"])
     virnuc_dask.export(store.path, store.path.with_name("out.csv"))
-    with pytest.raises(UsageError, match="no result of this program"):
+    with pytest.raises(UsageError, match="not a result of this program"):
         keep_result(store, "score", "mine", {}, replace=True)
     assert tree(store.path) == before
 

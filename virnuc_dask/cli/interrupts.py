@@ -1,4 +1,4 @@
-"""Ctrl-C, from the program's first moment to its last: one line, exit code 130, no traceback."""
+"""Ctrl-C at any time, from program start to exit: one line, exit code 130, no traceback."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SAID = "interrupted; the same command goes on"
+SAID = "interrupted; run the same command again to resume"
 
 
 def leave_at_interrupt() -> None:
-    """Have Ctrl-C end this process at once, unless it is ignored, as in a shell's background.
+    """Make Ctrl-C end this process at once, unless it is ignored, as for a background job.
 
-    An exception would not do: while modules are imported some turn it into another, or drop it.
+    An exception is not enough: during imports some modules replace or swallow it.
     """
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _leave)
-        # Registered first, and so called last: what is left of Python's end runs no handler.
+        # Registered first, so called last: no Python handler runs in the rest of the shutdown.
         atexit.register(signal.signal, signal.SIGINT, signal.SIG_IGN)
 
 
 @contextmanager
 def cleaning_up() -> Iterator[None]:
-    """Have Ctrl-C raise KeyboardInterrupt instead, for work that leaves something to clean up."""
+    """Make Ctrl-C raise KeyboardInterrupt in this block, so that the work can clean up."""
     if signal.getsignal(signal.SIGINT) is not _leave:
         yield
         return
@@ -36,7 +36,7 @@ def cleaning_up() -> Iterator[None]:
 
 
 def _leave(number: int, _frame: object) -> None:
-    # Where nobody reads the line, a second one ends the waiting.
+    # If the write blocks because nobody reads it, a second Ctrl-C ends the process.
     signal.signal(number, signal.SIG_DFL)
     try:
         os.write(2, f"{SAID}\n".encode())

@@ -1,4 +1,4 @@
-"""What a failure means: nothing can go on, try again later, or it is the input's own."""
+"""Classify failures: the run must stop, the chunk is tried again, or the input is the cause."""
 
 from __future__ import annotations
 
@@ -14,73 +14,73 @@ from virnuc_dask.encoder.models import Estimate
 from virnuc_dask.errors import DeviceLostError
 from virnuc_dask.settings import RunConfig
 
-# What every other chunk would meet too.
+# Errors that every other chunk would meet too.
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENXIO}
-# How often one looks for what takes too long. If nobody looked for much longer, as when all was
-# stopped or the machine slept, that time says nothing about those who were looked at.
+# Seconds between two checks for attempts that take too long. If a check comes much later, such as
+# after the process was stopped or the machine slept, that time does not count as time taken.
 LOOK_EVERY_S = 0.2
 NOBODY_LOOKED_S = 1.0
-# Chunks after which it is known how long one takes, and those that count.
+# Chunks that are needed for a median, and the most recent chunks that it is taken over.
 _ENOUGH, _RECENT = 3, 99
-# Until then: seconds that anything may take, and times the estimate, which a device that emulates a
-# precision or is shared with others may miss by far.
+# Deadline before there is a median: seconds for any attempt, and a factor on the estimate. The
+# factor is large: a device that is shared or emulates a precision may be far slower.
 _UNKNOWN_S, _DOUBT = 600.0, 100.0
 
 
 def is_hopeless(error: BaseException) -> TypeGuard[OSError]:
-    """Whether no chunk can be written any more: a full, read-only or forbidden disk, no bucket."""
+    """Whether no chunk can be written: a full or read-only disk, no permission, or no bucket."""
     return isinstance(error, OSError) and error.errno in _HOPELESS
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether waiting may help: memory, I/O, connections, timeouts; the latter are `OSError`."""
+    """Whether waiting may help: memory, I/O, connections, timeouts (the last are `OSError`)."""
     return isinstance(error, OSError | MemoryError) and not is_hopeless(error)
 
 
 def is_sticky(error: BaseException) -> bool:
-    """Whether the process is of no use any more: after a CUDA error all that follow fail too.
+    """Whether the process can no longer compute: after a CUDA error all later calls fail too.
 
-    So it is after cuBLAS has once found no memory left, also when there is some again.
+    The same holds once cuBLAS has run out of memory, even after memory is free again.
     """
     texts = ("CUDA error", "Triton Error [CUDA]")
     return isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
 
 
 def is_of_the_input(error: BaseException) -> bool:
-    """Whether an error of the encoder may be due to single rows.
+    """Whether single rows may be the cause of an encoder's error.
 
-    Not what the machine does: I/O, memory, or a CUDA error, after which a process is of no use.
+    Errors of the machine are not: I/O, memory, or a CUDA error that stops the whole process.
     """
     return not isinstance(error, OSError | MemoryError) and not is_sticky(error)
 
 
 def attempts(error: BaseException, config: RunConfig) -> float:
-    """How often a chunk that raises this is tried in one run."""
+    """Most attempts in one run at a chunk that raises this error."""
     if isinstance(error, DeviceLostError):
-        return inf  # as a death, which makes it suspect in the end
+        return inf  # handled as a worker death, which makes the chunk a suspect in the end
     return config.attempts if is_transient(error) else min(2, config.attempts)
 
 
 def delay(attempt: int, config: RunConfig) -> float:
-    """Seconds to wait after an attempt, counted from 1: twice as long each time, give or take half.
+    """Seconds to wait after an attempt, counted from 1; they double each time, and vary by 50 %.
 
-    The spread keeps chunks that failed together from coming back together.
+    The variation spreads the next attempts of chunks that failed at the same time.
     """
     return config.backoff * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
 
 
 @dataclass(frozen=True, slots=True)
 class Patience:
-    """How long one waits before somebody counts as hanging.
+    """Times after which a worker counts as hanging.
 
     Attributes
     ----------
     start : float
         Seconds to load the model.
     least : float
-        Seconds to encode anything.
+        Seconds for any attempt, whatever its size.
     per_residue : float
-        Seconds to encode a residue, where that is more.
+        Seconds per residue; applies where the product exceeds `least`.
     """
 
     start: float = inf
@@ -88,7 +88,7 @@ class Patience:
     per_residue: float = 0.0
 
     def allowed(self, residues: int) -> float:
-        """Seconds to encode so many residues."""
+        """Seconds that encoding this many residues may take."""
         return max(self.least, self.per_residue * residues)
 
 
@@ -96,9 +96,9 @@ FOREVER = Patience()
 
 
 class Pace:
-    """How long an attempt may take, from how long others took: a running median per residue.
+    """Deadline of an attempt, from a running median of the time per residue of earlier attempts.
 
-    As long as none is known, it follows from an estimate.
+    Until there are enough attempts, the deadline follows from an estimate.
     """
 
     def __init__(self, config: RunConfig, estimate: Estimate) -> None:
@@ -106,11 +106,11 @@ class Pace:
         self._recent: deque[float] = deque(maxlen=_RECENT)
 
     def took(self, residues: int, seconds: float) -> None:
-        """Take note of an attempt that succeeded."""
+        """Record an attempt that succeeded."""
         self._recent.append(seconds / max(1, residues))
 
     def patience(self) -> Patience:
-        """What is to be waited for from now on."""
+        """Deadlines from now on."""
         least, first = self._config.deadline_floor, self._config.deadline_first
         start = max(least, _UNKNOWN_S + self._estimate.load_s if first is None else first)
         if len(self._recent) >= _ENOUGH:

@@ -1,4 +1,4 @@
-"""What a cluster of our own needs of this process and machine, and why its workers do not start."""
+"""Prepare this process and machine for a local cluster, and explain why workers do not start."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.runtime import failures
 
 _STARTS = 3
-# Dask's own name of a process that is to become a worker.
+# Name that Dask gives to a process that becomes a worker.
 _WORKER = "Dask Worker process (from Nanny)"
-# multiprocessing's exit code of a process that was lost with the one that it was forked from.
+# Exit code that multiprocessing reports if the fork server was lost.
 _LOST = 255
-# Descriptors of a coordinator: measured were 24 and 13 for each worker, while all are started anew.
+# File descriptors of a coordinator. Measured while all workers restart: 24, and 13 per worker.
 _FILES = 48
 _FILES_PER_WORKER = 14
 
-# Several runs at once share what `apart` changes; the last one to end puts it back.
+# Concurrent runs share the changes of `apart`; the last run to end undoes them.
 _lock = threading.Lock()
 _users = 0
 _changes = ExitStack()
@@ -34,16 +34,16 @@ _changes = ExitStack()
 
 @contextmanager
 def apart(settings: dict[str, Any]) -> Iterator[None]:
-    """Keep clusters of our own apart from a site's Dask configuration and from the user's script.
+    """Isolate local clusters from the site's Dask configuration and from the user's script.
 
-    A site's configuration is meant for its clusters: the TLS that it wants of them, its preloads,
-    timeouts and lifetimes. Ours are on loopback and have Dask's defaults. Their workers do not
-    import the main module, of which they need nothing: it may be no file, or start a run itself.
+    A site's configuration is for the site's clusters: required TLS, preloads, timeouts and
+    lifetimes. Local clusters use loopback and Dask's defaults. Their workers do not import the
+    main module: they do not need it, it may not be a file, and it may start a run itself.
 
     Parameters
     ----------
     settings : dict
-        Of Dask, on top of its defaults.
+        Dask settings that override its defaults.
     """
     global _users
     with _lock:
@@ -65,8 +65,8 @@ def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
     dask.config.set(
         {name.removeprefix("distributed."): value for name, value in settings.items()}, config=ours
     )
-    # How a link leads to the dashboard is the site's to say. Nothing of ours is large enough for
-    # a disk of its own: the folder for temporary files serves.
+    # The site decides the link to the dashboard. Local clusters write little, so the usual folder
+    # for temporary files is enough.
     ours["dashboard"] = dask.config.get("distributed.dashboard")
     return {"distributed": ours, "temporary-directory": None}
 
@@ -90,44 +90,44 @@ def _no_main_module() -> Iterator[None]:
 
 
 def have_home() -> None:
-    """Have a home where there is none, as containers do: the dashboard cannot do without."""
+    """Set HOME if the user has no home directory, as in containers: the dashboard needs one."""
     if os.path.expanduser("~") == "~":  # noqa: PTH111  # pathlib raises
         os.environ["HOME"] = "/"
 
 
 def allow_open_files(workers: int) -> None:
-    """Raise the limit of open files as far as a cluster of so many workers needs it.
+    """Raise this process's limit of open files for a cluster of this many workers.
 
     Raises
     ------
     UsageError
-        It may not be raised so far.
+        The hard limit is too low.
     """
     needed = len(os.listdir("/dev/fd")) + _FILES + _FILES_PER_WORKER * workers
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise UsageError(
-            f"{workers:,} workers need about {needed:,} open files, and the limit is {hard:,}:"
-            " choose fewer by --workers, or raise the limit (ulimit -Hn)"
+            f"{workers:,} workers need about {needed:,} open files, but the limit is {hard:,};"
+            " use fewer --workers, or raise the limit (ulimit -Hn)"
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def started(start: Callable[[type[Nanny]], LocalCluster]) -> LocalCluster:
-    """Start a cluster; again if a worker was killed, or the machine was short of something.
+    """Start a cluster; try again if a worker was killed or the machine ran out of a resource.
 
     Parameters
     ----------
     start : callable
-        Is given the class of the workers' nannies.
+        Starts the cluster; its argument is the class of the workers' nannies.
 
     Raises
     ------
     UsageError
-        It will not start, however often it is tried.
+        The cluster cannot start, and another try would not help.
     VirnucError
-        It has not started.
+        All tries failed.
     """
     for _ in range(_STARTS):
         ends: list[int] = []
@@ -136,7 +136,7 @@ def started(start: Callable[[type[Nanny]], LocalCluster]) -> LocalCluster:
         except VirnucError:
             raise
         except Exception as error:
-            # Of whatever happens, Dask says that something failed to start.
+            # Dask reports every cause only as a failure to start.
             cause, problem = error, _problem(error, ends)
             if not _may_pass(innermost(error), ends):
                 raise UsageError(f"the workers do not start: {problem}") from error
@@ -144,26 +144,29 @@ def started(start: Callable[[type[Nanny]], LocalCluster]) -> LocalCluster:
 
 
 def _may_pass(cause: BaseException, ends: list[int]) -> bool:
-    """Whether a start may go better another time: something was killed, or was short."""
+    """Whether another try may succeed: a process was killed, or a resource was short."""
     was_killed = _LOST in ends or min(ends, default=0) < 0 or isinstance(cause, EOFError)
     return was_killed or failures.is_transient(cause)
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The error that others were raised for."""
+    """The first error in a chain of causes."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     return error
 
 
 def _nanny(ends: list[int]) -> type[Nanny]:
-    """Nannies that take down how processes ended that have not become workers and said nothing."""
+    """A nanny class that appends to `ends` the exit codes of processes that never became workers.
+
+    It does so only for processes that ended without reporting an error.
+    """
 
     class WatchfulNanny(Nanny):  # type: ignore[misc]  # distributed has no types
         ended_with = 0
 
         async def instantiate(self) -> Status:
-            status = await super().instantiate()  # raises what a process has said
+            status = await super().instantiate()  # raises an error that the process reported
             if status != Status.running:
                 ends.append(self.ended_with)
             return status
@@ -176,8 +179,8 @@ def _nanny(ends: list[int]) -> type[Nanny]:
             try:
                 await super().kill(*arguments, **more)
             except AssertionError:
-                # There is no process to end if it could not be started, which Dask takes for
-                # granted; `close` would leave the others to themselves.
+                # Dask assumes that the process exists. If it could not be started, the assertion
+                # would make `close` leave the other workers running.
                 if self.process is None or self.process.process.pid is not None:
                     raise
 
@@ -189,9 +192,9 @@ def _problem(error: Exception, ends: list[int]) -> str:
         cause = innermost(error)
         return " ".join(f"{type(cause).__name__}: {cause}".split())
     if _LOST in ends:
-        return "the process that workers are forked from was lost"
+        return "the fork server of the workers was lost"
     if min(ends) >= 0:
-        return f"a worker ended with exit code {max(ends)}; if it said why, that is above"
+        return f"a worker ended with exit code {max(ends)}; any error message of it is above"
     number = -min(ends)
     question = ". Is there too little memory?" if number == signal.SIGKILL else ""
     return f"a worker was ended by signal {number} ({signal.strsignal(number)}){question}"

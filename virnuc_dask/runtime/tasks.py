@@ -1,4 +1,4 @@
-"""A store without a run: made, and then filled by tasks in anybody's own graph."""
+"""Create a store without a run, and fill it by tasks in the user's own Dask graph."""
 
 from __future__ import annotations
 
@@ -29,60 +29,61 @@ def create_store(
     listener: Listener | None = None,
     **settings: Any,
 ) -> None:
-    """Read sequences into a store, and embed none of them. `tasks`, `resume` and `run` do.
+    """Read sequences into a store without embedding them. `tasks`, `resume` and `run` embed them.
 
     Parameters
     ----------
     inputs, store, listener, **settings
-        As for `run`. A store that is there must come from the same input and settings.
+        As for `run`. An existing store must have the same input and settings.
     model : str
         A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
     device : str
-        Torch device that will compute, such as ``cuda``; the precision ``auto`` depends on it, and
-        the size of chunks.
+        Torch device that will compute, such as ``cuda``. The precision ``auto`` and the chunk size
+        depend on it.
     workers : int
-        Processes that will compute, about: each is to have several chunks.
+        Approximate number of processes that will compute; each should have several chunks.
 
     Raises
     ------
     InputError
         The input cannot be read. No store is left behind.
     UsageError
-        A setting that does not exist, or that the device does not have.
+        A setting does not exist, or the device does not support it.
     IdentityMismatchError
         The store was made with other settings.
     NotAStoreError
         Something else is at the path.
     StoreError
-        The disk is full or forbidden, or the store that is there is damaged.
+        The disk is full or not writable, or the existing store is damaged.
     ModelError
         The model cannot be read.
     """
-    chosen = Settings(model=model, **settings)
-    prepare(inputs, store, chosen, listener or silence, device, lambda: workers)
+    checked = Settings(model=model, **settings)
+    prepare(inputs, store, checked, listener or silence, device, lambda: workers)
 
 
 def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -> list[Delayed]:
-    """A `dask.delayed` task for each chunk that a store lacks.
+    """Return a `dask.delayed` task for each missing chunk of a store.
 
-    They may be parts of any graph, and be computed by any of Dask's schedulers, in any order, also
-    twice or beside a run. A task reads its sequences from the store, embeds them, and writes the
-    chunk; a chunk that is there by then is left alone. Once all are computed the store is complete,
-    and there are no more tasks. Settings that rows depend on are those of the store.
+    The tasks may be part of any graph. Any Dask scheduler may compute them, in any order, more
+    than once, or at the same time as a run. A task reads its sequences from the store, embeds them,
+    and writes the chunk; it skips a chunk that is already there. The store is complete once all
+    tasks are computed. All settings that change rows come from the store.
 
     Parameters
     ----------
     store : path
-        Of a store that `create_store` or `run` has made. Workers must see it at the same path.
+        A store made by `create_store` or `run`. Workers must see it at the same path.
     model : str, optional
-        Where the weights are now, if not where they were; tasks refuse other weights.
+        Path or name of the weights, if they have moved since the store was made; tasks refuse
+        weights with another digest.
     device : str
         Torch device that computes, such as ``cuda``.
 
     Returns
     -------
     list of dask.delayed.Delayed
-        In the order of the rows. Each becomes a `ChunkReport`, which is small; the embeddings stay
+        In the order of the rows. The result of each is a small `ChunkReport`; the embeddings stay
         in the store.
 
     Raises
@@ -90,38 +91,38 @@ def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -
     NotAStoreError, StoreError
         There is no store, or it is damaged.
     UsageError
-        The device does not have the store's precision.
+        The device does not support the store's precision.
 
     Notes
     -----
-    A `run` does more than such tasks can. Most of its settings in `RunConfig` mean nothing here:
+    A `run` does more than these tasks. Most settings of `RunConfig` have no effect here:
 
-    - ``attempts``, ``backoff``: a task that meets an error raises it at once. Dask tries again if
-      it is told to, as by ``client.compute(tasks, retries=2)``.
-    - ``deadline_factor``, ``deadline_floor``, ``deadline_first``: a task that hangs is waited for.
-    - ``suspect_after``: a row that kills its worker is not found. Dask gives its task up, with
-      `distributed.KilledWorker`, and maybe others that were on the worker; `resume` finds the row.
-    - ``in_flight``: all tasks are handed over at once. Of 18,000 on two workers the first was done
-      after half a minute, and each took 15 KB of the client and the scheduler. For many more,
-      compute a slice of the list at a time.
-    - ``shard``: the list is of what is missing now, so slices of lists that were made at different
-      times may leave out a chunk. For processes that know nothing of each other take `run`.
-    - ``grace``, ``verify``: use `verify` before.
+    - ``attempts``, ``backoff``: a task raises an error at once. Dask tries again if you tell it
+      to, as with ``client.compute(tasks, retries=2)``.
+    - ``deadline_factor``, ``deadline_floor``, ``deadline_first``: a hanging task has no deadline.
+    - ``suspect_after``: a row that kills its worker is not found. Dask gives up its task, and
+      perhaps other tasks on the worker, with `distributed.KilledWorker`; `resume` finds the row.
+    - ``in_flight``: all tasks are submitted at once. With 18,000 tasks on two workers the first
+      was done after half a minute, and each task took 15 KB of memory in the client and the
+      scheduler. For many more, compute a slice of the list at a time.
+    - ``shard``: the list contains the chunks that are missing now, so slices of lists from
+      different times may leave out a chunk. For processes that do not communicate, use `run`.
+    - ``grace``, ``verify``: call `verify` first.
 
-    Workers are not asked beforehand whether they are fit. They and the scheduler need this package.
-    A worker that has other versions of it, torch, zarr or fair-esm, or lacks the store, the weights
-    or the device, raises `UnfitWorkerError`. After a CUDA error all tasks of that process fail.
+    Workers are not checked in advance. They and the scheduler need this package. A worker raises
+    `UnfitWorkerError` if it has other versions of this package, torch, zarr or fair-esm, or lacks
+    the store, the weights or the device. After a CUDA error all tasks of that process fail.
 
-    A process holds one model in memory. If stores of other models, layers or poolings have tasks in
-    the same graph, each may have to load its own again.
+    A process holds one model in memory. If a graph has tasks for several models, layers or
+    poolings, a process may load each of them more than once.
     """
     check_device(device)
     opened = Store(store)
     precision_on(device, opened.identity.precision)
     needs = Needs.here(opened, model_of(opened, model), device, is_met=False)
-    # Bound, not an argument: Dask searches each task's arguments for other tasks.
+    # `needs` is bound, not an argument: Dask searches a task's arguments for other tasks.
     task = delayed(partial(embed_task, needs), pure=False)
-    # Never the key of a task that was computed before: its chunk may have been removed since.
+    # A new key each time: Dask may keep the result of an old key after its chunk was removed.
     call = uuid4().hex[:8]
     missing = np.flatnonzero(~opened.present()).tolist()
     return [task(chunk, dask_key_name=f"embed-chunk-{call}-{chunk}") for chunk in missing]

@@ -1,1 +1,1 @@
-"""All that knows Zarr: how a store is made, read, written, checked, and what its results are."""
+"""The Zarr store and its results: create, read, write and check. Only this package uses Zarr."""

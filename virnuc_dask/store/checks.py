@@ -1,4 +1,4 @@
-"""Whether a store is what it says: everything read, decoded and compared."""
+"""Check a store: read, decode and compare everything in it."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from virnuc_dask.store.store import (
 
 
 def check_chunk(store: Store, chunk: int, *, sequences: bool = True) -> str | None:
-    """What is wrong with a chunk, or None. Reads and decodes all of it.
+    """Read and decode a chunk. Return its problem, or None.
 
-    Four levels: all files present and not too small; all decode with their checksums; each
-    status code is known and final, and agrees with the sequence; embeddings are finite exactly
-    where the status says so. Without `sequences` the status is not compared with them, which
-    is for a store whose sequence arrays are damaged.
+    There are four checks: all files are present and not too small; all files decode and match
+    their checksums; each status code is known, final, and agrees with the sequence; embeddings are
+    finite exactly where the status says so. Without `sequences` the status is not compared with
+    the sequences; use this if the sequence arrays are damaged.
     """
     for key in store.keys(chunk):
         array, size = key.partition("/")[0], store.location.size(key)
@@ -46,7 +46,7 @@ def check_chunk(store: Store, chunk: int, *, sequences: bool = True) -> str | No
     except (ValueError, RuntimeError) as error:
         return f"does not decode: {error}"
     if not np.isin(status, [s for s in Status if s is not Status.PENDING]).all():
-        return "status has a code that no finished row has"
+        return "status has a code that no finished row can have"
     embedded = status < Status.INVALID_RESIDUES
     if sequences:
         lengths, _ = store.read_rows(chunk)
@@ -58,7 +58,7 @@ def check_chunk(store: Store, chunk: int, *, sequences: bool = True) -> str | No
             expected[: len(kept)] = kept
             there, absent = np.isfinite(residues).all(axis=1), np.isnan(residues).all(axis=1)
             if not (np.where(expected, there, absent)).all():
-                return "the residues' representations do not agree with the status"
+                return "the residue embeddings do not agree with the status"
     if not np.isfinite(embedding[embedded]).all():
         return "an embedded row is not finite"
     if not np.isnan(embedding[~embedded]).all():
@@ -79,9 +79,12 @@ def _disagreement(
 
 
 def check_sequences(store: Store) -> str | None:
-    """What is wrong with the sequence arrays, or None.
+    """Decode the sequence arrays and compare their digest with the input's.
 
-    All of them are decoded, and their digest is compared with the input's.
+    Returns
+    -------
+    str, optional
+        The problem, or None.
     """
     digest = InputDigest()
     try:
@@ -110,28 +113,28 @@ def check_sequences(store: Store) -> str | None:
     except (ValueError, RuntimeError) as error:
         return f"sequence arrays do not decode: {error}"
     if digest.hexdigest() != store.identity.input_sha256:
-        return "sequence arrays do not hold the input that the store was made from"
+        return "sequence arrays do not hold the input of the store"
     return None
 
 
 def _check_headers(store: Store, rows: slice) -> str | None:
-    """What is wrong with what the digest does not know, or None."""
+    """Problem of the header arrays, which the digest does not cover, or None."""
     if not set(HEADERS) <= store.names:
         return None
     chunk = f"c.{rows.start // SEQUENCES_PER_CHUNK}"
     for name in HEADERS:
-        if store.location.size(f"{name}/{chunk}") is None:  # a missing one would read as empty
+        if store.location.size(f"{name}/{chunk}") is None:  # it would read as empty headers
             return f"a chunk of `{name}` is missing"
     _ = store.array("description")[rows]
     sources = store.array("source")
     numbers, files = np.asarray(sources[rows]), sources.attrs.get("files")
     if not isinstance(files, list) or not ((numbers >= 0) & (numbers < len(files))).all():
-        return "`source` names inputs that there are not"
+        return "`source` names unknown inputs"
     return None
 
 
 def _add_reads(store: Store, digest: InputDigest) -> None:
-    """All input records' identifiers, also of those that gave no row."""
+    """Add the identifiers of all input records, also of records without a row."""
     reads = store.array("read_id")
     for start in range(0, reads.shape[0], SEQUENCES_PER_CHUNK):
         ids = [str(name) for name in reads[start : start + SEQUENCES_PER_CHUNK]]
@@ -140,27 +143,27 @@ def _add_reads(store: Store, digest: InputDigest) -> None:
 
 
 def check_results(store: Store) -> dict[tuple[str, int], str]:
-    """Damaged chunks of results and what is wrong with each, by the result's name and the chunk.
+    """Problem of each damaged chunk of results, by the result's name and the chunk.
 
-    They decode, and there is a finite value for each row with an embedding and for no other. A
-    result whose metadata is damaged has the chunk -1.
+    A chunk is good if it decodes, and exactly the rows with an embedding have a finite value.
+    Damaged metadata of a result is reported as chunk -1.
     """
-    torn = damaged_results(store)
-    found = {(name, -1): problem for name, problem in torn.items()}
+    damaged = damaged_results(store)
+    problems = {(name, -1): problem for name, problem in damaged.items()}
     present = store.present()
 
     def check(result: Result, chunk: int) -> None:
         if problem := _problem_of_result(result, chunk, bool(present[chunk])):
-            found[result.name, chunk] = problem
+            problems[result.name, chunk] = problem
 
     with ThreadPoolExecutor(8) as pool:
         for name in result_names(store):
-            if name not in torn:
+            if name not in damaged:
                 result = open_result(store, name)
-                # A file that is too small is no chunk, and damage all the same.
+                # `touched`, not `present`: a file that is too small is damage too.
                 chunks = np.flatnonzero(result.touched()).tolist()
                 deque(pool.map(check, repeat(result), chunks), maxlen=0)
-    return dict(sorted(found.items()))
+    return dict(sorted(problems.items()))
 
 
 def _problem_of_result(result: Result, chunk: int, is_embedded_chunk: bool) -> str | None:
@@ -171,37 +174,37 @@ def _problem_of_result(result: Result, chunk: int, is_embedded_chunk: bool) -> s
     except StoreError as error:
         return str(error)
     except (ValueError, RuntimeError):
-        return None  # the states are damaged, which is said of the chunk itself
+        return None  # `status` is damaged; `check_chunk` reports that
     if status is None:
         return None
     has_value = values >= 0 if result.kind == "cluster" else np.isfinite(values)
     if result.kind == "map":
         has_value = has_value.all(axis=1)
     if (has_value != is_embedded(status)).any():
-        return "values are not of the rows that have an embedding"
+        return "the rows with a value are not the rows with an embedding"
     return None
 
 
 def leftovers(store: Store) -> list[str]:
-    """Files that are no part of the store and belong to no living writer, by their keys.
+    """Keys of files that belong neither to the store nor to a living writer.
 
-    Readers ignore them. A `.partial` file is listed once nobody holds its lock; if it is another
-    host's, whose locks may not be seen here, once it is a day old.
+    Readers ignore these files. A `.partial` file is listed if no process holds its lock. Locks of
+    another host may not be visible here, so its files are listed once they are a day old.
     """
     patterns = {name: CHUNK_FILE.get(name, re.compile(r"c\.(\d+)")) for name in store.names}
     limits = {name: store.array(name).cdata_shape[0] for name in store.names}
-    torn = damaged_results(store)
+    damaged = damaged_results(store)
     for name in result_names(store):
-        is_whole = name not in torn
+        is_whole = name not in damaged
         patterns[name] = open_result(store, name).chunk_file if is_whole else re.compile(r"c\..*")
         limits[name] = store.chunk_count
-    found = [entry for entry in store.location.listing() if entry not in {*patterns, "zarr.json"}]
+    strays = [entry for entry in store.location.listing() if entry not in {*patterns, "zarr.json"}]
     for name, pattern in patterns.items():
         limit = limits[name]
         for entry, size in store.location.listing(name).items():
             match = pattern.fullmatch(entry)
             is_chunk = match is not None and size is not None
-            is_chunk &= name in torn or (match is not None and int(match[1]) < limit)
+            is_chunk &= name in damaged or (match is not None and int(match[1]) < limit)
             if entry != "zarr.json" and not is_chunk:
-                found.append(f"{name}/{entry}")
-    return sorted(filter(store.location.is_abandoned, found))
+                strays.append(f"{name}/{entry}")
+    return sorted(filter(store.location.is_abandoned, strays))

@@ -1,4 +1,4 @@
-"""Writing a new store: the sequences, whole, before any work begins."""
+"""Create a new store with all sequences, before any embedding is computed."""
 
 from __future__ import annotations
 
@@ -34,38 +34,37 @@ from virnuc_dask.store.store import (
 
 # About 10 MB of float16 in a chunk of `residue_embedding`.
 _RESIDUE_VALUES_PER_CHUNK = 2**22
-# What `start` holds.
+# Long names of `start`.
 _FIRST_NUCLEOTIDE = "first nucleotide of the first codon in the record, from 0"
 _FIRST_RESIDUE = "first residue in the record, from 0"
 
 
 class Ingest:
-    """Puts a new store together in a directory of its own, and gives it its place whole.
+    """Builds a new store in a staging directory, and publishes the complete store in one step.
 
-    A context manager: left without `commit`, it removes what it wrote. Killed, it leaves a
-    directory that the next ingest removes, hidden beside the store's path or, for an object store,
-    among the temporary files; the place itself holds either nothing or a whole store. While it is
-    being written, its lock says that somebody does so.
+    It is a context manager: without `commit` it removes the staging directory at the end. If the
+    process is killed, the next ingest removes it. The directory is hidden beside the store's path
+    or, for an object store, in the folder for temporary files. So the store's location holds
+    either nothing or a complete store. The staging directory is locked while it is written.
 
     Parameters
     ----------
     path : str or Path
-        Where the store will be, a path or a URL. An empty directory there is replaced.
-
+        Location of the store, a path or a URL. An empty directory there is replaced.
     translated, tiled : bool
-        The rows will be of nucleotide records, or tiles, and their blocks say where they come from.
+        Rows are translated from nucleotide records, or are tiles; blocks then have an origin.
 
     Raises
     ------
     NotAStoreError
-        Something else is there.
+        Something else is at the location.
     """
 
     def __init__(self, path: str | Path, *, translated: bool = False, tiled: bool = False) -> None:
         self._origin_arrays = TRANSLATED if translated else TILED if tiled else ()
         self._first = _FIRST_NUCLEOTIDE if translated else _FIRST_RESIDUE
         self.location = location_of(path)
-        # A store may be there by now, of a run that was faster: `commit` leaves it alone.
+        # Another run may have created the store in the meantime; `commit` does not change it.
         if not (can_create(path) or is_store(path)):
             raise NotAStoreError(f"{path}: exists and is not empty; nothing was changed")
         self._staging = self.location.staging()
@@ -77,7 +76,7 @@ class Ingest:
             raise
 
     def _begin(self) -> None:
-        # Nothing is durable, and nothing need be, before the final rename.
+        # Nothing needs to be durable before the final rename.
         self._group = zarr.create_group(LocalStore(self._staging.held.root), zarr_format=3)
         dims, per_chunk = ("sequence",), (SEQUENCES_PER_CHUNK,)
         self._ids = _Appender(self._create("sequence_id", "string", per_chunk, "", dims))
@@ -110,7 +109,7 @@ class Ingest:
             self._begin_origin()
 
     def _begin_origin(self) -> None:
-        """Where rows come from: one entry for each row, and one for each input record."""
+        """Create the arrays for the origin of rows: one entry per row, or per input record."""
         for name, dtype, fill, what in (
             ("read", "int64", -1, "number of the input record, into read_id"),
             ("window", "int32", 0, "window of the record, from 1"),
@@ -123,7 +122,7 @@ class Ingest:
                 name, dtype, (SEQUENCES_PER_CHUNK,), fill, ("sequence",), {"long_name": what}
             )
             self._origin[name] = _Appender(array)
-        # A dimension of its own, for there are reads without a row, and with several.
+        # It has its own dimension, because a read may have no row or several rows.
         ids = self._create("read_id", "string", (SEQUENCES_PER_CHUNK,), "", ("input_record",))
         self._origin["read_id"] = _Appender(ids)
 
@@ -143,8 +142,8 @@ class Ingest:
 
     def _removed(self) -> StoreError:
         return StoreError(
-            f"{self.location.path}: what this run had written so far was removed, by hand or by a"
-            " run on a machine that does not see this one's locks; the same command starts over"
+            f"{self.location.path}: the unfinished store of this run was removed, by hand or by a"
+            " run on a machine that does not see this machine's locks; the same command starts over"
         )
 
     def append(self, block: Block) -> None:
@@ -177,17 +176,17 @@ class Ingest:
         provenance: dict[str, Any],
         comment: dict[str, str],
     ) -> bool:
-        """Give the store its place, durably; a comment is an attribute that readers meet first.
+        """Publish the store durably; `comment` holds attributes that readers see first.
 
         Returns
         -------
         bool
-            False if another run put a store there first; this one is then discarded.
+            False if another run created a store there first; this store is then discarded.
 
         Raises
         ------
         StoreError
-            Something that was written is not there any more.
+            Files of this store are missing, or something else is at the location now.
         """
         sequences = (self._ids, self._length, self._offset, self._residues)
         for appender in (*sequences, *self._headers.values(), *self._origin.values()):
@@ -239,19 +238,19 @@ class Ingest:
         if self.location.publish(self._staging.path):
             return True
         if not is_store(path):
-            raise StoreError(f"{path}: cannot put the store there: something else is there by now")
+            raise StoreError(f"{path}: cannot create the store: something else is there now")
         return False
 
     def _check_all_is_there(self) -> None:
-        """A chunk that is missing would be read as zeros, and an embedding of it would be wrong."""
+        """Check that all files exist: Zarr reads a missing chunk as zeros, without an error."""
         held = self._staging.held
-        wanted = {ROOT} | {f"{name}/{ROOT}" for name in self._written}
+        expected = {ROOT} | {f"{name}/{ROOT}" for name in self._written}
         for name in self._written.keys() - CHUNK_FILE.keys():
             count = self._written[name].cdata_shape[0]
-            wanted |= {f"{name}/c.{chunk}" for chunk in range(count)}
+            expected |= {f"{name}/c.{chunk}" for chunk in range(count)}
         root = held.root
-        found = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
-        if not held.is_in_place or wanted - found:
+        files = {file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()}
+        if not held.is_in_place or expected - files:
             raise self._removed()
 
     def _create_residue_arrays(self, identity: Identity, dimension: int) -> None:
@@ -298,9 +297,9 @@ class Ingest:
             fill_value=fill,
             dimension_names=dims,
             attributes=attributes or {},
-            # "." keeps an array's chunks in one directory, which is listed ten times faster.
+            # "." keeps an array's chunks in one directory, which lists ten times faster.
             chunk_key_encoding={"name": "default", "separator": "."},
-            # Without the checksum a flipped bit is read back without a word.
+            # Without the checksum a flipped bit is read without an error.
             compressors=(ZstdCodec(level=1), Crc32cCodec()),
             config={"write_empty_chunks": True},
         )
@@ -308,7 +307,7 @@ class Ingest:
 
 
 class _Appender:
-    """Appends to a one-dimensional array in whole chunks, so that none is written twice."""
+    """Appends to a one-dimensional array in whole chunks, so that no chunk is written twice."""
 
     def __init__(self, array: Any) -> None:
         self._array = array
@@ -326,7 +325,7 @@ class _Appender:
         self._write(self._waiting)
 
     def read(self) -> NDArray[Any]:
-        """Everything that was appended and flushed."""
+        """Read all values that were appended and flushed."""
         return np.asarray(self._array[:])
 
     def _write(self, count: int) -> None:

@@ -1,4 +1,4 @@
-"""A store in a local directory: what has its final name survives SIGKILL and power cuts."""
+"""A store in a local directory. A file with its final name survives SIGKILL and power cuts."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ from virnuc_dask.files import (
     write_durably,
 )
 
-# Of a name that is put into a longer one: a file's name may have 255 bytes.
+# Longest name, in bytes, that becomes part of a longer one. A file name may have 255 bytes.
 _LONGEST_NAME = 100
-# Of a rename, if something is there.
+# Errors of a rename to a name that is taken.
 _TAKEN = {errno.ENOTEMPTY, errno.EEXIST}
 ROOT = "zarr.json"
-# Whether the metadata of a root, as they are now, are those of the store that was opened.
+# Whether the current metadata of a root belong to the store that was opened.
 IsOurs = Callable[[bytes], bool]
 
 
 class Held:
-    """A directory that is held by a descriptor: the same one, whatever becomes of its name.
+    """A directory held by a descriptor, so that it stays the same even if it is renamed.
 
     Parameters
     ----------
@@ -46,10 +46,13 @@ class Held:
     Attributes
     ----------
     path : Path
-        As it was named.
+        Name of the directory.
+    descriptor : int
     root : Path
-        What leads to it also after it was moved, and nowhere once it was removed. Without /proc
-        that is the name; `is_sure` is False then.
+        Path by which files are opened. It follows the directory if it is moved, and leads nowhere
+        if it is removed. Without /proc it is the name.
+    is_sure : bool
+        False without /proc: then `root` may lead to another directory of the same name.
     """
 
     def __init__(self, path: Path) -> None:
@@ -62,7 +65,7 @@ class Held:
 
     @property
     def is_in_place(self) -> bool:
-        """Whether its name still leads to it."""
+        """Whether the name still leads to this directory."""
         return self._is_at(self.path)
 
     def _is_at(self, path: Path) -> bool:
@@ -72,19 +75,19 @@ class Held:
             return False
 
     def rename(self, path: Path) -> None:
-        """Give it another name."""
+        """Rename the directory."""
         self.path.rename(path)
         self.path = path
         if not self.is_sure:
             self.root = path
 
     def close(self) -> None:
-        """Let go of it."""
+        """Close the descriptor."""
         self._close()
 
     @contextmanager
     def names(self) -> Iterator[None]:
-        """Have errors name files as the user does."""
+        """Make errors contain the user's name of a file, not the path by the descriptor."""
         try:
             yield
         except OSError as error:
@@ -95,9 +98,9 @@ class Held:
 
 
 class Directory:
-    """A place for a store on a local or shared file system.
+    """A location for a store on a local or shared file system.
 
-    Keys are paths below it, as Zarr's are: ``status/c.0``.
+    Keys are relative paths, as in Zarr: ``status/c.0``.
 
     Parameters
     ----------
@@ -115,7 +118,7 @@ class Directory:
         self._location: str | None = None
 
     def hold(self) -> None:
-        """From now on be this directory, even if another takes its name.
+        """Keep to the directory that has this name now, even if another takes the name later.
 
         Raises
         ------
@@ -127,11 +130,11 @@ class Directory:
 
     @property
     def address(self) -> str:
-        """What other processes find it by; where links led when it was held."""
+        """Absolute path for other processes, with links resolved when `hold` was called."""
         return self._location or os.path.realpath(self.path)
 
     def holds(self, is_ours: IsOurs) -> bool:
-        """Whether the store that was opened is still there; `is_ours` knows its root's metadata."""
+        """Whether the opened store is still at this location; `is_ours` is for object stores."""
         return self._held is not None and self._held.is_in_place
 
     @property
@@ -140,29 +143,29 @@ class Directory:
 
     @property
     def for_xarray(self) -> Path:
-        """What xarray opens."""
+        """Argument for xarray to open the store."""
         return self.path
 
     def arrays(self, is_ours: IsOurs | None = None) -> DurableStore:
-        """What Zarr reads and writes.
+        """Return Zarr's access to this location.
 
         Parameters
         ----------
         is_ours : callable, optional
-            Whether the metadata of a root are those of the store that may be written to. Asked
-            before each write where the directory cannot be held for certain.
+            Whether the metadata of a root belong to the store that may be written to. Called
+            before each write if the directory cannot be held reliably.
         """
         held = self._held or Held(self.path)
         return DurableStore(held, None if held.is_sure else is_ours)
 
     def exists(self) -> bool:
-        """Whether anything is there."""
+        """Whether anything is at this location."""
         return self.path.exists()
 
     def is_free(self) -> bool:
-        """Whether a new store may be put there: nothing is there, or an empty directory.
+        """Whether a new store may be created: the location is unused, or an empty directory.
 
-        A link is followed, also one that leads to nothing yet.
+        Links are followed, also a link to a path that does not exist yet.
         """
         target = Path(self.address)
         if os.path.lexists(target):
@@ -170,11 +173,11 @@ class Directory:
         return True
 
     def has_array(self, name: str) -> bool:
-        """Whether an array, healthy or damaged, is there."""
+        """Whether the location has this array, healthy or damaged."""
         return (self._root / name).is_dir()
 
     def size(self, key: str) -> int | None:
-        """Bytes of a file; None if there is none."""
+        """Size of a file in bytes; None if there is no file."""
         file = self._root / key
         with self._names():
             try:
@@ -183,16 +186,16 @@ class Directory:
                 return None
 
     def listing(self, folder: str = "") -> dict[str, int | None]:
-        """Names in a folder, with the bytes of what is a file; one pass, and nothing is opened."""
-        found: dict[str, int | None] = {}
+        """List a folder: each name, with the size in bytes of a file, or None. Opens no file."""
+        sizes: dict[str, int | None] = {}
         with self._names(), os.scandir(self._root / folder) as entries:
             for entry in entries:
-                with suppress(FileNotFoundError):  # removed since it was listed
-                    found[entry.name] = entry.stat().st_size if entry.is_file() else None
-        return found
+                with suppress(FileNotFoundError):  # removed after it was listed
+                    sizes[entry.name] = entry.stat().st_size if entry.is_file() else None
+        return sizes
 
     def remove(self, key: str) -> None:
-        """Remove a file, or a folder with all that is in it, if it is there."""
+        """Remove a file, or a folder with its contents, if it exists."""
         file = self._root / key
         with self._names():
             if file.is_dir() and not file.is_symlink():
@@ -202,19 +205,19 @@ class Directory:
             sync(file.parent)
 
     def is_abandoned(self, key: str) -> bool:
-        """Whether nobody is writing a file; see `is_abandoned`."""
+        """Whether no process is writing a file; see `files.is_abandoned`."""
         return is_abandoned(self._root / key)
 
     def _names(self) -> AbstractContextManager[None]:
         return self._held.names() if self._held else nullcontext()
 
     def staging(self) -> Staging:
-        """Where to put a new store together: beside; what dead ingests left there is removed.
+        """Create a staging directory beside the store; remove those of dead ingests.
 
         Raises
         ------
         UsageError
-            No store can be put at this path, whatever is read.
+            No store can be created at this path, whatever the input.
         """
         target = Path(self.address)
         advice = ""
@@ -223,7 +226,7 @@ class Directory:
                 advice = f"; name a directory within it, such as {self.path / 'out.zarr'}"
                 if target.samefile(Path()):
                     raise UsageError(f"{self.path}: this is the working directory{advice}")
-                _move_there_and_back(target)
+                _check_rename(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_orphans(target.parent, _hidden(target))
             return Staging(target.parent, _hidden(target))
@@ -231,15 +234,15 @@ class Directory:
             if error.errno not in _NOT_HERE:
                 raise
             cause = os.strerror(errno.ENOTDIR if error.errno == errno.EEXIST else error.errno)
-            raise UsageError(f"{self.path}: cannot put a store there: {cause}{advice}") from error
+            raise UsageError(f"{self.path}: cannot create a store: {cause}{advice}") from error
 
     def publish(self, staging: Path) -> bool:
-        """Give a store that was put together its place, by one rename, durably.
+        """Move a finished store from its staging directory, durably, by one rename.
 
         Returns
         -------
         bool
-            False if something was there first.
+            False if something else is already there.
         """
         target = Path(self.address)
         sync_tree(staging)
@@ -248,20 +251,19 @@ class Directory:
         except OSError as error:
             if error.errno in _TAKEN:
                 return False
-            raise StoreError(f"{self.path}: cannot put the store there: {error}") from error
+            raise StoreError(f"{self.path}: cannot create the store: {error}") from error
         sync(target.parent)
         return True
 
     def probe(self) -> None:
-        """Write a file, read it and remove it.
+        """Check access: write a file, read it and remove it.
 
-        A full disk will do: whether there is room is another question, and another time it may
-        have another answer.
+        A full disk is no error here, because there may be space later.
 
         Raises
         ------
         OSError
-            What does not work.
+            A file cannot be written, read or removed.
         """
         file = self._root / f"probe{owner_mark()}.partial"
         content = os.urandom(16)
@@ -269,7 +271,7 @@ class Directory:
             try:
                 file.write_bytes(content)
                 if file.read_bytes() != content:
-                    raise OSError(errno.EIO, "what is written is not what is read", str(self.path))
+                    raise OSError(errno.EIO, "a file does not read as written", str(self.path))
             finally:
                 file.unlink(missing_ok=True)
         except OSError as error:
@@ -277,28 +279,28 @@ class Directory:
                 raise
 
     def explain(self, error: OSError) -> str:
-        """Cause, path and free space, for whoever has to make room."""
+        """Describe an error for people: path, cause and free space."""
         cause = os.strerror(error.errno) if error.errno else str(error)
         file = f" ({error.filename})" if error.filename else ""
-        there = self.path if self.path.exists() else self.path.parent
+        existing = self.path if self.path.exists() else self.path.parent
         try:
-            free = f"{shutil.disk_usage(there).free / 1e6:,.1f} MB are free"
-        except OSError as gone:
-            free = f"its file system does not answer: {gone.strerror}"
+            free = f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB are free"
+        except OSError as problem:
+            free = f"its file system does not answer: {problem.strerror}"
         return f"{self.path}: {cause}{file}; {free}"
 
 
 class DurableStore(LocalStore):
-    """Zarr's local store, made durable: what has its final name survives a power cut.
+    """Zarr's local store with durable writes: a file with its final name survives a power cut.
 
-    The upstream class renames without fsync, after which a crash leaves names with empty files.
+    The upstream class renames without fsync, so a crash may leave empty files.
 
     Parameters
     ----------
     held : Held
         The directory.
     is_ours : callable, optional
-        Asked before each write whether the directory is still the same store.
+        Called before each write; whether the directory is still the same store.
     read_only : bool
     """
 
@@ -309,7 +311,7 @@ class DurableStore(LocalStore):
         self._held, self._is_ours = held, is_ours
 
     def with_read_only(self, read_only: bool = False) -> DurableStore:
-        """The same directory, to be read or to be written."""
+        """Return a store for the same directory, read-only or writable."""
         return DurableStore(self._held, self._is_ours, read_only=read_only)
 
     def __str__(self) -> str:
@@ -321,7 +323,7 @@ class DurableStore(LocalStore):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        """Read a key; None if there is none."""
+        """Read a key; None if it does not exist."""
         with self._held.names():
             return await super().get(key, prototype, byte_range)
 
@@ -332,16 +334,16 @@ class DurableStore(LocalStore):
         prototype: BufferPrototype | None = None,
         byte_range: ByteRequest | None = None,
     ) -> Buffer | None:
-        """As `get`, for Zarr's synchronous path."""
+        """Like `get`, for Zarr's synchronous path."""
         with self._held.names():
             return super().get_sync(key, prototype=prototype, byte_range=byte_range)
 
     async def set(self, key: str, value: Buffer) -> None:
-        """Write a key: temporary file, fsync, rename, fsync of the directory."""
+        """Write a key: temporary file, fsync, rename, then fsync of the directory."""
         await asyncio.to_thread(self.set_sync, key, value)
 
     def set_sync(self, key: str, value: Buffer) -> None:
-        """As `set`, for Zarr's synchronous path."""
+        """Like `set`, for Zarr's synchronous path."""
         self._check_writable()
         with self._held.names():
             if self._is_ours and not self._is_ours((self.root / ROOT).read_bytes()):
@@ -353,21 +355,22 @@ class DurableStore(LocalStore):
             write_durably(file, value.as_buffer_like())
 
     async def set_if_not_exists(self, key: str, value: Buffer) -> None:
-        """Write a key unless it is there."""
+        """Write a key unless it exists."""
         if not await self.exists(key):
             await self.set(key, value)
 
 
 class Staging:
-    """A new directory in which a store is put together, locked until it is closed.
+    """A new directory in which a store is built; it is locked until `close`.
 
     Parameters
     ----------
     folder : Path
-        Where it is made.
+        Parent directory.
     name : str
-        How its name begins.
+        Beginning of its name.
     mode : int
+        Permissions of the directory.
 
     Attributes
     ----------
@@ -376,7 +379,7 @@ class Staging:
     """
 
     def __init__(self, folder: Path, name: str, mode: int = 0o777) -> None:
-        # It has its name only once it is locked, or it could be taken for a dead one's.
+        # It gets its final name after it is locked. Otherwise it would look abandoned.
         new = folder / f"{name}{owner_mark()}.new"
         new.mkdir(mode)
         self.held = Held(new)
@@ -385,22 +388,22 @@ class Staging:
         self.held.rename(self.path)
 
     def close(self) -> None:
-        """Remove it, unless it was published, and unlock it."""
+        """Remove the directory, unless it was published, and unlock it."""
         if self.held.is_in_place:
-            # An error here would hide the one that ended the ingest; the next ingest removes it.
+            # An error here would hide the error of the ingest; the next ingest removes the rest.
             shutil.rmtree(self.path, ignore_errors=True)
         self.held.close()
 
 
 def _hidden(target: Path) -> str:
-    """How names of what is made beside a store begin."""
+    """Beginning of the hidden names of files beside a store."""
     name = target.name
     if len(os.fsencode(name)) > _LONGEST_NAME:
         name = sha256(os.fsencode(name)).hexdigest()[:32]
     return f".{name}"
 
 
-# Why no store can be put somewhere, whatever is read.
+# Errors that mean that no store can be created at a path, whatever the input.
 _NOT_HERE = {
     errno.EACCES,
     errno.EPERM,
@@ -414,8 +417,8 @@ _NOT_HERE = {
 }
 
 
-def _move_there_and_back(folder: Path) -> None:
-    """See whether an empty directory can be renamed, as a mount point cannot."""
+def _check_rename(folder: Path) -> None:
+    """Check that an empty directory can be renamed; a mount point cannot."""
     aside = folder.with_name(f"{_hidden(folder)}{owner_mark()}.aside")
     os.rename(folder, aside)
     try:
@@ -423,4 +426,4 @@ def _move_there_and_back(folder: Path) -> None:
     except OSError as error:
         if error.errno not in _TAKEN:
             raise
-        aside.rmdir()  # another run's store is there by now
+        aside.rmdir()  # another run's store has taken the name

@@ -1,4 +1,7 @@
-"""Where a store may be: a directory, or a prefix in an object store; no other module asks which."""
+"""The location of a store: a directory, or a prefix in an object store.
+
+Only this module decides which of the two a path means.
+"""
 
 from __future__ import annotations
 
@@ -14,50 +17,53 @@ _SCHEMES = ("s3", "s3a", "gs", "az")
 
 
 def location_of(path: str | Path) -> Directory | Bucket:
-    """The location that a user means. Looks at nothing that is there.
+    """Parse the path or URL of a store, without any access to it.
 
     Parameters
     ----------
     path : str or Path
-        A path, which may begin with ``~``, ``file:///path``, or the URL of an object store:
+        A path, which may begin with ``~``; a URL ``file:///path``; or the URL of an object store,
         ``s3://bucket/prefix``.
 
     Raises
     ------
     UsageError
-        A URL of another kind, or one that holds credentials.
+        The URL is of another kind, or contains credentials.
     """
     text = str(path)
     if "://" not in text:
         if text.startswith(tuple(f"{scheme}:/" for scheme in _SCHEMES)):
-            raise UsageError(f"{text}: a URL has two slashes there; as a Path it loses one")
+            raise UsageError(
+                f"{text}: a URL needs two slashes after the colon; pass it as a str, because a"
+                " Path loses one"
+            )
         return Directory(Path(expanded(path)))
     if text.startswith("file://"):
         parts = urlsplit(text)
         if parts.netloc not in ("", "localhost"):
-            raise UsageError(f"{text}: another host's file; write file:///path")
+            raise UsageError(f"{text}: this file is on another host; write file:///path")
         return Directory(Path(unquote(parts.path)))
     return Bucket(_checked(text))
 
 
 def _checked(url: str) -> str:
-    """The URL of a place in an object store, without what means nothing in it."""
+    """Check the URL of an object store, and remove needless slashes from it."""
     try:
         parts = urlsplit(url)
     except ValueError:
-        # Not repeated here, nor its own words: they may hold a secret.
+        # The message repeats neither the URL nor the error: both may contain a secret.
         raise UsageError("a store's URL is a bucket and a prefix: s3://bucket/prefix") from None
     bucket, prefix = parts.netloc, parts.path.strip("/")
     if "@" in bucket or ":" in bucket or parts.query or parts.fragment:
-        # Not repeated here: it may hold a secret.
+        # The message does not repeat the URL: it may contain a secret.
         raise UsageError(
-            f"{parts.scheme}://…: a store's URL is a bucket and a prefix; credentials and all else"
-            " belong in the environment, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"
+            f"{parts.scheme}://…: a store's URL is only a bucket and a prefix; set credentials and"
+            " endpoints in the environment, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"
         )
     if parts.scheme not in _SCHEMES:
         raise UsageError(
-            f"{url}: a store may be in a directory, or at {'://, '.join(_SCHEMES)}:// in an object"
-            " store"
+            f"{url}: a store is in a directory, or in an object store, with a URL that begins"
+            f" with {'://, '.join(_SCHEMES)}://"
         )
     if not bucket or {"", ".", ".."} & set(prefix.split("/")[: len(prefix)]):
         raise UsageError(f"{url}: write {parts.scheme}://bucket/prefix")

@@ -1,10 +1,11 @@
-"""What analysis found, kept beside the embeddings: scores, clusters and maps.
+"""Results of analyses, stored beside the embeddings: scores, clusters and maps.
 
-A result is an array of its own in the store, such as ``score_virus``, with a value or two for each
-row, chunked as the rows are. It follows the rules of embeddings: a chunk that has its file is done,
-durably, and the same command again computes only what is missing. Results are no part of the
-store's identity; a run neither reads nor removes them. What `verify --repair` removes of the
-embeddings it removes of all results too: a row that ran out of time may have an embedding later.
+A result is an array in the store, such as ``score_virus``. It has one or two values per row, and
+the same chunks as the rows. The rules are those of embeddings: a chunk is done, durably, once its
+file exists, and the same command computes only missing chunks. Results are not part of the store's
+identity; a run neither reads nor removes them. When `verify --repair` removes a chunk of
+embeddings, it also removes that chunk of all results: a row that timed out may get an embedding
+later.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _LONG_NAMES: dict[Kind, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """An array of results, opened.
+    """An opened result array.
 
     Attributes
     ----------
@@ -44,12 +45,12 @@ class Result:
     name : str
         Kind and name: ``score_virus``.
     id : str
-        Random; a result that replaces this one has another.
+        Random identifier; a replacement has another one.
     array : zarr.Array
-        float32, NaN where there is no value; a cluster's are int32, and -1. Shape (records,), of a
-        map (records, 2).
+        Scores and maps: float32, NaN where there is no value. Clusters: int32, -1 where there is no
+        value. The shape is (records,), for maps (records, 2).
     about : dict
-        What it was computed by, as JSON values.
+        How it was computed, as JSON values.
     """
 
     store: Store
@@ -60,15 +61,15 @@ class Result:
 
     @property
     def kind(self) -> Kind:
-        """Score, cluster or map."""
+        """Kind of the result: score, cluster or map."""
         return cast(Kind, self.name.partition("_")[0])
 
     def present(self) -> NDArray[np.bool_]:
-        """Which chunks are done, shape (chunk_count,); one listing."""
+        """Which chunks are done, shape (chunk_count,); takes one listing."""
         return self._listed(MIN_CHUNK_BYTES)
 
     def touched(self) -> NDArray[np.bool_]:
-        """Which chunks have any file, be it damaged."""
+        """Which chunks have a file, even a damaged one, shape (chunk_count,)."""
         return self._listed(0)
 
     def _listed(self, least: int) -> NDArray[np.bool_]:
@@ -77,53 +78,54 @@ class Result:
 
     @property
     def chunk_file(self) -> re.Pattern[str]:
-        """Names that chunks have."""
+        """Pattern of the names of chunk files."""
         return re.compile(r"c\.(0|[1-9]\d*)" + r"\.0" * (self.array.ndim - 1))
 
     def empty(self, chunk: int) -> NDArray[Any]:
-        """Values of a chunk of which nothing is known."""
+        """Fill values in the shape of a chunk."""
         rows = self.store.rows(chunk)
         shape = (rows.stop - rows.start, *self.array.shape[1:])
         return np.full(shape, self.array.fill_value, self.array.dtype)
 
     def read(self, rows: slice | NDArray[np.int64]) -> NDArray[Any]:
-        """Values of some rows.
+        """Read the values of rows.
 
         Raises
         ------
         StoreError
-            They are damaged.
+            The values are damaged.
         """
         try:
             return np.asarray(self.array.oindex[rows])
         except (ValueError, RuntimeError) as error:
             raise StoreError(
                 f"{self.store.path}: `{self.name}` is damaged ({error}); `verify --repair` removes"
-                " what is, and the command that made it computes it again"
+                " the damaged chunks, and the command that made it computes them again"
             ) from error
 
     def write(self, chunk: int, values: NDArray[Any]) -> None:
-        """Write a chunk; when it has its name it is done, durably.
+        """Write a chunk; it is done, durably, once its file has its final name.
 
         Raises
         ------
         ResultReplacedError
-            Another command has replaced this result meanwhile.
+            Another command has replaced this result in the meantime.
         """
         self.check()
         self._write(chunk, values)
         try:
             self.check()
         except ResultReplacedError:
-            self.remove_chunk(chunk)  # of another result
+            self.remove_chunk(chunk)  # it was written into the other result
             raise
 
     def check(self) -> None:
-        """Make sure that this result is still the one of its name.
+        """Check that the array of this name is still this result.
 
         Raises
         ------
         ResultReplacedError
+            It was replaced or removed.
         """
         now = _look(self.store, self.name)
         if not isinstance(now, Result) or now.id != self.id:
@@ -132,11 +134,11 @@ class Result:
     def _write(self, chunk: int, values: NDArray[Any]) -> None:
         rows = self.store.rows(chunk)
         if values.shape != (rows.stop - rows.start, *self.array.shape[1:]):
-            raise ValueError(f"chunk {chunk} of {self.name} does not take {values.shape}")
+            raise ValueError(f"chunk {chunk} of {self.name} cannot have the shape {values.shape}")
         try:
             self.array[rows] = values
         except (ValueError, RuntimeError):
-            # Zarr reads a short last chunk before it overwrites it.
+            # Zarr reads a short last chunk before it overwrites it; a damaged one raises an error.
             self.remove_chunk(chunk)
             self.array[rows] = values
 
@@ -146,20 +148,20 @@ class Result:
 
 
 def results_of(store: Store) -> list[Result]:
-    """Results that a store holds, in the order of their names.
+    """Open all results of a store, sorted by name.
 
     Raises
     ------
     StoreError
-        The metadata of one is damaged; `damaged_results` says of which.
+        The metadata of a result is damaged; `damaged_results` says which.
     """
     return [open_result(store, name) for name in result_names(store)]
 
 
 def result_names(store: Store) -> list[str]:
-    """Names of the results that a store holds, damaged ones too, in their order.
+    """Sorted names of a store's results, including damaged ones.
 
-    An array that somebody else has put there, by whatever name, is none.
+    Arrays that other programs put into the store do not count.
     """
     return sorted(
         name
@@ -169,42 +171,42 @@ def result_names(store: Store) -> list[str]:
 
 
 def damaged_results(store: Store) -> dict[str, str]:
-    """Results whose metadata is damaged, and what is wrong with it."""
+    """Problem of each result with damaged metadata, by name."""
     looks = {name: _look(store, name) for name in result_names(store)}
     return {name: look for name, look in looks.items() if isinstance(look, str)}
 
 
 def result_name(kind: Kind, name: str) -> str:
-    """The array's name.
+    """Name of a result's array.
 
     Raises
     ------
     UsageError
-        The name is not one.
+        The name is invalid.
     """
     full = f"{kind}_{name}"
     if not RESULT.fullmatch(full):
-        raise UsageError(f"{name!r}: a result's name is of letters, digits and _, at most 64")
+        raise UsageError(f"{name!r}: a result's name has 1 to 64 letters, digits and underscores")
     return full
 
 
 def open_result(store: Store, name: str) -> Result:
-    """Open one of a store's results.
+    """Open a result of a store.
 
     Raises
     ------
     UsageError
-        There is none of this name.
+        There is no result of this name.
     StoreError
         Its metadata is damaged.
     """
-    found = _look(store, name) if RESULT.fullmatch(name) else _Foreign()
-    if isinstance(found, _Foreign):
+    result = _look(store, name) if RESULT.fullmatch(name) else _Foreign()
+    if isinstance(result, _Foreign):
         names = ", ".join(result_names(store)) or "no results"
         raise UsageError(f"{store.path} has no `{name}`; it has {names}")
-    if isinstance(found, str):
-        raise StoreError(f"{found}; `verify --repair` removes it, as `--replace` does")
-    return found
+    if isinstance(result, str):
+        raise StoreError(f"{result}; `verify --repair` or `--replace` removes it")
+    return result
 
 
 def keep_result(
@@ -215,7 +217,7 @@ def keep_result(
     *,
     replace: bool | str = False,
 ) -> Result:
-    """Open a result to go on with it, or make a new one.
+    """Open an unfinished or finished result to fill it, or create a new one.
 
     Parameters
     ----------
@@ -224,10 +226,10 @@ def keep_result(
     name : str
         Letters, digits and underscores.
     about : dict
-        What it is computed by, as JSON values: all that its values depend on beside the embeddings.
+        How it is computed, as JSON values: all that its values depend on besides the embeddings.
     replace : bool or str
-        Replace one that was computed by something else, or whose metadata is damaged; a text: only
-        the one with this id.
+        Replace a result that was computed in another way, or that has damaged metadata. A str
+        replaces only the result with this id.
 
     Returns
     -------
@@ -236,8 +238,12 @@ def keep_result(
     Raises
     ------
     UsageError
-        The name is not one, or there is another result of this name.
+        The name is invalid, or taken by a result that was computed in another way, or by an array
+        of another program.
+    StoreError
+        The metadata of the existing result is damaged.
     StoreReplacedError
+        The store is no longer at its location.
     """
     full = result_name(kind, name)
     about = json.loads(json.dumps(about))
@@ -252,10 +258,10 @@ def keep_result(
                 " it anew, or give another --name"
             )
     elif isinstance(there, str) and not replace:
-        raise StoreError(f"{there}; `verify --repair` removes it, as `--replace` does")
+        raise StoreError(f"{there}; `verify --repair` or `--replace` removes it")
     elif isinstance(there, _Foreign) and store.location.size(f"{full}/zarr.json"):
-        raise UsageError(f"{store.path}: `{full}` is there, and is no result of this program")
-    if store.location.has_array(full):  # also one that was begun, or removed half
+        raise UsageError(f"{store.path}: `{full}` exists, but is not a result of this program")
+    if store.location.has_array(full):  # perhaps only half created, or half removed
         store.location.remove(full)
     is_map = kind == "map"
     zarr.create_array(
@@ -282,11 +288,11 @@ def _otherwise(about: dict[str, Any], there: dict[str, Any]) -> str:
 
 
 class _Foreign:
-    """An array that is not ours, or none."""
+    """An array of another program, or no array."""
 
 
 def _look(store: Store, name: str) -> Result | str | _Foreign:
-    """A result; what is wrong with its metadata; or that it is none of ours."""
+    """Open a result; a str is the problem of its metadata."""
     if not store.location.size(f"{name}/zarr.json"):
         return _Foreign()
     try:
@@ -302,5 +308,5 @@ def _look(store: Store, name: str) -> Result | str | _Foreign:
         and isinstance(document.get("id"), str)
         and isinstance(document.get("by"), dict)
     ):
-        return f"{store.path}: the metadata of `{name}` is not that of a result of this store"
+        return f"{store.path}: the metadata of `{name}` does not match this store"
     return Result(store, name, document["id"], array, document["by"])

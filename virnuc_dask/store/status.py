@@ -1,4 +1,4 @@
-"""How far a store is, and what became of its rows."""
+"""Progress of a store, and the status of its rows."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from virnuc_dask.store.store import Store
 
 @dataclass(frozen=True, slots=True)
 class StoreStatus:
-    """How far a store is, by chunk presence alone.
+    """Progress of a store, from the presence of its chunks alone.
 
     Attributes
     ----------
     path : str
     model : ModelSpec
-        Its reference is where the weights were when the store was made.
+        Its reference names the weights as they were when the store was made.
     device : str
-        That the store was made for; empty if it does not say so.
+        Device that the store was made for; empty if the store does not record it.
     records, chunks, rows_per_chunk, dimension : int
     present : ndarray, bool, shape (chunks,)
+        Which chunks are done.
     rows_done : int
         Rows in present chunks.
     """
@@ -45,7 +46,7 @@ class StoreStatus:
     rows_done: int
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values; the missing chunks are listed."""
+        """The progress as plain JSON values; missing chunks are listed by number."""
         document = asdict(self) | self.model.comment()
         document["present"] = int(self.present.sum())
         document["missing"] = np.flatnonzero(~self.present).tolist()
@@ -53,7 +54,7 @@ class StoreStatus:
 
 
 def status(store: str | Path) -> StoreStatus:
-    """Look how far a store is. Two directory listings; no chunk is opened."""
+    """Return the progress of a store. Takes two directory listings; no chunk is opened."""
     opened = Store(store)
     present = opened.present()
     return StoreStatus(
@@ -70,7 +71,7 @@ def status(store: str | Path) -> StoreStatus:
 
 
 def row_states(store: str | Path) -> dict[str, int]:
-    """Rows per state, read from `status`; they add up to the records."""
+    """Count rows per status, read from `status`; the counts add up to the number of records."""
     opened = Store(store)
     done = np.flatnonzero(opened.present())
     counts = count_states(opened, done)
@@ -79,7 +80,7 @@ def row_states(store: str | Path) -> dict[str, int]:
 
 
 def count_states(store: Store, chunks: Iterable[int]) -> Counter[str]:
-    """Rows per state in some chunks that are present.
+    """Count rows per status in present chunks.
 
     Raises
     ------
@@ -102,13 +103,13 @@ def count_states(store: Store, chunks: Iterable[int]) -> Counter[str]:
 
 
 def quarantined(store: str | Path) -> Iterator[tuple[int, str, str]]:
-    """Every quarantined row as (row, identifier, reason), in order."""
+    """Yield each quarantined row as (row, identifier, reason), in order."""
     opened = Store(store)
     for chunk in np.flatnonzero(opened.present()):
         codes = opened.read_status(int(chunk))
-        found = np.flatnonzero(codes >= Status.INVALID_RESIDUES)
-        if len(found):
+        rows = np.flatnonzero(codes >= Status.INVALID_RESIDUES)
+        if len(rows):
             ids = opened.read_ids(int(chunk))
             first = opened.rows(int(chunk)).start
-            for row in found:
+            for row in rows:
                 yield first + int(row), ids[row], Status(int(codes[row])).meaning

@@ -1,9 +1,9 @@
-"""The Zarr store, and nothing else that knows Zarr: what is written when, and what presence means.
+"""The Zarr store: its arrays, the order of writes, and which chunks are done.
 
-A store appears at its place in one step, whole, with every sequence in it. From then on only
-tasks write, each one its own chunk of ``status`` and then of ``embedding``. A chunk of both is
-the checkpoint: there is no other record of what is done. On request the representations of single
-residues stand between the two, ragged: each chunk of rows has several chunks of slots to itself.
+A store appears at its location in one step, complete, with all sequences. From then on only tasks
+write: each task writes its own chunk of ``status`` and then of ``embedding``. A chunk of both is
+the checkpoint; there is no other record of progress. On request a task also writes residue
+embeddings, between the two. They are ragged: each chunk of rows has its own chunks of slots.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from virnuc_dask.store.location import location_of
 SEQUENCES_PER_CHUNK = 65_536
 RESIDUES_PER_STORED_CHUNK = 2**22
 
-# The smallest Zstandard frame that holds anything, and four bytes of checksum. A file below that
-# is what a power cut leaves of a chunk that was not synced.
+# The smallest non-empty Zstandard frame plus four bytes of checksum. A power cut may leave a
+# smaller file of a chunk that was not synced.
 MIN_CHUNK_BYTES = 13
 
 ATTRIBUTE = "virnuc_dask"
-# What a task writes, in this order: the last is the commit.
+# Arrays that a task writes, in this order; the last is the commit.
 CHUNK_FILE = {
     "status": re.compile(r"c\.(0|[1-9]\d*)"),
     "residue_embedding": re.compile(r"c\.(0|[1-9]\d*)\.0"),
@@ -45,39 +45,40 @@ CHUNK_FILE = {
 }
 TASK_ARRAYS = tuple(CHUNK_FILE)
 PER_RESIDUE = ("residue_slot", "residue_embedding")
-# Where rows come from that are not whole records: frames, or tiles of proteins.
+# Origins of rows that are not whole records: of translated frames, and of tiles of proteins.
 TRANSLATED = ("read_id", "read", "window", "frame", "start")
 TILED = ("read_id", "read", "start")
 HEADERS = ("description", "source")
 INGESTED = ("sequence_id", "length", "offset", "residues", "residue_slot", *HEADERS, *TRANSLATED)
-# What Zarr raises of metadata that is torn, gone, or not ours.
+# Errors that Zarr raises for metadata that is damaged, missing, or from another program.
 _DAMAGED = (AttributeError, KeyError, TypeError, ValueError, FileNotFoundError)
 
 
 class Store:
-    """One store, opened. Nothing is read until it is asked for.
+    """An opened store. Array data is read only on request.
 
-    It stays that store: if another takes its place, nothing of this one is written into it. A
-    directory is held by a descriptor; in an object store the root is looked at before each write.
+    If another store replaces it at the same location, nothing is written into the other store. A
+    directory is held by a descriptor; in an object store the root metadata is read before each
+    write.
 
     Parameters
     ----------
     path : str or Path
-        On a local or shared file system, or the URL of a place in an object store.
+        Path on a local or shared file system, or URL in an object store.
 
     Attributes
     ----------
     path : Path or str
         As the user named it; a URL is a str.
-    place : Directory or Bucket
+    location : Directory or Bucket
     id : str
-        Random; no other store has it, also if it was made of the same input and settings.
+        Random identifier; a store made from the same input and settings has another one.
     identity : Identity
         Everything that the row values depend on.
     provenance : dict
-        How the store came to be: input, model, versions. Never compared.
+        How the store was made: input, model, versions. Never compared.
     zarr_store : zarr.abc.store.Store
-        What Zarr reads and writes; it writes into no other store that has taken this one's place.
+        Zarr's access to the store; it never writes into another store at the same location.
 
     Raises
     ------
@@ -121,7 +122,7 @@ class Store:
             ) from error
         self.zarr_store = self.location.arrays(self._is_ours)
         self.names = {*INGESTED, *CHUNK_FILE}
-        if not document.get("headers"):  # made before they were kept
+        if not document.get("headers"):  # a store from before headers were kept
             self.names.difference_update(HEADERS)
         if not self.identity.per_residue:
             self.names.difference_update(PER_RESIDUE)
@@ -131,7 +132,7 @@ class Store:
         self.dimension = int(self.array("embedding").shape[1])
 
     def check_location(self) -> None:
-        """Make sure that the store is still where it was opened.
+        """Check that the store is still at the location where it was opened.
 
         Raises
         ------
@@ -147,11 +148,11 @@ class Store:
         except _DAMAGED:
             return False
 
-    # --- the plan ---
+    # --- model and chunks ---
 
     @property
     def model(self) -> ModelSpec:
-        """The model of its rows; the reference is where the weights were when it was made."""
+        """Model of the rows; its reference names the weights as they were at creation."""
         return ModelSpec(
             str(self.provenance.get("model", "unknown")),
             self.identity.weights_sha256,
@@ -163,11 +164,11 @@ class Store:
 
     @property
     def device(self) -> str:
-        """The device that it was made for; empty if it does not say so, as older stores."""
+        """Device that the store was made for; empty for older stores, which do not record it."""
         return str(self.provenance.get("device", ""))
 
     def about(self) -> dict[str, Any]:
-        """What a reader of its rows should know, as plain JSON values, for exports."""
+        """Facts for readers of the rows, such as the model, as plain JSON values for exports."""
         return {
             **self.model.comment(),
             "model": self.model.reference,
@@ -178,12 +179,12 @@ class Store:
 
     @property
     def records(self) -> int:
-        """Rows: one for each record of the input, in its order, or for each frame or tile."""
+        """Number of rows: one per input record, frame or tile, in the order of the input."""
         return self.identity.records
 
     @property
     def chunk_count(self) -> int:
-        """Chunks of rows, the unit of work and of the checkpoint."""
+        """Number of chunks of rows; a chunk is the unit of work and of the checkpoint."""
         return -(-self.records // self.identity.rows_per_chunk)
 
     def rows(self, chunk: int) -> slice:
@@ -192,35 +193,35 @@ class Store:
         return slice(start, min(start + self.identity.rows_per_chunk, self.records))
 
     def rows_in(self, chunks: Iterable[int]) -> int:
-        """How many rows some chunks have together."""
+        """Total number of rows in these chunks."""
         spans = (self.rows(int(chunk)) for chunk in chunks)
         return sum(int(span.stop - span.start) for span in spans)
 
     def present(self) -> NDArray[np.bool_]:
-        """Which chunks are done, shape (chunk_count,): `status` and `embedding` both have a file.
+        """Which chunks are done, shape (chunk_count,): all their arrays have a file.
 
-        One listing each, with sizes; no chunk of them is opened or decoded.
+        Takes one listing per array, with sizes; no chunk of these arrays is opened or decoded.
         """
-        found = self._listed("status", MIN_CHUNK_BYTES)
-        found &= self._listed("embedding", MIN_CHUNK_BYTES)
+        done = self._listed("status", MIN_CHUNK_BYTES)
+        done &= self._listed("embedding", MIN_CHUNK_BYTES)
         if self.identity.per_residue:
-            there, wanted = self._residue_files(MIN_CHUNK_BYTES)
-            found &= there == wanted
-        return found
+            present, expected = self._residue_files(MIN_CHUNK_BYTES)
+            done &= present == expected
+        return done
 
     def touched(self) -> NDArray[np.bool_]:
-        """Which chunks have any file, be it damaged or without its companions."""
-        found = self._listed("status", 0) | self._listed("embedding", 0)
+        """Which chunks have any file, even a damaged or incomplete set, shape (chunk_count,)."""
+        touched = self._listed("status", 0) | self._listed("embedding", 0)
         if self.identity.per_residue:
-            found |= self._residue_files(0)[0] > 0
-        return found
+            touched |= self._residue_files(0)[0] > 0
+        return touched
 
     def is_present(self, chunk: int) -> bool:
         """Whether one chunk is done."""
         return all((self.location.size(key) or 0) >= MIN_CHUNK_BYTES for key in self.keys(chunk))
 
     def slots(self, chunk: int) -> slice:
-        """Slots of `residue_embedding` that belong to a chunk of rows: whole chunks of slots."""
+        """Slots of `residue_embedding` for a chunk of rows; they are whole chunks of slots."""
         rows = self.rows(chunk)
         firsts = self._read_slots(slice(rows.start, rows.stop + 1))
         is_last = rows.stop == self.records
@@ -228,7 +229,7 @@ class Store:
         return slice(int(firsts[0]), int(end))
 
     def lengths(self) -> NDArray[np.int32]:
-        """Residues of every row, shape (records,)."""
+        """Residues per row, shape (records,)."""
         try:
             lengths = np.asarray(self.array("length")[:], np.int32)
         except (ValueError, RuntimeError) as error:
@@ -240,18 +241,18 @@ class Store:
     # --- rows ---
 
     def read_rows(self, chunk: int) -> tuple[NDArray[np.int32], NDArray[np.uint8]]:
-        """Sequences of a chunk.
+        """Read the sequences of a chunk.
 
         Returns
         -------
         lengths : ndarray, int32, shape (n,)
         residues : ndarray, uint8, shape (sum of lengths,)
-            ASCII, end to end.
+            ASCII codes of all sequences, concatenated.
 
         Raises
         ------
         StoreError
-            A sequence array is damaged or lacks a chunk, which would otherwise read as zeros.
+            A sequence array is damaged or lacks a chunk, which Zarr would read as fill values.
         """
         rows = self.rows(chunk)
         try:
@@ -274,7 +275,7 @@ class Store:
         embedding: NDArray[np.floating[Any]],
         residues: NDArray[np.float16] | None = None,
     ) -> None:
-        """Write a chunk; when `embedding` has its name, the chunk is done, durably.
+        """Write a chunk; it is done, durably, once the file of `embedding` has its final name.
 
         Parameters
         ----------
@@ -282,14 +283,18 @@ class Store:
         status : ndarray, uint8, shape (n,)
         embedding : ndarray, float, shape (n, D)
         residues : ndarray, float16, shape (N, D), optional
-            Of each encoded residue, end to end; for a store that keeps them.
+            Embeddings of all encoded residues, concatenated; only for a store that keeps them.
         """
         rows = self.rows(chunk)
         expected = (rows.stop - rows.start, self.dimension)
         if status.shape != expected[:1] or embedding.shape != expected:
-            raise ValueError(f"chunk {chunk} takes {expected}, not {embedding.shape}")
+            raise ValueError(
+                f"chunk {chunk}: embeddings must have the shape {expected}, not {embedding.shape}"
+            )
         if (residues is not None) != self.identity.per_residue:
-            raise ValueError(f"chunk {chunk}: representations of residues are not as the store's")
+            raise ValueError(
+                f"chunk {chunk}: residue embeddings must be given exactly if the store keeps them"
+            )
         self._write("status", rows, status)
         if residues is not None:
             self._write_residues(self.slots(chunk), residues)
@@ -299,8 +304,8 @@ class Store:
         try:
             self.array(name)[rows] = values
         except (ValueError, RuntimeError):
-            # Zarr reads a short last chunk before it overwrites it, so that damage there would
-            # stop the very write that repairs it.
+            # Zarr reads a short last chunk before it overwrites it. A damaged chunk would raise an
+            # error, and could never be repaired.
             self.location.remove(_key(name, rows.start // self.identity.rows_per_chunk))
             self.array(name)[rows] = values
 
@@ -308,7 +313,7 @@ class Store:
         array = self.array("residue_embedding")
         step = array.chunks[0]
         if not slots.stop - slots.start - step < len(residues) <= slots.stop - slots.start:
-            raise ValueError(f"{slots} does not take {len(residues)} residues")
+            raise ValueError(f"{len(residues)} residues do not fill {slots}")
         for first in range(slots.start, slots.stop, step):
             part = residues[first - slots.start :][:step]
             whole = np.full(array.chunks, np.nan, np.float16)
@@ -316,29 +321,29 @@ class Store:
             array[first : first + step] = whole
 
     def read_chunk(self, chunk: int) -> tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]:
-        """Status, shape (n,), and embedding, shape (n, D), of a chunk."""
+        """Read the status, shape (n,), and the embeddings, shape (n, D), of a chunk."""
         rows = self.rows(chunk)
         return np.asarray(self.array("status")[rows]), np.asarray(self.array("embedding")[rows])
 
     def read_residue_embeddings(self, chunk: int) -> NDArray[np.float16]:
-        """Representations of a chunk's residues and the unused slots, NaN, after them."""
+        """Read the residue embeddings of a chunk, shape (slots, D); unused slots are NaN."""
         return np.asarray(self.array("residue_embedding")[self.slots(chunk)])
 
     def read_status(self, chunk: int) -> NDArray[np.uint8]:
-        """Status codes of a chunk, shape (n,)."""
+        """Read the status codes of a chunk, shape (n,)."""
         return np.asarray(self.array("status")[self.rows(chunk)])
 
     def read_ids(self, chunk: int) -> list[str]:
-        """Identifiers of a chunk's records."""
+        """Read the identifiers of a chunk's rows."""
         return [str(name) for name in self.array("sequence_id")[self.rows(chunk)]]
 
     def read_columns(self, rows: slice) -> dict[str, NDArray[Any]]:
-        """What is known of some rows beside their state and embedding, one array for each column.
+        """Read the columns of rows other than status and embedding, one array per column.
 
-        ``sequence_id``, ``length``, ``description`` and ``source``, the input's name, if the store
-        has them, of translated rows ``read_id``, the name of the read, and ``read``, ``window``,
-        ``frame``, ``start``, of tiles of proteins these but for ``window`` and ``frame``. Text is
-        in NumPy's StringDType.
+        All stores have ``sequence_id`` and ``length``. Newer stores have ``description`` and
+        ``source``, the name of the input. Translated rows have ``read_id``, the name of the read,
+        ``read``, ``window``, ``frame`` and ``start``; tiles of proteins have the same without
+        ``window`` and ``frame``. Text has NumPy's StringDType.
         """
         names = ["sequence_id", "length", *HEADERS, *TRANSLATED]
         names = [name for name in names if name in self.names]
@@ -347,35 +352,36 @@ class Store:
             files = np.array(self.files, np.dtypes.StringDType())
             columns["source"] = files[columns["source"]]
         if "read" in columns:
-            # There is one for each read, also for those without a row.
+            # `read_id` has one entry per read, also for reads without a row.
             numbers, which = np.unique(columns["read"], return_inverse=True)
             columns["read_id"] = self.array("read_id").oindex[numbers][which]
         return {name: np.asarray(columns[name]) for name in names}
 
     @contextmanager
     def reading(self, what: str) -> Iterator[None]:
-        """Say which part of the store is damaged, if it does not decode.
+        """Turn decoding errors into an error that names the damaged part of the store.
 
         Raises
         ------
         StoreError
+            The part does not decode.
         """
         try:
             yield
         except (ValueError, RuntimeError) as error:
             raise StoreError(
-                f"{self.path}: {what} is damaged ({error}); `verify --repair` removes it, `resume`"
-                " computes it again"
+                f"{self.path}: {what} is damaged ({error}); `verify --repair` removes it, and"
+                " `resume` computes it again"
             ) from error
 
     @property
     def files(self) -> list[str]:
-        """Inputs that the numbers in `source` mean; none in a store that has no such array."""
+        """Names of the inputs that `source` numbers; empty if the store has no `source`."""
         names = self.array("source").attrs.get("files", []) if "source" in self.names else []
         return [decoded_header(str(name)) for name in names]
 
     def remove_chunk(self, chunk: int) -> None:
-        """Remove a chunk, so that it is computed again. The commit goes first."""
+        """Remove a chunk, so that it is computed again. The commit is removed first."""
         self.check_location()
         for key in reversed(self.keys(chunk)):
             self.location.remove(key)
@@ -383,11 +389,11 @@ class Store:
     # --- files ---
 
     def array(self, name: str) -> Any:
-        """An array of the store, to read and to write."""
+        """Return an opened array of the store, for reading and writing."""
         return self._arrays[name]
 
     def open_array(self, name: str) -> Any:
-        """An array by its name, opened anew.
+        """Open an array by its name.
 
         Raises
         ------
@@ -401,8 +407,8 @@ class Store:
                 f"{self.path}: the metadata of `{name}` (its zarr.json) is missing or damaged:"
                 f" {error!r}"
             ) from error
-        # The setting is not stored with an array, and opening one ignores it (zarr 3.1.6): every
-        # process that writes must set it afterwards, or a chunk that holds only fill values is
+        # The setting is not stored with an array, and opening an array ignores it (zarr 3.1.6), so
+        # each writing process must set it after opening. Otherwise a chunk of only fill values is
         # never written and never done.
         return array.with_config({"write_empty_chunks": True})
 
@@ -416,7 +422,7 @@ class Store:
         return [_key("status", chunk), *between, _key("embedding", chunk)]
 
     def encoded(self, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-        """Residues of each row that are encoded, shape (n,)."""
+        """Number of encoded residues per row, shape (n,)."""
         return encoded_lengths(lengths, self.identity.max_residues, self.identity.long)
 
     def _read_slots(self, rows: slice) -> NDArray[np.int64]:
@@ -429,15 +435,15 @@ class Store:
         return slots
 
     def _listed(self, name: str, least: int) -> NDArray[np.bool_]:
-        """Chunks of an array that have a file of so many bytes.
+        """Chunks of an array that have a file of at least `least` bytes.
 
-        By one listing: Zarr's own count takes minutes for 100,000 chunks.
+        Takes one listing; Zarr's own count takes minutes for 100,000 chunks.
         """
         count = self.array(name).cdata_shape[0]
         return listed(self.location.listing(name), CHUNK_FILE[name], count, least)
 
     def _residue_files(self, least: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Files of residues that each chunk of rows has, and those that it is to have."""
+        """Files of residue embeddings per chunk of rows: number present, and number expected."""
         slots = self.array("residue_embedding")
         firsts = self._read_slots(slice(None, None, self.identity.rows_per_chunk))
         bounds = np.append(firsts, slots.shape[0]) // slots.chunks[0]
@@ -448,13 +454,13 @@ class Store:
 def listed(
     files: dict[str, int | None], pattern: re.Pattern[str], count: int, least: int
 ) -> NDArray[np.bool_]:
-    """Which of an array's chunks have a file of so many bytes, shape (count,)."""
-    found = np.zeros(count, np.bool_)
+    """Which of an array's chunks have a file of at least `least` bytes, shape (count,)."""
+    has_file = np.zeros(count, np.bool_)
     for name, size in files.items():
         match = pattern.fullmatch(name)
         if match and size is not None and int(match[1]) < count:
-            found[int(match[1])] = size >= least
-    return found
+            has_file[int(match[1])] = size >= least
+    return has_file
 
 
 def _key(name: str, chunk: int) -> str:
@@ -464,14 +470,14 @@ def _key(name: str, chunk: int) -> str:
 def residue_slots(
     encoded: NDArray[np.int64], rows_per_chunk: int, slots_per_chunk: int
 ) -> tuple[NDArray[np.int64], int]:
-    """Where the residues of each row are in `residue_embedding`; it follows from lengths alone.
+    """Position of each row's residues in `residue_embedding`; it follows from the lengths alone.
 
-    Each chunk of rows begins at a chunk of slots, so that no two tasks write to the same.
+    Each chunk of rows starts at a new chunk of slots, so two tasks never write to the same chunk.
 
     Parameters
     ----------
     encoded : ndarray, int64, shape (n,)
-        Residues per row that are encoded.
+        Encoded residues per row.
     rows_per_chunk, slots_per_chunk : int
 
     Returns
@@ -479,7 +485,7 @@ def residue_slots(
     slots : ndarray, int64, shape (n,)
         First slot of each row.
     total : int
-        Slots in all.
+        Total number of slots.
     """
     firsts = np.arange(0, len(encoded), rows_per_chunk)
     sizes = -(-np.add.reduceat(encoded, firsts) // slots_per_chunk) * slots_per_chunk
@@ -489,24 +495,24 @@ def residue_slots(
 
 
 def origin_arrays(identity: Identity) -> tuple[str, ...]:
-    """Arrays that say where rows come from, in a store with such an identity."""
+    """Names of the arrays that record the origin of rows, in a store with this identity."""
     if identity.translation:
         return TRANSLATED
     return TILED if identity.tiling else ()
 
 
 def is_embedded(status: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Whether rows in these states have an embedding, shape (n,)."""
+    """Whether rows with these status codes have an embedding, shape (n,)."""
     return np.asarray((status > Status.PENDING) & (status < Status.INVALID_RESIDUES))
 
 
 def can_create(path: str | Path) -> bool:
-    """Whether a new store may be put at a path or URL."""
+    """Whether a new store may be created at a path or URL."""
     return location_of(path).is_free()
 
 
 def is_store(path: str | Path) -> bool:
-    """Whether what is at a path or URL looks like one of our stores, healthy or damaged."""
+    """Whether a path or URL looks like a store of this program, healthy or damaged."""
     return _has_arrays(location_of(path))
 
 
@@ -515,7 +521,7 @@ def _has_arrays(location: Directory | Bucket) -> bool:
 
 
 def _id_of(document: dict[str, Any]) -> str:
-    """A store's own name; of one that was made before they had any, what comes closest."""
+    """Identifier of a store; older stores have none, so a digest of their metadata serves."""
     if "id" in document:
         return str(document["id"])
     return sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Read and decode everything in a store, and remove what is damaged."""
+"""Read and decode everything in a store, and remove damaged chunks."""
 
 from __future__ import annotations
 
@@ -20,24 +20,24 @@ _CHUNKS_PER_CHECK = 16
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes
     ----------
     checked : int
-        Chunks that were read and decoded: all that have a file.
+        Chunks that were read and decoded: all chunks that have a file.
     missing : int
-        Chunks that have none: work that is left, and no damage.
+        Chunks without a file: remaining work, not damage.
     bad : dict of int to str
-        Damaged chunks, with what is wrong.
+        Problem of each damaged chunk.
     sequences : str, optional
-        What is wrong with the sequence arrays, which no recomputation mends.
+        Problem of the sequence arrays, which recomputation cannot repair.
     results : dict of str to str
-        Damaged chunks of results, such as ``score_virus: chunk 3``, with what is wrong.
+        Problem of each damaged chunk of results, by names such as ``score_virus: chunk 3``.
     leftovers : list of str
-        Files that are no part of the store.
+        Files that do not belong to the store.
     repaired : bool
-        Whether bad chunks and leftovers in the computed arrays were removed.
+        Whether damaged chunks and leftovers in the computed arrays were removed.
     """
 
     checked: int
@@ -50,12 +50,12 @@ class VerifyReport:
 
     @property
     def exit_code(self) -> int:
-        """0 if all is well or mended, 4 if something is damaged."""
+        """0 if nothing is damaged or all damage was repaired, otherwise 4."""
         is_damaged = self.bad or self.results
         return 4 if self.sequences or (is_damaged and not self.repaired) else 0
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """The report as plain JSON values."""
         return asdict(self)
 
 
@@ -72,13 +72,13 @@ def verify(
     ----------
     store : path
     repair : bool
-        Remove damaged chunks, so that `resume` computes them again, or the command that made them
-        if they are of results, and stray files from the directories that tasks write to. Never a
-        file of a living writer.
+        Remove damaged chunks, and stray files from the directories that tasks write to. `resume`
+        computes the chunks again; the command that made a result computes its chunks again. Files
+        of a living writer are never removed.
     progress : callable, optional
-        Called with the chunks checked and their total.
+        Called with the number of checked chunks and their total.
     client : distributed.Client, optional
-        Whose workers read and decode; default: threads of this process.
+        Its workers read and decode; default: threads of this process.
 
     Returns
     -------
@@ -87,7 +87,7 @@ def verify(
     from dask import compute, delayed
 
     opened = Store(store)
-    # A file that is too small counts as missing, and is damage all the same.
+    # `touched`, not `present`: a file that is too small counts as missing, but is damage too.
     chunks = [int(chunk) for chunk in np.flatnonzero(opened.touched())]
     sequences = check_sequences(opened)
     bad: dict[int, str] = {}
@@ -103,16 +103,16 @@ def verify(
             )
             for first in range(start, min(start + step, len(chunks)), _CHUNKS_PER_CHECK)
         ]
-        for found in run(*parts):
-            bad.update(found)
+        for problems in run(*parts):
+            bad.update(problems)
         if progress:
             progress(min(start + step, len(chunks)), len(chunks))
     if client is not None:
-        # A worker may have another zarr, or another disk at this path: what is whole stays.
+        # Check bad chunks again here: a worker may have another zarr, or another disk at this path.
         with ThreadPoolExecutor(8) as pool:
             again = partial(_check, opened.location.address, sequences=sequences is None)
-            found_here = list(pool.map(again, ([chunk] for chunk in bad)))
-        bad = {chunk: problem for part in found_here for chunk, problem in part.items()}
+            rechecked = list(pool.map(again, ([chunk] for chunk in bad)))
+        bad = {chunk: problem for part in rechecked for chunk, problem in part.items()}
     damaged = check_results(opened)
     strays = leftovers(opened)
     if repair:
@@ -124,7 +124,7 @@ def verify(
                 open_result(opened, name).remove_chunk(chunk)
         results = results_of(opened)
         for chunk in bad:
-            for result in results:  # of which no row may be embedded differently later
+            for result in results:  # computed from rows that may be embedded differently later
                 result.remove_chunk(chunk)
             opened.remove_chunk(chunk)
         for key in strays:
