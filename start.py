@@ -36,8 +36,12 @@ def main() -> int:
         print(f"Python 3.11 or later is needed; this is {sys.version.split()[0]}")
         return 2
     os.chdir(HERE)
-    install()
-    return commands[sys.argv[1]](sys.argv[2:])
+    try:
+        install()
+        return commands[sys.argv[1]](sys.argv[2:])
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; to go on: python3 start.py {sys.argv[1]}")
+        return 130
 
 
 def install() -> None:
@@ -97,7 +101,16 @@ def check(_arguments: list[str]) -> int:
 
 
 def show(*command: str) -> int:
-    return subprocess.run([str(PYTHON), *command], check=False).returncode
+    """Run a command. A terminal's Ctrl-C reaches it too: it ends in its own way, with a summary."""
+    process, interrupt = subprocess.Popen([str(PYTHON), *command]), None
+    while process.returncode is None:
+        try:
+            process.wait()
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt:
+        raise interrupt
+    return process.returncode
 
 
 if __name__ == "__main__":

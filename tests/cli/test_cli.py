@@ -6,23 +6,29 @@ import gzip
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
+from harness import Run
 
-from virnuc_dask.cli.main import main
+from virnuc_dask.cli.main import _missing_lines, main
+from virnuc_dask.runtime.events import NOT_COMPUTED
 
 
 def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Path) -> None:
     done = cli("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--max-residues", 50)
     assert done.returncode == 3
-    for part in ("embedded", "truncated", "quarantined: empty", "out.zarr", "sequences/s"):
+    for part in ("quarantined: empty", "out.zarr", "sequences/s"):
         assert part in done.stdout
+    assert re.search(r"^embedded +4 \(1 of them truncated\)$", done.stdout, re.MULTILINE)
+    assert re.search(r"^rows +7$", done.stdout, re.MULTILINE)
     assert 'open with: virnuc_dask.open_store("out.zarr")' in done.stdout
     assert "row 3  stop  invalid_residues" in done.stdout
     assert "2 records with letters that are no residues" in done.stderr
@@ -133,14 +139,80 @@ def test_status_draws_the_chunks_that_are_there(make_store: Maker, cli: Cli) -> 
     store.remove_chunk(0)
     store.remove_chunk(7)
     done = cli("status", "out.zarr")
-    assert done.returncode == 0
     assert done.stdout.splitlines()[0] == "░██████░██"
     assert "8 of 10 chunks, 236 of 300 rows (78.7%)" in done.stdout
-    assert "virnuc-dask resume out.zarr" in done.stdout
+    assert done.stdout.splitlines()[-1] == "finish with: virnuc-dask resume out.zarr"
     found = json.loads(cli("status", "out.zarr", "--json", "--rows").stdout)
     assert found["missing"] == [0, 7]
     assert sum(found["states"].values()) == 300
     assert found["states"]["pending"] == 64
+
+
+def test_status_tells_scripts_whether_a_store_is_done(
+    make_store: Maker, cli: Cli, awkward: Path
+) -> None:
+    make_store(VIRAL_PROTEINS, "whole.zarr")
+    make_store(awkward, "odd.zarr")
+    make_store(awkward, "begun.zarr", rows_per_chunk=2).remove_chunk(0)
+    for store, code, with_rows in (("whole", 0, 0), ("odd", 0, 3), ("begun", 4, 4)):
+        for options, expected in (((), code), (("--rows",), with_rows)):
+            assert cli("status", f"{store}.zarr", *options).returncode == expected
+            found = cli("status", f"{store}.zarr", "--json", *options)
+            assert json.loads(found.stdout)["exit_code"] == found.returncode == expected
+
+
+def test_status_says_that_truncated_rows_are_embedded(make_store: Maker, cli: Cli) -> None:
+    make_store(VIRAL_PROTEINS, "whole.zarr")
+    assert "embedded  300 (29 of them truncated)\n" in cli("status", "whole.zarr", "--rows").stdout
+    make_store(VIRAL_PROTEINS, "windows.zarr", long="window")
+    assert "embedded  300 (29 of them windowed)\n" in cli("status", "windows.zarr", "--rows").stdout
+
+
+def test_status_sees_a_run_as_long_as_its_process_lives(
+    make_store: Maker, cli: Cli, peptides: Path
+) -> None:
+    store = make_store(peptides, embed=False)
+    run = Run("resume", store.path, "--workers", 1)
+    for event in run:
+        if event["event"] == "chunk_done":
+            break
+    os.kill(run.process.pid, signal.SIGSTOP)
+    while_it_runs = cli("status", "out.zarr")
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.wait()
+    assert "a run is filling it; should that end early: virnuc-dask resume" in while_it_runs.stdout
+    found = cli("status", "out.zarr")
+    assert (found.returncode, while_it_runs.returncode) == (4, 4)
+    assert found.stdout.splitlines()[-1] == "finish with: virnuc-dask resume out.zarr"
+
+
+def test_an_interrupted_run_counts_what_it_has_not_computed(
+    make_store: Maker, peptides: Path
+) -> None:
+    store = make_store(peptides, embed=False, rows_per_chunk=8)
+    process = subprocess.Popen(
+        command("resume", store.path, "--workers", 1),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not store.present().any():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    missing = int((~store.present()).sum())
+    assert process.returncode == 130
+    assert f"\n  {missing} chunks not computed yet\n" in out
+    assert out.splitlines()[-1] == f"go on with: virnuc-dask resume {store.path}"
+    assert "is missing" not in out
+    assert "leaked" not in err
+
+
+def test_chunks_that_failed_are_named_and_the_rest_counted() -> None:
+    missing = {chunk: f"OSError: {chunk}" for chunk in range(12)} | {20: NOT_COMPUTED}
+    lines = list(_missing_lines(missing))
+    assert lines[0] == "chunk 0 is missing: OSError: 0"
+    assert lines[10:] == ["2 more chunks failed", "1 chunk not computed yet"]
 
 
 def test_verify_names_damage_and_repair_mends_it(make_store: Maker, cli: Cli) -> None:
@@ -165,6 +237,12 @@ def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Pat
     assert done.returncode == 0
     assert "300" in done.stdout
     assert "137,862 (median 276, most 3,164)" in done.stdout
+    for line in (
+        r"records +300",
+        r"rows +300",
+        r"long rows +29 of more than 1,022 residues; embedded, truncated to so many",
+    ):
+        assert re.search(f"^{line}$", done.stdout, re.MULTILINE)
     found = json.loads(cli("plan", VIRAL_PROTEINS, "--model=demo", "--json").stdout)
     assert found["long_records"] == 29
     assert os.listdir(tmp_path) == []
@@ -245,8 +323,9 @@ def test_a_terminal_gets_a_live_bar(awkward: Path, tmp_path: Path) -> None:
         pass  # Linux says EIO where others say end of file
     assert process.wait(timeout=60) == 3
     text = shown.decode()
-    for part in ("rows", "seq/s", "res/s", "ETA", "1 worker", "retried", "quarantined", "100%"):
+    for part in ("rows", "seq/s", "res/s", "ETA", "1 worker", "3 quarantined", "100%"):
         assert part in text
+    assert "retried" not in text  # for nothing was
     assert "\x1b[?25l" in text  # drawn in place
 
 

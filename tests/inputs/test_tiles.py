@@ -321,7 +321,7 @@ def test_a_genome_without_an_open_frame_hints_at_orf(
     with source.open("a") as file:
         file.write(f">read\n{'GCT' * 30}\n")
     (note,) = input_notes(plan(source, settings).input)
-    assert "1 of 2 reads gave no row" in note
+    assert "1 of 2 records gave no row" in note
     assert ("here 1 record of 1,000 nucleotides or more, need --frames orf" in note) == hinted
 
 

@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from clusters import dask_cluster, worker
+from clusters import dask_cluster, started, worker
 from conftest import ROOT, Cli, Maker
 from dask.system import CPU_COUNT
 from harness import (
@@ -40,6 +40,23 @@ from virnuc_dask.runtime.clusters import connect, resolve
 from virnuc_dask.settings import Shard
 from virnuc_dask.store import checks
 from virnuc_dask.store.store import Store
+
+
+def test_a_scheduler_without_workers_is_said_at_once(make_store: Maker, tmp_path: Path) -> None:
+    store = make_store(ROOT / "examples" / "esm_some_proteins.fasta", embed=False)
+    file = tmp_path / "scheduler.json"
+    scheduler = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+    with ExitStack() as stack:
+        stack.enter_context(started(file, *scheduler))
+        while not file.exists() or not file.read_text():
+            time.sleep(0.1)
+        run = Run("resume", store.path, "--cluster", file)
+        for event in run:
+            if event["event"] == "waiting_for_workers":
+                # Without a word there would be no worker, and the run would give up.
+                stack.enter_context(worker(file))
+        assert run.process.wait(timeout=60) == 0
+    assert len(run.of("waiting_for_workers")) == 1
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -33,13 +33,13 @@ def test_a_run_shows_a_bar_that_has_reached_its_end(outputs: list[Any]) -> None:
     (bar,) = (output.data for output in outputs if output.output_type == "display_data")
     assert '<progress value="300" max="300">' in bar["text/html"]
     assert "300/300 rows" in bar["text/plain"]
-    assert "&lt;b&gt;.zarr: 300 records" in bar["text/html"]
-    assert "<b>.zarr: 300 records" in bar["text/plain"]
+    assert "&lt;b&gt;.zarr: 300 rows" in bar["text/html"]
+    assert "<b>.zarr: 300 rows" in bar["text/plain"]
 
 
 def test_its_summary_is_a_table(outputs: list[Any]) -> None:
     (summary,) = (output.data for output in outputs if output.output_type == "execute_result")
-    assert "<tr><th>records</th><td>300</td></tr>" in summary["text/html"]
+    assert "<tr><th>rows</th><td>300</td></tr>" in summary["text/html"]
     assert "<td>&lt;b&gt;.zarr</td>" in summary["text/html"]
 
 

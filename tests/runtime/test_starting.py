@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import resource
+import runpy
+import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from clusters import dask_cluster
-from conftest import VIRAL_PROTEINS, Cli, Maker, command
+from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
 from harness import Run, await_end
 from models import random_network, save_network
 
@@ -259,6 +262,39 @@ def test_a_terminal_that_is_closed_is_a_signal_like_others(
     await_end(workers)
     assert Run("resume", store.path, "--workers", 1).finish() == 0
     assert Store(store.path).present().all()
+
+
+def test_an_interrupted_demo_ends_with_the_runs_summary_and_how_to_go_on(tmp_path: Path) -> None:
+    """Ctrl-C, as a terminal sends it to all of its foreground, with an environment as installed."""
+    sources = runpy.run_path(str(ROOT / "start.py"))["INSTALLED_FROM"]
+    for name in ("start.py", *sources):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    shutil.copytree(ROOT / "examples", tmp_path / "examples")
+    (programs := tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (programs / "python").chmod(0o755)
+    texts = [(ROOT / name).read_text() for name in sources]
+    (tmp_path / ".venv" / "installed").write_text("\n".join(texts))
+    process = subprocess.Popen(
+        [sys.executable, "start.py", "demo", "--workers", "1"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    while not list(tmp_path.glob("demo.zarr/embedding/c.*.0")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "chunks not computed yet" in out
+    assert out.splitlines()[-1] == "interrupted; to go on: python3 start.py demo"
+    assert "Traceback" not in err
+    assert "leaked" not in err
 
 
 def test_a_hangup_under_nohup_is_none(make_store: Maker, peptides: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields
 from itertools import islice
@@ -31,13 +31,15 @@ from virnuc_dask.cli.options import (
 from virnuc_dask.errors import RandomWeightsWarning, UsageError, VirnucError
 from virnuc_dask.settings import AUTO, RunConfig, Settings
 from virnuc_dask.streams import lost_output
-from virnuc_dask.text import printable
+from virnuc_dask.text import counted, printable
 
 if TYPE_CHECKING:
     from virnuc_dask.runtime.events import RunSummary
+    from virnuc_dask.store.status import StoreStatus
 
 _DASK = ("dask", "distributed")
 _LISTED = 10
+_SPEAKERS = ("plan", "status", "nearest", "annotate")
 
 
 # What other programs, or we ourselves elsewhere, call what a command does.
@@ -74,10 +76,7 @@ class _Group(click.Group):
         try:
             result = super().invoke(ctx)
             # All that these do is to say something.
-            if (
-                ctx.invoked_subcommand in ("plan", "status", "nearest", "annotate")
-                and lost_output()
-            ):
+            if ctx.invoked_subcommand in _SPEAKERS and lost_output():
                 ctx.exit(VirnucError.exit_code)
             return result
         except VirnucError as error:
@@ -159,7 +158,7 @@ def resume(store: str, **options: Any) -> None:
 def plan(
     inputs: tuple[str, ...], device: str, workers: int | None, as_json: bool, **options: Any
 ) -> None:
-    """Say what embedding INPUTS would take: records, letters, chunks, bytes, time."""
+    """Say what embedding INPUTS would take: records, rows, residues, chunks, bytes, time."""
     settings = Settings(**_settings(options))
     from virnuc_dask.runtime.plan import plan as make
 
@@ -184,21 +183,34 @@ def plan(
 @click.option("--rows", is_flag=True, help="Also count rows by state, and name quarantined ones.")
 @click.option("--json", "as_json", is_flag=True)
 def status(store: str, rows: bool, as_json: bool) -> None:
-    """Show how far STORE is, from chunk presence alone; also while a run is going."""
+    """Show how far STORE is, from chunk presence alone; also while a run is going.
+
+    Exit codes: 0 complete; 4 incomplete; with --rows also 3, complete with quarantined rows.
+    """
     from virnuc_dask.store import status
+    from virnuc_dask.store.location import location_of
 
     found = status.status(store)
-    document = found.to_json()
+    document = found.to_json() | {"run_seen": location_of(store).is_in_use}
+    code = 0 if found.present.all() else VirnucError.exit_code
     if rows:
         document["states"] = status.row_states(store)
         document["quarantined"] = [
             {"row": row, "id": name, "reason": reason}
             for row, name, reason in status.quarantined(store)
         ]
+        code = code or (3 if document["quarantined"] else 0)
     if as_json:
-        print(json.dumps(document))
-        return
-    from virnuc_dask.runtime.display import chunk_map
+        print(json.dumps(document | {"exit_code": code}))
+    else:
+        _show_status(found, document)
+    if not lost_output():  # else that is what the exit code tells of
+        sys.exit(code)
+
+
+def _show_status(found: StoreStatus, document: dict[str, Any]) -> None:
+    from virnuc_dask.runtime.display import chunk_map, table_lines
+    from virnuc_dask.runtime.events import state_table
 
     done = int(found.present.sum())
     print(chunk_map(found.present, sys.stdout.encoding))
@@ -207,13 +219,15 @@ def status(store: str, rows: bool, as_json: bool) -> None:
         f" ({found.rows_done / found.records:.1%})"
     )
     print(f"model: {printable(found.model.described(found.device), 1000)}")
-    if rows:
-        for state, number in document["states"].items():
-            print(f"{state:<18} {number:,}")
-        for row in document["quarantined"]:
-            print(f"row {row['row']}\t{printable(row['id'])}\t{row['reason']}")
+    for line in table_lines(state_table(document.get("states", {}))):
+        print(line)
+    for row in document.get("quarantined", ()):
+        print(f"row {row['row']}\t{printable(row['id'])}\t{row['reason']}")
     if done < found.chunks:
-        print(f"finish with: virnuc-dask resume {store}")
+        how = (
+            "a run is filling it; should that end early" if document["run_seen"] else "finish with"
+        )
+        print(f"{how}: virnuc-dask resume {found.path}")
 
 
 @main.command()
@@ -387,10 +401,10 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
 
 
 def _show_summary(summary: RunSummary) -> None:
-    from virnuc_dask.runtime.display import summary_lines
+    from virnuc_dask.runtime.display import table_lines
     from virnuc_dask.store.status import quarantined
 
-    for line in summary_lines(summary):
+    for line in table_lines(summary.table()):
         print(line)
     if summary.quarantined:
         for row, name, reason in islice(quarantined(summary.store), _LISTED):
@@ -400,10 +414,23 @@ def _show_summary(summary: RunSummary) -> None:
     if summary.stopped:
         print(f"stopped: {summary.stopped}")
     if summary.missing:
-        for chunk, error in islice(summary.missing.items(), _LISTED):
-            print(f"  chunk {chunk} is missing: {error}")
+        for line in _missing_lines(summary.missing):
+            print(f"  {line}")
         print(f"go on with: virnuc-dask resume {summary.store}")
     elif summary.elsewhere:
         print(f"this shard is done; {summary.elsewhere:,} chunks of others are not yet")
     else:
         print(f'open with: virnuc_dask.open_store("{summary.store}")')
+
+
+def _missing_lines(missing: dict[int, str]) -> Iterator[str]:
+    """Chunks that failed, the first of them by name, and how many were merely not computed."""
+    from virnuc_dask.runtime.events import NOT_COMPUTED
+
+    failed = {chunk: error for chunk, error in missing.items() if error != NOT_COMPUTED}
+    for chunk, error in islice(failed.items(), _LISTED):
+        yield f"chunk {chunk} is missing: {error}"
+    if len(failed) > _LISTED:
+        yield f"{counted(len(failed) - _LISTED, 'more chunk')} failed"
+    if rest := len(missing) - len(failed):
+        yield f"{counted(rest, 'chunk')} not computed yet"

@@ -49,7 +49,10 @@ _ENVIRON = "distributed.nanny.pre-spawn-environ"
 
 @contextmanager
 def connect(
-    cluster: str, workers: int | None = None, config: RunConfig = _DEFAULT
+    cluster: str,
+    workers: int | None = None,
+    config: RunConfig = _DEFAULT,
+    waiting: Callable[[], None] = lambda: None,
 ) -> Iterator[Client]:
     """Yield a client of a cluster; start and close a local cluster.
 
@@ -64,6 +67,8 @@ def connect(
         ``local`` with a device other than a CPU.
     config : RunConfig, optional
         Its TLS files are for a running scheduler.
+    waiting : callable
+        Called if a running scheduler has no worker yet, before the first one is awaited.
 
     Raises
     ------
@@ -114,6 +119,8 @@ def connect(
         # Dask has no specific error for an invalid address or TLS files that do not match.
         raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
     with client:
+        if not client.nthreads():
+            waiting()
         _await_workers(client, 1)
         with _said_if_lost():
             check_scheduler(client)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from html import escape
@@ -28,6 +28,10 @@ from virnuc_dask.text import counted, duration, printable
 _PLAIN_EVERY_S = 10.0
 _NOTEBOOK_EVERY_S = 0.25
 _MAP_CELLS = 64
+# Columns of a terminal that a bar of so many takes, widest first; a narrower one shows none.
+_BAR_WIDTHS = {100: 24, 60: 16, 36: 8}
+# A spinner, a percentage, and a space after each, and after the bar.
+_BESIDE_THE_TEXT = 8
 # A chunk that is there, some of several, none; and for encodings that have no such letters.
 _BLOCKS, _SIGNS = ("█", "▒", "░"), ("#", "+", ".")
 _OF_A_CHUNK = (events.ChunkDone, events.ChunkFailed, events.ChunkOverdue, events.WorkerLost)
@@ -105,6 +109,7 @@ class _Tally:
         self.rows = self.total = self.residues_left = 0
         self.computed_rows = self.computed_residues = 0
         self.workers = self.retries = self.quarantined = 0
+        self.has_begun = False
         self._began: float | None = None
 
     def take(self, event: Event) -> None:
@@ -113,10 +118,13 @@ class _Tally:
                 self.total = event.present_rows + event.rows_to_compute
                 self.rows = event.present_rows
                 self.residues_left = event.residues_to_encode
+            case events.WaitingForWorkers():
+                self.has_begun = True
             case events.WorkersChanged():
-                self.workers = event.workers
+                self.workers, self.has_begun = event.workers, True
                 # Rates count from the first worker's arrival: starting one takes seconds.
-                self._began = self._began or time.monotonic()
+                if self.workers:
+                    self._began = self._began or time.monotonic()
             case events.ChunkDone():
                 self.rows += event.rows
                 self.residues_left -= event.residues
@@ -131,23 +139,36 @@ class _Tally:
             case events.WorkerLost():
                 self.retries += len(event.chunks)
 
-    def text(self) -> str:
+    def text(self, columns: int | None = None) -> str:
+        """As much of it as fits into so many columns, what matters most first."""
+        if not self.workers:
+            return "waiting for workers" if self.has_begun else "starting workers"
+        return _fitting(self._parts(), columns)
+
+    def _parts(self) -> Iterator[str]:
         seconds = max(1e-6, time.monotonic() - (self._began or time.monotonic()))
         rate = self.computed_residues / seconds
-        left = f"ETA {duration(max(0, self.residues_left) / rate)}" if rate else "ETA ?"
-        return (
-            f"{self.rows:,}/{self.total:,} rows  {self.computed_rows / seconds:,.0f} seq/s"
-            f"  {rate:,.0f} res/s  {left}"
-            f"  {counted(self.workers, 'worker')}"
-            f"  {self.retries} retried  {self.quarantined} quarantined"
-        )
+        left = duration(max(0, self.residues_left) / rate) if rate else "?"
+        yield f"{self.rows:,}/{self.total:,} rows"
+        yield f"ETA {left}"
+        if self.quarantined:
+            yield f"{self.quarantined:,} quarantined"
+        if self.retries:
+            yield f"{self.retries:,} retried"
+        if rate:
+            yield f"{self.computed_rows / seconds:,.0f} seq/s"
+        yield counted(self.workers, "worker")
+        if rate:
+            yield f"{rate:,.0f} res/s"
 
 
 class _Bar:
     def __init__(self, console: Console) -> None:
+        bar = next((bar for least, bar in _BAR_WIDTHS.items() if console.width >= least), 0)
+        self._beside = _BESIDE_THE_TEXT + bar
         self.progress = Progress(
             SpinnerColumn("line" if console.options.ascii_only else "dots"),
-            BarColumn(bar_width=24),
+            *([BarColumn(bar_width=bar)] if bar else []),
             TaskProgressColumn(),
             TextColumn("{task.description}", markup=False),
             console=console,
@@ -159,7 +180,7 @@ class _Bar:
     def __call__(self, event: Event) -> None:
         self._tally.take(event)
         if isinstance(event, events.Reading):
-            self.progress.update(self._task, description=_reading(event))
+            self.progress.update(self._task, description=_reading(event, self._columns))
         elif isinstance(event, RunSummary):
             self.progress.stop()
         else:
@@ -169,8 +190,12 @@ class _Bar:
                 self._task,
                 total=self._tally.total or None,
                 completed=self._tally.rows,
-                description=self._tally.text() if self._tally.workers else "starting workers",
+                description=self._tally.text(self._columns),
             )
+
+    @property
+    def _columns(self) -> int:
+        return self.progress.console.width - self._beside
 
 
 class _PlainLines:
@@ -189,7 +214,7 @@ class _PlainLines:
             self._said = time.monotonic()
             if isinstance(event, events.Reading):
                 self._say(_reading(event))
-            elif self._tally.workers:
+            elif self._tally.total:
                 self._say(self._tally.text())
 
     def _say(self, line: str) -> None:
@@ -241,8 +266,19 @@ class _JsonLines:
         self._stream.flush()
 
 
-def _reading(event: events.Reading) -> str:
-    return f"reading input: {event.records:,} records, {event.residues:,} residues"
+def _reading(event: events.Reading, columns: int | None = None) -> str:
+    parts = (f"reading input: {event.records:,} rows", f"{event.residues:,} residues")
+    return _fitting(parts, columns)
+
+
+def _fitting(parts: Iterable[str], columns: int | None) -> str:
+    """Those parts, in their order, that fit into a line of so many columns."""
+    line = ""
+    for part in parts:
+        longer = f"{line}  {part}" if line else part
+        if columns is None or len(longer) <= columns:
+            line = longer
+    return line
 
 
 def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
@@ -255,12 +291,14 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
                 yield from input_notes(event)
         case events.RunStarted() if not quiet:
             yield (
-                f"{event.store}: {counted(event.records, 'record')} in"
+                f"{event.store}: {counted(event.records, 'row')} in"
                 f" {counted(event.chunks, 'chunk')}, {event.present_chunks:,} done,"
                 f" {event.chunks_to_compute:,} to compute"
             )
         case events.Connected() if not quiet:
             yield f"dashboard: {event.dashboard}"
+        case events.WaitingForWorkers():
+            yield f"waiting for workers: the scheduler at {event.cluster} has none"
         case events.WorkersChecked() if not quiet:
             yield (
                 f"{counted(event.workers, 'worker')} checked in {duration(event.seconds)}:"
@@ -330,7 +368,7 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
         yield "note: " + ", ".join(f"{n:,} {what}" for what, n in changed.items() if n)
     if event.without_row:
         yield (
-            f"note: {event.without_row:,} of {counted(event.reads, 'read')} gave no row: no frame"
+            f"note: {event.without_row:,} of {counted(event.reads, 'record')} gave no row: no frame"
             f" is open, or long enough{event.hint}"
         )
 
@@ -338,11 +376,10 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
 # --- the summary and the map ---------------------------------------------------------------------
 
 
-def summary_lines(summary: RunSummary) -> Iterator[str]:
-    """The end of a run, as a table that nothing wraps but the terminal itself."""
-    rows = summary.table()
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
+def table_lines(table: list[tuple[str, str]]) -> Iterator[str]:
+    """Names and values as a table that nothing wraps but the terminal itself."""
+    width = max((len(name) for name, _ in table), default=0)
+    for name, value in table:
         yield f"{name:<{width}}  {value}"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from html import escape
 from typing import Any
 
 from virnuc_dask.settings import CONTIG_NUCLEOTIDES, ModelSpec, Status
 from virnuc_dask.text import counted, duration, printable
+
+# Of a chunk that is not done, if no attempt at it has failed.
+NOT_COMPUTED = "not computed"
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,7 @@ def silence(_event: Event) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Reading(Event):
-    """Input records read so far."""
+    """Input read so far; `records` are the rows that it gives."""
 
     records: int
     residues: int
@@ -88,7 +91,10 @@ class InputRead(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """The plan: what there is, what is there already, and what this run, or its shard, is to do."""
+    """The plan: what there is, what is there already, and what this run, or its shard, is to do.
+
+    `records` are rows of the store.
+    """
 
     store: str
     records: int
@@ -106,6 +112,13 @@ class WorkersChanged(Event):
 
     workers: int
     threads: int
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingForWorkers(Event):
+    """The scheduler of this cluster has no worker yet."""
+
+    cluster: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,12 +281,8 @@ class RunSummary(Event):
 
     def table(self) -> list[tuple[str, str]]:
         """What it says, for people: names and values."""
-        rows = []
-        for state in Status:
-            if number := self.counts.get(state.meaning):
-                name = f"quarantined: {state.meaning}" if state.quarantined else state.meaning
-                rows.append((name, f"{number:,}"))
-        rows.append(("records", f"{self.records:,}"))
+        rows = state_table(self.counts)
+        rows.append(("rows", f"{self.records:,}"))
         done = self.chunks - len(self.missing) - self.elsewhere
         computed = f"{self.computed_chunks:,} computed now"
         rows.append(("chunks", f"{done:,} of {self.chunks:,}, {computed}"))
@@ -321,6 +330,34 @@ class RunSummary(Event):
         """As an event, with its exit code."""
         # Not super(): a dataclass with slots is another class than the one that super() means.
         return {**Event.to_json(self), **self.model.comment(), "exit_code": self.exit_code}
+
+
+def state_table(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """How many rows are in which state, for people: names and values.
+
+    Parameters
+    ----------
+    counts : mapping of str to int
+        Rows by state, as in `RunSummary`. Truncated and windowed rows are embedded too, and are
+        said to be some of those.
+    """
+    long = {
+        state.meaning: number
+        for state in (Status.TRUNCATED, Status.WINDOWED)
+        if (number := counts.get(state.meaning, 0))
+    }
+    embedded = counts.get(Status.EMBEDDED.meaning, 0) + sum(long.values())
+    of_them = ", ".join(f"{number:,} of them {meaning}" for meaning, number in long.items())
+    table = []
+    if pending := counts.get(Status.PENDING.meaning, 0):
+        table.append((Status.PENDING.meaning, f"{pending:,}"))
+    if embedded:
+        also = f" ({of_them})" if long else ""
+        table.append((Status.EMBEDDED.meaning, f"{embedded:,}{also}"))
+    for state in Status:
+        if state.quarantined and (number := counts.get(state.meaning, 0)):
+            table.append((f"quarantined: {state.meaning}", f"{number:,}"))
+    return table
 
 
 def _snake(name: str) -> str:

@@ -40,6 +40,7 @@ from virnuc_dask.settings import (
     AUTO,
     DEMO,
     RANDOM_WEIGHTS,
+    LongPolicy,
     ModelSpec,
     Precision,
     Settings,
@@ -51,6 +52,12 @@ from virnuc_dask.text import counted, duration, printable
 _TRIAL_RESIDUES = 2**14
 # Share of a product's speed that a network reaches, and what it is estimated for.
 _NETWORK_SHARE, _TYPICAL_RESIDUES = 0.8, 300
+# What becomes of a long row, by `--long`.
+_MADE_OF_LONG: dict[LongPolicy, str] = {
+    "truncate": "embedded, truncated to so many",
+    "window": "embedded in windows",
+    "skip": "quarantined as too_long",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +73,7 @@ class Plan:
     longest, median : int
         Residues.
     long_records : int
-        Records longer than `max_residues`.
+        Rows longer than `max_residues`.
     encoded_residues : int
         Residues that would go through the encoder.
     chunks, rows_per_chunk : int
@@ -87,6 +94,9 @@ class Plan:
         That the estimate counts on.
     without_row : list of str
         Identifiers of the nucleotide records that give no row.
+    long : {'truncate', 'window', 'skip'}
+        What becomes of rows longer than `max_residues`.
+    max_residues : int
     """
 
     input: events.InputRead
@@ -106,6 +116,8 @@ class Plan:
     is_measured: bool
     workers: int
     without_row: list[str]
+    long: LongPolicy
+    max_residues: int
 
     @property
     def seconds(self) -> float:
@@ -126,17 +138,19 @@ class Plan:
         """What a person wants to know, as (name, value)."""
         yield "model", printable(self.model.described(self.device), 1000)
         if self.input.reads:
-            yield "reads", f"{self.input.reads:,} ({self.input.nucleotides:,} nucleotides)"
-            yield "without frame", f"{self.input.without_row:,} reads"
-        if self.input.tiled:
-            yield "frames" if self.input.reads else "records", f"{self.input.tiled:,}"
-        is_record = not (self.input.reads or self.input.tiled)
-        yield "records" if is_record else "rows", f"{self.input.records:,}"
+            yield "records", f"{self.input.reads:,} ({self.input.nucleotides:,} nucleotides)"
+            yield "without frame", counted(self.input.without_row, "record")
+            if self.input.tiled:
+                yield "frames", f"{self.input.tiled:,}"
+        else:
+            yield "records", f"{self.input.tiled or self.input.records:,}"
+        yield "rows", f"{self.input.records:,}"
         yield "residues", f"{self.input.residues:,} (median {self.median:,}, most {self.longest:,})"
         if self.input.empty or self.input.invalid:
             of = "tiles of records: " if self.input.tiled else ""
             yield "quarantined", f"{of}{self.input.invalid:,} invalid, {self.input.empty:,} empty"
-        yield "long records", f"{self.long_records:,}"
+        long = f"{self.long_records:,} of more than {self.max_residues:,} residues"
+        yield "long rows", f"{long}; {_MADE_OF_LONG[self.long]}" if self.long_records else long
         yield "to encode", f"{self.encoded_residues:,} residues"
         yield "chunks", f"{self.chunks:,} of {self.rows_per_chunk:,} rows"
         parts = (self.embedding_bytes, self.sequence_bytes, self.residue_embedding_bytes)
@@ -145,7 +159,11 @@ class Plan:
         if not self.encoded_residues:
             yield "time", "none: there is nothing to encode"
             return
-        how = "measured on one thread" if self.is_measured else "estimated by the model's size"
+        how = (
+            "measured on one thread while nothing else ran"
+            if self.is_measured
+            else "estimated by the model's size"
+        )
         yield (
             "time",
             f"about {duration(self.seconds)} with {counted(self.workers, 'worker')}"
@@ -230,6 +248,8 @@ def plan(
         rate is not None,
         workers,
         summary.without_row,
+        settings.long,
+        settings.max_residues,
     )
 
 
@@ -274,7 +294,7 @@ def _trial(
 
 
 def model_choices() -> str:
-    """Which models there are, and about how fast each would be on this machine; takes a second."""
+    """Which models there are, and how fast each would be here at best; takes a second."""
     import torch
 
     rates = [CPU_COUNT * _products_per_s("cpu")]
@@ -303,7 +323,9 @@ def model_choices() -> str:
         f"  {'':<20} fine-tuned model or a LoRA adapter",
         f"  {DEMO:<20} {RANDOM_WEIGHTS}",
         "",
-        f"residues/s: about, of proteins of {_TYPICAL_RESIDUES}, on this machine {where}",
+        f"residues/s: at best, of proteins of {_TYPICAL_RESIDUES}, on this machine {where}:"
+        f" {_NETWORK_SHARE:.0%} of",
+        "what matrix products alone reach on one of them, times their number",
     ]
     return "\n".join(lines)
 

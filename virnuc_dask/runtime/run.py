@@ -185,8 +185,13 @@ def _fill(
     """Compute the missing chunks of a store, or of its shard."""
     shard = Shard.parse(config.shard, os.environ)
 
+    def wait() -> None:
+        emit(events.WaitingForWorkers(cluster))
+
     def connection() -> AbstractContextManager[Client]:
-        return connect(cluster, workers, config) if client is None else _borrow(client)
+        if client is not None:
+            return _borrow(client)
+        return connect(cluster, workers, config, waiting=wait)
 
     if config.verify:
         with connection() as connected:
@@ -220,7 +225,12 @@ def _fill(
     )
     work = Work(store, needs, config, emit, costs)
     if missing:
-        with _signals(work), connection() as connected, _watched(connected, config, emit):
+        with (
+            store.location.in_use(),
+            _signals(work),
+            connection() as connected,
+            _watched(connected, config, emit),
+        ):
             if not needs.is_met:
                 _check_workers(connected, needs, work)
             work.drive(connected, missing)
@@ -293,7 +303,7 @@ def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSum
     unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]
     counts.update(count_states(store, unread))
     absent = np.flatnonzero(~present).tolist()
-    missing = {c: work.errors.get(c, "not computed") for c in absent if shard.holds(c)}
+    missing = {c: work.errors.get(c, events.NOT_COMPUTED) for c in absent if shard.holds(c)}
     if pending := store.records - store.rows_in(np.flatnonzero(present)):
         counts[Status.PENDING.meaning] = pending
     return RunSummary(

@@ -15,7 +15,7 @@ import re
 import tempfile
 from collections.abc import AsyncGenerator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
@@ -140,6 +140,15 @@ class Bucket:
     def is_abandoned(self, key: str) -> bool:
         """Return True: an object that is listed is completely written."""
         return True
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Say nothing: there are no locks that end with their process."""
+        return nullcontext()
+
+    @property
+    def is_in_use(self) -> bool:
+        """Never seen, for want of locks."""
+        return False
 
     def staging(self) -> Staging:
         """Create a staging directory on this machine's disk; remove those of dead ingests."""

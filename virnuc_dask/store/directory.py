@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import fcntl
 import os
 import shutil
 import weakref
@@ -207,6 +208,31 @@ class Directory:
     def is_abandoned(self, key: str) -> bool:
         """Whether no process is writing a file; see `files.is_abandoned`."""
         return is_abandoned(self._root / key)
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Hold a shared lock while a run fills this store; nothing depends on it, it informs."""
+        descriptor = os.open(self._root / ROOT, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without such locks
+                fcntl.flock(descriptor, fcntl.LOCK_SH)
+            yield
+        finally:
+            os.close(descriptor)
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether a run holds the lock. A run on another machine may go unnoticed."""
+        descriptor = os.open(self._root / ROOT, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return False
 
     def _names(self) -> AbstractContextManager[None]:
         return self._held.names() if self._held else nullcontext()
