@@ -16,6 +16,7 @@ import pytest
 from conftest import VIRAL_PROTEINS, Cli, Maker, command
 
 import virnuc_dask
+from virnuc_dask.runtime import display as display_module
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.display import display
 from virnuc_dask.runtime.prepare import prepare

@@ -160,7 +160,7 @@ class Plan:
             yield "time", "none: there is nothing to encode"
             return
         how = (
-            "measured on one thread while nothing else ran"
+            "measured on one thread, without other workers"
             if self.is_measured
             else "estimated by the model's size"
         )
