@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import IntEnum
 from typing import Any, Literal, get_args
 
@@ -169,6 +170,64 @@ class Identity:
 
 
 @dataclass(frozen=True, slots=True)
+class Option:
+    """What a setting means and what it may be: checks and command-line options are made from it.
+
+    Attributes
+    ----------
+    help : str
+        One sentence for the command line.
+    choices : tuple of str
+        Allowed values; empty: any.
+    least, most : int, optional
+        Bounds of a number, inclusive.
+    unset : str, optional
+        What the default None stands for.
+    is_rare : bool
+        Whether few people need it; the help lists it last.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    most: int | None = None
+    unset: str | None = None
+    is_rare: bool = False
+
+
+def _option(help_text: str, default: Any = MISSING, **more: Any) -> Any:
+    return field(default=default, metadata={"option": Option(help_text, **more)})
+
+
+def options_of(settings: Any) -> dict[str, Option]:
+    """Options of a settings class or object, by field, in their order."""
+    return {
+        each.name: each.metadata["option"] for each in fields(settings) if "option" in each.metadata
+    }
+
+
+def _check(settings: Any) -> None:
+    """Check each value against its option.
+
+    Raises
+    ------
+    UsageError
+    """
+    for name, option in options_of(settings).items():
+        value = getattr(settings, name)
+        if option.choices and value not in option.choices:
+            allowed = ", ".join(option.choices)
+            raise UsageError(f"{name} must be one of {allowed}, not {value!r}")
+        if value is None or option.least is None:
+            continue
+        most = math.inf if option.most is None else option.most
+        if not option.least <= value <= most:  # also NaN
+            bounds = f"at least {option.least:,}" if most == math.inf else None
+            bounds = bounds or f"{option.least:,} to {most:,}"
+            raise UsageError(f"{name} must be {bounds}, not {value}")
+
+
+@dataclass(frozen=True, slots=True)
 class Translation:
     """How nucleotide sequences are translated into proteins.
 
@@ -187,15 +246,28 @@ class Translation:
         Proteins with a larger fraction of X are left out; no effect with ``virnucpro``.
     """
 
-    rule: FrameRule = "open"
-    window: int | None = None
-    genetic_code: int = 1
-    min_residues: int = 20
-    max_unknown: float = 0.1
+    rule: FrameRule = _option(
+        "Frames whose only stop is at the end; every stretch between stops; or as VirNucPro.",
+        "open",
+        choices=FRAME_RULES,
+    )
+    window: int | None = _option(
+        "Nucleotides at once, such as VirNucPro's 300 or 500, or none: whole records.", None
+    )
+    genetic_code: int = _option("Number of the NCBI translation table.", 1, is_rare=True)
+    min_residues: int = _option(
+        "Leave out shorter proteins; not with virnucpro.", 20, least=1, is_rare=True
+    )
+    max_unknown: float = _option(
+        "Leave out proteins with a larger fraction of X; not with virnucpro.",
+        0.1,
+        least=0,
+        most=1,
+        is_rare=True,
+    )
 
     def __post_init__(self) -> None:
-        if self.rule not in FRAME_RULES:
-            raise UsageError(f"frames must be one of {', '.join(FRAME_RULES)}, not {self.rule!r}")
+        _check(self)
         if self.window is not None and self.window < MIN_WINDOW:
             raise UsageError(f"window must be at least {MIN_WINDOW} nucleotides, not {self.window}")
         if self.rule == "virnucpro" and self.window is None:
@@ -205,10 +277,6 @@ class Translation:
             raise UsageError("frames orf needs whole records; leave out the window")
         if self.rule == "virnucpro" and self.genetic_code != 1:
             raise UsageError(f"frames virnucpro needs genetic code 1, not {self.genetic_code}")
-        if self.min_residues < 1:
-            raise UsageError(f"min_residues must be at least 1, not {self.min_residues}")
-        if not 0 <= self.max_unknown <= 1:
-            raise UsageError(f"max_unknown must be a fraction from 0 to 1, not {self.max_unknown}")
 
     def __str__(self) -> str:
         """All values that change rows, as text for a store's identity."""
@@ -234,8 +302,14 @@ class Tiling:
         quarters of its residues with some tile.
     """
 
-    size: int
-    step: int | None = None
+    size: int = _option("Cut proteins, or frames, into tiles of this many residues.", least=1)
+    step: int | None = _option(
+        "Residues from the start of one tile to the start of the next.",
+        None,
+        least=1,
+        unset="half a tile",
+        is_rare=True,
+    )
 
     def __post_init__(self) -> None:
         if self.size < 1:
@@ -292,41 +366,50 @@ class Settings:
         Refuse input that contains a letter that is not a residue.
     """
 
-    model: str
-    pooling: Pooling = "mean"
-    repr_layer: int | None = None
-    precision: Precision | Literal["auto"] = AUTO
-    dtype: StoredDtype = "float32"
-    max_residues: int = 1022
-    long: LongPolicy = "truncate"
-    rows_per_chunk: int | None = None
-    per_residue: bool = False
+    model: str = _option(
+        "A fair-esm name such as esm2_t33_650M_UR50D, a .pt file, a Hugging Face directory, or demo"
+        " (random weights, for trying the pipeline).  [required]"
+    )
+    pooling: Pooling = _option(
+        "Mean or maximum over residues, or the BOS token.", "mean", choices=POOLINGS
+    )
+    repr_layer: int | None = _option("Layer to pool, from 1.", None, unset="the last")
+    precision: Precision | Literal["auto"] = _option(
+        "Of the matrix products. auto: the store's; else float32 on a CPU, float16 on a GPU.",
+        AUTO,
+        choices=(AUTO, *PRECISIONS),
+    )
+    dtype: StoredDtype = _option("Of the stored embeddings.", "float32", choices=STORED_DTYPES)
+    max_residues: int = _option(
+        "Most residues that the encoder takes at once.", 1022, least=1, is_rare=True
+    )
+    long: LongPolicy = _option(
+        "Longer sequences: truncate, cover by overlapping windows, or quarantine.",
+        "truncate",
+        choices=LONG_POLICIES,
+    )
+    rows_per_chunk: int | None = _option(
+        "Rows that are computed and saved together.",
+        None,
+        least=1,
+        most=10_000,
+        unset="what takes up to 40 s",
+    )
+    per_residue: bool = _option("Also store each residue's embedding, as float16.", False)
     translation: Translation | None = None
     tiling: Tiling | None = None
-    molecule: Molecule = AUTO
-    strict: bool = False
+    molecule: Molecule = _option(
+        "What the input is, if it does not look like it.", AUTO, choices=MOLECULES, is_rare=True
+    )
+    strict: bool = _option("Refuse letters that are no residues.", False, is_rare=True)
 
     def __post_init__(self) -> None:
-        for name, allowed in (
-            ("pooling", POOLINGS),
-            ("precision", (AUTO, *PRECISIONS)),
-            ("dtype", STORED_DTYPES),
-            ("long", LONG_POLICIES),
-            ("molecule", MOLECULES),
-        ):
-            if getattr(self, name) not in allowed:
-                raise UsageError(
-                    f"{name} must be one of {', '.join(allowed)}, not {getattr(self, name)!r}"
-                )
+        _check(self)
         if self.strict and self.translation:
             raise UsageError("strict is for proteins; nucleotide letters are never refused")
         if self.tiling and self.translation and self.translation.rule == "virnucpro":
             # This rule leaves out codons, so a tile would have no exact position in its record.
             raise UsageError("tiles work with frames open and orf, not with frames virnucpro")
-        if self.max_residues < 1:
-            raise UsageError(f"max_residues must be at least 1, not {self.max_residues}")
-        if self.rows_per_chunk is not None and not 1 <= self.rows_per_chunk <= 10_000:
-            raise UsageError(f"rows_per_chunk must be 1 to 10,000, not {self.rows_per_chunk}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -372,37 +455,61 @@ class RunConfig:
         client's certificate and key. Default: from Dask's configuration.
     """
 
-    attempts: int = 3
-    backoff: float = 1.0
-    suspect_after: int = 2
-    deadline_factor: float = 20.0
-    deadline_floor: float = 60.0
-    deadline_first: float | None = None
-    grace: float = 30.0
-    in_flight: int | None = None
-    verify: bool = False
-    device: str = AUTO
-    shard: str | None = None
-    performance_report: str | None = None
-    tls_ca_file: str | None = None
-    tls_cert: str | None = None
-    tls_key: str | None = None
+    device: str = _option(
+        "Torch device of the workers. auto: cuda with local-cuda, else cpu.", AUTO
+    )
+    shard: str | None = _option(
+        "i/n: compute every n-th chunk, from the i-th on; other runs on the same store do the rest."
+        " slurm: as the array job says.",
+        None,
+    )
+    attempts: int = _option(
+        "Attempts at a chunk after transient errors, such as I/O errors.", 3, least=1, is_rare=True
+    )
+    backoff: float = _option(
+        "Seconds before the second attempt; doubled before each further one.",
+        1.0,
+        least=0,
+        is_rare=True,
+    )
+    suspect_after: int = _option(
+        "Worker deaths after which a chunk is computed in a separate process.",
+        2,
+        least=1,
+        is_rare=True,
+    )
+    deadline_factor: float = _option(
+        "Times the running median, per residue, that a chunk may take before it counts as hanging.",
+        20.0,
+        least=1,
+        is_rare=True,
+    )
+    deadline_floor: float = _option("Seconds that any chunk may take.", 60.0, least=0, is_rare=True)
+    deadline_first: float | None = _option(
+        "Seconds that a chunk may take before a median is known, and a worker to load the model.",
+        None,
+        least=0,
+        unset="by the model's size and the device",
+        is_rare=True,
+    )
+    grace: float = _option(
+        "Seconds from SIGINT or SIGTERM to the end.", 30.0, least=0, is_rare=True
+    )
+    in_flight: int | None = _option(
+        "Chunks submitted at once.", None, least=1, unset="one per worker thread", is_rare=True
+    )
+    verify: bool = _option("Decode present chunks before trusting them.", False, is_rare=True)
+    performance_report: str | None = _option(
+        "HTML file for Dask's own report of the run.", None, is_rare=True
+    )
+    tls_ca_file: str | None = _option(
+        "For tls:// addresses: the authority to trust, PEM.", None, is_rare=True
+    )
+    tls_cert: str | None = _option("This client's certificate, PEM.", None, is_rare=True)
+    tls_key: str | None = _option("Its key, PEM.", None, is_rare=True)
 
     def __post_init__(self) -> None:
-        least = {"attempts": 1, "suspect_after": 1, "in_flight": 1, "deadline_factor": 1}
-        for name in (
-            "attempts",
-            "backoff",
-            "suspect_after",
-            "deadline_factor",
-            "deadline_floor",
-            "deadline_first",
-            "grace",
-            "in_flight",
-        ):
-            value, bound = getattr(self, name), least.get(name, 0)
-            if value is not None and not value >= bound:
-                raise UsageError(f"{name} must be at least {bound}, not {value}")
+        _check(self)
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,14 +22,19 @@ from virnuc_dask import __version__
 from virnuc_dask.cli.analysis import COMMANDS, chunk_counter
 from virnuc_dask.cli.interrupts import SAID, cleaning_up
 from virnuc_dask.cli.options import (
+    EMBED,
+    WHERE,
+    GroupedCommand,
     display_options,
+    grouped,
     identity_options,
+    setting,
     settings_of,
     tls_options,
     work_options,
 )
 from virnuc_dask.errors import RandomWeightsWarning, UsageError, VirnucError
-from virnuc_dask.settings import AUTO, RunConfig, Settings
+from virnuc_dask.settings import RunConfig, Settings
 from virnuc_dask.streams import lost_output
 from virnuc_dask.text import counted, printable
 
@@ -107,11 +112,10 @@ def main() -> None:
     atexit.register(gc.freeze)
 
 
-@main.command()
+@main.command(cls=GroupedCommand)
 @click.argument("inputs", nargs=-1, required=True)
 @click.argument("store")
 @identity_options
-@click.option("--strict", is_flag=True, help="Refuse input with letters that are no residues.")
 @work_options
 @display_options
 def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
@@ -129,9 +133,9 @@ def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
     )
 
 
-@main.command()
+@main.command(cls=GroupedCommand)
 @click.argument("store")
-@click.option("--model", help="Where the weights are now, if they were moved.")
+@grouped(EMBED, "--model", help="Where the weights are now, if they were moved.")
 @work_options
 @display_options
 def resume(store: str, **options: Any) -> None:
@@ -142,18 +146,17 @@ def resume(store: str, **options: Any) -> None:
     _show_run(shown, lambda listener: start(store, config=config, listener=listener, **options))
 
 
-@main.command()
+@main.command(cls=GroupedCommand)
 @click.argument("inputs", nargs=-1, required=True)
 @identity_options
-@click.option(
-    "--device", default=AUTO, show_default=True, help="That will compute, such as cuda. auto: cpu."
-)
-@click.option(
+@setting(RunConfig, "device", help="Device that will compute, such as cuda. auto: cpu.")
+@grouped(
+    WHERE,
     "--workers",
     type=click.IntRange(1),
+    metavar="N",
     help="For the estimate.  [default: one a core, or one for another device]",
 )
-@click.option("--strict", is_flag=True, help="Refuse input with letters that are no residues.")
 @click.option("--json", "as_json", is_flag=True)
 def plan(
     inputs: tuple[str, ...], device: str, workers: int | None, as_json: bool, **options: Any

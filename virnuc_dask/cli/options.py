@@ -1,25 +1,46 @@
-"""Options of the command line that several commands have."""
+"""Command-line options that several commands share. What a setting means is said in `settings`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import MISSING, fields
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from virnuc_dask.settings import (
-    AUTO,
-    FRAME_RULES,
-    LONG_POLICIES,
-    MOLECULES,
-    POOLINGS,
-    PRECISIONS,
-    STORED_DTYPES,
-    RunConfig,
-    Tiling,
-    Translation,
+from virnuc_dask.settings import Option, RunConfig, Settings, Tiling, Translation, options_of
+
+EMBED, WHERE, SHOWN, RARE = (
+    "What to embed",
+    "Where to run",
+    "How it is shown",
+    "What few people need",
 )
+
+
+class GroupedOption(click.Option):
+    """An option that has a heading in the help."""
+
+    def __init__(self, *declarations: Any, group: str, **more: Any) -> None:
+        super().__init__(*declarations, **more)
+        self.group = group
+
+
+class GroupedCommand(click.Command):
+    """A command whose help lists options under headings."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options, group by group."""
+        groups: dict[str, list[tuple[str, str]]] = {EMBED: [], WHERE: [], SHOWN: [], RARE: []}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record and isinstance(parameter, click.Option):
+                groups[getattr(parameter, "group", SHOWN)].append(record)
+        for heading, records in groups.items():
+            if records:
+                with formatter.section(heading):
+                    formatter.write_dl(records)
 
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
@@ -31,115 +52,67 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return decorate
 
 
-_defaults = RunConfig()
-_translation = Translation()
+def grouped(group: str, *declarations: str, **more: Any) -> Callable[[Any], Any]:
+    """Make an option that the help lists under a heading."""
+    return click.option(*declarations, cls=GroupedOption, group=group, **more)
 
 
-def _setting(name: str, kind: click.ParamType[Any], text: str) -> Callable[[Any], Any]:
-    """An option for a number of `RunConfig`, with its default."""
-    flag, default = f"--{name.replace('_', '-')}", getattr(_defaults, name)
-    return click.option(flag, type=kind, default=default, show_default=True, help=text)
+def setting(of: type, name: str, flag: str | None = None, **more: Any) -> Callable[[Any], Any]:
+    """Make the command-line option of a setting.
+
+    Parameters
+    ----------
+    of : type
+        `Settings`, `RunConfig`, `Translation` or `Tiling`.
+    name : str
+        The field.
+    flag : str, optional
+        Default: the field's name with dashes.
+    **more
+        As of `click.option`, instead of what the setting says.
+    """
+    option = options_of(of)[name]
+    (field,) = (each for each in fields(of) if each.name == name)
+    kind = str(field.type)
+    default = None if field.default is MISSING else field.default
+    group = RARE if option.is_rare else WHERE if of is RunConfig else EMBED
+    unset = f"  [default: {option.unset}]" if option.unset else ""
+    made = {
+        "type": None if kind == "bool" else _type(option, kind),
+        "is_flag": kind == "bool",
+        "metavar": {"int": "N", "flo": "X"}.get(kind[:3]),
+        "default": default,
+        "show_default": default is not None and kind != "bool",
+        "help": f"{option.help}{unset}",
+    }
+    return grouped(group, flag or f"--{name.replace('_', '-')}", **made | more)
 
 
+def _type(option: Option, kind: str) -> click.ParamType[Any]:
+    if option.choices:
+        return click.Choice(option.choices)
+    if kind.startswith("int"):
+        return click.INT if option.least is None else click.IntRange(option.least, option.most)
+    if kind.startswith("float"):
+        return click.FloatRange(option.least, option.most)
+    return click.STRING
+
+
+_PROTEINS = ("model", "pooling", "repr_layer", "precision", "dtype", "long", "max_residues")
 identity_options = _options(
-    click.option(
-        "--model",
-        help="A fair-esm name such as esm2_t33_650M_UR50D, a .pt file, a Hugging Face directory, or"
-        " demo (random weights, for trying the pipeline).  [required]",
-    ),
-    click.option("--pooling", type=click.Choice(POOLINGS), default="mean", show_default=True),
-    click.option("--repr-layer", type=int, help="Layer to pool, from 1.  [default: the last]"),
-    click.option(
-        "--precision",
-        type=click.Choice([AUTO, *PRECISIONS]),
-        default=AUTO,
-        show_default=True,
-        help="Of the matrix products. auto: the store's; else float32 on a CPU, float16 on a GPU.",
-    ),
-    click.option(
-        "--dtype",
-        type=click.Choice(STORED_DTYPES),
-        default="float32",
-        show_default=True,
-        help="Of the stored embeddings.",
-    ),
-    click.option(
-        "--max-residues",
-        type=click.IntRange(1),
-        default=1022,
-        show_default=True,
-        help="Residues of a sequence that are encoded at once.",
-    ),
-    click.option(
-        "--long",
-        type=click.Choice(LONG_POLICIES),
-        default="truncate",
-        show_default=True,
-        help="Longer sequences: cut off, covered by overlapping windows, or quarantined.",
-    ),
-    click.option(
-        "--rows-per-chunk",
-        type=click.IntRange(1, 10_000),
-        help="Rows that are computed and saved together.  [default: what takes up to 40 s]",
-    ),
-    click.option("--per-residue", is_flag=True, help="Store each residue's too, as float16."),
-    click.option(
+    *(setting(Settings, name) for name in (*_PROTEINS, "rows_per_chunk", "per_residue")),
+    grouped(
+        EMBED,
         "--translate",
         type=click.Choice(["six-frame"]),
         help="The input is nucleotides: embed the proteins of all six reading frames.",
     ),
-    click.option(
-        "--frames",
-        "frames",
-        type=click.Choice(FRAME_RULES),
-        default=_translation.rule,
-        show_default=True,
-        help="Frames without a stop but at the end; every stretch between stops; or as VirNucPro.",
-    ),
-    click.option(
-        "--window",
-        default="none",
-        show_default=True,
-        help="Nucleotides at once, such as VirNucPro's 300 or 500, or none: whole records.",
-    ),
-    click.option(
-        "--genetic-code",
-        type=int,
-        default=_translation.genetic_code,
-        show_default=True,
-        help="NCBI's number of the table.",
-    ),
-    click.option(
-        "--min-residues",
-        type=click.IntRange(1),
-        default=_translation.min_residues,
-        show_default=True,
-        help="Shorter proteins are left out; not with virnucpro.",
-    ),
-    click.option(
-        "--max-unknown",
-        type=click.FloatRange(0, 1),
-        default=_translation.max_unknown,
-        show_default=True,
-        help="Proteins with a larger share of X are left out; not with virnucpro.",
-    ),
-    click.option(
-        "--tile",
-        type=click.IntRange(1),
-        help="Residues: cut proteins, or frames, into tiles of so many, each a row.",
-    ),
-    click.option(
-        "--tile-step",
-        type=click.IntRange(1),
-        help="Residues from one tile's start to the next one's.  [default: half a tile]",
-    ),
-    click.option(
-        "--molecule",
-        type=click.Choice(MOLECULES),
-        default=AUTO,
-        show_default=True,
-        help="What the input is, if it does not look like it.",
-    ),
+    setting(Translation, "rule", "--frames"),
+    setting(Translation, "window", type=str, metavar="N", default="none", show_default=True),
+    *(setting(Translation, name) for name in ("genetic_code", "min_residues", "max_unknown")),
+    setting(Tiling, "size", "--tile"),
+    setting(Tiling, "step", "--tile-step"),
+    *(setting(Settings, name) for name in ("molecule", "strict")),
 )
 
 
@@ -149,101 +122,50 @@ def settings_of(options: dict[str, Any]) -> dict[str, Any]:
     if step is not None and tile is None:
         raise click.UsageError("--tile-step is for --tile")
     options = options | {"tiling": tile and Tiling(tile, step)}
-    names = ("translate", "frames", "window", "genetic_code", "min_residues", "max_unknown")
+    names = ("frames", "window", "genetic_code", "min_residues", "max_unknown")
     given = {name: options.pop(name) for name in names}
-    wanted, rule, window, code, residues, unknown = given.values()
-    if wanted is None:
+    if options.pop("translate") is None:
         context = click.get_current_context()
         for name in names:
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
                 raise click.UsageError(f"--{name.replace('_', '-')} is for --translate six-frame")
         return options
+    rule, window = given.pop("frames"), given.pop("window")
     if window != "none" and not window.isdecimal():
         raise click.BadParameter(f"{window!r}: neither a number nor none", param_hint="--window")
     size = None if window == "none" else int(window)
-    return options | {"translation": Translation(rule, size, code, residues, unknown)}
+    return options | {"translation": Translation(rule=rule, window=size, **given)}
 
 
 tls_options = _options(
-    click.option("--tls-ca-file", help="For tls:// addresses: the authority to trust, PEM."),
-    click.option("--tls-cert", help="This client's certificate, PEM."),
-    click.option("--tls-key", help="Its key, PEM."),
+    *(setting(RunConfig, name) for name in ("tls_ca_file", "tls_cert", "tls_key"))
 )
-
 work_options = _options(
-    click.option(
+    grouped(
+        WHERE,
         "--cluster",
         default="local",
         show_default=True,
         help="local (this machine's cores), local-cuda (its GPUs), auto (GPUs if there are any), a"
         " scheduler's address, or a scheduler.json.",
     ),
-    click.option(
+    grouped(
+        WHERE,
         "--workers",
         type=click.IntRange(1),
+        metavar="N",
         help="Local worker processes.  [default: one a core, or a GPU]",
     ),
-    click.option(
-        "--device",
-        default=_defaults.device,
-        show_default=True,
-        help="Torch device of the workers. auto: cuda with local-cuda, else cpu.",
-    ),
-    click.option(
-        "--shard",
-        help="i/n: compute every n-th chunk, from the i-th on; other runs on the same store do the"
-        " rest. slurm: as the array job says.",
-    ),
-    _setting(
-        "attempts",
-        click.IntRange(1),
-        "Tries for a chunk that meets a transient error, of I/O for example.",
-    ),
-    _setting(
-        "backoff",
-        click.FloatRange(0),
-        "Seconds before the second try; doubled before each further one.",
-    ),
-    _setting(
-        "suspect_after",
-        click.IntRange(1),
-        "Workers' deaths after which a chunk is computed in a process of its own.",
-    ),
-    _setting(
-        "deadline_factor",
-        click.FloatRange(1),
-        "Times the running median, per residue, that a chunk may take before it counts as hanging.",
-    ),
-    _setting(
-        "deadline_floor",
-        click.FloatRange(0),
-        "Seconds that any chunk may take.",
-    ),
-    click.option(
-        "--deadline-first",
-        type=click.FloatRange(0),
-        help="Seconds that a chunk may take before a median is known, and a worker to load the"
-        " model.  [default: by the model's size and the device]",
-    ),
-    _setting(
-        "grace",
-        click.FloatRange(0),
-        "Seconds from SIGINT or SIGTERM to the end.",
-    ),
-    click.option("--in-flight", type=click.IntRange(1), help="Chunks at once.  [default: threads]"),
-    click.option("--verify", is_flag=True, help="Decode present chunks before trusting them."),
-    click.option(
-        "--performance-report", help="HTML file for Dask's own report of the run; needs bokeh."
-    ),
-    tls_options,
+    *(setting(RunConfig, name) for name in options_of(RunConfig)),
 )
 display_options = _options(
-    click.option("--json", "as_json", is_flag=True, help="JSON lines on stdout."),
-    click.option("--no-progress", is_flag=True, help="Plain lines instead of a live bar."),
-    click.option("-q", "--quiet", is_flag=True, help="Trouble and the summary only."),
-    click.option(
+    grouped(SHOWN, "--json", "as_json", is_flag=True, help="JSON lines on stdout."),
+    grouped(SHOWN, "--no-progress", is_flag=True, help="Plain lines instead of a live bar."),
+    grouped(SHOWN, "-q", "--quiet", is_flag=True, help="Trouble and the summary only."),
+    grouped(
+        RARE,
         "--telemetry",
         help="File for what each chunk took, as JSON lines.  [default: STORE.telemetry.jsonl]",
     ),
-    click.option("--no-telemetry", is_flag=True, help="Write no such file."),
+    grouped(RARE, "--no-telemetry", is_flag=True, help="Write no such file."),
 )

@@ -1,0 +1,67 @@
+"""What an option means, its default and its bounds are written once, in the settings."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from typing import Any
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from virnuc_dask.cli.main import main
+from virnuc_dask.cli.options import EMBED, RARE, SHOWN, WHERE
+from virnuc_dask.errors import UsageError
+from virnuc_dask.settings import RunConfig, Settings, Tiling, Translation, options_of
+
+FLAGS = {"rule": "frames", "size": "tile", "step": "tile_step"}
+EVERY = [(of, name) for of in (Settings, RunConfig, Translation, Tiling) for name in options_of(of)]
+
+
+def of_run(name: str) -> click.Option:
+    options = {option.name: option for option in main.commands["run"].params}
+    found = options[FLAGS.get(name, name)]
+    assert isinstance(found, click.Option)
+    return found
+
+
+@pytest.mark.parametrize(("of", "name"), EVERY, ids=lambda value: getattr(value, "__name__", value))
+def test_run_has_each_setting_with_its_default_and_bounds(of: Any, name: str) -> None:
+    option, made = options_of(of)[name], of_run(name)
+    (field,) = (each for each in fields(of) if each.name == name)
+    default = None if field.default is MISSING else field.default
+    assert made.default == ("none" if name == "window" else default)
+    assert option.help in str(made.help)
+    if option.choices:
+        assert isinstance(made.type, click.Choice)
+        assert tuple(made.type.choices) == option.choices
+    if option.least is not None:
+        assert isinstance(made.type, click.IntRange | click.FloatRange)
+        assert (made.type.min, made.type.max) == (option.least, option.most)
+
+
+def test_every_field_of_a_run_is_an_option() -> None:
+    assert options_of(RunConfig).keys() == {field.name for field in fields(RunConfig)}
+    nested = {"translation", "tiling"}
+    assert options_of(Settings).keys() == {field.name for field in fields(Settings)} - nested
+
+
+@pytest.mark.parametrize(("of", "name"), EVERY, ids=lambda value: getattr(value, "__name__", value))
+def test_a_value_out_of_bounds_is_refused_in_python_too(of: Any, name: str) -> None:
+    option = options_of(of)[name]
+    others = {"model": "demo"} if of is Settings else {"size": 4} if of is Tiling else {}
+    bad: list[Any] = []
+    bad += ["nothing of the kind"] * bool(option.choices)
+    bad += [] if option.least is None else [option.least - 1, float("nan")]
+    bad += [] if option.most is None else [option.most + 1]
+    for value in bad:
+        with pytest.raises(UsageError, match="must"):
+            of(**others | {name: value})
+
+
+def test_the_help_has_four_headings() -> None:
+    shown = CliRunner().invoke(main, ["run", "--help"]).output
+    places = [shown.index(f"{heading}:") for heading in (EMBED, WHERE, SHOWN, RARE)]
+    assert places == sorted(places)
+    assert places[0] < shown.index("--model") < places[1] < shown.index("--cluster") < places[2]
+    assert shown[: places[3]].count("\n  -") <= 22
