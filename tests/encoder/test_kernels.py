@@ -277,8 +277,8 @@ def test_an_installation_without_a_working_compiler_goes_on(
     compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hook = pytest.importorskip("hatch_build", reason="hatchling is not installed").KernelsHook
-    package = tmp_path / "virnuc_dask"
-    package.mkdir()
+    package = tmp_path / "virnuc_dask" / "encoder"
+    package.mkdir(parents=True)
     (package / "kernels.cpp").write_bytes(Path(kernels.__file__).with_suffix(".cpp").read_bytes())
     (package / "_kernels_avx2.so").write_text("of an earlier version")
     monkeypatch.setenv("CXX", compiler)
