@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from numpy.typing import NDArray
-from tests.models import upstream_mean, upstream_network
 
 from benchmarks.encoder import cosine
+from tests.support.models import upstream_mean, upstream_network
 from virnuc_dask.encoder.encoder import load_encoder
 from virnuc_dask.inputs.reader import read_blocks
 from virnuc_dask.inputs.records import InputSummary

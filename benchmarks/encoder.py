@@ -34,8 +34,8 @@ import numpy as np
 import torch
 from esm.data import Alphabet, FastaBatchedDataset
 from numpy.typing import NDArray
-from tests.models import random_network, save_huggingface, save_network
 
+from tests.support.models import random_network, save_huggingface, save_network
 from virnuc_dask.encoder.encoder import load_encoder
 from virnuc_dask.encoder.linear import make_linear
 

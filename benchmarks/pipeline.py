@@ -38,8 +38,8 @@ import numpy as np
 import psutil
 import torch
 from distributed import Client, Future, LocalCluster
-from tests.models import random_network, save_network
 
+from tests.support.models import random_network, save_network
 from virnuc_dask import resume, run
 from virnuc_dask.encoder.encoder import load_encoder
 from virnuc_dask.runtime import events, window

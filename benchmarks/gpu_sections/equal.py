@@ -15,9 +15,9 @@ import torch
 from esm.data import Alphabet
 from esm.model.esm2 import ESM2
 from numpy.typing import NDArray
-from tests.models import checkpoint_data, random_network, random_sequences
 
 from benchmarks.gpu_sections.report import Options, Report, run_section
+from tests.support.models import checkpoint_data, random_network, random_sequences
 from virnuc_dask.encoder.encoder import Encoder
 from virnuc_dask.encoder.packing import cut_segments
 from virnuc_dask.encoder.weights import Checkpoint, describe

@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from tests.models import random_network, random_sequences, save_network
 
 from benchmarks.gpu_sections.report import Options, Report, run_section
+from tests.support.models import random_network, random_sequences, save_network
 from virnuc_dask.encoder.encoder import Encoder, load_encoder
 from virnuc_dask.runtime.failures import is_sticky
 

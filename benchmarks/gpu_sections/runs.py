@@ -94,7 +94,8 @@ def _weights(base: Path, options: Options, report: Report, shape: tuple[int, int
     if path.is_file():
         return path
     import torch
-    from tests.models import checkpoint_data, random_network
+
+    from tests.support.models import checkpoint_data, random_network
 
     began = time.monotonic()
     with torch.device(options.device):

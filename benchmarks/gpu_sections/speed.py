@@ -35,13 +35,13 @@ import numpy as np
 import torch
 from esm.data import Alphabet
 from numpy.typing import NDArray
-from tests.models import checkpoint_data, random_network
 from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.encoder import SHAPES, flop, padded_batches, random_sequences
 from benchmarks.gpu_sections.report import Options, Report, run_section
+from tests.support.models import checkpoint_data, random_network
 from virnuc_dask.encoder.encoder import Encoder
 from virnuc_dask.encoder.packing import Segments, cut_segments
 from virnuc_dask.encoder.weights import Checkpoint

@@ -40,7 +40,7 @@ import sys
 import numpy as np
 from virnuc_dask.encoder import encoder, fused, kernels
 from virnuc_dask.encoder.encoder import load_encoder
-from tests.models import random_sequences
+from tests.support.models import random_sequences
 encoder.precision_on = lambda *_: None  # float16 on a CPU is for this test alone
 sequences = random_sequences([1, 33, 70, 70])
 plain = load_encoder(sys.argv[1], precision="float16")
