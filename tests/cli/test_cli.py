@@ -240,7 +240,7 @@ def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Pat
     for line in (
         r"records +300",
         r"rows +300",
-        r"long rows +29 of more than 1,022 residues; embedded, truncated to so many",
+        r"long rows +29 of more than 1,022 residues; embedded, truncated to that length",
     ):
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE)
     found = json.loads(cli("plan", VIRAL_PROTEINS, "--model=demo", "--json").stdout)
