@@ -31,7 +31,7 @@ def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Pa
     assert re.search(r"^rows +7$", done.stdout, re.MULTILINE)
     assert 'open with: virnuc_dask.open_store("out.zarr")' in done.stdout
     assert "row 3  stop  invalid_residues" in done.stdout
-    assert "2 records with letters that are no residues" in done.stderr
+    assert "2 records with letters that are not residues" in done.stderr
     assert "Traceback" not in done.stderr
     again = cli("run", awkward, "out.zarr", "--model=demo", "--max-residues", 50)
     assert again.returncode == 3

@@ -130,7 +130,7 @@ class Connected(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkersChecked(Event):
-    """This many workers have the versions, store, weights and device of this run."""
+    """Number of workers with the versions, store, weights and device of the run."""
 
     workers: int
     seconds: float

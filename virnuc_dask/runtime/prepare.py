@@ -258,8 +258,8 @@ def _check_molecule(summary: InputSummary) -> None:
     first = summary.first_protein_like
     if first and summary.protein_like >= _MOST * summary.reads:
         raise InputError(
-            f"{summary.protein_like:,} of {summary.reads:,} records contain protein letters, this one"
-            " first, and proteins cannot be translated; omit --translate, or"
+            f"{summary.protein_like:,} of {summary.reads:,} records, starting with this one,"
+            " contain protein letters, and proteins cannot be translated; omit --translate, or"
             f" {override.format('nucleotide')}",
             file=first.file,
             line=first.line,
