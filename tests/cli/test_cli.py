@@ -56,7 +56,7 @@ def test_a_model_must_be_named(
     [
         (("run", "in.faa"), "Missing argument 'INPUTS...'"),
         (("run", "in.faa", "out.zarr", "--pooling", "sum"), "'sum' is not one of"),
-        (("plan", "in.faa", "--frames", "orf"), "--frames is for --translate six-frame"),
+        (("plan", "in.faa", "--frames", "orf"), "--frames requires --translate six-frame"),
     ],
 )
 def test_what_else_is_wrong_comes_before_the_model(
@@ -180,7 +180,7 @@ def test_status_sees_a_run_as_long_as_its_process_lives(
     while_it_runs = cli("status", "out.zarr")
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.wait()
-    assert "a run is filling it; should that end early: virnuc-dask resume" in while_it_runs.stdout
+    assert "a run is filling it; if it ends early: virnuc-dask resume" in while_it_runs.stdout
     found = cli("status", "out.zarr")
     assert (found.returncode, while_it_runs.returncode) == (4, 4)
     assert found.stdout.splitlines()[-1] == "finish with: virnuc-dask resume out.zarr"
@@ -203,7 +203,7 @@ def test_an_interrupted_run_counts_what_it_has_not_computed(
     missing = int((~store.present()).sum())
     assert process.returncode == 130
     assert f"\n  {missing} chunks not computed yet\n" in out
-    assert out.splitlines()[-1] == f"go on with: virnuc-dask resume {store.path}"
+    assert out.splitlines()[-1] == f"resume with: virnuc-dask resume {store.path}"
     assert "is missing" not in out
     assert "leaked" not in err
 
