@@ -220,20 +220,20 @@ def plan(
     rate: float | None = None
     if published is None or weights_at_hand(published):
         checkpoint = load_checkpoint(settings.model)
-        spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
-        spec = replace(spec, weights_sha256=known_sha256(checkpoint))
+        model = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
+        model = replace(model, weights_sha256=known_sha256(checkpoint))
         if sample and device == "cpu":
-            rate = _trial(checkpoint, spec, settings, sample)
+            rate = _trial(checkpoint, model, settings, sample)
     else:
-        spec = _undownloaded(settings, published, precision)
-    dimension, encoded = spec.dimension, encoded_residues(settings, lengths)
-    estimate = Estimate.of(spec, device, encoded.mean())
-    rows = rows_per_chunk(settings, spec, summary, device, workers)
+        model = _undownloaded(settings, published, precision)
+    dimension, encoded = model.dimension, encoded_residues(settings, lengths)
+    estimate = Estimate.of(model, device, encoded.mean())
+    rows = rows_per_chunk(settings, model, summary, device, workers)
     width = 4 if settings.dtype == "float32" else 2
     kept = encoded_lengths(lengths, settings.max_residues, settings.long)
     return Plan(
         input_read(summary),
-        spec,
+        model,
         device,
         int(lengths.max()),
         int(np.median(lengths)),
@@ -271,7 +271,7 @@ def _undownloaded(settings: Settings, published: str, precision: Precision) -> M
 
 
 def _trial(
-    checkpoint: Checkpoint, spec: ModelSpec, settings: Settings, block: Block
+    checkpoint: Checkpoint, model: ModelSpec, settings: Settings, block: Block
 ) -> float | None:
     """Residues per second of one worker with one thread; None if there is nothing to encode."""
     import torch
@@ -282,8 +282,8 @@ def _trial(
     encoded = int(encoded_residues(settings, block.lengths).sum())
     if not encoded:
         return None
-    encoder = Encoder(checkpoint, spec)
-    identity = identity_of(settings, spec, InputSummary(), len(block.lengths))
+    encoder = Encoder(checkpoint, model)
+    identity = identity_of(settings, model, InputSummary(), len(block.lengths))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -97,9 +97,9 @@ def prepare(
     if existing and settings.precision == AUTO:
         precision = _precision_of(existing)
     checkpoint = load_checkpoint(settings.model)
-    spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
-    chosen = events.ModelChosen(spec, device, checkpoint.adapter is not None, checkpoint.left_out)
-    warn_of_random_weights(spec, stacklevel=4)
+    model = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
+    event = events.ModelChosen(model, device, checkpoint.adapter is not None, checkpoint.left_out)
+    warn_of_random_weights(model, stacklevel=4)
     files, summary = listed(inputs), InputSummary()
     blocks = read_blocks(
         files,
@@ -110,7 +110,7 @@ def prepare(
     )
     with hashing(checkpoint, or_known=True) as digest:
         del checkpoint  # the weights may be large, and reading takes long
-        model = _Announced(chosen, digest, emit)
+        announced = _Announced(event, digest, emit)
         if existing is None:
             with _explained(store):
                 ingest = Ingest(
@@ -122,29 +122,29 @@ def prepare(
                 for block in blocks:
                     with _explained(store):
                         ingest.append(block)
-                    model.tell_if_known()
+                    announced.tell_if_known()
                     emit(events.Reading(summary.records, summary.residues))
                 check_input(settings, summary, files)
-                spec = model.spec()
-                rows = rows_per_chunk(settings, spec, summary, device, count_workers())
-                identity = identity_of(settings, spec, summary, rows)
+                model = announced.spec()
+                rows = rows_per_chunk(settings, model, summary, device, count_workers())
+                identity = identity_of(settings, model, summary, rows)
                 with _explained(store):
-                    provenance = _provenance(files, spec, summary, device)
-                    ingest.commit(identity, spec.dimension, provenance, spec.comment())
+                    provenance = _provenance(files, model, summary, device)
+                    ingest.commit(identity, model.dimension, provenance, model.comment())
             # This run's store, or that of a faster run, which may have another chunk size.
             existing = Store(store)
         else:
             for _ in blocks:
-                model.tell_if_known()
+                announced.tell_if_known()
                 emit(events.Reading(summary.records, summary.residues))
             check_input(settings, summary, files)
-            spec = model.spec()
+            model = announced.spec()
     rows = settings.rows_per_chunk or existing.identity.rows_per_chunk
-    identity = identity_of(settings, spec, summary, rows)
+    identity = identity_of(settings, model, summary, rows)
     if differences := existing.identity.differences(identity):
         raise IdentityMismatchError(str(store), differences)
     emit(input_read(summary))
-    return existing, spec
+    return existing, model
 
 
 class _Announced:
@@ -294,12 +294,12 @@ def input_read(summary: InputSummary) -> events.InputRead:
 
 
 def _provenance(
-    files: Sequence[str | Path], spec: ModelSpec, summary: InputSummary, device: str
+    files: Sequence[str | Path], model: ModelSpec, summary: InputSummary, device: str
 ) -> dict[str, Any]:
     """Describe how the store was created. People read it; no code depends on it."""
     packages = ("fair-esm", "torch", "zarr", "dask", "numpy")
     return {
-        "model": spec.reference,
+        "model": model.reference,
         "device": device,
         "inputs": [str(file) for file in files],
         "input": {k: v for k, v in input_read(summary).to_json().items() if k != "event"},

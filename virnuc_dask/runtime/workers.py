@@ -76,11 +76,11 @@ class Needs:
 
 def _versions() -> tuple[tuple[str, str], ...]:
     return ("virnuc_dask", __version__), *(
-        (name, _found(name)) for name in ("zarr", "torch", "fair-esm")
+        (name, _installed_version(name)) for name in ("zarr", "torch", "fair-esm")
     )
 
 
-def _found(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
         # Builds for another device, such as 2.13.0+cu130, count as the same version.
         return version(package).partition("+")[0]
