@@ -187,7 +187,7 @@ class WorkerLost(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChunkOverdue(Event):
-    """A chunk took far longer than usual. Another worker computes it; its own may be replaced."""
+    """A chunk took far longer than usual. It is computed elsewhere; its worker may be replaced."""
 
     chunk: int
     worker: str

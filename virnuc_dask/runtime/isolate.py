@@ -3,7 +3,7 @@
 A chunk is suspect if workers died while they computed it. Most suspects are innocent, because
 workers vanish for many reasons. So a suspect chunk is computed again in a child process. If the
 child dies or hangs, its current rows are halved and a new child continues, until the rows that
-kill a child alone are known. One guilty row of n costs about log2 n children and no worker.
+do so alone are known. One guilty row of n costs about log2 n children and no worker.
 """
 
 from __future__ import annotations

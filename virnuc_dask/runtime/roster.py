@@ -95,7 +95,7 @@ class Roster:
     def candidates(self) -> frozenset[str]:
         """Return the workers that should compute chunks; empty if any worker may.
 
-        If all workers hang, return these, because they may recover.
+        If no worker is usable, return those that hang, because they may recover.
         """
         bad = {*self._useless, *self._unfit}
         if not bad:

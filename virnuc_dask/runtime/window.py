@@ -404,7 +404,7 @@ class Work:
             return  # it waits for another chunk, which has its own deadline
         hangs = self._roster.is_useless(worker)
         if hangs or not all(str(other).startswith(self._prefix) for other in queue):
-            # It waits for a worker that is known to hang or for tasks of others: no suspect.
+            # Not a suspect: it waits for a worker that is known to hang, or for tasks of others.
             if hangs:
                 self._roster.replace(worker)
             self._take_back(client, key)
