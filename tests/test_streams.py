@@ -281,7 +281,7 @@ def test_lines_of_a_log_say_only_what_there_is_and_are_not_wrapped(
         "starting workers",
         "0/300 rows  ETA ?  2 workers",
         "waiting for workers",
-        "worker tcp://127.0.0.1:1 was lost; 1 chunk of it will be computed elsewhere",
+        "worker tcp://127.0.0.1:1 was lost; 1 chunk will be computed elsewhere",
         "waiting for workers",
         "0/300 rows  ETA ?  1 retried  2 workers",
     ]

@@ -1,17 +1,19 @@
 """Protein language model embeddings for millions of sequences, on workers that may vanish.
 
-``run`` embeds sequences into a Zarr store, ``resume`` goes on with one, ``open_store`` opens it
-lazily, ``open_residues`` a row's residues in it, ``nearest`` finds the rows most alike,
-``annotate`` gives rows the labels of these, ``leave_one_out`` says how often such labels are right,
-``make_map`` and ``make_clusters`` say where rows are and what groups they form, ``train`` makes a
-classifier of two stores, ``predict`` scores a store by it, ``report`` writes a page about a store,
-and ``load_encoder`` gives the encoder alone.
-``create_store`` and ``tasks`` are for a Dask graph of your own.
-Importing this package loads neither torch nor distributed; the names are resolved when they are
-first used.
+- ``run`` embeds sequences into a Zarr store, and ``resume`` completes an unfinished store.
+- ``open_store`` opens a store lazily, and ``open_residues`` the residue embeddings of a row.
+- ``nearest`` finds the most similar rows. ``annotate`` gives rows the labels of their nearest
+  neighbours, and ``leave_one_out`` measures how often such labels are right.
+- ``make_map`` projects rows onto a map, and ``make_clusters`` groups them.
+- ``train`` fits a classifier to two stores, and ``predict`` scores a store with it.
+- ``report`` writes a page about a store.
+- ``load_encoder`` returns the encoder alone.
+- ``create_store`` and ``tasks`` serve your own Dask graph.
+
+Importing this package loads neither torch nor distributed. Names are imported when first used.
 """
 
-# Nothing is imported here, not even `typing`: what comes first is what Ctrl-C does.
+# Nothing is imported here, not even `typing`, because the handling of Ctrl-C must come first.
 TYPE_CHECKING = False
 
 if TYPE_CHECKING:

@@ -31,7 +31,7 @@ def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Pa
     assert re.search(r"^rows +7$", done.stdout, re.MULTILINE)
     assert 'open with: virnuc_dask.open_store("out.zarr")' in done.stdout
     assert "row 3  stop  invalid_residues" in done.stdout
-    assert "2 records with letters that are no residues" in done.stderr
+    assert "2 records with letters that are not residues" in done.stderr
     assert "Traceback" not in done.stderr
     again = cli("run", awkward, "out.zarr", "--model=demo", "--max-residues", 50)
     assert again.returncode == 3
@@ -56,7 +56,7 @@ def test_a_model_must_be_named(
     [
         (("run", "in.faa"), "Missing argument 'INPUTS...'"),
         (("run", "in.faa", "out.zarr", "--pooling", "sum"), "'sum' is not one of"),
-        (("plan", "in.faa", "--frames", "orf"), "--frames is for --translate six-frame"),
+        (("plan", "in.faa", "--frames", "orf"), "--frames requires --translate six-frame"),
     ],
 )
 def test_what_else_is_wrong_comes_before_the_model(
@@ -180,7 +180,7 @@ def test_status_sees_a_run_as_long_as_its_process_lives(
     while_it_runs = cli("status", "out.zarr")
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.wait()
-    assert "a run is filling it; should that end early: virnuc-dask resume" in while_it_runs.stdout
+    assert "a run is filling it; if it ends early: virnuc-dask resume" in while_it_runs.stdout
     found = cli("status", "out.zarr")
     assert (found.returncode, while_it_runs.returncode) == (4, 4)
     assert found.stdout.splitlines()[-1] == "finish with: virnuc-dask resume out.zarr"
@@ -203,7 +203,7 @@ def test_an_interrupted_run_counts_what_it_has_not_computed(
     missing = int((~store.present()).sum())
     assert process.returncode == 130
     assert f"\n  {missing} chunks not computed yet\n" in out
-    assert out.splitlines()[-1] == f"go on with: virnuc-dask resume {store.path}"
+    assert out.splitlines()[-1] == f"resume with: virnuc-dask resume {store.path}"
     assert "is missing" not in out
     assert "leaked" not in err
 
@@ -240,7 +240,7 @@ def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Pat
     for line in (
         r"records +300",
         r"rows +300",
-        r"long rows +29 of more than 1,022 residues; embedded, truncated to so many",
+        r"long rows +29 of more than 1,022 residues; embedded, truncated to that length",
     ):
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE)
     found = json.loads(cli("plan", VIRAL_PROTEINS, "--model=demo", "--json").stdout)

@@ -302,7 +302,7 @@ def test_a_run_says_what_it_leaves_out_and_workers_merge_too(
         f"model: {reference}, weights {summary.model.weights_sha256[:12]}, layer 3, mean pooling,"
         " float32 on cpu",
         f"note: the LoRA adapter in {reference} is merged with its base model",
-        f"note: {reference} also holds 4 tensors that ESM-2 has not (classifier); left out",
+        f"note: {reference} also holds 4 tensors that ESM-2 does not have (classifier); ignored",
     ]
     expected = load_encoder(reference).encode(SEQUENCES)
     found = virnuc_dask.open_store(tmp_path / "out.zarr").embedding.values

@@ -353,10 +353,10 @@ def test_a_run_of_reads_with_virnucpros_rule(cli: Cli, tmp_path: Path) -> None:
     assert "without_row_ids" not in store.provenance["input"]  # `read_id` has them
     alone = cli("run", VIRAL_PROTEINS, "b.zarr", *quick, "--frames", "orf")
     assert alone.returncode == 2
-    assert "--frames is for --translate six-frame" in alone.stderr
+    assert "--frames requires --translate six-frame" in alone.stderr
     wrong = cli("run", genome, "b.zarr", *quick, "--translate", "six-frame", "--window", "many")
     assert wrong.returncode == 2
-    assert "neither a number nor none" in wrong.stderr
+    assert "is neither a number nor none" in wrong.stderr
 
 
 def test_an_input_without_an_open_frame_is_refused(tmp_path: Path, make_store: Maker) -> None:

@@ -588,7 +588,7 @@ def test_a_model_that_no_worker_has_memory_for_is_said_before_any_chunk(
     (tmp_path / "short.py").write_text(SHORT_OF_MEMORY)
     with (
         dask_cluster(tmp_path, worker_options=("--preload", "short.py")) as file,
-        pytest.raises(VirnucError, match="no worker has the memory now: the card is full"),
+        pytest.raises(VirnucError, match="no worker has enough memory now: the card is full"),
     ):
         virnuc_dask.resume(store.path, cluster=str(file))
     assert not store.present().any()

@@ -68,7 +68,7 @@ def test_a_chunk_in_the_place_of_another_is_found(make_store: Maker, cli: Cli) -
     assert drift.worst_id == store.read_ids(2)[drift.worst_row - store.rows(2).start]
     done = cli("verify", store.path, "--sample", 300)
     assert done.returncode == 4
-    assert "not what these sequences give" in done.stdout
+    assert "these embeddings do not belong to the sequences" in done.stdout
 
 
 def test_quarantined_rows_are_never_sampled(awkward: Path, make_store: Maker) -> None:
@@ -101,4 +101,4 @@ def test_the_command_line_says_what_it_measured(make_store: Maker, cli: Cli) -> 
     (store.path / "embedding" / "c.3.0").write_bytes(b"not a chunk, and long enough")
     done = cli("verify", store.path, "--sample", 5)
     assert done.returncode == 4
-    assert "what is damaged comes first" in done.stdout
+    assert "because the store is damaged" in done.stdout

@@ -191,7 +191,7 @@ def test_a_client_can_be_at_one_run_only(tmp_path: Path, awkward: Path, client: 
 
     def listen(event: events.Event) -> None:
         if isinstance(event, events.ChunkDone) and not refused:
-            with pytest.raises(UsageError, match="at another run") as error:
+            with pytest.raises(UsageError, match="another run uses this client") as error:
                 virnuc_dask.run(awkward, tmp_path / "b.zarr", model="demo", client=client)
             refused.append(str(error.value))
 
@@ -305,7 +305,7 @@ def test_a_plan_of_nothing_says_that_there_is_nothing(model: str, tmp_path: Path
     empty.write_text(">a\n>b\n*\n")
     made = plan(empty, Settings(model=model))
     assert (made.input.records, made.encoded_residues) == (2, 0)
-    assert dict(made.lines())["time"] == "none: there is nothing to encode"
+    assert dict(made.lines())["time"] == "none: no residues to encode"
     assert made.to_json()["seconds"] == 0.0
 
 

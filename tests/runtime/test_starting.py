@@ -94,7 +94,7 @@ def test_a_broken_configuration_is_one_line(
     (tmp_path / "dask" / "site.yaml").write_text("distributed:\n  comm: [unclosed\n")
     done = cli(*arguments, env=os.environ | {"DASK_CONFIG": str(tmp_path / "dask")})
     assert done.returncode == 2
-    assert done.stderr.startswith("error: Dask does not take its configuration")
+    assert done.stderr.startswith("error: Dask rejects its configuration")
     assert str(tmp_path / "dask" / "site.yaml") in done.stderr
     assert done.stderr.count("\n") == 1
 

@@ -47,7 +47,7 @@ _LISTED = 10
 _SPEAKERS = ("plan", "status", "nearest", "annotate")
 
 
-# What other programs, or we ourselves elsewhere, call what a command does.
+# Names that other programs use for our commands, and words for their tasks.
 _MEANT = {
     "neighbours": "nearest",
     "neighbors": "nearest",
@@ -80,7 +80,7 @@ class _Group(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
-            # All that these do is to say something.
+            # The only result of these commands is their output.
             if ctx.invoked_subcommand in _SPEAKERS and lost_output():
                 ctx.exit(VirnucError.exit_code)
             return result
@@ -103,12 +103,12 @@ class _Group(click.Group):
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__)
 def main() -> None:
-    """Embed protein sequences with ESM-2 into a Zarr store, and lose nothing.
+    """Embed protein sequences with ESM-2 into a Zarr store. A killed run loses no finished chunk.
 
-    Exit codes: 0 complete; 2 usage or input error; 3 complete, with quarantined rows; 4 incomplete
-    or damaged, the same command resumes; 130 and 143 interrupted, the same command resumes.
+    Exit codes: 0 complete; 2 usage or input error; 3 complete with quarantined rows; 4 incomplete
+    or damaged; 130 and 143 interrupted. After 4, 130 and 143 the same command resumes.
     """
-    # Or Python's end would take most of a second to look through all that torch has loaded.
+    # Otherwise the final garbage collection of torch's objects takes most of a second.
     atexit.register(gc.freeze)
 
 
@@ -121,7 +121,7 @@ def main() -> None:
 def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
     """Embed INPUTS (FASTA or FASTQ, plain or compressed; - is stdin) into STORE.
 
-    The same command again goes on where the first was stopped.
+    The same command resumes an unfinished store.
     """
     shown, config = _display(store, options), _run_config(options)
     settings = _settings(options)
@@ -135,11 +135,11 @@ def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
 
 @main.command(cls=GroupedCommand)
 @click.argument("store")
-@grouped(EMBED, "--model", help="Where the weights are now, if they were moved.")
+@grouped(EMBED, "--model", help="Current location of the weights, if they were moved.")
 @work_options
 @display_options
 def resume(store: str, **options: Any) -> None:
-    """Compute what STORE lacks. Needs no input: the store holds sequences and settings."""
+    """Compute the missing chunks of STORE. The store holds the sequences and the settings."""
     from virnuc_dask.runtime.run import resume as start
 
     shown, config = _display(store, options), _run_config(options)
@@ -149,53 +149,53 @@ def resume(store: str, **options: Any) -> None:
 @main.command(cls=GroupedCommand)
 @click.argument("inputs", nargs=-1, required=True)
 @identity_options
-@setting(RunConfig, "device", help="Device that will compute, such as cuda. auto: cpu.")
+@setting(RunConfig, "device", help="Device of the workers, such as cuda. auto: cpu.")
 @grouped(
     WHERE,
     "--workers",
     type=click.IntRange(1),
     metavar="N",
-    help="For the estimate.  [default: one a core, or one for another device]",
+    help="Workers in the estimate.  [default: one per core on a CPU, one on another device]",
 )
 @click.option("--json", "as_json", is_flag=True)
 def plan(
     inputs: tuple[str, ...], device: str, workers: int | None, as_json: bool, **options: Any
 ) -> None:
-    """Say what embedding INPUTS would take: records, rows, residues, chunks, bytes, time."""
+    """Estimate the cost of embedding INPUTS: records, rows, residues, chunks, bytes, time."""
     settings = Settings(**_settings(options))
-    from virnuc_dask.runtime.plan import plan as make
+    from virnuc_dask.runtime.plan import plan as estimate
 
-    made = make(inputs, settings, device=device, workers=workers)
+    cost = estimate(inputs, settings, device=device, workers=workers)
     if as_json:
-        print(json.dumps(made.to_json()))
+        print(json.dumps(cost.to_json()))
         return
     from virnuc_dask.runtime.display import input_notes
 
-    for note in input_notes(made.input):
+    for note in input_notes(cost.input):
         print(note, file=sys.stderr)
-    for name, value in made.lines():
+    for name, value in cost.lines():
         print(f"{name:<16} {value}")
-    for name in made.without_row[:_LISTED]:
+    for name in cost.without_row[:_LISTED]:
         print(f"  without frame: {printable(name)}")
-    if len(made.without_row) > _LISTED:
-        print(f"  all {len(made.without_row):,}: --json")
+    if len(cost.without_row) > _LISTED:
+        print(f"  all {len(cost.without_row):,}: --json")
 
 
 @main.command()
 @click.argument("store")
-@click.option("--rows", is_flag=True, help="Also count rows by state, and name quarantined ones.")
+@click.option("--rows", is_flag=True, help="Also count rows by state, and list quarantined rows.")
 @click.option("--json", "as_json", is_flag=True)
 def status(store: str, rows: bool, as_json: bool) -> None:
-    """Show how far STORE is, from chunk presence alone; also while a run is going.
+    """Show how many chunks of STORE are present. This also works during a run.
 
     Exit codes: 0 complete; 4 incomplete; with --rows also 3, complete with quarantined rows.
     """
     from virnuc_dask.store import status
     from virnuc_dask.store.location import location_of
 
-    found = status.status(store)
-    document = found.to_json() | {"run_seen": location_of(store).is_in_use}
-    code = 0 if found.present.all() else VirnucError.exit_code
+    progress = status.status(store)
+    document = progress.to_json() | {"run_seen": location_of(store).is_in_use}
+    code = 0 if progress.present.all() else VirnucError.exit_code
     if rows:
         document["states"] = status.row_states(store)
         document["quarantined"] = [
@@ -206,44 +206,45 @@ def status(store: str, rows: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps(document | {"exit_code": code}))
     else:
-        _show_status(found, document)
-    if not lost_output():  # else that is what the exit code tells of
+        _show_status(progress, document)
+    if not lost_output():  # otherwise the exit code reports the lost output
         sys.exit(code)
 
 
-def _show_status(found: StoreStatus, document: dict[str, Any]) -> None:
+def _show_status(progress: StoreStatus, document: dict[str, Any]) -> None:
     from virnuc_dask.runtime.display import chunk_map, table_lines
     from virnuc_dask.runtime.events import state_table
 
-    done = int(found.present.sum())
-    print(chunk_map(found.present, sys.stdout.encoding))
+    done = int(progress.present.sum())
+    print(chunk_map(progress.present, sys.stdout.encoding))
     print(
-        f"{done:,} of {found.chunks:,} chunks, {found.rows_done:,} of {found.records:,} rows"
-        f" ({found.rows_done / found.records:.1%})"
+        f"{done:,} of {progress.chunks:,} chunks, {progress.rows_done:,} of {progress.records:,}"
+        f" rows ({progress.rows_done / progress.records:.1%})"
     )
-    print(f"model: {printable(found.model.described(found.device), 1000)}")
+    print(f"model: {printable(progress.model.described(progress.device), 1000)}")
     for line in table_lines(state_table(document.get("states", {}))):
         print(line)
     for row in document.get("quarantined", ()):
         print(f"row {row['row']}\t{printable(row['id'])}\t{row['reason']}")
-    if done < found.chunks:
-        how = (
-            "a run is filling it; should that end early" if document["run_seen"] else "finish with"
-        )
-        print(f"{how}: virnuc-dask resume {found.path}")
+    if done < progress.chunks:
+        how = "a run is filling it; if it ends early" if document["run_seen"] else "finish with"
+        print(f"{how}: virnuc-dask resume {progress.path}")
 
 
 @main.command()
 @click.argument("store")
-@click.option("--repair", is_flag=True, help="Remove what is damaged, so that resume redoes it.")
 @click.option(
-    "--sample", type=click.IntRange(1), help="Also embed so many random rows again, in float32."
+    "--repair", is_flag=True, help="Remove damaged parts, so that resume computes them again."
 )
-@click.option("--seed", type=int, help="Of the sample.  [default: another each time]")
-@click.option("--model", help="For the sample: where the weights are now, if they were moved.")
+@click.option(
+    "--sample", type=click.IntRange(1), help="Also embed this many random rows again, in float32."
+)
+@click.option("--seed", type=int, help="Random seed of the sample.  [default: different each time]")
+@click.option("--model", help="Current location of the weights for the sample, if they were moved.")
 @click.option(
     "--cluster",
-    help="Whose workers read: local, an address, a scheduler.json.  [default: threads here]",
+    help="Cluster that reads: local, an address, or a scheduler.json.  [default: threads of this"
+    " process]",
 )
 @tls_options
 @click.option("--json", "as_json", is_flag=True)
@@ -263,7 +264,7 @@ def verify(
     if sample:
         from virnuc_dask.encoder.upstream import fair_esm
 
-        fair_esm()  # or it would be missed only after everything is read
+        fair_esm()  # fails now, not after everything is read
     with ExitStack() as stack:
         client = None
         if cluster:
@@ -289,16 +290,15 @@ def verify(
     for name, problem in report.results.items():
         print(f"{name}: {problem}")
     if report.sequences:
-        print(f"{report.sequences}; run again from the input, into another store")
+        print(f"{report.sequences}; run again from the input into another store")
     for file in report.leftovers:
         print(f"not part of the store: {file}")
     if report.results:
         print(
-            f"{len(report.results):,} parts of results were removed; the commands that made them"
-            " compute them again"
+            f"{len(report.results):,} damaged parts of results were removed; repeat the commands"
+            " that made them"
             if repair
-            else "verify --repair removes damaged results; the commands that made them compute them"
-            " again"
+            else "verify --repair removes damaged results; then repeat the commands that made them"
         )
     print(
         f"{report.checked - len(report.bad):,} chunks good, {len(report.bad):,} damaged,"
@@ -314,9 +314,9 @@ def verify(
             f" largest difference {drift.largest:.2g}"
         )
         if not drift.good:
-            print("that is not what these sequences give; run again, into another store")
+            print("these embeddings do not belong to the sequences; run again into another store")
     elif sample:
-        print("no rows were computed again: what is damaged comes first")
+        print("no rows were computed again, because the store is damaged")
     sys.exit(code)
 
 
@@ -328,7 +328,7 @@ for _command in COMMANDS:
 
 
 def _meant(name: str, commands: list[str]) -> str | None:
-    """The command that somebody means by another name; None if there is no telling."""
+    """Find the command that the user means by another name; None if it is unclear."""
     from difflib import get_close_matches
 
     if name.lower() in _MEANT:
@@ -337,34 +337,36 @@ def _meant(name: str, commands: list[str]) -> str | None:
 
 
 def _about_dask_configuration(error: BaseException) -> str | None:
-    """Say what is wrong with Dask's configuration, if that has kept Dask from being imported.
+    """Describe an invalid Dask configuration, if it is why Dask could not be imported.
 
-    Dask reads what a site, a user and variables say of it when it is imported, and it is a
-    traceback if that makes no sense.
+    Dask reads the configuration of the site, the user and the environment when it is imported, and
+    raises a traceback if the configuration is invalid.
     """
-    # A dask that is not there, or lacks something, is another matter.
+    # A Dask that is missing or incomplete is another problem.
     if isinstance(error, ImportError) or not any(
         frame.f_code.co_name == "<module>" and frame.f_globals["__name__"].split(".")[0] in _DASK
         for frame, _ in walk_tb(error.__traceback__)
     ):
         return None
     where = ""
-    if config := sys.modules.get("dask.config"):  # else it is a file's syntax, and that is named
+    if config := sys.modules.get(
+        "dask.config"
+    ):  # absent after a syntax error, which names its file
         files = [str(file) for file, _ in config.collect_yaml(config.paths, return_paths=True)]
         variables = [name for name in os.environ if name.startswith("DASK_")]
         where = f" ({', '.join(files + variables)})"
     problem = " ".join(f"{type(error).__name__}: {error}".split())
-    return f"Dask does not take its configuration{where}: {problem}"
+    return f"Dask rejects its configuration{where}: {problem}"
 
 
 def _display(store: str, options: dict[str, Any]) -> tuple[str, Path | None]:
-    """How a run is shown, and the file that it is recorded in."""
+    """Return the kind of display, and the telemetry file."""
     from virnuc_dask.files import expanded
 
     as_json, plain, quiet = (options.pop(name) for name in ("as_json", "no_progress", "quiet"))
     kind = "json" if as_json else "quiet" if quiet else "plain" if plain else "auto"
     given, none = options.pop("telemetry"), options.pop("no_telemetry")
-    # A store in an object store has nothing beside it.
+    # No file can lie beside a store in an object store.
     file = given or (None if "://" in store else f"{store.rstrip('/')}.telemetry.jsonl")
     return kind, None if none or file is None else Path(expanded(file))
 
@@ -374,7 +376,7 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as fields of `Settings`. There is no model that is right for everyone."""
+    """Return options as fields of `Settings`. No default model is right for everyone."""
     settings = settings_of(options)
     if not settings["model"]:
         from virnuc_dask.runtime.plan import model_choices
@@ -390,9 +392,9 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
     from virnuc_dask.runtime.display import display, recorded
 
     kind, telemetry = shown
-    warnings.simplefilter("ignore", RandomWeightsWarning)  # the first line says it
-    # What the user should know of a lost worker or scheduler comes as an event or an error; these
-    # would add a traceback of whatever message was on its way. The second has a level of its own.
+    warnings.simplefilter("ignore", RandomWeightsWarning)  # the first line of output says it
+    # Events and errors report a lost worker or scheduler. These loggers would add a traceback about
+    # the message that was lost. The second logger has its own level.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
     fork_workers()
@@ -419,15 +421,15 @@ def _show_summary(summary: RunSummary) -> None:
     if summary.missing:
         for line in _missing_lines(summary.missing):
             print(f"  {line}")
-        print(f"go on with: virnuc-dask resume {summary.store}")
+        print(f"resume with: virnuc-dask resume {summary.store}")
     elif summary.elsewhere:
-        print(f"this shard is done; {summary.elsewhere:,} chunks of others are not yet")
+        print(f"this shard is done; other shards still lack {counted(summary.elsewhere, 'chunk')}")
     else:
         print(f'open with: virnuc_dask.open_store("{summary.store}")')
 
 
 def _missing_lines(missing: dict[int, str]) -> Iterator[str]:
-    """Chunks that failed, the first of them by name, and how many were merely not computed."""
+    """List the first chunks that failed, and count the others and the chunks not computed."""
     from virnuc_dask.runtime.events import NOT_COMPUTED
 
     failed = {chunk: error for chunk, error in missing.items() if error != NOT_COMPUTED}

@@ -1,4 +1,4 @@
-"""Command-line options that several commands share. What a setting means is said in `settings`."""
+"""Command-line options that several commands share. `settings` defines what a setting means."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from virnuc_dask.settings import Option, RunConfig, Settings, Tiling, Translatio
 EMBED, WHERE, SHOWN, RARE = (
     "What to embed",
     "Where to run",
-    "How it is shown",
-    "What few people need",
+    "How to show it",
+    "Rarely needed",
 )
 
 
 class GroupedOption(click.Option):
-    """An option that has a heading in the help."""
+    """An option that the help lists under a heading."""
 
     def __init__(self, *declarations: Any, group: str, **more: Any) -> None:
         super().__init__(*declarations, **more)
@@ -28,7 +28,7 @@ class GroupedOption(click.Option):
 
 
 class GroupedCommand(click.Command):
-    """A command whose help lists options under headings."""
+    """A command with a help text that lists options under headings."""
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write the options, group by group."""
@@ -65,11 +65,11 @@ def setting(of: type, name: str, flag: str | None = None, **more: Any) -> Callab
     of : type
         `Settings`, `RunConfig`, `Translation` or `Tiling`.
     name : str
-        The field.
+        Name of the field.
     flag : str, optional
-        Default: the field's name with dashes.
+        Default: the name of the field with dashes.
     **more
-        As of `click.option`, instead of what the setting says.
+        Arguments of `click.option` that replace those of the setting.
     """
     option = options_of(of)[name]
     (field,) = (each for each in fields(of) if each.name == name)
@@ -117,10 +117,10 @@ identity_options = _options(
 
 
 def settings_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Options as fields of `Settings`: those of translation in one, and of tiling, or none."""
+    """Return options as fields of `Settings`; translation and tiling are one field each."""
     tile, step = options.pop("tile"), options.pop("tile_step")
     if step is not None and tile is None:
-        raise click.UsageError("--tile-step is for --tile")
+        raise click.UsageError("--tile-step requires --tile")
     options = options | {"tiling": tile and Tiling(tile, step)}
     names = ("frames", "window", "genetic_code", "min_residues", "max_unknown")
     given = {name: options.pop(name) for name in names}
@@ -128,11 +128,11 @@ def settings_of(options: dict[str, Any]) -> dict[str, Any]:
         context = click.get_current_context()
         for name in names:
             if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{name.replace('_', '-')} is for --translate six-frame")
+                raise click.UsageError(f"--{name.replace('_', '-')} requires --translate six-frame")
         return options
     rule, window = given.pop("frames"), given.pop("window")
     if window != "none" and not window.isdecimal():
-        raise click.BadParameter(f"{window!r}: neither a number nor none", param_hint="--window")
+        raise click.BadParameter(f"{window!r} is neither a number nor none", param_hint="--window")
     size = None if window == "none" else int(window)
     return options | {"translation": Translation(rule=rule, window=size, **given)}
 
@@ -146,7 +146,7 @@ work_options = _options(
         "--cluster",
         default="local",
         show_default=True,
-        help="local (this machine's cores), local-cuda (its GPUs), auto (GPUs if there are any), a"
+        help="local (cores of this machine), local-cuda (its GPUs), auto (GPUs if it has any), a"
         " scheduler's address, or a scheduler.json.",
     ),
     grouped(
@@ -154,18 +154,18 @@ work_options = _options(
         "--workers",
         type=click.IntRange(1),
         metavar="N",
-        help="Local worker processes.  [default: one a core, or a GPU]",
+        help="Local worker processes.  [default: one per core or GPU]",
     ),
     *(setting(RunConfig, name) for name in options_of(RunConfig)),
 )
 display_options = _options(
-    grouped(SHOWN, "--json", "as_json", is_flag=True, help="JSON lines on stdout."),
-    grouped(SHOWN, "--no-progress", is_flag=True, help="Plain lines instead of a live bar."),
-    grouped(SHOWN, "-q", "--quiet", is_flag=True, help="Trouble and the summary only."),
+    grouped(SHOWN, "--json", "as_json", is_flag=True, help="Write JSON lines to stdout."),
+    grouped(SHOWN, "--no-progress", is_flag=True, help="Print plain lines instead of a live bar."),
+    grouped(SHOWN, "-q", "--quiet", is_flag=True, help="Print only problems and the summary."),
     grouped(
         RARE,
         "--telemetry",
-        help="File for what each chunk took, as JSON lines.  [default: STORE.telemetry.jsonl]",
+        help="File for the events of the run, as JSON lines.  [default: STORE.telemetry.jsonl]",
     ),
-    grouped(RARE, "--no-telemetry", is_flag=True, help="Write no such file."),
+    grouped(RARE, "--no-telemetry", is_flag=True, help="Write no telemetry file."),
 )

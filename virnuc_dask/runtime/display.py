@@ -1,4 +1,4 @@
-"""How a run looks: a live bar on a terminal or in a notebook, else lines; JSON for programs."""
+"""Show a run: a live bar on a terminal or in a notebook, else lines; JSON for programs."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from virnuc_dask.runtime import events
 from virnuc_dask.runtime.events import Event, Listener, RunSummary
 from virnuc_dask.text import counted, duration, printable
 
-# Plain output gets one line in this many seconds, so that a log of a long run stays readable.
+# Seconds between lines of plain output, so that the log of a long run stays readable.
 _PLAIN_EVERY_S = 10.0
 _NOTEBOOK_EVERY_S = 0.25
 _MAP_CELLS = 64
-# Columns of a terminal that a bar of so many takes, widest first; a narrower one shows none.
+# Width of the bar by the least width of the terminal; a narrower terminal shows no bar.
 _BAR_WIDTHS = {100: 24, 60: 16, 36: 8}
-# A spinner, a percentage, and a space after each, and after the bar.
+# Columns of the spinner, the percentage, and the spaces after these and after the bar.
 _BESIDE_THE_TEXT = 8
-# A chunk that is there, some of several, none; and for encodings that have no such letters.
+# A cell whose chunks are all present, some, or none; and the same for encodings without blocks.
 _BLOCKS, _SIGNS = ("█", "▒", "░"), ("#", "+", ".")
 _OF_A_CHUNK = (events.ChunkDone, events.ChunkFailed, events.ChunkOverdue, events.WorkerLost)
 
 
 @contextmanager
 def display(kind: str) -> Iterator[Listener]:
-    """A listener that shows events.
+    """Yield a listener that shows events.
 
     Parameters
     ----------
     kind : {'auto', 'json', 'plain', 'quiet'}
         ``auto``: a live bar if stderr is a terminal that can redraw a line, else plain lines. JSON
-        goes to stdout, all else to stderr. ``quiet`` shows trouble only.
+        goes to stdout, everything else to stderr. ``quiet`` shows problems only.
     """
     console = Console(stderr=True, markup=False, emoji=False, highlight=False)
     if kind == "json":
@@ -60,10 +60,10 @@ def display(kind: str) -> Iterator[Listener]:
 
 @contextmanager
 def recorded(listener: Listener, path: Path | None) -> Iterator[Listener]:
-    """A listener that also appends every event to a file, as JSON lines.
+    """Yield a listener that also appends every event to a file, as JSON lines.
 
-    Nothing is written before something happens to a chunk. A file that cannot be written is no
-    reason to stop: it is said once.
+    Nothing is written before the first event about a chunk. A file that cannot be written does not
+    stop the run; one message reports it.
     """
     if path is None:
         yield listener
@@ -93,7 +93,7 @@ class _Recorder:
         if not self._has_begun:
             return
         try:
-            # Opened each time: other runs on the same store may append too, whole lines at once.
+            # Opened each time, because other runs on the same store may append whole lines too.
             with open(self._path, "a") as file:
                 file.write("".join(self._waiting))
         except OSError as error:
@@ -103,7 +103,7 @@ class _Recorder:
 
 
 class _Tally:
-    """Rates and counts so far; what both the bar and the lines show."""
+    """Rates and counts so far, for the bar and for the lines."""
 
     def __init__(self) -> None:
         self.rows = self.total = self.residues_left = 0
@@ -122,7 +122,7 @@ class _Tally:
                 self.has_begun = True
             case events.WorkersChanged():
                 self.workers, self.has_begun = event.workers, True
-                # Rates count from the first worker's arrival: starting one takes seconds.
+                # Rates count from the arrival of the first worker, because its start takes seconds.
                 if self.workers:
                     self._began = self._began or time.monotonic()
             case events.ChunkDone():
@@ -140,7 +140,7 @@ class _Tally:
                 self.retries += len(event.chunks)
 
     def text(self, columns: int | None = None) -> str:
-        """As much of it as fits into so many columns, what matters most first."""
+        """The parts that fit into this number of columns, the most important first."""
         if not self.workers:
             return "waiting for workers" if self.has_begun else "starting workers"
         return _fitting(self._parts(), columns)
@@ -222,7 +222,7 @@ class _PlainLines:
 
 
 class NotebookBar:
-    """A listener that shows a bar in the output of a notebook's cell, without ipywidgets."""
+    """Listener that shows a bar in the output of a notebook cell. It does not need ipywidgets."""
 
     def __init__(self) -> None:
         display: Any = import_module("IPython.display").display
@@ -231,7 +231,7 @@ class NotebookBar:
         self._cell = display({"text/plain": "starting"}, raw=True, display_id=True)
 
     def __call__(self, event: Event) -> None:
-        """Show an event, or only count it if the last one was shown a moment ago."""
+        """Show an event, or only count it if the bar was updated a moment ago."""
         self._tally.take(event)
         notes = list(_notice(event))
         self._notes += notes
@@ -249,7 +249,7 @@ class NotebookBar:
 
 
 def notebook_listener() -> Listener | None:
-    """A bar if this process is a notebook's kernel, else None."""
+    """Return a bar if this process is the kernel of a notebook, else None."""
     ipython: Any = sys.modules.get("IPython")
     shell = ipython and ipython.get_ipython()
     return NotebookBar() if getattr(shell, "kernel", None) is not None else None
@@ -272,7 +272,7 @@ def _reading(event: events.Reading, columns: int | None = None) -> str:
 
 
 def _fitting(parts: Iterable[str], columns: int | None) -> str:
-    """Those parts, in their order, that fit into a line of so many columns."""
+    """Join the parts that fit into a line of this number of columns, in their order."""
     line = ""
     for part in parts:
         longer = f"{line}  {part}" if line else part
@@ -282,7 +282,7 @@ def _fitting(parts: Iterable[str], columns: int | None) -> str:
 
 
 def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
-    """Lines that are worth keeping on the screen."""
+    """Lines that stay on the screen."""
     match event:
         case events.ModelChosen() if not quiet:
             yield from _model_notes(event)
@@ -305,32 +305,32 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
                 " versions, store, weights, device"
             )
         case events.WorkerUnfit():
-            yield f"worker {event.worker} is left alone: {'; '.join(event.lacks)}"
+            yield f"worker {event.worker} gets no chunks: {'; '.join(event.lacks)}"
         case events.WorkerLost():
             yield (
-                f"worker {event.worker} was lost; {counted(len(event.chunks), 'chunk')} of it"
+                f"worker {event.worker} was lost; {counted(len(event.chunks), 'chunk')}"
                 " will be computed elsewhere"
             )
         case events.ChunkOverdue():
-            then = "it is replaced" if event.replaced else "it is left alone"
+            then = "the worker is replaced" if event.replaced else "the worker gets no more chunks"
             yield (
-                f"chunk {event.chunk} hangs on worker {event.worker} for {event.seconds:.0f} s;"
-                f" {then}, and the chunk is computed elsewhere"
+                f"chunk {event.chunk} has hung on worker {event.worker} for {event.seconds:.0f} s;"
+                f" {then}, and another worker computes the chunk"
             )
         case events.ChunkSuspected():
             yield (
-                f"chunk {event.chunk} was being computed when workers died or hung, {event.deaths}"
-                " times; it goes into a process of its own"
+                f"workers died or hung {counted(event.deaths, 'time')} while they computed chunk"
+                f" {event.chunk}; it is now computed in a child process"
             )
         case events.ChunkFailed():
-            after = "given up for this run" if event.final else "will be tried again"
+            after = "not tried again in this run" if event.final else "will be tried again"
             yield f"chunk {event.chunk}, attempt {event.attempt}: {event.error}; {after}"
         case events.CannotGoOn():
-            yield f"cannot go on: {event.reason}"
+            yield f"no more chunks can be written: {event.reason}"
         case events.Stopping():
             yield (
                 f"stopping: {counted(event.running, 'running chunk')} may finish within"
-                f" {event.seconds:.0f} s; a second signal leaves at once"
+                f" {event.seconds:.0f} s; a second signal exits immediately"
             )
 
 
@@ -343,20 +343,20 @@ def _model_notes(event: events.ModelChosen) -> Iterator[str]:
         heads = ", ".join(sorted({name.split(".")[0] for name in event.left_out}))
         yield (
             f"note: {model.reference} also holds {counted(len(event.left_out), 'tensor')} that"
-            f" ESM-2 has not ({printable(heads)}); left out"
+            f" ESM-2 does not have ({printable(heads)}); ignored"
         )
 
 
 def input_notes(event: events.InputRead) -> Iterator[str]:
-    """What reading the input met that its owner should know of."""
+    """Yield notes about the input for its owner."""
     for file in event.empty_files:
-        yield f"note: {file} holds no record"
+        yield f"note: {file} contains no records"
     if event.empty:
-        yield f"note: {counted(event.empty, 'record')} without a residue; quarantined as empty"
+        yield f"note: {counted(event.empty, 'record')} without residues; quarantined as empty"
     if event.invalid:
-        which = "their tiles with these are quarantined" if event.tiled else "quarantined"
+        which = "their tiles with such letters are quarantined" if event.tiled else "quarantined"
         yield (
-            f"note: {counted(event.invalid, 'record')} with letters that are no residues;"
+            f"note: {counted(event.invalid, 'record')} with letters that are not residues;"
             f" {which} as invalid_residues (--strict refuses such input)"
         )
     changed = {
@@ -377,14 +377,14 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
 
 
 def table_lines(table: list[tuple[str, str]]) -> Iterator[str]:
-    """Names and values as a table that nothing wraps but the terminal itself."""
+    """Format names and values as a table. Only the terminal may wrap its lines."""
     width = max((len(name) for name, _ in table), default=0)
     for name, value in table:
         yield f"{name:<{width}}  {value}"
 
 
 def chunk_map(present: NDArray[np.bool_], encoding: str, cells: int = _MAP_CELLS) -> str:
-    """Draw which chunks are present, in order: a cell is one chunk, or an even share of them."""
+    """Draw which chunks are present, in order. A cell stands for one chunk or for several."""
     try:
         "".join(_BLOCKS).encode(encoding)
         full, part, none = _BLOCKS

@@ -1,4 +1,4 @@
-"""The task: read a chunk's sequences, embed them, write the region. Runs on a worker."""
+"""The task of a worker: read the sequences of a chunk, embed them, and write the chunk."""
 
 from __future__ import annotations
 
@@ -25,32 +25,32 @@ from virnuc_dask.runtime import failures
 from virnuc_dask.settings import Identity, ModelSpec, Status
 from virnuc_dask.store.store import Store
 
-# Ubiquitin's beginning: an encoder that has trouble with it has trouble with anything.
+# The start of ubiquitin. An encoder that fails on this sequence fails on any sequence.
 BEYOND_DOUBT = "MQIFVKTLTGKTITLEVEPS"
 
 
 @dataclass(frozen=True, slots=True)
 class ChunkReport:
-    """What a task did. The embeddings themselves stay in the store.
+    """Result of a task. The embeddings are only in the store.
 
     Attributes
     ----------
     chunk, rows : int
     counts : dict of str to int
-        Rows per state; empty if the chunk was found done. The store's `status` has all.
+        Rows by state; empty if the chunk was already present. The store's `status` has all rows.
     computed : bool
-        False if the chunk was there: another task had written it, or this one before its worker
-        died.
+        False if the chunk was already present: another task wrote it, or this task did before its
+        worker died.
     read_s, wait_s, compute_s, write_s : float
-        Seconds of each part; waited is for the device, which another chunk had.
+        Seconds of each part. `wait_s` is the time until another chunk released the device.
     fill : float
-        Tokens of the batches, as a share of what they had room for; 0 if nothing was encoded.
+        Tokens of the batches as a share of their capacity; 0 if nothing was encoded.
     memory : int
-        Most bytes that the device has held for this process; for a CPU, the process's peak RSS.
+        Peak bytes of device memory of this process; on a CPU, the peak RSS of the process.
     gpu : int, optional
-        Utilisation of the GPU in the last second or less, per cent.
+        Utilisation of the GPU during the last second or less, in per cent.
     pid : int
-        Process that did it.
+        Process that computed the chunk.
     """
 
     chunk: int
@@ -74,7 +74,7 @@ def embed_here(
     residues: NDArray[np.uint8],
     identity: Identity,
 ) -> Rows:
-    """`embed_rows` by the process's encoder."""
+    """Call `embed_rows` with the encoder of this process."""
     encoder = get_encoder(model, device)
     encoder.take_usage()
     rows = embed_rows(encoder, lengths, residues, identity)
@@ -92,34 +92,34 @@ def embed_chunk(
 ) -> ChunkReport:
     """Embed one chunk of a store.
 
-    Idempotent: the same chunk gives the same bytes, so a second copy of a task does no harm. A
-    chunk that is present is left alone.
+    The function is idempotent: the same chunk gives the same bytes, so a second copy of a task does
+    no harm. A chunk that is present is not written again.
 
     Parameters
     ----------
     path : str
-        The store, as this worker sees it.
+        Path or URL of the store on this worker.
     chunk : int
-        Chunk of rows.
+        Number of the chunk.
     identity : Identity
-        What the coordinator takes the store for.
+        Identity that the coordinator expects of the store.
     model : ModelSpec
-        The model; its weights are compared with the spec's digest when they are loaded.
+        The model; its digest is compared with the weights when they are loaded.
     device : str
         A torch device.
     embed : callable
-        Has the arguments of `embed_here`.
+        Function with the arguments of `embed_here`.
     store_id : str, optional
-        Of the store that is meant; any with this identity if it is left out.
+        Id of the store. Without it, any store with this identity is accepted.
 
     Raises
     ------
     IdentityMismatchError
-        The path holds a store of other settings.
+        The path holds a store with other settings or another input.
     StoreReplacedError
-        The path holds another store by now. Nothing is written into it.
+        The path holds another store now. Nothing is written into it.
     ModelError
-        This worker finds other weights under the model's name.
+        This worker has other weights under the model's name.
     StoreError
         A sequence array is damaged.
     """
@@ -146,7 +146,7 @@ def embed_chunk(
         True,
         read - started,
         rows.usage.wait_s,
-        # Without loading the model; of child processes only the whole is known.
+        # Without loading the model. For child processes only the total time is known.
         rows.usage.busy_s or computed - read,
         time.perf_counter() - computed,
         rows.usage.tokens / max(1, rows.usage.capacity),
@@ -155,7 +155,7 @@ def embed_chunk(
 
 
 def _of_device(device: str) -> tuple[int, int | None]:
-    """Peak memory and, of a GPU, utilisation."""
+    """Peak memory in bytes, and the utilisation of a GPU in per cent."""
     if not device.startswith("cuda"):
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, None
     import torch
@@ -163,24 +163,24 @@ def _of_device(device: str) -> tuple[int, int | None]:
     try:
         utilisation: int | None = torch.cuda.utilization(device)
     except Exception:
-        # No nvidia-ml-py, or a driver that does not say: no reason to do a chunk again.
+        # nvidia-ml-py is missing, or the driver does not report it. The chunk is good nevertheless.
         utilisation = None
     return torch.cuda.max_memory_allocated(device), utilisation
 
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Rows of a chunk, computed.
+    """Computed rows of a chunk.
 
     Attributes
     ----------
     status : ndarray, uint8, shape (n,)
     embedding : ndarray, float32, shape (n, D)
-        NaN where the row is quarantined.
+        NaN for quarantined rows.
     residues : ndarray, float16, shape (N, D), optional
-        Representation of each encoded residue, end to end; NaN where the row is quarantined.
+        Embeddings of the encoded residues of all rows, concatenated; NaN for quarantined rows.
     usage : Usage
-        What it took, as far as this process knows.
+        Time and tokens, as far as this process knows them.
     """
 
     status: NDArray[np.uint8]
@@ -195,7 +195,7 @@ def embed_rows(
     residues: NDArray[np.uint8],
     identity: Identity,
 ) -> Rows:
-    """Embed rows and say what became of each."""
+    """Embed rows, and return the state of each row too."""
     long = lengths > identity.max_residues
     status = np.full(len(lengths), Status.EMBEDDED, np.uint8)
     status[long] = {
@@ -204,7 +204,7 @@ def embed_rows(
         "skip": Status.TOO_LONG,
     }[identity.long]
     status[lengths == 0] = Status.EMPTY
-    # A record with a letter that is no residue is quarantined, also if truncation would hide it.
+    # A row with a letter that is not a residue is quarantined, even if truncation would remove it.
     status[invalid_rows(residues, lengths)] = Status.INVALID_RESIDUES
 
     encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
@@ -218,49 +218,50 @@ def embed_rows(
         return by.encode_segments(residues, part, len(lengths), per_residue=identity.per_residue)
 
     try:
-        found = encode(encoder, segments)
+        result = encode(encoder, segments)
     except Exception as error:
         if not failures.is_of_the_input(error):
             raise
-        # If this raises too, it is no row's fault.
+        # If this raises too, no row is the cause.
         encoder.encode([BEYOND_DOUBT])
-        found, guilty = _encode_apart(partial(encode, encoder), segments, row_of_residue)
+        result, guilty = _encode_apart(partial(encode, encoder), segments, row_of_residue)
         status[guilty] = Status.ENCODER_ERROR
-    _doubt(encoder, found)
-    odd = ~_finite(found, row_of_residue, identity) & (status < Status.INVALID_RESIDUES)
-    odd &= found.fits
+    _doubt(encoder, result)
+    odd = ~_finite(result, row_of_residue, identity) & (status < Status.INVALID_RESIDUES)
+    odd &= result.fits
     if odd.any() and encoder.spec.precision != "float32":
-        # What another precision cannot hold may well be a number in this one.
+        # Values that overflow in another precision may be finite in float32.
         exact = get_encoder(replace(encoder.spec, precision="float32"), encoder.device)
         again = encode(exact, segments.select(odd[segments.row]))
         _doubt(exact, again)
-        _put(again, found, odd, row_of_residue)
-        odd &= ~_finite(found, row_of_residue, identity)
+        _put(again, result, odd, row_of_residue)
+        odd &= ~_finite(result, row_of_residue, identity)
     status[odd] = Status.NON_FINITE
-    status[~found.fits] = Status.OUT_OF_MEMORY
+    status[~result.fits] = Status.OUT_OF_MEMORY
     quarantined = status >= Status.INVALID_RESIDUES
-    found.embedding[quarantined] = np.nan
-    if found.residues is not None:
-        found.residues[quarantined[row_of_residue]] = np.nan
-    return Rows(status, found.embedding, found.residues)
+    result.embedding[quarantined] = np.nan
+    if result.residues is not None:
+        result.residues[quarantined[row_of_residue]] = np.nan
+    return Rows(status, result.embedding, result.residues)
 
 
-def _doubt(encoder: Encoder, found: Encoded) -> None:
-    """If some rows do not fit, see that it is theirs, and not that others have the memory."""
-    if not found.fits.all():
+def _doubt(encoder: Encoder, result: Encoded) -> None:
+    """If rows do not fit, encode a short sequence; it raises if others use the memory."""
+    if not result.fits.all():
         encoder.encode([BEYOND_DOUBT])
 
 
 def _encode_apart(
     encode: Callable[[Segments], Encoded], segments: Segments, row_of_residue: NDArray[np.int64]
 ) -> tuple[Encoded, list[int]]:
-    """Encode again, and halve what raises until the rows that raise alone are known.
+    """Encode again, and halve each part that raises until the rows that raise alone are known.
 
     Returns
     -------
     encoded : Encoded
-        Of all other rows.
+        Embeddings of all other rows.
     guilty : list of int
+        Rows that raise alone.
     """
     whole = encode(segments.select(np.zeros(len(segments), np.bool_)))
     guilty: list[int] = []
@@ -269,7 +270,7 @@ def _encode_apart(
         part = parts.pop()
         members = np.unique(part.row)
         try:
-            found = encode(part)
+            result = encode(part)
         except Exception as error:
             if not failures.is_of_the_input(error):
                 raise
@@ -279,39 +280,38 @@ def _encode_apart(
                 second = part.row >= members[len(members) // 2]
                 parts += [part.select(~second), part.select(second)]
             continue
-        _put(found, whole, np.isin(np.arange(len(whole.fits)), members), row_of_residue)
+        _put(result, whole, np.isin(np.arange(len(whole.fits)), members), row_of_residue)
     return whole, guilty
 
 
 def _put(
     source: Encoded, target: Encoded, rows: NDArray[np.bool_], row_of_residue: NDArray[np.int64]
 ) -> None:
-    """Copy some rows."""
     target.embedding[rows] = source.embedding[rows]
     target.fits[rows] = source.fits[rows]
     if source.residues is not None and target.residues is not None:
-        chosen = rows[row_of_residue]
-        target.residues[chosen] = source.residues[chosen]
+        mask = rows[row_of_residue]
+        target.residues[mask] = source.residues[mask]
 
 
 def _finite(
-    found: Encoded, row_of_residue: NDArray[np.int64], identity: Identity
+    result: Encoded, row_of_residue: NDArray[np.int64], identity: Identity
 ) -> NDArray[np.bool_]:
-    """Which rows are numbers that can be stored: float16 tops out at 65,504."""
+    """Find the rows that can be stored as finite numbers; the largest float16 is 65,504."""
     with np.errstate(over="ignore"):
-        finite = np.isfinite(found.embedding.astype(identity.dtype)).all(axis=1)
-    if found.residues is not None:
-        finite[row_of_residue[~np.isfinite(found.residues).all(axis=1)]] = False
+        finite = np.isfinite(result.embedding.astype(identity.dtype)).all(axis=1)
+    if result.residues is not None:
+        finite[row_of_residue[~np.isfinite(result.residues).all(axis=1)]] = False
     return np.asarray(finite, np.bool_)
 
 
 def _first_residues(
-    residues: NDArray[np.uint8], lengths: NDArray[np.int32], wanted: NDArray[np.int64]
+    residues: NDArray[np.uint8], lengths: NDArray[np.int32], counts: NDArray[np.int64]
 ) -> NDArray[np.uint8]:
-    """The first residues of each row, as many as are wanted of it."""
+    """Take the first `counts` residues of each row."""
     starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    place = np.arange(len(residues)) - np.repeat(starts, lengths)
-    return residues[place < np.repeat(wanted, lengths)]
+    position = np.arange(len(residues)) - np.repeat(starts, lengths)
+    return residues[position < np.repeat(counts, lengths)]
 
 
 _loading = threading.Lock()
@@ -319,36 +319,38 @@ _loaded: dict[tuple[ModelSpec, str], Encoder] = {}
 
 
 def get_encoder(model: ModelSpec, device: str = "cpu") -> Encoder:
-    """The process's encoder, loaded at the first call and shared by its threads.
+    """Return the encoder of this process. The first call loads it, and all threads share it.
 
-    A getter and not a worker plugin: a plugin that fails after a restart is only logged, and the
-    worker goes on taking tasks.
+    It is not a worker plugin, because Dask only logs the error of a plugin that fails after a
+    restart, and the worker continues to take tasks.
 
     Raises
     ------
     ModelError
-        The weights are others, or none of an ESM-2.
+        The weights are not the expected ones, or not those of an ESM-2 model.
     MemoryError
-        Others have the device's memory, or there is too little of it.
+        The device has too little memory, or others use it.
     """
     with _loading:
         encoder = _loaded.get((model, device))
         if encoder is None:
             checkpoint = load_checkpoint(model.reference)
             describe(checkpoint, model.precision, model.repr_layer, model.pooling, hashed=False)
-            # One model at a time, for a second may not fit beside it; but a model's float32 twin,
-            # which is there for a few rows, does not replace it.
-            for spec, place in list(_loaded):
-                if model.precision != "float32" or replace(spec, precision="float32") != model:
-                    del _loaded[spec, place]
+            # Keep one model at a time, because a second one may not fit. But the float32 version of
+            # a loaded model, which is needed for a few rows, is kept beside it.
+            for loaded, on in list(_loaded):
+                if model.precision != "float32" or replace(loaded, precision="float32") != model:
+                    del _loaded[loaded, on]
             with hashing(checkpoint) as digest:
                 try:
                     encoder = Encoder(checkpoint, model, device)
                 except Exception as error:
-                    # Other weights may be why.
+                    # Unexpected weights may be the cause.
                     _check_weights(model, checkpoint, digest.result())
                     if is_out_of_memory(error):
-                        raise MemoryError(f"the model does not fit now: {error}") from error
+                        raise MemoryError(
+                            f"the model does not fit into memory now: {error}"
+                        ) from error
                     raise
                 _check_weights(model, checkpoint, digest.result())
             _loaded[model, device] = encoder
@@ -358,7 +360,7 @@ def get_encoder(model: ModelSpec, device: str = "cpu") -> Encoder:
 def _check_weights(model: ModelSpec, checkpoint: Checkpoint, digest: str) -> None:
     if digest != model.weights_sha256:
         if checkpoint.files:
-            digests.forget(checkpoint.files)  # the store's may be a kept one that is wrong
+            digests.forget(checkpoint.files)  # the store may have a wrong cached digest
         raise ModelError(
             f"model {model.reference}: this worker has weights {digest[:12]}, the store was made"
             f" with {model.weights_sha256[:12]}"

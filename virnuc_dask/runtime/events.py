@@ -1,4 +1,4 @@
-"""What a run tells whoever listens: a few small values, and a summary at the end."""
+"""Events that a run sends to its listener, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from virnuc_dask.settings import CONTIG_NUCLEOTIDES, ModelSpec, Status
 from virnuc_dask.text import counted, duration, printable
 
-# Of a chunk that is not done, if no attempt at it has failed.
+# Reason for a missing chunk without a failed attempt.
 NOT_COMPUTED = "not computed"
 
 
@@ -19,7 +19,7 @@ class Event:
     """Something that happened in a run."""
 
     def to_json(self) -> dict[str, Any]:
-        """The event as plain JSON values, its kind under ``event``."""
+        """Return the event as plain JSON values, with its kind under ``event``."""
         return {"event": _snake(type(self).__name__), **asdict(self)}
 
 
@@ -27,12 +27,12 @@ Listener = Callable[[Event], None]
 
 
 def silence(_event: Event) -> None:
-    """Listener of whoever wants none."""
+    """Ignore an event: the listener if none is given."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading(Event):
-    """Input read so far; `records` are the rows that it gives."""
+    """Input read so far; `records` counts rows."""
 
     records: int
     residues: int
@@ -40,13 +40,13 @@ class Reading(Event):
 
 @dataclass(frozen=True, slots=True)
 class ModelChosen(Event):
-    """The model, and what it computes on: the first event, or soon after it.
+    """The model and its device. This is the first event, or one of the first.
 
-    Weights that take more than a second to hash are hashed while the input is read, and `Reading`
+    Weights that take more than a second to hash are hashed while the input is read, so `Reading`
     events may come first.
 
-    Where the weights were read, also whether an adapter is merged, and which tensors are not
-    ESM-2's, as a classifier's.
+    If the run has read the weights, `has_adapter` says whether an adapter was merged, and
+    `left_out` names the tensors that are not part of ESM-2, such as a classifier's.
     """
 
     model: ModelSpec
@@ -55,13 +55,13 @@ class ModelChosen(Event):
     left_out: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """As an event, with a comment if its weights are random."""
+        """Return the event as JSON values, with a comment if the weights are random."""
         return {**Event.to_json(self), **self.model.comment()}
 
 
 @dataclass(frozen=True, slots=True)
 class InputRead(Event):
-    """The input, whole, after cleaning. Counts of letters and records as in `InputSummary`."""
+    """Counts of the complete input after cleaning, as in `InputSummary`."""
 
     records: int
     residues: int
@@ -80,7 +80,7 @@ class InputRead(Event):
 
     @property
     def hint(self) -> str:
-        """What to do about records without a row, as the end of a sentence; or nothing."""
+        """Advice about records without a row, to end a sentence; empty if there are none."""
         if not self.contigs_without_row:
             return ""
         return (
@@ -91,9 +91,9 @@ class InputRead(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunStarted(Event):
-    """The plan: what there is, what is there already, and what this run, or its shard, is to do.
+    """Size of the store, the chunks it has, and the work of this run or of its shard.
 
-    `records` are rows of the store.
+    `records` counts the rows of the store.
     """
 
     store: str
@@ -108,7 +108,7 @@ class RunStarted(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkersChanged(Event):
-    """How many workers and threads there are now."""
+    """The number of workers or threads changed to these values."""
 
     workers: int
     threads: int
@@ -123,14 +123,14 @@ class WaitingForWorkers(Event):
 
 @dataclass(frozen=True, slots=True)
 class Connected(Event):
-    """There is a scheduler, and Dask's own dashboard of it."""
+    """The run is connected to a scheduler with a Dask dashboard at this address."""
 
     dashboard: str
 
 
 @dataclass(frozen=True, slots=True)
 class WorkersChecked(Event):
-    """So many workers have the versions, the store, the weights and the device of this run."""
+    """Number of workers with the versions, store, weights and device of the run."""
 
     workers: int
     seconds: float
@@ -138,7 +138,7 @@ class WorkersChecked(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerUnfit(Event):
-    """A worker that joined later lacks something; it is left alone."""
+    """A worker that joined later lacks something; it gets no chunks."""
 
     worker: str
     lacks: tuple[str, ...]
@@ -148,7 +148,7 @@ class WorkerUnfit(Event):
 class ChunkDone(Event):
     """A chunk is in the store.
 
-    `residues` are those to encode; what is not explained here is as in `ChunkReport`.
+    `residues` is the number of residues to encode; for the other fields see `ChunkReport`.
     """
 
     chunk: int
@@ -169,7 +169,7 @@ class ChunkDone(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChunkFailed(Event):
-    """A chunk raised; `final` if it will not be tried again in this run."""
+    """A chunk raised an error; if `final`, this run does not try it again."""
 
     chunk: int
     attempt: int
@@ -179,7 +179,7 @@ class ChunkFailed(Event):
 
 @dataclass(frozen=True, slots=True)
 class WorkerLost(Event):
-    """A worker vanished with these chunks on it; they are computed elsewhere."""
+    """A worker vanished with these chunks; other workers compute them."""
 
     worker: str
     chunks: tuple[int, ...]
@@ -187,7 +187,7 @@ class WorkerLost(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChunkOverdue(Event):
-    """A chunk took far longer than usual and is computed elsewhere; its worker may be replaced."""
+    """A chunk took far longer than usual. It is computed elsewhere; its worker may be replaced."""
 
     chunk: int
     worker: str
@@ -197,7 +197,7 @@ class ChunkOverdue(Event):
 
 @dataclass(frozen=True, slots=True)
 class ChunkSuspected(Event):
-    """Workers died or hung while they computed a chunk; it is computed in processes of its own."""
+    """Workers died or hung while they computed a chunk; it is then computed in child processes."""
 
     chunk: int
     deaths: int
@@ -205,7 +205,7 @@ class ChunkSuspected(Event):
 
 @dataclass(frozen=True, slots=True)
 class Stopping(Event):
-    """A signal came; running chunks have this long to finish."""
+    """The run got a signal; running chunks have this many seconds to finish."""
 
     signal: int
     running: int
@@ -214,7 +214,7 @@ class Stopping(Event):
 
 @dataclass(frozen=True, slots=True)
 class CannotGoOn(Event):
-    """No chunk can be written any more; those that run may finish."""
+    """No more chunks can be written; running chunks may finish."""
 
     reason: str
     running: int
@@ -222,40 +222,40 @@ class CannotGoOn(Event):
 
 @dataclass(frozen=True, slots=True)
 class RunSummary(Event):
-    """How a run ended.
+    """Result of a run.
 
     Attributes
     ----------
     store : str
     model : ModelSpec
     device : str
-        That the workers computed on.
+        Device of the workers.
     records, chunks : int
         Rows and chunks of the store.
     counts : dict of str to int
-        Rows per state, of the whole store; they add up to `records`.
+        Rows of the whole store by state; they add up to `records`.
     computed_chunks, computed_rows, computed_residues : int
-        What this run did; residues as encoded, truncated or covered by windows.
+        Work of this run; residues are counted as encoded, truncated or covered by windows.
     missing : dict of int to str
-        Chunks that are not done, with the last error where there was one; of a shard, its own.
+        Missing chunks of the store, or of the shard, with the last error or `NOT_COMPUTED`.
     elsewhere : int
-        Chunks that are not done and belong to other shards.
+        Missing chunks that belong to other shards.
     retries, workers_lost : int
     busy : float, optional
         Share of the workers' time in which their devices computed.
     took : dict of str to float
-        Seconds of all chunks that this run computed: ``read_s``, ``wait_s``, ``compute_s`` and
-        ``write_s`` as in `ChunkReport`.
+        Total seconds of the chunks that this run computed: ``read_s``, ``wait_s``, ``compute_s``
+        and ``write_s`` as in `ChunkReport`.
     memory : int
-        The most bytes of any chunk, as in `ChunkReport`.
+        Largest `memory` of any chunk in bytes, as in `ChunkReport`.
     seconds : float
-        From the first chunk's submission to the last report, workers' start excluded.
+        From the submission of the first chunk to the last report, without the start of workers.
     total_seconds : float
-        All of the run.
+        Duration of the whole run.
     interrupted : int, optional
         The signal that ended the run early.
     stopped : str, optional
-        Why no chunk could be written any more: path, cause, free space.
+        Why no more chunks could be written: path, cause, free space.
     """
 
     store: str
@@ -280,7 +280,7 @@ class RunSummary(Event):
     stopped: str | None = None
 
     def table(self) -> list[tuple[str, str]]:
-        """What it says, for people: names and values."""
+        """Return the summary for people, as names and values."""
         rows = state_table(self.counts)
         rows.append(("rows", f"{self.records:,}"))
         done = self.chunks - len(self.missing) - self.elsewhere
@@ -309,12 +309,12 @@ class RunSummary(Event):
 
     @property
     def quarantined(self) -> int:
-        """Rows that have no embedding and never will."""
+        """Number of rows that can never have an embedding."""
         return sum(self.counts.get(s.meaning, 0) for s in Status if s.quarantined)
 
     @property
     def complete(self) -> bool:
-        """Whether every row has its final state, or every row of the shard."""
+        """Whether every row of the store, or of the shard, has its final state."""
         return not self.missing
 
     @property
@@ -327,19 +327,19 @@ class RunSummary(Event):
         return 3 if self.quarantined else 0
 
     def to_json(self) -> dict[str, Any]:
-        """As an event, with its exit code."""
-        # Not super(): a dataclass with slots is another class than the one that super() means.
+        """Return the summary as JSON values, with its exit code."""
+        # Not super(): a dataclass with slots is a new class, and super() refers to the old one.
         return {**Event.to_json(self), **self.model.comment(), "exit_code": self.exit_code}
 
 
 def state_table(counts: Mapping[str, int]) -> list[tuple[str, str]]:
-    """How many rows are in which state, for people: names and values.
+    """Return the number of rows in each state for people, as names and values.
 
     Parameters
     ----------
     counts : mapping of str to int
-        Rows by state, as in `RunSummary`. Truncated and windowed rows are embedded too, and are
-        said to be some of those.
+        Rows by state, as in `RunSummary`. Truncated and windowed rows are embedded too, and the
+        table counts them among the embedded rows.
     """
     long = {
         state.meaning: number

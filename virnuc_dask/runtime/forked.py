@@ -1,4 +1,4 @@
-"""What workers are forked from: imported by the process that does so, and by nothing else."""
+"""Preload the modules of workers. Only the process that forks the workers imports this."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import gc
 import signal
 from contextlib import suppress
 
-# A terminal's Ctrl-C and its end come here and to workers too, which inherit this; the coordinator
-# acts on them.
+# A terminal sends SIGINT and SIGHUP to this process and to its workers too. Both ignore them, and
+# the coordinator handles them. Workers inherit this.
 for _number in (signal.SIGINT, signal.SIGHUP):
     signal.signal(_number, signal.SIG_IGN)
 
@@ -15,7 +15,7 @@ import virnuc_dask.runtime.workers  # noqa: E402, F401
 from virnuc_dask.encoder.upstream import fair_esm  # noqa: E402
 from virnuc_dask.errors import UsageError  # noqa: E402
 
-with suppress(UsageError):  # workers that only verify do without
+with suppress(UsageError):  # workers that only verify do not need it
     fair_esm()
-# Nobody looks through it again: its pages stay shared, and its process ends at once.
+# No garbage collection of what is loaded: its pages stay shared, and processes end at once.
 gc.freeze()

@@ -1,9 +1,9 @@
-"""Rows that may kill their process: computed in processes made to be killed.
+"""Compute rows that may kill their process in child processes.
 
-A chunk that was being computed whenever workers died is suspect, but most often innocent: workers
-vanish for many reasons. Here it is computed again in a child process. If the child dies or hangs,
-the rows that it was at are halved and a new child goes on, until the rows that do so alone are
-known: about log2 n deaths for one guilty row of n, and no worker's.
+A chunk is suspect if workers died while they computed it. Most suspects are innocent, because
+workers vanish for many reasons. So a suspect chunk is computed again in a child process. If the
+child dies or hangs, its current rows are halved and a new child continues, until the rows that
+do so alone are known. One guilty row of n costs about log2 n children and no worker.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ from virnuc_dask.runtime.embed import (
 from virnuc_dask.runtime.failures import FOREVER, LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
 from virnuc_dask.settings import Identity, ModelSpec, Status
 
-# The child met an error in the ordinary way: no row has killed it.
+# Exit code of a child that raised an error: no row killed it.
 _RAISED = 70
-# A row has made the device useless: as good as a death.
+# Exit code of a child whose device a row made unusable. It counts as a death.
 _DEVICE_LOST = 71
 
 
@@ -61,7 +61,7 @@ def embed_chunk_apart(
     goes_on: Callable[[], None] = _nobody,
     store_id: str | None = None,
 ) -> ChunkReport:
-    """As `embed_chunk`, in child processes; rows that kill or hang them are quarantined."""
+    """Like `embed_chunk`, in child processes. Rows that kill or hang them are quarantined."""
     embed = partial(embed_apart, patience=patience, goes_on=goes_on)
     return embed_chunk(path, chunk, identity, model, device, embed, store_id)
 
@@ -82,14 +82,14 @@ def embed_apart(
     model, device, lengths, residues, identity
         As for `embed_here`.
     patience : Patience
-        With a child; the time to load the model, and that for some rows.
+        Deadlines of a child: to load the model, and to encode rows.
     goes_on : callable
-        Called whenever a child starts, and when one has done a part.
+        Called when a child starts, and when it finishes a part.
 
     Raises
     ------
     VirnucError
-        A child raised, or died or hung before it came to the rows: no row's fault.
+        A child raised, or it died or hung before the first row. No row is the cause.
     """
     count = len(lengths)
     encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
@@ -102,8 +102,8 @@ def embed_apart(
         if identity.per_residue
         else None,
     )
-    # Rows that another precision cannot hold are tried in float32, of which a child that meets the
-    # first of them has to load the model.
+    # Rows that overflow in another precision are encoded in float32. A child loads the float32
+    # model at the first such row.
     twin = patience.start if identity.precision != "float32" else 0.0
     left, died_alone = deque([(0, count)]), set[int]()
     with TemporaryDirectory(prefix="virnuc-dask-") as name:
@@ -118,16 +118,16 @@ def embed_apart(
                 for part in left
             }
             hung = _run_child(folder, {folder / "ready": patience.start, **parts}, goes_on)
-            while left and (found := _result(folder, *left[0])).exists():
+            while left and (result := _result(folder, *left[0])).exists():
                 first, last = left.popleft()
-                with np.load(found, allow_pickle=False) as arrays:
+                with np.load(result, allow_pickle=False) as arrays:
                     whole.status[first:last] = arrays["status"]
                     whole.embedding[first:last] = arrays["embedding"]
                     if whole.residues is not None:
                         whole.residues[ends[first] : ends[last]] = arrays["residues"]
             if left:
-                # It died of this part. A row is guilty if that happens twice while it is alone:
-                # children too are killed by others.
+                # The child died or hung in this part. A single row is guilty if that happens twice,
+                # because children are also killed for other reasons.
                 first, last = left.popleft()
                 if last - first > 1:
                     middle = (first + last) // 2
@@ -145,29 +145,29 @@ def _result(folder: Path, first: int, last: int) -> Path:
 
 
 def _run_child(folder: Path, allowed: dict[Path, float], goes_on: Callable[[], None]) -> bool:
-    """Have a child do the parts of the job, in order, until it is done or dead.
+    """Start a child that computes the parts of the job in order, and wait for its end.
 
     Parameters
     ----------
     folder : Path
-        With the job.
+        Folder of the job.
     allowed : dict of Path to float
-        Seconds for each file that it makes, in order; the first says that it is ready.
+        Seconds for each file that the child writes, in order. The first says that it is ready.
     goes_on : callable
-        Called at the start, and for each file.
+        Called at the start and for each file.
 
     Returns
     -------
     bool
-        Whether it hung and was killed.
+        Whether the child hung and was killed.
     """
     ready = next(iter(allowed))
-    # Modules are looked for where this process does, and not first in the working directory.
+    # The child uses the module search path of this process, and not first the working directory.
     path = {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     with open(folder / "stderr", "w+b") as stderr:
         child = subprocess.Popen(
             [sys.executable, "-m", "virnuc_dask.runtime.isolate", str(folder)],
-            stdin=subprocess.PIPE,  # which closes with this process, and with it the child ends
+            stdin=subprocess.PIPE,  # closes with this process, which ends the child
             stdout=subprocess.DEVNULL,
             stderr=stderr,
             env=os.environ | path,
@@ -186,7 +186,7 @@ def _run_child(folder: Path, allowed: dict[Path, float], goes_on: Callable[[], N
 def _watch(
     child: subprocess.Popen[bytes], allowed: dict[Path, float], goes_on: Callable[[], None]
 ) -> bool:
-    """Wait for a child's end; kill it if it hangs, and say whether that was so."""
+    """Wait for a child's end, and kill the child if it hangs. Return whether it hung."""
     files, seconds = list(allowed), list(allowed.values())
     made, since = 0, time.monotonic()
     looked = since
@@ -216,9 +216,9 @@ def _main(folder: Path) -> None:
         lengths, residues = arrays["lengths"], arrays["residues"]
     ends = np.concatenate(([0], np.cumsum(lengths)))
     encoder = get_encoder(model, job["device"])
-    # Whoever dies of this does not die of a row.
+    # If this kills the process, no row is the cause.
     encoder.encode([BEYOND_DOUBT])
-    gc.freeze()  # nobody looks through what is loaded again: it ends at once
+    gc.freeze()  # no collection of loaded objects, so the process ends at once
     (folder / "ready").touch()
     for first, last in job["parts"]:
         try:
@@ -226,7 +226,7 @@ def _main(folder: Path) -> None:
                 encoder, lengths[first:last], residues[ends[first] : ends[last]], identity
             )
         except RuntimeError as error:
-            # If others have all memory of the device, no row is to blame.
+            # If others use the device's memory, no row is the cause.
             if failures.is_sticky(error) and not is_starved(torch.device(job["device"])):
                 os._exit(_DEVICE_LOST)
             raise
@@ -239,7 +239,7 @@ def _main(folder: Path) -> None:
 
 
 def _end_with_parent() -> None:
-    # Not sys.stdin, whose lock a thread that still waits would hold at the child's own end.
+    # Not sys.stdin: this thread would hold its lock when the child ends by itself.
     os.read(0, 1)
     os._exit(1)
 
@@ -251,5 +251,5 @@ if __name__ == "__main__":
         try:
             print(f"{type(error).__name__}: {error}", file=sys.stderr)
         finally:
-            # A full disk may not take even that: no row's fault either.
+            # The message fails too if the disk is full. No row is the cause of that either.
             os._exit(_RAISED)

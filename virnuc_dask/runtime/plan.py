@@ -1,4 +1,4 @@
-"""What a run would take, said beforehand, and which models there are to choose from."""
+"""Estimate the cost of a run before it starts, and list the available models."""
 
 from __future__ import annotations
 
@@ -48,13 +48,14 @@ from virnuc_dask.settings import (
 )
 from virnuc_dask.text import counted, duration, printable
 
-# Residues that are encoded to estimate the speed: a second or two with a small model.
+# Residues to encode for measuring the speed: a second or two with a small model.
 _TRIAL_RESIDUES = 2**14
-# Share of a product's speed that a network reaches, and what it is estimated for.
+# Share of the speed of a matrix product that a model reaches, and the protein length of the
+# estimate.
 _NETWORK_SHARE, _TYPICAL_RESIDUES = 0.8, 300
-# What becomes of a long row, by `--long`.
+# How each value of `--long` treats long rows.
 _MADE_OF_LONG: dict[LongPolicy, str] = {
-    "truncate": "embedded, truncated to so many",
+    "truncate": "embedded, truncated to that length",
     "window": "embedded in windows",
     "skip": "quarantined as too_long",
 }
@@ -62,13 +63,13 @@ _MADE_OF_LONG: dict[LongPolicy, str] = {
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run would take.
+    """Cost of a run.
 
     Attributes
     ----------
     input : InputRead
     model : ModelSpec
-        Without a digest if the weights are not on this machine.
+        Has no digest if the weights are not on this machine.
     device : str
     longest, median : int
         Residues.
@@ -78,24 +79,24 @@ class Plan:
         Residues that would go through the encoder.
     chunks, rows_per_chunk : int
     largest_chunk : int
-        Residues that the chunk which has most of them has to encode.
+        Residues to encode in the chunk with the most of them.
     embedding_bytes : int
-        Before compression, which gains little on embeddings.
+        Before compression, which saves little on embeddings.
     sequence_bytes : int
         Residues, before compression.
     residue_embedding_bytes : int
-        Representations of single residues, before compression.
+        Embeddings of single residues, before compression.
     residues_per_s : float
-        Of one worker.
+        Speed of one worker.
     is_measured : bool
-        Whether that was measured on a sample. If the weights are not on this machine, the device is
-        no CPU, or there is nothing to encode, it is estimated from the model's size alone.
+        Whether the speed was measured on a sample. It is estimated from the model's size if the
+        weights are not on this machine, the device is not a CPU, or nothing is to be encoded.
     workers : int
-        That the estimate counts on.
+        Number of workers assumed in the estimate.
     without_row : list of str
         Identifiers of the nucleotide records that give no row.
     long : {'truncate', 'window', 'skip'}
-        What becomes of rows longer than `max_residues`.
+        How rows longer than `max_residues` are treated.
     max_residues : int
     """
 
@@ -121,21 +122,21 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """Estimated time, of all workers together."""
+        """Estimated seconds of the run, with all workers."""
         return self.encoded_residues / (self.residues_per_s * self.workers)
 
     @property
     def chunk_seconds(self) -> float:
-        """Estimated time of the largest chunk, the most that a kill costs a worker."""
+        """Estimated seconds of the largest chunk: the most work that a killed worker loses."""
         return self.largest_chunk / self.residues_per_s
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Return the plan as plain JSON values."""
         seconds = {"seconds": self.seconds, "chunk_seconds": self.chunk_seconds}
         return asdict(self) | self.model.comment() | seconds
 
     def lines(self) -> Iterator[tuple[str, str]]:
-        """What a person wants to know, as (name, value)."""
+        """Yield the plan for people, as (name, value)."""
         yield "model", printable(self.model.described(self.device), 1000)
         if self.input.reads:
             yield "records", f"{self.input.reads:,} ({self.input.nucleotides:,} nucleotides)"
@@ -157,12 +158,12 @@ class Plan:
         size = sum(parts) / 1e6
         yield "store", f"about {size:,.1f} MB before compression"
         if not self.encoded_residues:
-            yield "time", "none: there is nothing to encode"
+            yield "time", "none: no residues to encode"
             return
         how = (
-            "measured on one thread, without other workers"
+            "measured with one thread and no other worker"
             if self.is_measured
-            else "estimated by the model's size"
+            else "estimated from the model's size"
         )
         yield (
             "time",
@@ -171,29 +172,29 @@ class Plan:
         )
         yield (
             "a chunk",
-            f"up to about {duration(self.chunk_seconds)}: the most that a kill costs a worker",
+            f"up to about {duration(self.chunk_seconds)}: the most work that a killed worker loses",
         )
 
 
 def plan(
     inputs: Inputs, settings: Settings, *, device: str = AUTO, workers: int | None = None
 ) -> Plan:
-    """Read an input and say what embedding it would take. Writes nothing.
+    """Read an input and estimate the cost of embedding it. Nothing is written.
 
     Parameters
     ----------
     inputs : path or sequence of path
     settings : Settings
     device : str
-        That will compute; ``auto`` is ``cpu``.
+        Device of the workers; ``auto`` means ``cpu``.
     workers : int, optional
-        Workers for the estimate; default: one for each core, and one for another device.
+        Workers for the estimate; default: one per core on a CPU, one on another device.
 
     Raises
     ------
     InputError, ModelError
     UsageError
-        There is no fair-esm.
+        fair-esm is not installed.
     """
     fair_esm()
     device = "cpu" if device == AUTO else device
@@ -219,20 +220,20 @@ def plan(
     rate: float | None = None
     if published is None or weights_at_hand(published):
         checkpoint = load_checkpoint(settings.model)
-        spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
-        spec = replace(spec, weights_sha256=known_sha256(checkpoint))
+        model = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
+        model = replace(model, weights_sha256=known_sha256(checkpoint))
         if sample and device == "cpu":
-            rate = _trial(checkpoint, spec, settings, sample)
+            rate = _trial(checkpoint, model, settings, sample)
     else:
-        spec = _undownloaded(settings, published, precision)
-    dimension, encoded = spec.dimension, encoded_residues(settings, lengths)
-    estimate = Estimate.of(spec, device, encoded.mean())
-    rows = rows_per_chunk(settings, spec, summary, device, workers)
+        model = _undownloaded(settings, published, precision)
+    dimension, encoded = model.dimension, encoded_residues(settings, lengths)
+    estimate = Estimate.of(model, device, encoded.mean())
+    rows = rows_per_chunk(settings, model, summary, device, workers)
     width = 4 if settings.dtype == "float32" else 2
     kept = encoded_lengths(lengths, settings.max_residues, settings.long)
     return Plan(
         input_read(summary),
-        spec,
+        model,
         device,
         int(lengths.max()),
         int(np.median(lengths)),
@@ -254,14 +255,14 @@ def plan(
 
 
 def _first_rows(block: Block, residues: int) -> Block:
-    """The first rows of a block with about this many residues, at least one row."""
+    """Take the first rows of a block with about this many residues, at least one row."""
     rows = max(1, int(np.searchsorted(np.cumsum(block.lengths), residues)))
     lengths = block.lengths[:rows]
     return Block(block.ids[:rows], lengths, block.residues[: int(lengths.sum())])
 
 
 def _undownloaded(settings: Settings, published: str, precision: Precision) -> ModelSpec:
-    """What is known of a model before its weights are here."""
+    """Describe a model whose weights are not on this machine."""
     model = PUBLISHED[published]
     layer = model.layers if settings.repr_layer is None else settings.repr_layer
     if not 0 <= layer <= model.layers:
@@ -270,7 +271,7 @@ def _undownloaded(settings: Settings, published: str, precision: Precision) -> M
 
 
 def _trial(
-    checkpoint: Checkpoint, spec: ModelSpec, settings: Settings, block: Block
+    checkpoint: Checkpoint, model: ModelSpec, settings: Settings, block: Block
 ) -> float | None:
     """Residues per second of one worker with one thread; None if there is nothing to encode."""
     import torch
@@ -281,8 +282,8 @@ def _trial(
     encoded = int(encoded_residues(settings, block.lengths).sum())
     if not encoded:
         return None
-    encoder = Encoder(checkpoint, spec)
-    identity = identity_of(settings, spec, InputSummary(), len(block.lengths))
+    encoder = Encoder(checkpoint, model)
+    identity = identity_of(settings, model, InputSummary(), len(block.lengths))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -294,16 +295,16 @@ def _trial(
 
 
 def model_choices() -> str:
-    """Which models there are, and how fast each would be here at best; takes a second."""
+    """Describe the models, and the highest speed of each on this machine; takes about a second."""
     import torch
 
     rates = [CPU_COUNT * _products_per_s("cpu")]
     where = f"with {counted(CPU_COUNT, 'core')}"
-    with suppress(RuntimeError):  # a GPU that others have, or that is broken
+    with suppress(RuntimeError):  # the GPU is used by others or broken
         if torch.cuda.is_available():
             count = torch.cuda.device_count()
             rates.append(count * _products_per_s("cuda"))
-            where += f", and by --cluster local-cuda with {counted(count, 'GPU')}"
+            where += f", and with --cluster local-cuda on {counted(count, 'GPU')}"
     lines = [
         "which model? --model takes one of these names, a path, or demo",
         "",
@@ -319,19 +320,19 @@ def model_choices() -> str:
             + "".join(f" {_NETWORK_SHARE * rate / work:>10,.0f}" for rate in rates)
         )
     lines += [
-        f"  {'PATH':<20} a .pt file or a directory in Hugging Face's layout; also of a",
+        f"  {'PATH':<20} a .pt file or a directory in Hugging Face's layout; also a",
         f"  {'':<20} fine-tuned model or a LoRA adapter",
         f"  {DEMO:<20} {RANDOM_WEIGHTS}",
         "",
-        f"residues/s: at best, of proteins of {_TYPICAL_RESIDUES}, on this machine {where}:"
-        f" {_NETWORK_SHARE:.0%} of",
-        "what matrix products alone reach on one of them, times their number",
+        f"residues/s: upper limit for proteins of {_TYPICAL_RESIDUES} residues, on this machine"
+        f" {where}:",
+        f"{_NETWORK_SHARE:.0%} of the speed of matrix products on one of them, times their number",
     ]
     return "\n".join(lines)
 
 
 def _products_per_s(device: str) -> float:
-    """Floating-point operations per second of matrix products: of one core, or of one GPU."""
+    """Measure the floating-point operations per second of matrix products on one core or GPU."""
     import torch
 
     size, dtype = (8192, torch.float16) if device == "cuda" else (1024, torch.float32)
@@ -350,7 +351,7 @@ def _products_per_s(device: str) -> float:
 
 
 def _rounded(number: float) -> str:
-    """A large number as people write it: 650 M, 2.8 G."""
+    """Write a large number with a unit: 650 M, 2.8 G."""
     for unit, size in (("G", 1e9), ("M", 1e6)):
         if number >= size:
             digits = 1 if number < 10 * size else 0

@@ -1,4 +1,4 @@
-"""Before any work: read the input into a store, or compare it with one; or only plan."""
+"""Read the input into a new store, or compare it with an existing store."""
 
 from __future__ import annotations
 
@@ -51,9 +51,9 @@ from virnuc_dask.store.store import Store, can_create
 
 Inputs = str | Path | Sequence[str | Path]
 
-# Share of the records from which on an input is taken for what they look like.
+# From this share of similar records on, the whole input is taken as protein or nucleotide.
 _MOST = 0.9
-# Most weights are hashed within this time. Reading begins after it in any case.
+# Most weights are hashed within this time. Reading starts after it at the latest.
 _PROMPT_S = 1.0
 
 
@@ -65,7 +65,7 @@ def prepare(
     device: str = "cpu",
     count_workers: Callable[[], int] = lambda: 1,
 ) -> tuple[Store, ModelSpec]:
-    """Make a store of an input, or make sure that a store there was made from it.
+    """Create a store from an input, or check that an existing store was created from it.
 
     Parameters
     ----------
@@ -73,33 +73,33 @@ def prepare(
     store : path
     settings : Settings
     emit : callable
-        Gets `ModelChosen`, `Reading` and `InputRead` events.
+        Called with `ModelChosen`, `Reading` and `InputRead` events.
     device : str
-        That the workers will compute on; ``auto`` precision depends on it, and the size of chunks.
+        Device of the workers. The ``auto`` precision and the size of chunks depend on it.
     count_workers : callable
-        How many workers there will be, about: each is to have several chunks. Called if a store is
-        to be made.
+        Returns about how many workers there will be, so that each gets several chunks. Called only
+        before a store is created.
 
     Raises
     ------
     UsageError
-        The device does not exist, or does not have the precision.
+        torch does not know the device, or the device does not support the precision.
     InputError
-        The input cannot be read. No store is left behind.
+        The input cannot be read. No store is created.
     IdentityMismatchError
-        The store was made with other settings, or from another input.
+        The store has other settings or another input.
     NotAStoreError, StoreError, ModelError
     """
-    # What can fail without reading the input fails first.
+    # Checks that need no input come first.
     check_device(device)
     existing = None if can_create(store) else Store(store)
     precision = precision_on(device, settings.precision)
     if existing and settings.precision == AUTO:
         precision = _precision_of(existing)
     checkpoint = load_checkpoint(settings.model)
-    spec = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
-    chosen = events.ModelChosen(spec, device, checkpoint.adapter is not None, checkpoint.left_out)
-    warn_of_random_weights(spec, stacklevel=4)
+    model = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
+    event = events.ModelChosen(model, device, checkpoint.adapter is not None, checkpoint.left_out)
+    warn_of_random_weights(model, stacklevel=4)
     files, summary = listed(inputs), InputSummary()
     blocks = read_blocks(
         files,
@@ -110,7 +110,7 @@ def prepare(
     )
     with hashing(checkpoint, or_known=True) as digest:
         del checkpoint  # the weights may be large, and reading takes long
-        model = _Announced(chosen, digest, emit)
+        announced = _Announced(event, digest, emit)
         if existing is None:
             with _explained(store):
                 ingest = Ingest(
@@ -122,33 +122,33 @@ def prepare(
                 for block in blocks:
                     with _explained(store):
                         ingest.append(block)
-                    model.tell_if_known()
+                    announced.tell_if_known()
                     emit(events.Reading(summary.records, summary.residues))
                 check_input(settings, summary, files)
-                spec = model.spec()
-                rows = rows_per_chunk(settings, spec, summary, device, count_workers())
-                identity = identity_of(settings, spec, summary, rows)
+                model = announced.spec()
+                rows = rows_per_chunk(settings, model, summary, device, count_workers())
+                identity = identity_of(settings, model, summary, rows)
                 with _explained(store):
-                    provenance = _provenance(files, spec, summary, device)
-                    ingest.commit(identity, spec.dimension, provenance, spec.comment())
-            # Ours, or that of a run which was faster, and may have other chunks.
+                    provenance = _provenance(files, model, summary, device)
+                    ingest.commit(identity, model.dimension, provenance, model.comment())
+            # This run's store, or that of a faster run, which may have another chunk size.
             existing = Store(store)
         else:
             for _ in blocks:
-                model.tell_if_known()
+                announced.tell_if_known()
                 emit(events.Reading(summary.records, summary.residues))
             check_input(settings, summary, files)
-            spec = model.spec()
+            model = announced.spec()
     rows = settings.rows_per_chunk or existing.identity.rows_per_chunk
-    wanted = identity_of(settings, spec, summary, rows)
-    if differences := existing.identity.differences(wanted):
+    identity = identity_of(settings, model, summary, rows)
+    if differences := existing.identity.differences(identity):
         raise IdentityMismatchError(str(store), differences)
     emit(input_read(summary))
-    return existing, spec
+    return existing, model
 
 
 class _Announced:
-    """A model whose digest is still being computed; listeners hear of it once it is known."""
+    """A model whose digest is still being computed; its event is emitted once that is known."""
 
     def __init__(self, event: events.ModelChosen, digest: Future[str], emit: Listener) -> None:
         self._event, self._digest, self._emit = event, digest, emit
@@ -157,7 +157,7 @@ class _Announced:
         self.tell_if_known()
 
     def tell_if_known(self) -> None:
-        """Emit the event, once, if the digest is known."""
+        """Emit the event if the digest is known. It is emitted only once."""
         if self._digest.done() and not self._is_told:
             self._is_told = True
             model = replace(self._event.model, weights_sha256=self._digest.result())
@@ -165,14 +165,14 @@ class _Announced:
             self._emit(self._event)
 
     def spec(self) -> ModelSpec:
-        """Wait for the digest; the model with it."""
+        """Wait for the digest, and return the model with it."""
         wait([self._digest])
         self.tell_if_known()
         return self._event.model
 
 
 def check_device(device: str) -> None:
-    """Refuse a device that torch has no name for. Whether it is there, each worker finds out.
+    """Refuse a device name that torch does not know. Each worker checks that it has the device.
 
     Raises
     ------
@@ -187,32 +187,32 @@ def check_device(device: str) -> None:
 
 
 def warn_of_random_weights(model: ModelSpec, stacklevel: int) -> None:
-    """Warn, so many calls further out, that a model is the demo's, if it is."""
+    """Warn if the model has random weights; `stacklevel` is that of `warnings.warn`."""
     if model.has_random_weights:
         message = f"model {DEMO!r} has {RANDOM_WEIGHTS}"
         warnings.warn(message, RandomWeightsWarning, stacklevel=stacklevel)
 
 
 def model_of(store: Store, reference: str | None = None) -> ModelSpec:
-    """The model that a store was made for.
+    """Return the model of a store.
 
     Parameters
     ----------
     store : Store
     reference : str, optional
-        Where the weights are now, if not where they were.
+        Current location of the weights, if they were moved.
 
     Raises
     ------
     UsageError
-        The store is of a precision that there was once.
+        The store's precision is no longer offered.
     """
     _precision_of(store)
     return replace(store.model, reference=resolved(reference or store.model.reference))
 
 
 def _precision_of(store: Store) -> Precision:
-    """What a store's rows are computed in. One that is not offered any more is read, not added to.
+    """Return the precision of a store. Stores of a precision no longer offered are read-only.
 
     Raises
     ------
@@ -221,15 +221,18 @@ def _precision_of(store: Store) -> Precision:
     precision = store.identity.precision
     if precision not in PRECISIONS:
         raise UsageError(
-            f"{store.path}: precision {precision} is no longer offered: on real weights its rows"
-            " fell to a cosine of 0.98 beside float32; run again into another store"
+            f"{store.path}: precision {precision} is no longer offered: with real weights the"
+            " cosine of its rows to float32 fell to 0.98; run again into another store"
         )
     return precision
 
 
 @contextmanager
 def _explained(store: str | Path) -> Iterator[None]:
-    """Say what is wrong with a store's disk; what a listener writes to is another matter."""
+    """Turn an error of the store's disk into one that explains it.
+
+    It is not used around a listener, which may write to another disk.
+    """
     try:
         yield
     except OSError as error:
@@ -239,7 +242,7 @@ def _explained(store: str | Path) -> Iterator[None]:
 
 
 def check_input(settings: Settings, summary: InputSummary, files: Sequence[str | Path]) -> None:
-    """Refuse what gives no row, proteins that are to be translated, nucleotides that are not."""
+    """Refuse input without rows, proteins with `--translate`, and nucleotides without it."""
     if settings.molecule == AUTO:
         _check_molecule(summary)
     if not summary.records:
@@ -251,13 +254,13 @@ def check_input(settings: Settings, summary: InputSummary, files: Sequence[str |
 
 
 def _check_molecule(summary: InputSummary) -> None:
-    override = "--molecule {} if they are"
+    override = "pass --molecule {0} if they are {0}s"
     first = summary.first_protein_like
     if first and summary.protein_like >= _MOST * summary.reads:
         raise InputError(
-            f"{summary.protein_like:,} of {summary.reads:,} records have letters of proteins, which"
-            f" cannot be translated; leave out --translate, or {override.format('nucleotide')}"
-            " nucleotides all the same. The first",
+            f"{summary.protein_like:,} of {summary.reads:,} records, starting with this one,"
+            " contain protein letters, and proteins cannot be translated; omit --translate, or"
+            f" {override.format('nucleotide')}",
             file=first.file,
             line=first.line,
             record=first.id,
@@ -265,14 +268,13 @@ def _check_molecule(summary: InputSummary) -> None:
     letters = (summary.tiled or summary.records) - summary.empty
     if not summary.reads and letters and summary.nucleotide_like >= _MOST * letters:
         raise UsageError(
-            f"{summary.nucleotide_like:,} of {letters:,} records look like nucleotides, and this"
-            " model reads proteins: --translate six-frame, or"
-            f" {override.format('protein')} proteins all the same"
+            f"{summary.nucleotide_like:,} of {letters:,} records look like nucleotides, but the"
+            f" model reads proteins; pass --translate six-frame, or {override.format('protein')}"
         )
 
 
 def input_read(summary: InputSummary) -> events.InputRead:
-    """The input as an event."""
+    """Return the counts of an input as an event."""
     return events.InputRead(
         summary.records,
         summary.residues,
@@ -292,12 +294,12 @@ def input_read(summary: InputSummary) -> events.InputRead:
 
 
 def _provenance(
-    files: Sequence[str | Path], spec: ModelSpec, summary: InputSummary, device: str
+    files: Sequence[str | Path], model: ModelSpec, summary: InputSummary, device: str
 ) -> dict[str, Any]:
-    """How the store came to be, for people; nothing is ever decided by it."""
+    """Describe how the store was created. People read it; no code depends on it."""
     packages = ("fair-esm", "torch", "zarr", "dask", "numpy")
     return {
-        "model": spec.reference,
+        "model": model.reference,
         "device": device,
         "inputs": [str(file) for file in files],
         "input": {k: v for k, v in input_read(summary).to_json().items() if k != "event"},
@@ -312,20 +314,20 @@ def _provenance(
 
 
 def listed(inputs: Inputs) -> list[str]:
-    """Inputs one by one; ``-`` is standard input, whatever is there."""
+    """Return the inputs as a list; ``-`` is standard input even if a file has that name."""
     names = [inputs] if isinstance(inputs, (str, Path)) else inputs
     return [name if name == "-" else expanded(name) for name in names]
 
 
 def encoded_residues(settings: Settings, lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Residues of each row that go through the encoder."""
+    """Number of residues to encode for each row."""
     return residues_to_encode(lengths, settings.max_residues, settings.long)
 
 
 def rows_per_chunk(
     settings: Settings, spec: ModelSpec, summary: InputSummary, device: str, workers: int
 ) -> int:
-    """Rows per chunk of a new store."""
+    """Choose the number of rows per chunk of a new store."""
     if settings.rows_per_chunk:
         return settings.rows_per_chunk
     lengths = summary.all_lengths()
@@ -339,7 +341,7 @@ def rows_per_chunk(
 
 
 def identity_of(settings: Settings, spec: ModelSpec, summary: InputSummary, rows: int) -> Identity:
-    """What row values depend on."""
+    """Collect everything that the values of rows depend on."""
     return Identity(
         format=FORMAT,
         input_sha256=summary.sha256,

@@ -1,4 +1,4 @@
-"""The main line: read the input into a store, find the missing chunks, have them computed."""
+"""Read the input into a store, find the missing chunks, and have workers compute them."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ from virnuc_dask.store.status import count_states
 from virnuc_dask.store.store import Store
 from virnuc_dask.store.verify import verify
 
-# What a run may take beyond its grace to end after a signal.
+# Seconds beyond the grace that a run may take to end after a signal.
 _LATE_S = 5.0
-# For a cluster that a client brings along.
+# Name of the cluster if the caller passes a client.
 _ATTACHED = "a client's"
 _lent: WeakSet[Client] = WeakSet()
 
@@ -62,28 +62,28 @@ def run(
     listener: Listener | None = None,
     **settings: Any,
 ) -> RunSummary:
-    """Embed sequences into a store; called again, go on where it was left.
+    """Embed sequences into a store. The same call again resumes an unfinished store.
 
     Parameters
     ----------
     inputs : path or sequence of path
         FASTA or FASTQ, plain or compressed; ``-`` is standard input.
     store : path
-        Made if nothing is there. A store that is there must come from the same input and settings.
+        Created if it does not exist. An existing store must have the same input and settings.
     model : str
-        A fair-esm name, the path of weights, or ``demo`` (random weights). There is no default.
+        A fair-esm name, a path to weights, or ``demo`` (random weights). There is no default.
     client : distributed.Client, optional
-        Whose workers to use. They must see the store at the same path. Left open. A client can be
-        at one run at a time.
+        Its workers compute the chunks. They must see the store at the same path. The client stays
+        open. A client can serve one run at a time.
     cluster : str
-        Without a client: ``local``, ``local-cuda``, ``auto``, a scheduler's address, or a scheduler
-        file.
+        Used without a client: ``local``, ``local-cuda``, ``auto``, a scheduler's address, or a
+        scheduler file.
     workers : int, optional
-        Processes of a local cluster; default: one for each core, or GPU.
+        Processes of a local cluster; default: one per core, or one per GPU.
     config : RunConfig, optional
         Operational settings.
     listener : callable, optional
-        Called with every event, in this thread. Default: in a notebook a live bar, else nothing.
+        Called with every event, in this thread. Default: a live bar in a notebook, else none.
     **settings
         Fields of `Settings` other than `model`: ``pooling``, ``repr_layer``, ``precision``,
         ``dtype``, ``max_residues``, ``long``, ``rows_per_chunk``, ``per_residue``,
@@ -96,13 +96,13 @@ def run(
     Raises
     ------
     InputError
-        The input cannot be read. No store is left behind.
+        The input cannot be read. No store is created.
     UsageError
-        A setting that does not exist, or that the device does not have; or there is no fair-esm.
+        A setting does not exist or the device does not support it, or fair-esm is not installed.
     IdentityMismatchError
-        The store was made with other settings.
+        The store has other settings or another input.
     NotAStoreError
-        Something else is at the path.
+        The path holds something that is not a store.
     ModelError
         The model cannot be read.
     StoreError
@@ -110,10 +110,10 @@ def run(
     """
     started = time.monotonic()
     emit = listener or notebook_listener() or silence
-    chosen = Settings(model=model, **settings)
+    all_settings = Settings(model=model, **settings)
     cluster, config = _settle(client, cluster, config)
     expected = partial(_expected_workers, client, cluster, workers, config)
-    opened, spec = prepare(inputs, store, chosen, emit, config.device, expected)
+    opened, spec = prepare(inputs, store, all_settings, emit, config.device, expected)
     return _fill(opened, spec, client, cluster, workers, config, emit, started)
 
 
@@ -127,13 +127,13 @@ def resume(
     config: RunConfig | None = None,
     listener: Listener | None = None,
 ) -> RunSummary:
-    """Compute what a store lacks. The store holds the sequences and the settings.
+    """Compute the missing chunks of a store. It holds the sequences and the settings.
 
     Parameters
     ----------
     store : path
     model : str, optional
-        Where the weights are now, if not where they were; workers refuse other weights.
+        Current location of the weights, if they were moved; workers refuse other weights.
     client, cluster, workers, config, listener
         As for `run`.
 
@@ -152,7 +152,7 @@ def resume(
 
 
 def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:
-    """The cluster and the device instead of ``auto``; what is wrong is said before any work."""
+    """Resolve ``auto`` to a cluster and a device, and raise errors before any work starts."""
     fair_esm()
     cluster = resolve(cluster) if client is None else _ATTACHED
     config = config or RunConfig()
@@ -164,7 +164,7 @@ def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tu
 def _expected_workers(
     client: Client | None, cluster: str, workers: int | None, config: RunConfig
 ) -> int:
-    """Workers that will compute, about: in all runs that share the store."""
+    """Estimate the number of workers of all runs that share the store."""
     runs = Shard.parse(config.shard, os.environ).count
     if client is None:
         return runs * expected_workers(cluster, workers, config)
@@ -174,7 +174,7 @@ def _expected_workers(
 
 def _fill(
     store: Store,
-    spec: ModelSpec,
+    model: ModelSpec,
     client: Client | None,
     cluster: str,
     workers: int | None,
@@ -182,7 +182,7 @@ def _fill(
     emit: Listener,
     started: float,
 ) -> RunSummary:
-    """Compute the missing chunks of a store, or of its shard."""
+    """Compute the missing chunks of the store or, if the run has a shard, of the shard."""
     shard = Shard.parse(config.shard, os.environ)
 
     def wait() -> None:
@@ -201,7 +201,7 @@ def _fill(
     present = store.present()
     missing = [chunk for chunk in np.flatnonzero(~present).tolist() if shard.holds(chunk)]
     costs = _residues_to_encode(store) if missing else {}
-    # The longest first: one that starts last would leave the other workers idle at the end.
+    # The longest chunk first: if it started last, the other workers would be idle at the end.
     missing.sort(key=lambda chunk: -costs[chunk])
     emit(
         events.RunStarted(
@@ -217,10 +217,10 @@ def _fill(
     )
     needs = Needs.here(
         store,
-        spec,
+        model,
         config.device,
-        # Workers of our own have this process's packages, disk and weights; of others' who knows,
-        # nor whether there is such a device.
+        # Local CPU workers have this process's packages, disk and weights. Other workers may not,
+        # and a worker may lack the device.
         is_met=cluster == "local" and config.device == "cpu",
     )
     work = Work(store, needs, config, emit, costs)
@@ -244,9 +244,9 @@ def _fill(
 
 @contextmanager
 def _borrow(client: Client) -> Iterator[Client]:
-    """A client that was brought along. It hands the scheduler's events to one run only."""
+    """Use the caller's client. It delivers the scheduler's events to one run only."""
     if client in _lent:
-        raise UsageError("the client is at another run; give each its own")
+        raise UsageError("another run uses this client; create one client per run")
     _lent.add(client)
     try:
         check_scheduler(client)
@@ -257,8 +257,8 @@ def _borrow(client: Client) -> Iterator[Client]:
 
 @contextmanager
 def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None]:
-    """Say where Dask's dashboard is, and have it report on the run, if that is asked for."""
-    # Lambdas, which travel whole.
+    """Emit the address of Dask's dashboard, and write a performance report if requested."""
+    # Lambdas are pickled by value, so the scheduler needs no module of ours.
     if client.run_on_scheduler(
         lambda dask_scheduler: bool(dask_scheduler.http_application.applications)
     ) and (link := _dashboard(client)):
@@ -269,15 +269,15 @@ def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None
     file = expanded(config.performance_report)
     if not client.run_on_scheduler(lambda: find_spec("bokeh") is not None):
         raise UsageError(
-            "a performance report needs bokeh where the scheduler is: pip install bokeh"
+            "a performance report needs bokeh on the scheduler's machine: pip install bokeh"
         )
     with open(file, "a"):
-        pass  # one that cannot be written is better known now
+        pass  # fails now, not at the end, if the file cannot be written
     report = performance_report(filename=file)
     with client.as_current():
         report.__enter__()
     yield
-    # Not if the run has ended in an error, which the report's own would hide.
+    # Not after an error of the run, because an error of the report would hide it.
     with client.as_current():
         report.__exit__(None, None, None)
 
@@ -285,7 +285,7 @@ def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None
 def _dashboard(client: Client) -> str | None:
     try:
         return str(client.dashboard_link)
-    except KeyError:  # a site's link may have variables in it that not every process has
+    except KeyError:  # the link may contain environment variables that this process lacks
         return None
 
 
@@ -296,7 +296,7 @@ def _check_workers(client: Client, needs: Needs, work: Work) -> None:
 
 
 def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSummary:
-    """Counts of the whole store: from the reports, and from `status` where there is none."""
+    """Count rows of the whole store, from reports or, for chunks without one, from `status`."""
     store.check_location()
     present = store.present()
     counts = Counter(work.counts)
@@ -331,7 +331,7 @@ def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSum
 
 
 def _residues_to_encode(store: Store) -> dict[int, int]:
-    """What each chunk costs, in residues that go through the encoder."""
+    """Number of residues to encode for each chunk."""
     identity = store.identity
     residues = residues_to_encode(store.lengths(), identity.max_residues, identity.long)
     chunks = np.add.reduceat(residues, np.arange(0, store.records, identity.rows_per_chunk))
@@ -340,15 +340,15 @@ def _residues_to_encode(store: Store) -> dict[int, int]:
 
 @contextmanager
 def _signals(work: Work) -> Iterator[None]:
-    """A signal stops the work in good order; a second one leaves at once.
+    """On a signal stop the work in order; on a second signal exit immediately.
 
-    So does the first, if the work is not done with after the grace: whatever it waits for then may
-    never come.
+    Also exit if the work has not stopped when the grace is over, because it may wait for something
+    that never happens.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    # The one thing that a handler may use wherever it interrupts this thread.
+    # A reentrant queue: a signal handler may use it wherever it interrupts this thread.
     signals: SimpleQueue[int | None] = SimpleQueue()
 
     def watch() -> None:
@@ -358,7 +358,7 @@ def _signals(work: Work) -> Iterator[None]:
         try:
             signals.get(timeout=work.config.grace + _LATE_S)
         except Empty:
-            os.write(2, b"error: stopping takes longer than the grace; the same command goes on\n")
+            os.write(2, b"error: stopping takes longer than the grace; the same command resumes\n")
             os._exit(128 + number)
 
     def handle(number: int, _frame: FrameType | None) -> None:
@@ -367,7 +367,7 @@ def _signals(work: Work) -> Iterator[None]:
         work.signal = number
         signals.put(number)
 
-    # What is ignored stays so, as a hangup under nohup; so does what is not Python's.
+    # Ignored signals stay ignored, such as SIGHUP under nohup; handlers set by C code stay too.
     before = {
         number: handler
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)

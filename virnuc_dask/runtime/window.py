@@ -1,4 +1,4 @@
-"""Chunks on their way through a cluster: submitted, reported, tried again, given up."""
+"""Submit chunks to a cluster, follow them, and try failed ones again."""
 
 from __future__ import annotations
 
@@ -36,24 +36,25 @@ from virnuc_dask.runtime.workers import SCHEDULER_LOST, TOPIC, Needs, embed_on_w
 from virnuc_dask.settings import RunConfig, Status
 from virnuc_dask.store.store import Store
 
-# Of the grace after a signal, this much is kept for closing the cluster.
+# Part of the grace after a signal that is reserved for closing the cluster, in seconds.
 _CLOSING_S = 5.0
-# What a report and an event about it have in common.
+# Fields that `ChunkReport` and `ChunkDone` share.
 _TOTALS = ("read_s", "wait_s", "compute_s", "write_s")
 _TOOK = (*_TOTALS, "fill", "memory", "gpu", "pid")
-# Dask's reason why a future is cancelled.
+# Dask's reason for cancelling a future.
 _CONNECTION_LOST = "scheduler-connection-lost"
-# What the scheduler says about workers, and workers about chunks.
+# Actions that the scheduler reports about workers, and that workers report about chunks.
 _WORKERS = ("add-worker", "remove-worker")
 _CHUNKS = ("started", "goes on", "done")
 
 
 @dataclass(slots=True)
 class _Attempt:
-    """A chunk that was handed to the scheduler at a time, or that a worker was at since then.
+    """A submitted chunk.
 
-    If some workers are bad, it is for the others. If it is suspect, it was given patience with
-    child processes.
+    `since` is the time of its submission or of the worker's last message. `others` are the workers
+    that should compute it, or empty for any worker. `with_children` holds the deadlines of child
+    processes for a suspect chunk. `worker` is empty until a worker starts the chunk.
     """
 
     chunk: int
@@ -65,7 +66,7 @@ class _Attempt:
 
 
 class Work:
-    """Chunks on their way through a cluster; all of it in one thread, fed by one queue."""
+    """The chunks of a run and their state. One thread uses it, and one queue brings its events."""
 
     _roster: Roster
 
@@ -97,24 +98,24 @@ class Work:
         self._looked = 0.0
         self._submitted = 0
         self._todo: deque[int] = deque()
-        # Chunks that failed, with the time at which they are tried again. Nobody waits for them.
+        # Failed chunks, with the time of their next attempt. Other chunks do not wait for them.
         self._later: list[tuple[float, int]] = []
         self._running: dict[str, _Attempt] = {}
-        # Completed futures and events about workers and chunks, in the order they come.
+        # Completed futures, and events about workers and chunks, in the order of arrival.
         self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
         self.worker_s, self.memory = 0.0, 0
         self.took = dict.fromkeys(_TOTALS, 0.0)
         self._prefix = f"{KEYS}{uuid4().hex[:8]}-"
-        # Bound here, not an argument: Dask searches each task's arguments for other tasks.
+        # Bound here and not passed as an argument, because Dask searches arguments for other tasks.
         self._task = delayed(partial(embed_on_worker, needs), pure=False)
 
     def drive(self, client: Client, missing: list[int]) -> None:
-        """Have chunks computed until none is left, or a signal and its grace have passed.
+        """Have chunks computed until none is left, or until the grace after a signal is over.
 
         Raises
         ------
         VirnucError
-            The scheduler is lost, or no worker is left that can do this.
+            The scheduler is lost, or no worker is left that can compute chunks.
         """
         self._todo.extend(missing)
         self._roster = Roster(client, self.config, self.emit)
@@ -127,7 +128,7 @@ class Work:
                 if self._goes_on():
                     self._submit(client)
                 else:
-                    self._take_back_unbegun(client)  # what has begun may finish
+                    self._take_back_unbegun(client)  # started chunks may finish
                     if self.signal is not None and deadline is None:
                         grace = max(0.0, self.config.grace - _CLOSING_S)
                         deadline = time.monotonic() + grace
@@ -149,7 +150,7 @@ class Work:
             self._running.clear()
 
     def _take(self, client: Client, seconds: float) -> None:
-        """Act on all that happened; if nothing has, wait for so many seconds until it does."""
+        """Handle all events; if there are none, wait up to this many seconds for one."""
         while True:
             try:
                 item = self._inbox.get(timeout=seconds)
@@ -164,11 +165,11 @@ class Work:
                 self._worker_event(client, item)
 
     def _take_back_unbegun(self, client: Client) -> None:
-        """Keep from running what no worker can have begun with, for want of threads."""
+        """Cancel the chunks that no worker has started, because there are not enough threads."""
         self._take(client, 0.0)
         unheard = [key for key, attempt in self._running.items() if not attempt.worker]
         idle = self._roster.threads - (len(self._running) - len(unheard))
-        # The first may have begun a moment ago.
+        # Idle threads may have started the first of them a moment ago.
         for key in unheard[max(0, idle) :]:
             self._todo.append(self._running[key].chunk)
             self._take_back(client, key)
@@ -183,26 +184,26 @@ class Work:
         while self._later and self._later[0][0] <= time.monotonic():
             self._todo.append(heappop(self._later)[1])
         while self._todo and (room := self._roster.window - len(self._running)) > 0:
-            # One graph has as many as there are threads: what is first within it, Dask chooses.
+            # At most one chunk per thread in a graph, because Dask chooses the order within it.
             count = min(room, len(self._todo), max(1, self._roster.threads))
             self._compute(client, [self._todo.popleft() for _ in range(count)])
 
     def _compute(self, client: Client, chunks: list[int]) -> None:
-        """Have chunks computed. All in one call: each call costs more than a task."""
+        """Submit chunks in one call, because a call costs more than a task."""
         patience = self.pace.patience()
-        given = [patience if chunk in self._suspects else None for chunk in chunks]
+        deadlines = [patience if chunk in self._suspects else None for chunk in chunks]
         tasks = [
             self._task(chunk, with_children, dask_key_name=self._next_key(chunk))
-            for chunk, with_children in zip(chunks, given, strict=True)
+            for chunk, with_children in zip(chunks, deadlines, strict=True)
         ]
         others = self._roster.candidates()
         only: dict[str, Any] = {"workers": list(others), "allow_other_workers": True}
-        # By its default of 60 s for `fifo_timeout` the latest would overtake those that queue.
+        # With the default `fifo_timeout` of 60 s, new chunks would overtake those that queue.
         futures = client.compute(
             tasks, optimize_graph=False, traverse=False, fifo_timeout=0, **(only if others else {})
         )
         now = time.monotonic()
-        for chunk, with_children, future in zip(chunks, given, futures, strict=True):
+        for chunk, with_children, future in zip(chunks, deadlines, futures, strict=True):
             attempt = _Attempt(chunk, future, now, others, with_children)
             self._running[str(future.key)] = attempt
             future.add_done_callback(self._inbox.put)
@@ -214,13 +215,13 @@ class Work:
     # --- chunks ---
 
     def _heard(self, message: dict[str, Any]) -> None:
-        """A worker is at a chunk, or has done it."""
+        """Handle the message of a worker that started, continues or finished a chunk."""
         worker, action = message["worker"], message["action"]
-        # A suspect chunk's worker may do without the model, which its child processes load.
+        # The worker of a suspect chunk may lack the model, because child processes load it.
         self._roster.heard(worker, has_model=action == "started")
         attempt = self._running.get(message["key"])
         if attempt is None:
-            return  # taken back
+            return  # cancelled
         attempt.worker, attempt.since = worker, time.monotonic()
         if action == "done":
             self._done(ChunkReport(**message["report"]), worker)
@@ -239,7 +240,7 @@ class Work:
             self.reports.update(chunks=1, rows=report.rows, residues=residues)
             quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
             if report.chunk not in self._suspects:
-                # Not what it waited for other chunks, of which one may have been about to fail.
+                # Without the time of waiting for other chunks, which may have failed slowly.
                 self.pace.took(residues, report.read_s + report.compute_s + report.write_s)
         took = {name: getattr(report, name) for name in _TOOK}
         self.emit(
@@ -255,31 +256,31 @@ class Work:
         )
 
     def _ended(self, client: Client, future: Future) -> None:
-        """An attempt is over, without a report if it is known here."""
+        """Handle the end of an attempt. An attempt that is still running here gave no report."""
         if str(future.key) not in self._running:
-            return  # done, or taken back and submitted anew
+            return  # done, or cancelled and submitted again
         chunk = self._running[str(future.key)].chunk
         try:
             if future.status == "finished":
-                raise VirnucError("it has ended without a report")
+                raise VirnucError("the task ended without a report")
             future.result()
         except StoreReplacedError:
             raise
         except NotAStoreError as error:
             raise StoreError(
-                f"a worker does not find the store: {error}. Finished chunks are as safe as it is;"
-                " once it is there again, the same command resumes"
+                f"a worker does not find the store: {error}. Finished chunks are in the store; when"
+                " it is available again, the same command resumes"
             ) from error
         except UsageError:
-            raise  # no other worker and no other attempt will do better
+            raise  # any other worker or attempt would fail too
         except FutureCancelledError as error:
             if error.reason == _CONNECTION_LOST or client.status != "running":
                 raise VirnucError(SCHEDULER_LOST) from error
-            # Somebody else's doing, such as `client.restart()`.
+            # Others cancelled it, for example with `client.restart()`.
             self.retries += 1
             self._todo.append(chunk)
         except KilledWorker:
-            # Dask itself gives up a task after some deaths. We do not: a death condemns no row.
+            # Dask gives up a task after some deaths. We do not: a death alone condemns no row.
             self._suspect(chunk)
         except UnfitWorkerError as error:
             self._roster.set_aside(error)
@@ -291,11 +292,11 @@ class Work:
                 self._failed(chunk, error)
         except Exception as error:
             if client.status != "running":
-                # The result cannot be had any more; no chunk is to blame.
+                # The result is lost with the client; the chunk is not the cause.
                 raise VirnucError(SCHEDULER_LOST) from error
-            # Whatever it was, the chunk is not there, which is all that counts.
+            # Whatever the error is, the chunk is missing, and only that matters.
             self._failed(chunk, error)
-        # Only now: what is still in here when an error leaves is cancelled on the way.
+        # Not earlier: if an error is raised above, `drive` cancels what is still in here.
         del self._running[str(future.key)]
         future.release()
 
@@ -315,12 +316,12 @@ class Work:
     # --- workers ---
 
     def _on_event(self, event: tuple[float, Any]) -> None:
-        """Called in the client's own thread."""
+        """Queue an event. Dask calls this in the client's thread."""
         _, message = event
         if not isinstance(message, dict):
             return
         action, key = message.get("action"), str(message.get("key"))
-        # Of chunks, only those of this run: the scheduler may have others.
+        # Only chunks of this run, because the scheduler may have others.
         if action in _WORKERS or (action in _CHUNKS and key.startswith(self._prefix)):
             self._inbox.put(message)
 
@@ -348,10 +349,10 @@ class Work:
                 self._take_back(client, key)
 
     def _wake(self, client: Client) -> None:
-        """Submit anew what waits for workers that are gone or hang, if it is for others by now.
+        """Submit chunks again whose preferred workers are all gone or hang.
 
-        If there was no worker at all when the last of them went, Dask never looks at the task
-        again, although others may have it.
+        If there was no worker when the last of them left, Dask never assigns the task again, even
+        though other workers may compute it.
         """
         candidates = self._roster.candidates() or frozenset(client.nthreads())
         for key, attempt in list(self._running.items()):
@@ -383,13 +384,13 @@ class Work:
                 self._overdue(client, key, attempt.worker, now - attempt.since)
             elif worker := holders.get(key):
                 self._look_at_waiting(client, key, worker, queues[worker], patience)
-            else:  # there is no worker to begin with it
+            else:  # no worker can start it
                 attempt.since = now
 
     def _allowed(self, attempt: _Attempt, patience: Patience) -> float:
         if attempt.worker and attempt.with_children:
-            # They have deadlines, and it says when one starts, and when one has done a part, for
-            # which it may load the model twice.
+            # Child processes have their own deadlines. The worker sends a message when a child
+            # starts and when it finishes a part, for which it may load the model twice.
             patience = attempt.with_children
             return 2 * patience.start + patience.allowed(self.costs[attempt.chunk])
         return patience.allowed(self.costs[attempt.chunk])
@@ -397,13 +398,13 @@ class Work:
     def _look_at_waiting(
         self, client: Client, key: str, worker: str, queue: list[Any], patience: Patience
     ) -> None:
-        """What to do about a chunk that a worker was given, and has not begun with for long."""
+        """Handle a chunk that was assigned to a worker long ago but has not started."""
         attempt = self._running[key]
         if any(other.worker == worker for other in self._running.values()):
             return  # it waits for another chunk, which has its own deadline
         hangs = self._roster.is_useless(worker)
         if hangs or not all(str(other).startswith(self._prefix) for other in queue):
-            # It waits for a worker that is known to hang, or for others' work: nobody's fault.
+            # Not a suspect: it waits for a worker that is known to hang, or for tasks of others.
             if hangs:
                 self._roster.replace(worker)
             self._take_back(client, key)
@@ -441,5 +442,5 @@ class Work:
 
     @property
     def busy(self) -> float | None:
-        """Share of the workers' time in which they computed, of chunks that were done."""
+        """Share of the workers' time in which they computed chunks that succeeded."""
         return self.took["compute_s"] / self.worker_s if self.worker_s else None

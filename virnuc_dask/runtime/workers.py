@@ -1,4 +1,4 @@
-"""What is asked of workers: whether they are fit for a run, a chunk, and their own end."""
+"""Code that runs on workers: the check before a run, the task of a chunk, and replacement."""
 
 from __future__ import annotations
 
@@ -28,35 +28,35 @@ from virnuc_dask.runtime.isolate import embed_chunk_apart
 from virnuc_dask.settings import Identity, ModelSpec
 from virnuc_dask.store.store import Store
 
-# Dask's topic under which workers say what they do, see `embed_on_worker`.
+# Dask topic of the workers' messages, see `embed_on_worker`.
 TOPIC = "virnuc-dask"
 SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
-# Once one worker has answered, the others get this long, and twice as long as it took.
+# After the first answer, other workers get this many seconds plus twice the time it took.
 _STRAGGLERS_S = 30.0
-# What this process was found to be fit for.
+# Requirements that this process meets.
 _met: set[Needs] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class Needs:
-    """What a worker must have for a run.
+    """Requirements of a run on its workers.
 
     Attributes
     ----------
     path : str
-        The store, which the worker must be able to read and write.
+        Location of the store. The worker must be able to read and write it.
     store_id : str
-        Which store must be there.
+        Id of the store at this location.
     identity : Identity
-        What it must be of.
+        Identity of the store.
     spec : ModelSpec
-        The model; the worker must find weights of the same digest.
+        The model. The worker must have weights with the same digest.
     device : str
-        A torch device that it must have.
+        Torch device that the worker must have.
     versions : tuple of (str, str)
-        Packages of which it must have the same, for rows of one store must come from one version.
+        Packages and versions that must be the same, so that one version computes all rows.
     is_met : bool
-        By workers that were started from here.
+        Whether workers meet the requirements without a check, since this process starts them.
     """
 
     path: str
@@ -69,37 +69,39 @@ class Needs:
 
     @classmethod
     def here(cls, store: Store, spec: ModelSpec, device: str, *, is_met: bool) -> Needs:
-        """With this process's versions."""
+        """Return the requirements of a run, with the package versions of this process."""
         path = store.location.address
         return cls(path, store.id, store.identity, spec, device, _versions(), is_met)
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
     return ("virnuc_dask", __version__), *(
-        (name, _found(name)) for name in ("zarr", "torch", "fair-esm")
+        (name, _installed_version(name)) for name in ("zarr", "torch", "fair-esm")
     )
 
 
-def _found(package: str) -> str:
+def _installed_version(package: str) -> str:
     try:
-        # A build for another device, 2.13.0+cu130, is the same version.
+        # Builds for another device, such as 2.13.0+cu130, count as the same version.
         return version(package).partition("+")[0]
     except PackageNotFoundError:
         return "none"
 
 
 def shortcomings(needs: Needs) -> tuple[str, ...]:
-    """What this process lacks. One that lacks nothing has the model in memory by then.
+    """List the requirements that this process does not meet.
+
+    If it meets all, it has loaded the model.
 
     Raises
     ------
     OSError, MemoryError
-        What waiting may mend.
+        An error that may pass.
     """
     if needs.is_met or needs in _met:
         return ()
     here = dict(_versions())
-    found = [
+    lacks = [
         f"{name} {here[name]}, this run {ours}"
         for name, ours in needs.versions
         if here[name] != ours
@@ -107,69 +109,69 @@ def shortcomings(needs: Needs) -> tuple[str, ...]:
     try:
         store = Store(needs.path)
         if store.id != needs.store_id:
-            found.append(f"{needs.path}: another store")
+            lacks.append(f"{needs.path}: another store")
         store.location.probe()
     except (VirnucError, OSError) as error:
         if failures.is_transient(error):
             raise
         plain = isinstance(error, VirnucError)
-        found.append(str(error) if plain else f"{needs.path}: cannot be used: {error}")
+        lacks.append(str(error) if plain else f"{needs.path}: cannot be used: {error}")
     try:
         get_encoder(needs.spec, needs.device)
     except VirnucError as error:
-        found.append(str(error))
+        lacks.append(str(error))
     except Exception as error:
         if failures.is_transient(error):
             raise
-        # A missing driver, a torch that is broken: whatever it is, there is no encoder.
-        found.append(f"cannot load the model on {needs.device}: {type(error).__name__}: {error}")
-    if not found:
+        # Whatever the cause, such as a missing driver or a broken torch, there is no encoder.
+        lacks.append(f"cannot load the model on {needs.device}: {type(error).__name__}: {error}")
+    if not lacks:
         _met.add(needs)
-    return tuple(found)
+    return tuple(lacks)
 
 
 async def _shortcomings(needs: Needs) -> tuple[str, ...]:
-    # In a thread: weights take long to read, and the worker's loop has to go on.
+    # In a thread, because reading weights takes long and must not block the worker's event loop.
     return await asyncio.to_thread(shortcomings, needs)
 
 
 def preflight(
     client: Client, needs: Needs, patience: float, is_stopped: Callable[[], bool]
 ) -> list[str]:
-    """Ask all workers at once whether they are fit, before any of them gets a chunk.
+    """Check all workers at the same time, before any of them gets a chunk.
 
-    One that does not answer, or meets an error that may pass, is asked again before its first
-    chunk, as one that joins later is.
+    A worker that does not answer, or has an error that may pass, is checked again before its first
+    chunk. So is a worker that joins later.
 
     Parameters
     ----------
     client : distributed.Client
     needs : Needs
     patience : float
-        Seconds until one must have answered.
+        Seconds to wait for the first answer.
     is_stopped : callable
-        Looked at often; ends the waiting.
+        Called often; ends the wait if it returns True.
 
     Returns
     -------
     list of str
-        Addresses of those that are fit.
+        Addresses of the workers that passed.
 
     Raises
     ------
     UsageError
-        Some are not: all of them, each with all that it lacks.
+        Some workers failed. The message lists them and everything that they lack.
     VirnucError
-        None answers, none has the memory now, or the scheduler is lost.
+        No worker answers, no worker has enough memory now, or the scheduler is lost.
     """
     answers: SimpleQueue[tuple[str, Any]] = SimpleQueue()
     asked = list(client.nthreads())
     for worker in asked:
-        # Threads that nobody waits for: a worker that hangs does not answer.
+        # Daemon threads, because a worker that hangs never answers.
         Thread(target=_ask, args=(client, worker, needs, answers), daemon=True).start()
     began = time.monotonic()
     until = began + patience
-    found: dict[str, tuple[str, ...]] = {}
+    results: dict[str, tuple[str, ...]] = {}
     short: list[MemoryError] = []
     waiting = set(asked)
     while waiting and not is_stopped() and time.monotonic() < until:
@@ -178,54 +180,54 @@ def preflight(
         except Empty:
             if client.status != "running":
                 raise VirnucError(SCHEDULER_LOST) from None
-            waiting &= set(client.nthreads())  # whoever is gone does not answer
+            waiting &= set(client.nthreads())  # a worker that has left does not answer
             continue
         waiting.discard(worker)
         if isinstance(answer, MemoryError):
             short.append(answer)
         elif answer is not None:
-            found[worker] = answer
+            results[worker] = answer
             until = min(until, began + 3 * (time.monotonic() - began) + _STRAGGLERS_S)
-    unfit = {worker: lacks for worker, lacks in found.items() if lacks}
+    unfit = {worker: lacks for worker, lacks in results.items() if lacks}
     if unfit:
         raise UsageError(
             f"{len(unfit)} of {len(asked)} workers cannot do this run; nothing was computed\n"
             + describe_unfit(unfit)
         )
     if asked and len(short) == len(asked):
-        raise VirnucError(f"no worker has the memory now: {short[0]}; the same command goes on")
-    if waiting and not found and not is_stopped():
-        raise VirnucError(f"no worker has answered within {patience:.0f} s")
-    return list(found)
+        raise VirnucError(f"no worker has enough memory now: {short[0]}; the same command resumes")
+    if waiting and not results and not is_stopped():
+        raise VirnucError(f"no worker answered within {patience:.0f} s")
+    return list(results)
 
 
 def _ask(client: Client, worker: str, needs: Needs, answers: SimpleQueue[tuple[str, Any]]) -> None:
-    """Put what a worker lacks, or that it has no memory now; None if that cannot be known."""
+    """Put what a worker lacks, or its memory error; None if the worker does not answer."""
     answer: Any = None
     try:
         answer = client.run(_shortcomings, needs, workers=[worker], on_error="return")[worker]
-    except (OSError, CancelledError) as error:  # the worker is gone meanwhile, or the client
+    except (OSError, CancelledError) as error:  # the worker has left, or the client is closed
         answer = error
     if isinstance(answer, OSError | CancelledError):
         answer = None
     elif isinstance(answer, Exception) and not isinstance(answer, MemoryError):
-        # A package too old to know the question, most likely.
+        # Most likely the worker has an old version without this check.
         answer = (f"{type(answer).__name__}: {answer}",)
     answers.put((worker, answer))
 
 
 def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:
-    """What each of some workers lacks, a line each."""
+    """List what each worker lacks, one item per line."""
     return "\n".join(f"  {worker}  {lack}" for worker, lacks in unfit.items() for lack in lacks)
 
 
 def embed_task(needs: Needs, chunk: int) -> ChunkReport:
-    """The task of a chunk in anybody's graph, on a worker or in any other process.
+    """Compute a chunk as a task of a user's own graph, on a worker or in any other process.
 
     Raises
     ------
     UnfitWorkerError
-        The process lacks something that others may have.
+        The process lacks something that another may have.
     """
     if lacks := shortcomings(needs):
         raise UnfitWorkerError(_where(), lacks)
@@ -246,28 +248,29 @@ def embed_on_worker(
     patience: Patience | None = None,
     embed: Callable[..., ChunkReport] = embed_chunk,
 ) -> None:
-    """The task of a chunk in a run.
+    """Compute a chunk as a task of a run.
 
-    What becomes of it goes to the coordinator by the scheduler, as events: ``started`` once it has
-    the model and begins; for a suspect chunk ``goes on``, again and again; and ``done`` with the
-    report. A result would have to be fetched, from a worker that may be gone or stand still.
+    The task sends its progress to the coordinator through the scheduler, as events: ``started``
+    when the model is loaded and the chunk starts, ``goes on`` repeatedly for a suspect chunk, and
+    ``done`` with the report. The report is not the task's result, because a result must be fetched
+    from the worker, which may be gone or hang.
 
     Parameters
     ----------
     needs : Needs
-        Looked at before the process's first chunk.
+        Checked before the first chunk of the process.
     chunk : int
     patience : Patience, optional
-        For a suspect chunk, which is computed in child processes: how long they may take.
+        Deadlines of the child processes that compute a suspect chunk.
     embed : callable
-        What computes any other; it has the arguments of `embed_chunk`.
+        Function with the arguments of `embed_chunk` that computes a chunk that is not suspect.
 
     Raises
     ------
     UnfitWorkerError
-        The worker lacks something that others may have.
+        The worker lacks something that another may have.
     DeviceLostError
-        The worker's process is of no use any more.
+        The worker's process can no longer compute.
     """
     worker = get_worker()
     key = worker.get_current_task()
@@ -278,15 +281,15 @@ def embed_on_worker(
 
     if lacks := shortcomings(needs):
         raise UnfitWorkerError(worker.address, lacks)
-    chosen = needs.path, chunk, needs.identity, needs.spec, needs.device
+    arguments = needs.path, chunk, needs.identity, needs.spec, needs.device
     try:
         if patience is None:
             get_encoder(needs.spec, needs.device)
             tell("started")
-            report = embed(*chosen, store_id=needs.store_id)
+            report = embed(*arguments, store_id=needs.store_id)
         else:
             on = partial(tell, "goes on")
-            report = embed_chunk_apart(*chosen, patience, on, needs.store_id)
+            report = embed_chunk_apart(*arguments, patience, on, needs.store_id)
     except RuntimeError as error:
         if failures.is_sticky(error):
             raise DeviceLostError(worker.address, str(error)) from error
@@ -295,13 +298,13 @@ def embed_on_worker(
 
 
 def replace_process(client: Client, worker: str) -> None:
-    """Have a worker's nanny kill its process, and start another; return at once."""
-    # In a thread: a nanny that hangs too would not answer.
+    """Tell a worker's nanny to replace the worker's process. Does not wait for it."""
+    # In a thread, because the nanny may hang too and then never answers.
     Thread(target=_replace_process, args=(client, worker), daemon=True).start()
 
 
 def _replace_process(client: Client, worker: str) -> None:
-    with suppress(OSError, CancelledError):  # the client or the nanny is gone meanwhile
+    with suppress(OSError, CancelledError):  # the client is closed, or the nanny has left
         client.run(_kill_own_worker, workers=[worker], nanny=True, on_error="ignore")
 
 
