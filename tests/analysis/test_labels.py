@@ -275,8 +275,8 @@ def test_only_labelled_embedded_rows_take_part(
     lines = (tmp_path / "out.tsv").read_text().splitlines()
     assert lines[2] == "b\t\t0.0\t\t\t\t\t\t"  # a name, a reliability, and no neighbour
     note = found.attrs["note"]
-    assert f"1 identifier of {labels} not in {store.path} (nobody)" in note
-    assert "1 labelled row of" in note
+    assert f"{labels} has 1 identifier not in {store.path} (nobody)" in note
+    assert "has 1 labelled row without" in note
     store.remove_chunk(0)
     with pytest.raises(UsageError, match="none of the 2 labelled rows has an embedding"):
         virnuc_dask.annotate(store.path, labels)
@@ -301,8 +301,8 @@ def test_both_rows_of_an_identifier_that_occurs_twice_are_labelled(
         (b"a\tx\n\n\tx\n", r"line 3: the identifier is empty"),
         (b"a\t \tx\n", r"line 1: the label is empty"),
         (b"a\tx|y\n", r"line 1: '\|' in a label"),
-        (b"\n", r"no line; each line is an identifier, a tab and a label"),
-        (b"A\tx\nB\ty\n", r"none of its 2 identifiers is in .*; it has, for example, 'B', and"),
+        (b"\n", r"no lines; each line needs an identifier, a tab and a label"),
+        (b"A\tx\nB\ty\n", r"none of its 2 identifiers is in .*; for example, the file has 'B' and"),
     ],
 )
 def test_malformed_labels_are_said(
