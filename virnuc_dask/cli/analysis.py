@@ -146,7 +146,7 @@ def index_(store: str, out: str | None, **options: Any) -> None:
     "--labels",
     required=True,
     metavar="FILE",
-    help="Each line: identifier, tab, label. Use several lines for several labels.",
+    help="Text file; each line: identifier, tab, label. Several lines give several labels.",
 )
 @click.option(
     "--reference", help="Store with the labelled rows and the same weights.  [default: STORE]"
@@ -363,7 +363,7 @@ def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: A
     """Cluster similar rows of STORE by k-means.
 
     One line per cluster: number, size, the row nearest to the centre and its similarity or
-    distance, silhouette, length, description. Cluster 0 is the largest when the centres are fitted.
+    distance, silhouette, length, description. The fit numbers clusters by size, the largest first.
     STORE keeps the cluster of each row. Run the same command again to assign only new rows, to the
     same centres.
     """
@@ -460,9 +460,9 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
 @_force
 @click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def predict(store: str, as_json: bool, **options: Any) -> None:
-    """Score the rows of STORE with a classifier, in the store's array score_NAME.
+    """Score the rows of STORE with a classifier.
 
-    Run the same command again to compute only missing scores.
+    STORE keeps the scores as score_NAME. Run the same command again to compute only missing scores.
     """
     from virnuc_dask.analysis.prediction import predict as score
 
