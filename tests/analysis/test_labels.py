@@ -250,7 +250,7 @@ def test_an_identifier_may_be_a_reads_or_a_proteins(make_store: Maker, tmp_path:
     for row, name in enumerate(names):
         found = [known.names[code] for code in known.of(np.array([row]))[1]]
         assert found == (["its own"] if row == 1 else wanted[name])
-    assert "1 identifier of" in known.note
+    assert "has 1 identifier not in" in known.note
     # A protein whose rows all have labels of their own is not one that is missing.
     lines = "".join(f"{name}\tx\n" for name, of in zip(ids, names, strict=True) if of == "a")
     labels.write_text(f"b\ty\na\ty\n{lines}")
@@ -386,7 +386,7 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     done = cli("annotate", store.path, "--labels", "bad.tsv", "--out", "new.tsv")
     assert (done.returncode, done.stderr) == (
         2,
-        "error: bad.tsv, line 1: no tab; each line is an identifier, a tab and a label\n",
+        "error: bad.tsv, line 1: no tab; each line needs an identifier, a tab and a label\n",
     )
     assert not list(folder.glob("*new.tsv"))
 
