@@ -124,7 +124,7 @@ def test_it_says_what_a_store_is(make_store: Maker) -> None:
         "300 sequences, 300 of them embedded with demo",
         "10 of 10 chunks of 32 rows are done",
         f"Median {np.median(lengths):,.0f}",
-        f"Of {lengths.sum():,} residues; {100 * others / len(residues):.2f} % are other",
+        f"{lengths.sum():,} residues; {100 * others / len(residues):.2f} % are other",
         "300 of 300 embedded rows, by PCA",
     ):
         assert said in page.text

@@ -103,7 +103,7 @@ class Classifier:
     def digest(self) -> str:
         """SHA-256 of everything that changes scores, hexadecimal.
 
-        The digest of the file would not do: skops names its parts by their memory addresses.
+        This is not the digest of the file, because skops names parts by their memory addresses.
         """
         found = sha256(json.dumps([self.about[name] for name in _DECISIVE]).encode())
         for _, step in self.pipeline.steps:
@@ -251,4 +251,7 @@ def version_note(classifier: Classifier) -> str | None:
     here = version("scikit-learn")
     if there.split(".")[:2] == here.split(".")[:2]:
         return None
-    return f"trained with scikit-learn {there}, but this is {here}: scores may differ"
+    return (
+        f"the classifier was trained with scikit-learn {there}, but this is {here}: scores may"
+        " differ"
+    )

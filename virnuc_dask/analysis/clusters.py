@@ -125,9 +125,9 @@ def make_clusters(
 
     scikit-learn's `MiniBatchKMeans` [1]_ finds the initial centres, as the best of ten starts, in a
     random sample of 10,000 rows, or 20 per cluster if that is more. Then Lloyd's iterations [2]_
-    run over all rows. Each pass over the chunks moves each centre to the mean of its rows. They
-    stop when a pass reduces the mean squared distance by less than a thousandth, or after 20
-    passes. All threads or workers share a pass. The result does not depend on the order of rows in
+    run over all rows. Each pass over the chunks moves each centre to the mean of its rows. The
+    passes stop when one reduces the mean squared distance by less than a thousandth, or after 20.
+    All threads or workers share a pass. The result does not depend on the order of rows in
     the store; with batches of neighbouring chunks it would.
 
     For the cosine, the mean of the sample is subtracted from all rows, and rows are scaled to

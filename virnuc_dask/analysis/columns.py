@@ -78,7 +78,7 @@ def texts(variable: Variable) -> Variable:
 
 
 def named(variable: Variable, names: Sequence[str]) -> Variable:
-    """Names instead of numbers into them."""
+    """Names, looked up by the stored numbers."""
     # One more name, empty, for numbers out of range.
     return _lazily(variable, object, partial(_look_up, np.array([*names, ""], object)))
 

@@ -124,7 +124,7 @@ def _read_part(store: Store, first: int, present: NDArray[np.bool_], results: li
         there = is_embedded(codes[here])
         if not (codes[here].all() and np.isfinite(embedding[here][there]).all()):
             # It was removed after the check above, or has damage that no checksum shows.
-            raise StoreError(f"{store.path}: chunk {chunk} is gone or damaged; `verify` finds out")
+            raise StoreError(f"{store.path}: chunk {chunk} is gone or damaged; `verify` checks it")
     has_embedding = is_embedded(codes)
     embedding[~has_embedding] = np.nan
     known, which = np.unique(codes, return_inverse=True)
