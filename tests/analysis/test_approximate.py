@@ -93,14 +93,14 @@ def test_what_makes_no_sense_is_refused(store: Store, make_store: Maker) -> None
     name = str(virnuc_dask.open_store(store.path).sequence_id.values[0])
     with pytest.raises(UsageError, match="index of another store"):
         virnuc_dask.nearest(other.path, name, query_store=store.path, index=index)
-    with pytest.raises(UsageError, match="is of another store; --force"):
+    with pytest.raises(UsageError, match="is an index of another store; --force"):
         build_index(other.path, index)
     assert open_index(build_index(other.path, index, force=True)).store == other.id
-    with pytest.raises(UsageError, match="cosine, centred"):
+    with pytest.raises(UsageError, match="cosine metric and centring"):
         virnuc_dask.nearest(store.path, name, metric="euclidean", index=index)
-    with pytest.raises(UsageError, match="is no index"):
+    with pytest.raises(UsageError, match="is not an index"):
         virnuc_dask.nearest(store.path, name, index=store.path)
-    with pytest.raises(UsageError, match="is no index"):
+    with pytest.raises(UsageError, match="is not an index"):
         build_index(store.path, store.path)
     with pytest.raises(UsageError, match="at a URL"):
         build_index("s3://bucket/some.zarr")
@@ -113,15 +113,15 @@ def test_damage_is_said_and_force_replaces_it(store: Store) -> None:
     index = build_index(store.path)
     content = rows_file(index).read_bytes()
     rows_file(index).write_bytes(content[: len(content) // 2])
-    with pytest.raises(UsageError, match="is no index"):
+    with pytest.raises(UsageError, match="is not an index"):
         open_index(index)
-    with pytest.raises(UsageError, match=r"is no index: .*, with --force in place of this one"):
+    with pytest.raises(UsageError, match=r"is not an index: .*, with --force to replace this one"):
         build_index(store.path)
     assert open_index(build_index(store.path, force=True)).faiss.ntotal == 300
     about = json.loads((index / "about.json").read_text())
     for wrong in ({"mean": [0.0]}, {"file": "../rows.faiss"}, {"file": 1}, {"trained": None}):
         (index / "about.json").write_text(json.dumps(about | wrong))
-        with pytest.raises(UsageError, match="is no index"):
+        with pytest.raises(UsageError, match="is not an index"):
             open_index(index)
     (index / "notes.txt").write_text("not ours")
     with pytest.raises(UsageError, match=r"makes one$"):
@@ -183,7 +183,7 @@ def test_what_an_index_lacks_is_said(store: Store) -> None:
     assert "note" not in virnuc_dask.nearest(store.path, name, index=index).attrs
     store.write_chunk(9, *content)
     found = virnuc_dask.nearest(store.path, name, index=index)
-    assert found.note == ("the index lacks 1 of 10 chunks; `virnuc-dask index` adds what it lacks")
+    assert found.note == ("the index lacks 1 of 10 chunks; `virnuc-dask index` adds them")
     build_index(store.path)
     assert "note" not in virnuc_dask.nearest(store.path, name, index=index).attrs
 
@@ -209,7 +209,7 @@ def test_a_kill_leaves_the_index_that_was_there(module: str, function: str, stor
 
     kill()  # the first one: there is no index then
     index = store.path.with_name("viral.zarr.faiss")
-    with pytest.raises(UsageError, match="is no index"):
+    with pytest.raises(UsageError, match="is not an index"):
         open_index(index)
     build_index(store.path)
     about, rows = (index / "about.json").read_bytes(), rows_file(index)

@@ -214,7 +214,7 @@ def test_sequences_of_both_classes_are_left_out(
     assert [each.left_out for each in report.classes] == [5, 8]
     assert [each.training + each.held_out for each in report.classes] == [125, 40]
     assert len(fits.calls[0][0]) == 165
-    assert any("5 sequences are in both classes" in note for note in report.notes)
+    assert any("5 sequences in both classes were left out" in note for note in report.notes)
     assert "left out      5 sequences in both classes, 5 and 8 rows" in report.lines()
     only = tmp_path / "only.faa"
     only.write_text("".join(f">x{record}" for record in text[:9]))
@@ -302,7 +302,7 @@ def test_a_sample_of_a_large_store(make_store: Maker, other: Store, tmp_path: Pa
     )
     assert [(each.embedded, each.sampled) for each in report.classes] == [(287, 60), (150, 60)]
     assert calls[-1] == (41 + 5, 41 + 5)
-    assert any("60 rows were taken at random from 287" in note for note in report.notes)
+    assert any("60 of 287 rows" in note for note in report.notes)
 
 
 def test_the_same_again_is_the_same_classifier(viral: Store, other: Store, tmp_path: Path) -> None:
@@ -409,7 +409,7 @@ def test_lengths_that_differ_are_noted(
 ) -> None:
     whole = make_store(VIRAL_PROTEINS, "whole.zarr")
     report = virnuc_dask.train(whole.path, viral.path, tmp_path / "lengths.skops")
-    assert any("may learn the length alone" in note for note in report.notes)
+    assert any("may learn only the length" in note for note in report.notes)
     found = virnuc_dask.predict(whole.path, trained)
     assert any("median lengths are" in note for note in found.notes)
     (note,) = virnuc_dask.predict(viral.path, trained).notes
@@ -503,9 +503,15 @@ def test_names_and_tables_that_cannot_be(viral: Store, trained: Path, tmp_path: 
         ({"name": "a/b"}, "letters, digits"),
         ({"name": "x", "out": tmp_path / "x.xlsx"}, "known are .tsv and .parquet"),
         ({"name": "x", "consensus": "max"}, "--out"),
-        ({"name": "x", "consensus": "max", "out": tmp_path / "x.tsv"}, "not translated from reads"),
+        (
+            {"name": "x", "consensus": "max", "out": tmp_path / "x.tsv"},
+            "needs rows that were translated",
+        ),
         ({"name": "x", "consensus": "min", "out": tmp_path / "x.tsv"}, "must be one of max"),
-        ({"name": "x", "out": odd.with_suffix(".tsv").parent / "no" / "x.tsv"}, "no directory"),
+        (
+            {"name": "x", "out": odd.with_suffix(".tsv").parent / "no" / "x.tsv"},
+            "not a writable directory",
+        ),
     ):
         with pytest.raises(UsageError, match=problem):
             virnuc_dask.predict(viral.path, odd, **how)

@@ -284,7 +284,7 @@ def test_a_file_beside_a_table_is_replaced_only_if_it_is_of_an_export(
 ) -> None:
     beside = tmp_path / "out.csv.json"
     beside.write_text('{"mine": 1}')
-    with pytest.raises(UsageError, match="not of an export"):
+    with pytest.raises(UsageError, match="does not belong to an export"):
         virnuc_dask.export(store.path, tmp_path / "out.csv", force=True)
     assert beside.read_text() == '{"mine": 1}'
     beside.unlink()

@@ -250,7 +250,7 @@ def test_an_identifier_may_be_a_reads_or_a_proteins(make_store: Maker, tmp_path:
     for row, name in enumerate(names):
         found = [known.names[code] for code in known.of(np.array([row]))[1]]
         assert found == (["its own"] if row == 1 else wanted[name])
-    assert "1 identifier of" in known.note
+    assert "has 1 identifier not in" in known.note
     # A protein whose rows all have labels of their own is not one that is missing.
     lines = "".join(f"{name}\tx\n" for name, of in zip(ids, names, strict=True) if of == "a")
     labels.write_text(f"b\ty\na\ty\n{lines}")
@@ -275,8 +275,8 @@ def test_only_labelled_embedded_rows_take_part(
     lines = (tmp_path / "out.tsv").read_text().splitlines()
     assert lines[2] == "b\t\t0.0\t\t\t\t\t\t"  # a name, a reliability, and no neighbour
     note = found.attrs["note"]
-    assert f"1 identifier of {labels} not in {store.path} (nobody)" in note
-    assert "1 labelled row of" in note
+    assert f"{labels} has 1 identifier not in {store.path} (nobody)" in note
+    assert "has 1 labelled row without" in note
     store.remove_chunk(0)
     with pytest.raises(UsageError, match="none of the 2 labelled rows has an embedding"):
         virnuc_dask.annotate(store.path, labels)
@@ -301,8 +301,8 @@ def test_both_rows_of_an_identifier_that_occurs_twice_are_labelled(
         (b"a\tx\n\n\tx\n", r"line 3: the identifier is empty"),
         (b"a\t \tx\n", r"line 1: the label is empty"),
         (b"a\tx|y\n", r"line 1: '\|' in a label"),
-        (b"\n", r"no line; each line is an identifier, a tab and a label"),
-        (b"A\tx\nB\ty\n", r"none of its 2 identifiers is in .*; it has, for example, 'B', and"),
+        (b"\n", r"no lines; each line needs an identifier, a tab and a label"),
+        (b"A\tx\nB\ty\n", r"none of its 2 identifiers is in .*; for example, the file has 'B' and"),
     ],
 )
 def test_malformed_labels_are_said(
@@ -386,7 +386,7 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     done = cli("annotate", store.path, "--labels", "bad.tsv", "--out", "new.tsv")
     assert (done.returncode, done.stderr) == (
         2,
-        "error: bad.tsv, line 1: no tab; each line is an identifier, a tab and a label\n",
+        "error: bad.tsv, line 1: no tab; each line needs an identifier, a tab and a label\n",
     )
     assert not list(folder.glob("*new.tsv"))
 

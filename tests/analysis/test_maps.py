@@ -437,7 +437,7 @@ def test_colours_that_are_none_are_refused(store: Store, tmp_path: Path) -> None
     virnuc_dask.make_map(store.path)
     file = tmp_path / "labels.tsv"
     for text, problem in (
-        ("", "no line"),
+        ("", "no lines"),
         ("id\tlabel\nx\n", "line 2: no tab"),
         ("id\tlabel\nnobody\ta\n", "none of its identifiers"),
     ):

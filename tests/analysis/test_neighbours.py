@@ -319,7 +319,7 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     assert "exists" in done.stderr
     done = cli(*command, "--out", "nowhere/out.tsv")
     assert done.returncode == 2
-    assert "no directory that can be written to" in done.stderr
+    assert "is not a writable directory" in done.stderr
     done = cli("nearest", store.path, "--query", "none")
     assert (done.returncode, done.stdout) == (2, "")
     assert "no record has the identifier none" in done.stderr

@@ -124,7 +124,7 @@ def test_it_says_what_a_store_is(make_store: Maker) -> None:
         "300 sequences, 300 of them embedded with demo",
         "10 of 10 chunks of 32 rows are done",
         f"Median {np.median(lengths):,.0f}",
-        f"Of {lengths.sum():,} residues; {100 * others / len(residues):.2f} % are other",
+        f"{lengths.sum():,} residues; {100 * others / len(residues):.2f} % are other",
         "300 of 300 embedded rows, by PCA",
     ):
         assert said in page.text
@@ -146,7 +146,7 @@ def test_composition_is_in_percent(make_store: Maker, tmp_path: Path) -> None:
     for said in ("A: 37.50 % here", "W: 25.00 % here", "L: 12.50 % here", "C: 0.00 % here"):
         assert said in page.text
     assert "A: 8.25 % in Swiss-Prot" in page.text
-    assert "Of 8 residues; 25.00 % are other letters" in page.text
+    assert "8 residues; 25.00 % are other letters" in page.text
     assert "fewer than three embedded rows" in page.text
     assert sum(report_module._SWISS_PROT.values()) == pytest.approx(100, abs=0.2)
 
@@ -280,12 +280,12 @@ def colours_of(page: Page) -> list[str]:
 def test_the_map_is_coloured_by_what_says_most(make_store: Maker, tmp_path: Path) -> None:
     store = make_store(VIRAL_PROTEINS)
     page = written(store)
-    assert "colours are by length" in page.text
+    assert "colours show length" in page.text
     assert colours_of(page) == ["residues"] * 4
     fill(keep_result(store, "cluster", "x", {}), lambda rows: np.arange(len(rows)) % 7)
     open_result(store, "cluster_x").remove_chunk(3)
     page = written(store, force=True)
-    assert "colours are by cluster_x" in page.text
+    assert "colours show cluster_x" in page.text
     clusters = [f"cluster {number}" for number in range(5)]
     assert colours_of(page) == [*clusters, "other clusters", "no cluster"]
     assert "no cluster (32)" in page.text
@@ -293,7 +293,7 @@ def test_the_map_is_coloured_by_what_says_most(make_store: Maker, tmp_path: Path
     values = open_result(store, "score_x").array[:]
     open_result(store, "score_x").remove_chunk(0)
     page = written(store, force=True)
-    assert "colours are by score_x" in page.text
+    assert "colours show score_x" in page.text
     assert "no score (32)" in page.text
     parts = np.bincount(np.clip(values[32:] * 5, 0, 4).astype(int), minlength=5)
     for number in np.flatnonzero(parts):
@@ -302,7 +302,7 @@ def test_the_map_is_coloured_by_what_says_most(make_store: Maker, tmp_path: Path
     for name, letters in zip(two, ("MKTAY", "MLLIV"), strict=True):
         name.write_text("".join(f">{n}\n{letters[:n]}\n" for n in range(2, 6)))
     page = written(make_store(two, "two.zarr"), force=True)
-    assert "colours are by input file" in page.text
+    assert "colours show input file" in page.text
     assert "a.faa (4)" in page.text
 
 
@@ -403,7 +403,7 @@ def test_what_cannot_be_written_is_said_first(make_store: Maker, tmp_path: Path,
     done = cli("report", store.path, "page.html", "--force", "--query", "none")
     assert (done.returncode, "no record has the identifier none" in done.stderr) == (2, True)
     assert (tmp_path / "page.html").read_text() == "mine"
-    for out, problem in (("a.pdf", "known are .html"), ("no/a.html", "no directory")):
+    for out, problem in (("a.pdf", "known are .html"), ("no/a.html", "not a writable directory")):
         with pytest.raises(UsageError, match=problem):
             virnuc_dask.report(store.path, tmp_path / out)
     assert not list(tmp_path.glob(".*.html"))

@@ -1,4 +1,4 @@
-"""What people do with a store: open it lazily, check it, look for neighbours, export it.
+"""Analysis of stores: open lazily, search neighbours, map, cluster, classify, export, report.
 
-Nothing here needs torch. The names that belong to users are resolved by `virnuc_dask` itself.
+No module here needs torch. `virnuc_dask` itself resolves the public names.
 """

@@ -1,4 +1,4 @@
-"""Rows of a store as AnnData, in HDF5 or in Zarr, written without anndata, part by part.
+"""Export of a store's rows as AnnData, in HDF5 or Zarr, part by part, without anndata.
 
 The layout is that of https://anndata.readthedocs.io/en/stable/fileformat-prose.html.
 """
@@ -26,10 +26,10 @@ from virnuc_dask.analysis.formats import (
 from virnuc_dask.settings import Status
 from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
 
-# Makes an array of some name, shape and type in a group.
+# Creates an array in a group, from its name, shape and data type.
 _Create = Callable[[Any, str, tuple[int, ...], np.dtype[Any]], Any]
 _MAPPINGS = ("layers", "obsm", "obsp", "uns", "varm", "varp")
-# All that there may be at the top of one that is in Zarr, of format 2 or 3.
+# All names that may occur at the top of an AnnData directory in Zarr format 2 or 3.
 _ENTRIES = {
     *_MAPPINGS,
     *("X", "obs", "var", "raw", "zarr.json", ".zattrs", ".zgroup", ".zmetadata"),
@@ -39,13 +39,13 @@ _INDEX = "_index"
 
 
 def write_h5ad(path: Path, store: Store, parts: Iterable[Part]) -> int:
-    """Write AnnData into an HDF5 file; see `export`."""
+    """Write AnnData as an HDF5 file; see `export`."""
     with hdf5(path) as (file, check):
         return _write(file, hdf5_dataset, store, parts, check)
 
 
 def write_zarr(path: Path, store: Store, parts: Iterable[Part]) -> int:
-    """Write AnnData into a new directory, in Zarr's format 3; see `export`."""
+    """Write AnnData as a new directory in Zarr format 3; see `export`."""
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
     from zarr.storage import LocalStore
@@ -60,17 +60,17 @@ def write_zarr(path: Path, store: Store, parts: Iterable[Part]) -> int:
             chunks=chunks,
             dtype="string" if is_text(dtype) else dtype,
             compressors=(ZstdCodec(level=1), Crc32cCodec()),
-            # All chunks of an array in one folder, as in the store.
+            # Keep all chunks of an array in one folder, as the store does.
             chunk_key_encoding={"name": "default", "separator": "."},
         )
 
-    # Nothing is durable, and nothing need be, before it has its name.
+    # Data need not be durable before the directory gets its final name.
     root = zarr.create_group(LocalStore(path), zarr_format=3)
     return _write(root, create, store, parts, lambda: None)
 
 
 def is_annotated(path: Path) -> bool:
-    """Whether a directory is an AnnData in Zarr, and holds nothing else."""
+    """Whether a directory is AnnData in Zarr and contains nothing else."""
     try:
         if path.is_symlink() or not {entry.name for entry in path.iterdir()} <= _ENTRIES:
             return False
@@ -99,7 +99,7 @@ def _write(
     put(_column(_table(root, "var", []), create, _INDEX, len(features), _TEXT), 0, features)
 
     names = _Names(store)
-    # The categories are those that occur, and that is known at the end.
+    # The categories are the values that occur, which are known only at the end.
     states = np.empty(rows, np.uint8)
     clusters: dict[str, NDArray[np.int32]] = {}
     arrays: dict[str, Any] = {}
@@ -113,7 +113,7 @@ def _write(
         states[here] = part.codes
         for name in filter(is_cluster, part.columns):
             clusters.setdefault(name, np.empty(rows, np.int32))[here] = columns.pop(name)
-        # The names that scanpy looks for.
+        # scanpy expects these names.
         maps = {f"X_{name}": values for name, values in part.maps.items()}
         if not part.first:
             obs = _table(root, "obs", shown)
@@ -134,7 +134,7 @@ def _write(
 def _write_categories(
     obs: Any, create: _Create, name: str, values: NDArray[Any], text: Callable[[int], str]
 ) -> None:
-    """A column of numbers that have names, as codes into those that occur; none below zero."""
+    """Write numbers as a categorical column of the values that occur; negative means missing."""
     known = np.unique(values[values >= 0])
     column = obs.create_group(name)
     _mark(column, "categorical")
@@ -168,11 +168,11 @@ def _mark(node: Any, kind: str, version: str = "0.2.0") -> None:
 
 
 class _Names:
-    """Identifiers as an index, in which no two are alike.
+    """Identifiers as an index without duplicates.
 
-    The first of several keeps its name; others get ``#`` and the row's number, again where that
-    name is taken. What is kept of a row is a hash of 8 bytes: two names of the same hash are taken
-    for alike, which costs one of them only its plain name.
+    The first of several equal identifiers stays unchanged. The others get the suffix ``#`` and the
+    row number, repeated until the name is free. Only an 8-byte hash of each row is kept. If two
+    different names have the same hash, one of them gets a suffix that it does not need.
     """
 
     def __init__(self, store: Store) -> None:
@@ -186,7 +186,7 @@ class _Names:
         self._is_used = np.zeros(len(self._repeated), np.bool_)
 
     def unique(self, part: Part) -> NDArray[Any]:
-        """An index of a part's rows; parts are to come in their order."""
+        """Unique names for the rows of a part; call this with the parts in order."""
         names = part.columns["sequence_id"].copy()
         hashes = _hashes(names)
         for number in np.flatnonzero(np.isin(hashes, self._repeated)).tolist():
@@ -199,8 +199,8 @@ class _Names:
     def _renamed(self, name: str, row: int) -> str:
         while True:
             name += f"#{row}"
-            place = np.searchsorted(self._hashes, hash(name))
-            if place == len(self._hashes) or self._hashes[place] != hash(name):
+            position = np.searchsorted(self._hashes, hash(name))
+            if position == len(self._hashes) or self._hashes[position] != hash(name):
                 return name
 
 

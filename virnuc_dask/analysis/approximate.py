@@ -1,4 +1,4 @@
-"""An approximate index of a store's rows, by faiss, for searches that cannot wait."""
+"""Approximate faiss index of a store's rows, for fast searches."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded, sync, write_durably
 from virnuc_dask.store.store import Store
 
-# Rows to learn from for each list, as faiss asks for at least 39.
+# Training rows per list; faiss asks for at least 39.
 _ROWS_PER_LIST = 64
-# Of few rows all, since the range of each feature is learnt from them too.
+# If rows are few, all are used, since they also determine the range of each feature.
 _FEWEST_TRAINED_ON, _MOST_TRAINED_ON = 2**12, 2**18
-# Once there are so many times the rows, there are too few lists.
+# When the rows grow by more than this factor, the lists are too few.
 _GROWTH = 4
 _LISTS_PER_ROOT = 4
 _SHARE_SEARCHED = 1 / 32
 _FEWEST_SEARCHED = 16
-# The file of the rows has a new name each time; the other file says which one it is.
+# The file of the rows gets a new name each time; the other file contains that name.
 _ABOUT = "about.json"
 _ROWS = re.compile(r"rows-[0-9a-f]{32}\.faiss")
 _OURS = re.compile(r"rows(-[0-9a-f]{32})?\.faiss|about\.json(~.*\.partial)?")
@@ -49,19 +49,20 @@ _OURS = re.compile(r"rows(-[0-9a-f]{32})?\.faiss|about\.json(~.*\.partial)?")
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """An index, opened.
+    """An open index.
 
     Attributes
     ----------
     faiss : faiss.Index
-        Of the rows minus the mean, each of length 1; their products are cosines.
+        Contains the rows minus the mean, scaled to length 1, so that dot products are cosines.
     store : str
-        The id of the store that it is of.
+        Id of the indexed store.
     mean : ndarray, float32, shape (D,)
+        Mean of the rows when the lists were learned.
     chunks : list of int
-        Whose rows it holds.
+        Chunks with their rows in the index.
     trained : int
-        Rows that there were when the lists were learnt.
+        Number of embedded rows when the lists were learned.
     """
 
     faiss: Any
@@ -73,19 +74,19 @@ class Index:
     def search(
         self, vectors: NDArray[np.float32], own: NDArray[np.int64], k: int, threads: int
     ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Cosines, NaN where there is none, and rows, -1 there; shape (n, k) each.
+        """Cosines and rows of the k nearest neighbours, shape (n, k) each; NaN and -1 if missing.
 
         Parameters
         ----------
         vectors : ndarray, float32, shape (n, D)
         own : ndarray, int64, shape (n,)
-            Row of each query, or -1; it is no neighbour of itself.
+            Row of each query, or -1. A row is not its own neighbour.
         k : int
         threads : int
         """
         _faiss().omp_set_num_threads(threads)
         scores, rows = self.faiss.search(Space(self.mean, True)(vectors), k + 1)
-        # The row itself goes, or else the last. faiss fills up with -1.
+        # Drop the query itself, or else the last hit. faiss fills missing hits with -1.
         is_own = (rows == own[:, None]) & (rows >= 0)
         is_own[~is_own.any(axis=1), -1] = True
         shape = (len(rows), k)
@@ -105,47 +106,48 @@ def build_index(
     progress: Progress | None = None,
     force: bool = False,
 ) -> Path:
-    """Build an approximate index of a store's rows, or add to one the chunks that it lacks.
+    """Build an approximate index of a store's rows, or add missing chunks to one.
 
-    The rows are in lists around 4·√n centres, which are learnt from a sample, and one byte for each
-    feature is kept (faiss's ``IVF,SQ8``): a search looks into the lists nearest to the query. The
-    index is of cosines after the mean of the rows is subtracted. It is in memory while it is built
-    and searched: D bytes for each row. The sample is of 256·√n rows, from 4,096 to 262,144, in
-    float32, of which faiss makes a copy: for D = 1,280 at most 2.7 GB.
+    The index (faiss ``IVF,SQ8``) stores one byte per feature, in lists around 4·√n centres that
+    are learned from a sample. A search reads only the lists nearest to the query. Similarities are
+    cosines after subtraction of the mean of the rows. The index is in memory during build and
+    search: D bytes per row. The sample has 256·√n rows, from 4,096 to 262,144, in float32, and
+    faiss copies it: at most 2.7 GB for D = 1,280.
 
-    Rows that are added later come into the lists that there are. When there are more than four
-    times the rows that the lists were learnt with, the mean and the lists are learnt anew.
+    Rows that are added later go into the existing lists. When the store has more than four times
+    the rows that it had when the lists were learned, the mean and the lists are learned again.
 
-    A new index has its place in one step, once it is whole: whenever the call is killed, the index
-    that was there is there.
+    A complete new index replaces the old one in one step. If the call is killed, the old index
+    stays.
 
     Parameters
     ----------
     store : path
-        May still be filling; the same call later adds what has come.
+        A run may still fill it. The same call later adds the new rows.
     out : path, optional
-        A directory. Default: the store's path with ``.faiss`` behind it.
+        A directory. Default: the store's path plus ``.faiss``.
     random_state : int
-        Of the sample.
+        Seed of the sample.
     refit : bool
-        Learn the mean and the lists anew, from the rows that are there now.
+        Learn the mean and the lists again, from all rows embedded now.
     workers : int, optional
-        Threads. Default: one for each core, at most 16.
+        Threads. Default: one per core, at most 16.
     progress : callable, optional
-        Called with the chunks added so far and how many will be.
+        Called with the number of chunks added so far and their total.
     force : bool
-        Replace an index that is damaged or of another store. A directory with other files in it is
+        Replace a damaged index, or one of another store. A directory that contains other files is
         not replaced.
 
     Returns
     -------
     Path
-        The index.
+        Directory of the index.
 
     Raises
     ------
     UsageError
-        faiss is not installed, `out` is something else or another store's, or no row is embedded.
+        faiss is not installed, `out` is not an index or is one of another store, or no row is
+        embedded.
     StoreError
         A chunk is damaged.
     """
@@ -174,15 +176,15 @@ def build_index(
 
 
 def index_path(store: str | Path, out: str | Path | None) -> Path:
-    """Where an index is, or is put.
+    """Directory of a store's index.
 
     Raises
     ------
     UsageError
-        The store is at a URL, and nothing else is said.
+        The store is at a URL, and `out` is not given.
     """
     if out is None and "://" in str(store):
-        raise UsageError(f"{store} is at a URL: say where on this machine the index is to be")
+        raise UsageError(f"{store} is at a URL: give a directory on this machine for the index")
     return Path(expanded(f"{str(store).rstrip('/')}.faiss" if out is None else out))
 
 
@@ -192,7 +194,7 @@ def open_index(path: str | Path) -> Index:
     Raises
     ------
     UsageError
-        faiss is not installed, or there is no index.
+        faiss is not installed, or `path` is not an index.
     """
     folder, about = Path(expanded(path)), b""
     while True:
@@ -201,43 +203,43 @@ def open_index(path: str | Path) -> Index:
             about = (folder / _ABOUT).read_bytes()
             return _read(folder, about)
         except (OSError, ValueError, LookupError, TypeError, RuntimeError) as error:
-            # Another process may just have put a new index there, and removed this one's rows.
+            # Another process may have just replaced the index and removed the old file of rows.
             if about == before:
                 raise UsageError(
-                    f"{path} is no index: {error}; `virnuc-dask index` makes one"
+                    f"{path} is not an index: {error}; `virnuc-dask index` makes one"
                 ) from error
 
 
 def _read(folder: Path, content: bytes) -> Index:
     about = json.loads(content)
     if not _ROWS.fullmatch(about["file"]):
-        raise ValueError(f"{about['file']!r} is no file of an index")
+        raise ValueError(f"{about['file']!r} is not a file of an index")
     mean = np.array(about["mean"], np.float32)
     index = _faiss().read_index(str(folder / about["file"]))
     if mean.shape != (index.d,):
-        raise ValueError(f"its mean is not of {index.d} features")
+        raise ValueError(f"its mean does not have {index.d} features")
     chunks = [int(chunk) for chunk in about["chunks"]]
     return Index(index, str(about["store"]), mean, chunks, int(about["trained"]))
 
 
 def _index_to_add_to(path: Path, store: Store, *, force: bool) -> Index | None:
-    """What is there; None if a new index is to be made."""
+    """The existing index; None if a new one is needed."""
     if not path.exists():
         return None
     is_ours = path.is_dir() and all(_OURS.fullmatch(name) for name in os.listdir(path))
     if is_ours and not (path / _ABOUT).exists():
-        return None  # empty, or the first call was killed
+        return None  # it is empty, or the first call was killed
     try:
         index = open_index(path)
     except UsageError as error:
         if not is_ours:
             raise
         if not force:
-            raise UsageError(f"{error}, with --force in place of this one") from error
+            raise UsageError(f"{error}, with --force to replace this one") from error
         return None
     if index.store != store.id:
         if not force:
-            raise UsageError(f"{path} is of another store; --force replaces it")
+            raise UsageError(f"{path} is an index of another store; --force replaces it")
         return None
     return index
 
@@ -249,17 +251,17 @@ def _trained(store: Store, present: list[int], random_state: int, threads: int) 
     if not rows:
         raise UsageError(f"{store.path} has no embedded row yet")
     lists = max(1, min(math.isqrt(rows) * _LISTS_PER_ROOT, rows // _ROWS_PER_LIST))
-    wanted = min(rows, max(lists * _ROWS_PER_LIST, _FEWEST_TRAINED_ON), _MOST_TRAINED_ON)
-    sample = np.empty((wanted, store.dimension), np.float32)
+    size = min(rows, max(lists * _ROWS_PER_LIST, _FEWEST_TRAINED_ON), _MOST_TRAINED_ON)
+    sample = np.empty((size, store.dimension), np.float32)
     taken = 0
     for chunk in np.random.default_rng(random_state).permutation(present).tolist():
-        part = _rows_of(store, [chunk], mean)[1][: wanted - taken]
+        part = _rows_of(store, [chunk], mean)[1][: size - taken]
         sample[taken : taken + len(part)] = part
         taken += len(part)
-        if taken == wanted:
+        if taken == size:
             break
     index = faiss.index_factory(store.dimension, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
-    index.cp.min_points_per_centroid = 1  # or it warns where the sample is at its largest
+    index.cp.min_points_per_centroid = 1  # else it warns when the sample has its largest size
     index.train(sample)
     index.nprobe = max(_FEWEST_SEARCHED, round(lists * _SHARE_SEARCHED))
     return Index(index, store.id, mean, [], rows)
@@ -278,7 +280,7 @@ def _rows_of(
 
 
 def _write(index: Index, path: Path) -> None:
-    """Put an index in place in one step, and remove the one that was there."""
+    """Replace the old index by a new one in one step."""
     folder = Path(os.path.realpath(path))
     file = folder / f"rows-{uuid4().hex}.faiss"
     about = asdict(replace(index, faiss=None)) | {"mean": index.mean.tolist(), "file": file.name}
@@ -301,10 +303,10 @@ def _write(index: Index, path: Path) -> None:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Nobody else writes here meanwhile, and so removes what is not yet in place."""
+    """Exclude other writers, which would remove files that are not yet in use."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
+        with suppress(OSError):  # some file systems have no locks
             fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:

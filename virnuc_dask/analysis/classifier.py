@@ -1,4 +1,4 @@
-"""A classifier's file: scikit-learn's objects, saved by skops without pickle, and what they are."""
+"""Files of classifiers: scikit-learn objects, saved by skops without pickle, and metadata."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from virnuc_dask.text import printable
 SUFFIX = ".skops"
 FORMAT = 1
 
-# All that may be in a file. skops has a list of its own, of all of scikit-learn and more.
+# All types that a file may contain. The list in skops has all of scikit-learn and more.
 _TRUSTED = {
     *(f"builtins.{name}" for name in ("dict", "list", "tuple", "str", "int", "float", "bool")),
     "builtins.NoneType",
@@ -40,16 +40,16 @@ _TRUSTED = {
     "sklearn.neural_network._multilayer_perceptron.MLPClassifier",
     "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
 }
-# How they may be built: none of these calls a function that the file names.
+# Allowed skops loaders: none of them calls a function that the file names.
 _LOADERS = {
     *("DictNode", "ListNode", "TupleNode", "JsonNode", "TypeNode", "CachedNode"),
     *("NdArrayNode", "RandomStateNode", "ObjectNode"),
 }
-# Of arrays, unpacked: a hundred times a perceptron on embeddings of 5,120 features.
+# Most bytes of unpacked arrays: a hundred times a perceptron on 5,120 features.
 _MOST_BYTES = 2**32
 _SCHEMA = "schema.json"
 _LONGEST_MODEL = 300
-# What skops, zipfile and NumPy raise of a file that is damaged, or something else.
+# Errors of skops, zipfile and NumPy for a file that is damaged or of another kind.
 _DAMAGED = (
     *(zipfile.BadZipFile, zipfile.LargeZipFile, NotImplementedError, EOFError),
     *(AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError, ImportError),
@@ -59,24 +59,24 @@ _DAMAGED = (
 
 @dataclass(frozen=True, slots=True)
 class Classifier:
-    """A classifier of embeddings into two classes, with what it was made of.
+    """A classifier of embeddings into two classes, with its metadata.
 
     Attributes
     ----------
     pipeline : sklearn.pipeline.Pipeline
-        Standardises, then classifies; class 1 is the first of `classes`.
+        Standardises the features, then classifies; class 1 is the first of `classes`.
     about : dict
         JSON values: ``kind``, ``classes``, ``model`` (weights, layer, pooling, precision and
-        dimension of the embeddings that it takes), ``model_name`` (of files since there is one; it
-        decides nothing), ``median_length`` (residues of the rows it was
-        trained on), ``versions``, and ``training``, a report.
+        dimension of its embeddings), ``model_name`` (for display only; older files lack it),
+        ``median_length`` (residues of the training rows), ``versions``, and ``training`` (a
+        report).
     """
 
     pipeline: Any
     about: dict[str, Any]
 
     def __call__(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Probability of the first class, float32, shape (n,), of embeddings, shape (n, D)."""
+        """Probability of the first class, float32, shape (n,), for embeddings of shape (n, D)."""
         return np.asarray(self.pipeline.predict_proba(embedding)[:, 1], np.float32)
 
     @property
@@ -86,9 +86,9 @@ class Classifier:
         return first, second
 
     def described_model(self) -> str:
-        """The model whose embeddings it takes, in a line, as `ModelSpec.described`.
+        """The model of its embeddings in one line, like `ModelSpec.described`.
 
-        What it says is the file's: it may be anything, and is made printable.
+        The text comes from the file and is not trusted, so it is made printable.
         """
         model = self.about["model"]
         parts = [
@@ -101,15 +101,15 @@ class Classifier:
         return printable(", ".join(parts), _LONGEST_MODEL)
 
     def digest(self) -> str:
-        """SHA-256 of all that scores depend on, hexadecimal.
+        """SHA-256 of everything that changes scores, hexadecimal.
 
-        Not of the file, in which skops names parts by where they were in memory.
+        This is not the digest of the file, because skops names parts by their memory addresses.
         """
         found = sha256(json.dumps([self.about[name] for name in _DECISIVE]).encode())
         for _, step in self.pipeline.steps:
             for name, value in sorted(vars(step).items()):
-                # Parameters, as of `get_params`, and what was learned. By scikit-learn's
-                # convention all others, which are of no matter for scores, begin with _.
+                # Parameters, as from `get_params`, and learned values. By scikit-learn's
+                # convention, names of other attributes begin with _; they do not change scores.
                 if not name.startswith("_"):
                     found.update(name.encode())
                     for part in value if isinstance(value, list) else [value]:
@@ -122,7 +122,7 @@ _DECISIVE = ("kind", "classes", "model")
 
 
 def save_classifier(classifier: Classifier, path: Path) -> None:
-    """Write a classifier into a file, whole or not at all; one that is there is replaced.
+    """Save a classifier in one step, so that no partial file remains; replace an existing file.
 
     Raises
     ------
@@ -137,28 +137,28 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
 
 
 def load_classifier(path: str | Path) -> Classifier:
-    """Read a classifier. Nothing that the file holds is run.
+    """Load a classifier without running any code from the file.
 
-    Its list of objects is read first, and refused if it names any type, or way of building one,
-    that a classifier does not need; so is an array that says it has more values than are there.
+    The list of objects is checked first. The file is refused if the list names a type or a loader
+    that a classifier does not need, or if an array declares more values than it has.
 
     Raises
     ------
     UsageError
-        There is no such file, it holds something else, or types that are not trusted.
+        The file does not exist, is not a classifier, or contains types that are not trusted.
     """
     try:
-        # Once: what is loaded is what was checked, whatever becomes of the file.
+        # Read the file once, so that the checked bytes are the loaded bytes.
         content = Path(expanded(path)).read_bytes()
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
             size = sum(entry.file_size for entry in archive.infolist())
             if size > _MOST_BYTES:
-                raise UsageError(f"{path}: {size:,} bytes unpacked are too many for a classifier")
-            strange = sorted(set(_strangers(json.loads(archive.read(_SCHEMA)))))
-            if strange:
+                raise UsageError(f"{path}: {size:,} unpacked bytes are too many for a classifier")
+            untrusted = sorted(set(_untrusted(json.loads(archive.read(_SCHEMA)))))
+            if untrusted:
                 raise UsageError(
-                    f"{path}: has types that are not trusted, and was not loaded:"
-                    f" {', '.join(name[:80] for name in strange[:5])!r}"
+                    f"{path}: contains types that are not trusted, and was not loaded:"
+                    f" {', '.join(name[:80] for name in untrusted[:5])!r}"
                 )
             _check_arrays(archive)
         return _checked(content)
@@ -171,82 +171,87 @@ def load_classifier(path: str | Path) -> Classifier:
         ) from error
 
 
-def _strangers(node: Any) -> Iterator[str]:
-    """Types and loaders in skops' list of objects that are not trusted."""
+def _untrusted(node: Any) -> Iterator[str]:
+    """Types and loaders in the skops list of objects that are not trusted."""
     if isinstance(node, list):
         for each in node:
-            yield from _strangers(each)
+            yield from _untrusted(each)
     elif isinstance(node, dict):
         if "__loader__" in node:
             loader, name = node["__loader__"], f"{node['__module__']}.{node['__class__']}"
-            # Of what was met before, the type is no matter.
+            # A CachedNode refers to an object that was checked before.
             if loader not in _LOADERS or (loader != "CachedNode" and name not in _TRUSTED):
                 yield f"{name} ({loader})"
         for each in node.values():
-            yield from _strangers(each)
+            yield from _untrusted(each)
 
 
 def _check_arrays(archive: zipfile.ZipFile) -> None:
-    """Make sure that all else in a file is arrays of numbers, each as large as it says it is.
+    """Check that all other entries are arrays of numbers, and that their sizes are true.
 
-    NumPy takes memory by an array's header, before it reads a value.
+    NumPy allocates memory from the header of an array before it reads a value.
 
     Raises
     ------
     ValueError
-        And what zipfile and NumPy raise of what is damaged.
+        An entry is not such an array. zipfile and NumPy raise their own errors for damage.
     """
     for entry in archive.infolist():
         if entry.filename == _SCHEMA:
             continue
         with archive.open(entry) as file:
             if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("an array of another format")
+                raise ValueError("an array has another format")
             shape, _, dtype = np.lib.format.read_array_header_1_0(file)
             size = file.tell() + math.prod(shape) * dtype.itemsize
         if dtype.kind not in "fiub" or min(shape, default=0) < 0 or size != entry.file_size:
-            raise ValueError(f"an array of {str(dtype)[:20]}, {str(shape)[:80]}, that it has not")
+            raise ValueError(
+                f"an array is not of its declared type {str(dtype)[:20]} or shape {str(shape)[:80]}"
+            )
 
 
 def _checked(content: bytes) -> Classifier:
     from skops.io import loads
 
     with warnings.catch_warnings():
-        # Another version of scikit-learn: `version_note` says so.
+        # `version_note` reports another version of scikit-learn.
         warnings.simplefilter("ignore")
         found = loads(content, trusted=sorted(_TRUSTED))
     about = json.loads(found["about"])
     if about.pop("format") != FORMAT:
-        raise ValueError("of another version of this program")
+        raise ValueError("it comes from another version of this program")
     classifier = Classifier(found["classifier"], about)
     names = [type(step).__name__ for _, step in classifier.pipeline.steps]
     if names[0] != "StandardScaler" or names[1:] not in (["LogisticRegression"], ["MLPClassifier"]):
         raise ValueError(f"steps {names}")
-    # Whether it does what a classifier does.
+    # Check that it returns probabilities.
     score = classifier(np.zeros((1, int(about["model"]["dimension"])), np.float32))
     if score.shape != (1,) or not 0 <= score[0] <= 1:
-        raise ValueError("it gives no probabilities")
+        raise ValueError("it returns no probabilities")
     if not all(is_class_name(name) for name in classifier.classes):
         raise ValueError("the classes have no names")
-    # All else that is used of it.
+    # Check the other values that are used later.
     float(about["median_length"]), about["versions"].get("scikit-learn"), classifier.digest()
     return classifier
 
 
 def is_class_name(name: object) -> bool:
-    """Whether it is a text that can be shown as it is: it may come from a file."""
+    """Whether it is printable text that is not empty; it may come from a file."""
     return isinstance(name, str) and bool(name) and printable(name) == name
 
 
 def versions() -> dict[str, str]:
-    """Versions of what trains a classifier, saves it and computes with it."""
+    """Versions of the packages that train, save and run a classifier."""
     return {name: version(name) for name in ("scikit-learn", "skops", "numpy")}
 
 
 def version_note(classifier: Classifier) -> str | None:
-    """A warning if it was trained by another version of scikit-learn; else None."""
+    """Warning if another version of scikit-learn trained it; else None."""
     there = printable(str(classifier.about["versions"].get("scikit-learn")), 20)
     here = version("scikit-learn")
     if there.split(".")[:2] == here.split(".")[:2]:
         return None
-    return f"the classifier is of scikit-learn {there}, this is {here}: scores may differ"
+    return (
+        f"the classifier was trained with scikit-learn {there}, but this is {here}: scores may"
+        " differ"
+    )

@@ -1,4 +1,4 @@
-"""Clusters of rows that are alike: k-means, one chunk in memory at a time."""
+"""Clusters of similar rows by k-means, with one chunk per thread in memory."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SAMPLE_ROWS = 10_000
 _SAMPLE_PER_CLUSTER = 20
 _STARTS = 10
 _MOST_PASSES = 20
-# A pass that makes the mean square of distances smaller by less than this part is the last.
+# Stop when a pass reduces the mean squared distance by less than this fraction.
 _TOLERANCE = 1e-3
 _SILHOUETTE_ROWS = 4_000
 _TYPES = {
@@ -47,45 +47,45 @@ _TYPES = {
     "length": "int32",
     "description": "string",
 }
-# Centres are kept in the metadata of the store, which every reader reads.
+# Limit of the centres, which are in the metadata of the store that every reader reads.
 _MOST_VALUES = 2**21
 
 
 @dataclass(frozen=True, slots=True)
 class Clusters:
-    """What `make_clusters` has found; a number for each cluster.
+    """Result of `make_clusters`, one value per cluster.
 
-    The largest is first, by the rows that the centres were fitted to.
+    Clusters are ordered by size, the largest first, when the centres are fitted.
 
     Attributes
     ----------
     store : str
     name : str
-        Of the array in the store, int32, shape (records,), -1 without an embedding:
-        ``cluster_kmeans``.
+        Name of the array in the store, such as ``cluster_kmeans``: int32, shape (records,), -1
+        for rows without an embedding.
     metric : {'cosine', 'euclidean'}
     sizes : ndarray, int64, shape (k,)
-        Rows in each.
+        Rows in each cluster.
     medoid_rows : ndarray, int64, shape (k,)
-        The row that is nearest to the centre; of equally near ones the first. -1 if it is empty.
+        The row nearest to the centre; the first of equally near rows. -1 for an empty cluster.
     medoid_ids, medoid_descriptions : list of str
     medoid_lengths : ndarray, int32, shape (k,)
         Residues.
     medoid_scores : ndarray, float32, shape (k,)
-        Cosine of the medoid and the centre, or their distance.
+        Cosine, or distance, between medoid and centre.
     silhouettes : ndarray, float32, shape (k,)
-        Mean silhouette coefficient, from -1 to 1, of those of 4,000 random rows that are in each;
-        NaN where none is.
+        Mean silhouette coefficient of each cluster, from -1 to 1, in a sample of 4,000 random
+        rows; NaN for clusters without a sampled row.
     silhouette : float
-        Mean of these rows; NaN where all are in one cluster.
+        Mean over all sampled rows; NaN if they are all in one cluster.
     fitted_rows : int
         Rows that the centres were fitted to.
     computed_chunks : int
-        Chunks that were labelled now; the others were there.
+        Chunks that this call labelled; the others had labels before.
     note : str, optional
-        A reason to fit them again.
+        A reason to fit again.
     comment : str, optional
-        A word of warning about random weights.
+        Warning about random weights.
     """
 
     store: str
@@ -118,20 +118,20 @@ def make_clusters(
     progress: Progress | None = None,
     client: Any = None,
 ) -> Clusters:
-    """Find clusters of rows that are alike, and keep each row's in the store as ``cluster_NAME``.
+    """Cluster similar rows by k-means; store each row's cluster as ``cluster_NAME``.
 
-    The store may still be filling. The same call again labels only what is missing, by the same
-    centres, which are kept with the result. Memory does not grow with the rows.
+    A run may still fill the store. The same call again labels only new rows, with the same
+    centres, which are stored with the result. Memory does not grow with the number of rows.
 
-    Centres start as scikit-learn's `MiniBatchKMeans` [1]_ finds them, the best of ten tries, in a
-    random sample of 10,000 rows, or 20 for each cluster. Then Lloyd's iterations over all rows [2]_
-    follow: each pass over the chunks moves each centre to the mean of its rows, until a pass makes
-    the mean square of distances smaller by less than a thousandth, or for 20 passes. Such a pass is
-    computed by all threads or workers, and does not depend on the order of rows in the store, which
-    batches of neighbouring chunks would.
+    scikit-learn's `MiniBatchKMeans` [1]_ finds the initial centres, as the best of ten starts, in a
+    random sample of 10,000 rows, or 20 per cluster if that is more. Then Lloyd's iterations [2]_
+    run over all rows. Each pass over the chunks moves each centre to the mean of its rows. The
+    passes stop when one reduces the mean squared distance by less than a thousandth, or after 20.
+    All threads or workers share a pass. The result does not depend on the order of rows in
+    the store; with batches of neighbouring chunks it would.
 
-    For the cosine the mean of the sample is subtracted from all rows, which are then divided by
-    their lengths, as `nearest` does; distances are taken between these.
+    For the cosine, the mean of the sample is subtracted from all rows, and rows are scaled to
+    length 1, as in `nearest`; then distances are euclidean.
 
     Parameters
     ----------
@@ -144,13 +144,13 @@ def make_clusters(
     replace : bool
         Replace clusters of this name that were made with other settings.
     refit : bool
-        Fit again, to the rows that are there now, and replace the clusters.
+        Fit again to all rows embedded now, and replace the clusters.
     workers : int, optional
-        Threads. Default: one for each core, at most 16.
+        Threads. Default: one per core, at most 16.
     progress : callable, optional
-        Called with the chunks read so far and how many will be, for each pass.
+        Called with the number of chunks read so far and their total, for each pass.
     client : distributed.Client, optional
-        Whose workers compute; default: threads of this process.
+        Compute on the workers of this client. Default: threads of this process.
 
     Returns
     -------
@@ -159,7 +159,7 @@ def make_clusters(
     Raises
     ------
     UsageError
-        The settings make no sense, there are other clusters of this name, or too few rows.
+        A setting is not valid, other clusters have this name, or there are too few rows.
     StoreError
         A chunk is damaged, or an embedded row is not finite.
     NotAStoreError
@@ -179,7 +179,9 @@ def make_clusters(
     opened = Store(store)
     most = _MOST_VALUES // opened.dimension
     if n_clusters > most:
-        raise UsageError(f"{opened.path}: at most {most:,} clusters of {opened.dimension} features")
+        raise UsageError(
+            f"{opened.path}: n_clusters must be at most {most:,} for {opened.dimension} features"
+        )
     settings = {"n_clusters": n_clusters, "metric": metric, "random_state": random_state}
     about, other = find_fit(opened, "cluster", name, settings, replace=replace, refit=refit)
     if about is None:
@@ -215,22 +217,22 @@ def make_clusters(
 def write_clusters(
     found: Clusters, out: str | Path | IO[str], *, guard: bool = True, force: bool = False
 ) -> int:
-    """Write clusters as a table, one in a line, in the order of their numbers.
+    """Write clusters as a table, one per line, in the order of their numbers.
 
-    The columns are ``cluster``, ``size`` in rows, ``medoid``, its identifier, ``row``,
-    ``similarity`` or ``distance`` of it and the centre, ``silhouette``, and the medoid's ``length``
-    in residues and ``description``. An empty cluster has no medoid.
+    The columns are ``cluster``, ``size`` in rows, ``medoid`` (identifier), ``row``,
+    ``similarity`` or ``distance`` between medoid and centre, ``silhouette``, and the medoid's
+    ``length`` in residues and ``description``. An empty cluster has no medoid.
 
     Parameters
     ----------
     found : Clusters
     out, guard, force
-        As `write_rows`.
+        As in `write_rows`.
 
     Returns
     -------
     int
-        Clusters.
+        Number of clusters.
     """
     about = {"store": found.store, "array": found.name, "metric": found.metric}
     columns = {
@@ -238,7 +240,7 @@ def write_clusters(
         "size": found.sizes.tolist(),
         "medoid": found.medoid_ids,
         "row": none_below_zero(found.medoid_rows.tolist()),
-        # As short as gives the same number back.
+        # Scalars stay float32, so that they print as the shortest exact text.
         "similarity" if found.metric == "cosine" else "distance": list(found.medoid_scores),
         "silhouette": list(found.silhouettes),
         "length": none_below_zero(found.medoid_lengths.tolist()),
@@ -255,7 +257,7 @@ def write_clusters(
 
 @dataclass(frozen=True, slots=True)
 class _Labeller:
-    """The number of each row's nearest centre.
+    """Assigns each row to its nearest centre.
 
     Attributes
     ----------
@@ -271,7 +273,7 @@ class _Labeller:
         return self.look(self.space(rows))[0]
 
     def look(self, points: NDArray[np.float32]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-        """Labels, and squares of the distances, shape (n,) each, of rows in the space."""
+        """Labels and squared distances, shape (n,) each, of points in the space."""
         nearness = points @ self.centres.T
         nearness -= np.vecdot(self.centres, self.centres) / 2
         labels = nearness.argmax(axis=1)
@@ -293,7 +295,7 @@ def _fit(
     client: Any,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Centres, as they are kept, of all rows that are there."""
+    """Fit centres to all embedded rows; return them as they are stored."""
     present = store.present()
     labeller = _start(store, present, settings, threads)
     chunks = np.flatnonzero(present).tolist()
@@ -302,13 +304,13 @@ def _fit(
         while passes < _MOST_PASSES:
             sums, sizes, squares = _sum_all(labeller, chunks, pool, progress)
             passes += 1
-            centres = labeller.centres.copy()  # one that has no row stays where it is
+            centres = labeller.centres.copy()  # a centre without rows stays where it is
             centres[sizes > 0] = sums[sizes > 0] / sizes[sizes > 0, None]
             labeller = _Labeller(labeller.space, centres)
             if squares >= before * (1 - _TOLERANCE):
                 break
             before = squares
-        # The last move may have changed which is the largest.
+        # The last move may have changed the order of the sizes.
         sizes = _sum_all(labeller, chunks, pool, progress)[1]
     order = np.argsort(-sizes, kind="stable")
     labeller = _Labeller(labeller.space, labeller.centres[order])
@@ -324,13 +326,13 @@ def _fit(
 def _start(
     store: Store, present: NDArray[np.bool_], settings: dict[str, Any], threads: int
 ) -> _Labeller:
-    """Centres of a sample."""
+    """Initial centres, from a sample."""
     from sklearn.cluster import MiniBatchKMeans
     from threadpoolctl import threadpool_limits
 
     count = settings["n_clusters"]
-    wanted = max(_SAMPLE_ROWS, _SAMPLE_PER_CLUSTER * count)
-    rows, _ = random_rows(store, present, wanted, settings["random_state"])
+    size = max(_SAMPLE_ROWS, _SAMPLE_PER_CLUSTER * count)
+    rows, _ = random_rows(store, present, size, settings["random_state"])
     vectors = read_vectors(store, rows, threads)
     different = len(np.unique(vectors, axis=0))
     if different < count:
@@ -340,7 +342,7 @@ def _start(
     is_cosine = settings["metric"] == "cosine"
     space = Space(vectors.mean(axis=0, dtype=np.float64).astype(np.float32), is_cosine)
     model = MiniBatchKMeans(count, n_init=_STARTS, random_state=settings["random_state"])
-    with threadpool_limits(1):  # sums of several threads differ in their last bits
+    with threadpool_limits(1):  # the sums of several threads would differ in the last bits
         model.fit(space(vectors))
     return _Labeller(space, model.cluster_centers_.astype(np.float32))
 
@@ -419,13 +421,13 @@ def _calls(labeller: _Labeller, chunks: list[int], pool: Pool) -> Iterator[tuple
     return ((group, shared) for group in pool.grouped(chunks))
 
 
-# --- how good they are ---------------------------------------------------------------------------
+# --- quality ------------------------------------------------------------------------------------
 
 
 def _scores(
     labeller: _Labeller, store: Store, medoids: NDArray[np.int64], threads: int
 ) -> NDArray[np.float32]:
-    """Cosine or distance of each medoid and its centre; NaN where there is none."""
+    """Cosine or distance between each medoid and its centre; NaN without a medoid."""
     scores = np.full(len(medoids), np.nan, np.float32)
     is_there = medoids >= 0
     points = labeller.space(read_vectors(store, medoids[is_there], threads)).astype(np.float64)
@@ -441,7 +443,7 @@ def _scores(
 def _silhouettes(
     labeller: _Labeller, vectors: NDArray[np.float32]
 ) -> tuple[NDArray[np.float32], float]:
-    """Mean silhouette of some rows in each cluster, shape (k,), and of all of them."""
+    """Mean silhouette of the rows in each cluster, shape (k,), and of all rows."""
     from sklearn.metrics import silhouette_samples
 
     means = np.full(len(labeller.centres), np.nan, np.float32)

@@ -1,7 +1,7 @@
-"""What is known of each row, as xarray variables that are read when somebody looks.
+"""Metadata of the rows as xarray variables that are read on access.
 
-They are no Dask arrays, for xarray refuses a mask that is one: ``data.embedding[data.embedded]``
-reads a byte for each row, and stays lazy in all else.
+They are not Dask arrays, because xarray refuses a Dask array as a mask. So
+``data.embedding[data.embedded]`` reads one byte per row, and the embeddings stay lazy.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from virnuc_dask.store.store import Store, is_embedded
 
 
 class _Column(BackendArray):
-    """Values of another lazy variable, changed when they are read.
+    """Values of another lazy variable, transformed when they are read.
 
     Parameters
     ----------
     variable : Variable
     dtype : dtype
-        Of the changed values.
+        Data type of the transformed values.
     change : callable
-        From values as stored to values as shown.
+        Function from stored to shown values.
     """
 
     def __init__(
@@ -47,9 +47,9 @@ class _Column(BackendArray):
 
 
 class _Embedded(_Column):
-    """Whether rows have an embedding: by their state, once their chunk is done.
+    """Whether rows have an embedding: from their status, if their chunk is done.
 
-    A chunk's states are written before its embeddings are.
+    A run writes the status of a chunk before its embeddings.
     """
 
     def __init__(self, status: Variable, location: str) -> None:
@@ -58,7 +58,7 @@ class _Embedded(_Column):
 
     def _read(self, key: tuple[Any, ...]) -> NDArray[np.bool_]:
         store = Store(self._location)
-        # Before the states are read: what is done stays so.
+        # Read this before the status: a chunk that is done stays done.
         present = store.present()
         rows = np.arange(store.records)[key]
         is_done = present[rows // store.identity.rows_per_chunk]
@@ -73,18 +73,18 @@ def _lazily(
 
 
 def texts(variable: Variable) -> Variable:
-    """Plain Python strings, which every library takes, of NumPy's new ones."""
+    """Python strings, which every library accepts, instead of NumPy's StringDType."""
     return _lazily(variable, object, _as_objects)
 
 
 def named(variable: Variable, names: Sequence[str]) -> Variable:
-    """Names instead of numbers."""
-    # One more, for a number that is none.
+    """Names, looked up by the stored numbers."""
+    # One more name, empty, for numbers out of range.
     return _lazily(variable, object, partial(_look_up, np.array([*names, ""], object)))
 
 
 def embedded(status: Variable, location: str) -> Variable:
-    """Whether a row of the store at a location has an embedding."""
+    """Whether rows of the store at a location have an embedding."""
     data = indexing.LazilyIndexedArray(_Embedded(status, location))
     return Variable(status.dims, data, {"long_name": "whether the row has an embedding"})
 

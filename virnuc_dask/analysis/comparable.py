@@ -1,4 +1,4 @@
-"""Whether embeddings of two origins may be compared: by the model, and by sequence lengths."""
+"""Whether embeddings from two stores are comparable: by model and by sequence lengths."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _CHUNKS_OF_LENGTHS = 8
 
 
 def what_must_agree(identity: Identity) -> dict[str, object]:
-    """The part of a store's identity that embeddings must share to be compared."""
+    """Fields of a store's identity that comparable embeddings must share."""
     return {name: getattr(identity, name) for name in _FIELDS}
 
 
@@ -35,13 +35,14 @@ def check_comparable(
     here, there : mapping
         From `what_must_agree`.
     problem : str
-        The first line of the error; each difference follows in a line of its own.
+        First line of the error; each difference follows on its own line.
     models : tuple of str
-        What either is of, as from `named_model`, for two further lines; empty: not known.
+        Descriptions of both, as from `named_model`, for two more lines; empty if not known.
 
     Raises
     ------
     UsageError
+        They differ.
     """
     differences = [
         f"  {name}: {here.get(name)!r} and {there.get(name)!r}"
@@ -54,12 +55,12 @@ def check_comparable(
 
 
 def check_same_embeddings(here: Store, there: Store) -> None:
-    """Refuse two stores whose rows cannot be compared.
+    """Refuse two stores if their rows are not comparable.
 
     Raises
     ------
     UsageError
-        It names both models.
+        The rows are not comparable; the message names both models.
     """
     check_comparable(
         what_must_agree(here.identity),
@@ -70,32 +71,32 @@ def check_same_embeddings(here: Store, there: Store) -> None:
 
 
 def named_model(store: Store) -> str:
-    """A store and its model, in a line: name, digest, layer, pooling, precision."""
+    """A store and its model in one line: name, digest, layer, pooling, precision."""
     return f"{store.path}: {printable(store.model.described(''), _LONGEST_MODEL)}"
 
 
 def length_note(here: float, name: str, there: float, other: str) -> str | None:
-    """A warning if median lengths differ by more than a factor of three; else None.
+    """Warning if median lengths differ by more than a factor of three; else None.
 
     Parameters
     ----------
     here, there : float
         Median lengths, in residues.
     name, other : str
-        Whose.
+        Names of the two, for the warning.
     """
     here, there = max(1.0, here), max(1.0, there)
     if max(here, there) <= _LENGTH_FACTOR * min(here, there):
         return None
     return (
-        f"median lengths are {here:,.0f} residues in {name} and {there:,.0f} in {other}, too"
-        " different for their embeddings to be compared; embed the longer sequences again in tiles"
-        f" of the shorter length, by `run --tile {min(here, there):.0f}`"
+        f"median lengths are {here:,.0f} residues in {name} and {there:,.0f} in {other}; this"
+        " difference is too large to compare their embeddings; embed the longer sequences again in"
+        f" tiles of the shorter length with `run --tile {min(here, there):.0f}`"
     )
 
 
 def median_length(store: Store) -> float:
-    """Median length of a store's rows, in residues, or of a sample of some hundred thousand."""
+    """Median length in residues of a store's rows; of large stores, of several 100,000 rows."""
     firsts = np.arange(0, store.records, SEQUENCES_PER_CHUNK)
     some = firsts[:: -(-len(firsts) // _CHUNKS_OF_LENGTHS)].tolist()
     with store.reading("`length`"):
@@ -104,7 +105,7 @@ def median_length(store: Store) -> float:
 
 
 def note_on_lengths(searched: Store, source: Store) -> str | None:
-    """A reason to doubt what is found, if the lengths in two stores differ much."""
+    """Reason to doubt the results if the lengths in two stores differ too much."""
     if source.id == searched.id:
         return None
     return length_note(

@@ -1,4 +1,4 @@
-"""What to do with a store once it is there, or while it fills: open it, look at it, check it."""
+"""Open a store lazily as an xarray Dataset, also while a run fills it."""
 
 from __future__ import annotations
 
@@ -12,40 +12,41 @@ from virnuc_dask.errors import UsageError
 from virnuc_dask.inputs.lengths import encoded_lengths
 from virnuc_dask.store.store import ATTRIBUTE, TRANSLATED, Store
 
-# What is known of a row, in the order in which it is shown.
+# Metadata of a row, in display order.
 _COORDINATES = ["sequence_id", "description", "source", "length", "status"]
 _COORDINATES += [*TRANSLATED, "residue_slot"]
 
 
 def open_store(store: str | Path, embedded_only: bool = False) -> Any:
-    """Open a store lazily; also while a run is still filling it.
+    """Open a store lazily, also while a run fills it.
 
-    Nothing but metadata is read, however many rows there are.
+    This reads only metadata, however many rows there are.
 
     Parameters
     ----------
     store : path
     embedded_only : bool
-        Only the rows that have an embedding by now. This reads the state of every row.
+        Only rows that have an embedding now. This reads the status of every row.
 
     Returns
     -------
     xarray.Dataset
-        ``embedding`` (sequence, feature), NaN where a row is quarantined or not done yet: a Dask
-        array, chunked as the store is. So are ``residues``, ``offset``, the sequences, and
-        ``residue_embedding`` (slot, feature), in a store that has it: see `open_residues`.
+        ``embedding`` (sequence, feature) is a Dask array with the chunks of the store; it is NaN
+        where a row is quarantined or not yet done. ``residues`` and ``offset`` (the sequences) and
+        ``residue_embedding`` (slot, feature), if the store has it, are Dask arrays too; see
+        `open_residues`.
 
-        Coordinates say what each row is. ``embedded``: whether it has an embedding.
-        ``sequence_id`` and ``description``: the first word of its header and the rest;
-        ``source``: its input file. ``length`` in residues. ``status``, whose codes are named by its
-        attributes ``flag_values`` and ``flag_meanings``. Of translated rows also ``read``, a number
-        into ``read_id``, ``window``, ``frame`` and ``start``; of tiles of proteins ``read``,
-        ``read_id`` and ``start``. They are read whenever they are looked at, and no Dask arrays,
-        so that masks work: ``data.embedding[data.embedded]``. So are results of analysis, such as
-        ``score_NAME`` and ``map_NAME``.
+        Coordinates describe each row. ``embedded``: whether the row has an embedding.
+        ``sequence_id`` and ``description``: the first word of the header, and the rest.
+        ``source``: the input file. ``length``: in residues. ``status``: codes, with the attributes
+        ``flag_values`` and ``flag_meanings``. Translated rows also have ``read`` (a number into
+        ``read_id``), ``window``, ``frame`` and ``start``; tiles of proteins have ``read``,
+        ``read_id`` and ``start``. Coordinates are read on access and are not Dask arrays, so that
+        masks work: ``data.embedding[data.embedded]``. The same is true of analysis results, such
+        as ``score_NAME`` and ``map_NAME``.
 
-        The attribute ``virnuc_dask``, what the store was made of, is JSON text, which every format
-        can keep.
+        The attribute ``virnuc_dask`` describes how the store was made. It is JSON text, which
+        every format can store.
 
     Raises
     ------
@@ -55,7 +56,7 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
 
     from virnuc_dask.analysis import columns
 
-    # xarray would say of anything at all that it holds no group.
+    # This raises a clear error; xarray would only say that the path contains no group.
     opened = Store(store)
     source: Any = opened.location.for_xarray
     data = xarray.open_dataset(source, cache=False, engine="zarr", consolidated=False)
@@ -81,7 +82,7 @@ def open_store(store: str | Path, embedded_only: bool = False) -> Any:
 
 
 def _array(variable: Any) -> Any:
-    """A Dask array, or as it is if it is a result, whose document becomes text."""
+    """A Dask array; a result of analysis stays as it is, with its metadata as JSON text."""
     if ATTRIBUTE not in variable.attrs:
         return variable.chunk(variable.encoding["preferred_chunks"])
     variable.attrs[ATTRIBUTE] = json.dumps(variable.attrs[ATTRIBUTE])
@@ -89,32 +90,32 @@ def _array(variable: Any) -> Any:
 
 
 def open_residues(store: str | Path, row: int) -> Any:
-    """Representation of each residue of one row, lazily.
+    """Lazy representation of each residue of one row.
 
     Parameters
     ----------
     store : path
-        Made with ``per_residue``.
+        A store made with ``per_residue``.
     row : int
 
     Returns
     -------
     xarray.DataArray, float16, shape (residues, D)
-        Of the residues that were encoded: where `long` is ``truncate``, the first
-        `max_residues`. NaN where the row is quarantined or not done yet.
+        Only the encoded residues: if `long` is ``truncate``, the first `max_residues`. NaN if the
+        row is quarantined or not yet done.
 
     Raises
     ------
     IndexError
-        There is no such row.
+        The row does not exist.
     UsageError
-        The store keeps no single residues.
+        The store has no residue embeddings.
     NotAStoreError, StoreError
     """
     opened = Store(store)
     identity = opened.identity
     if not identity.per_residue:
-        raise UsageError(f"{store}: made without per_residue, so it keeps no single residues")
+        raise UsageError(f"{store} was made without per_residue, so it has no residue embeddings")
     if not 0 <= row < opened.records:
         raise IndexError(f"row {row} of {opened.records}")
     data = open_store(store)

@@ -1,4 +1,4 @@
-"""A store's rows for other programs: one file, whole or not there."""
+"""Export of a store's rows for other programs. A partial file never appears."""
 
 from __future__ import annotations
 
@@ -45,44 +45,54 @@ def export(
     force: bool = False,
     progress: Progress | None = None,
 ) -> int:
-    """Write a store's rows, in their order, into one file.
+    """Export a store's rows, in their order, to one file.
 
-    Columns are `sequence_id`, `length`, `status`, `description`, `source`, of translated rows
-    `read_id`, the name of the read, and `read`, `window`, `frame` and `start`, of tiles of proteins
-    `read_id`, `read` and `start`, and the embedding, in the precision of the store. What they are,
-    model, weights, layer, pooling, precision and versions, is JSON text: in Parquet's schema,
-    HDF5's root and AnnData's `uns` under ``virnuc_dask``, in NumPy's archive an array of that name,
-    and beside CSV and TSV a file, ``OUT.json``. Rows go through memory in parts of 16 MB of
-    embeddings, or one chunk; AnnData takes about 20 bytes more for each row of all, and 4 for each
-    cluster_NAME.
+    The columns are `sequence_id`, `length`, `status`, `description`, `source`, and the embedding,
+    in the precision of the store. Translated rows also have `read_id` (the name of the read),
+    `read`, `window`, `frame` and `start`; tiles of proteins have `read_id`, `read` and `start`.
+
+    JSON text describes the model, weights, layer, pooling, precision and versions. Its name is
+    ``virnuc_dask`` in Parquet's schema, HDF5's root and AnnData's `uns`, and as an array in NumPy's
+    archive. For CSV and TSV it is a separate file, ``OUT.json``.
+
+    Memory holds 16 MB of embeddings, or one chunk, at a time. AnnData needs about 20 bytes more
+    for each row of the store, and 4 for each cluster_NAME.
 
     Parameters
     ----------
     store : path
     out : path
-        Its suffix says how. ``.csv`` and ``.tsv``, also with ``.gz``, ``.bz2``, ``.xz`` or
-        ``.zst``: a line for each row and a column for each feature, empty without an embedding.
-        ``.parquet``: the embedding is one column of lists of fixed size, null without. ``.npz``:
-        an array for each column but `description`, NaN without an embedding. ``.h5``: a dataset for
-        each row with an embedding, its other columns as attributes, unless they are longer than 32
-        KiB; it is named by the identifier, with ``_`` for a slash, and ``#`` and the row's number
-        behind it where that name is taken. ``.h5ad``, and ``.zarr``, a directory in Zarr's format
-        3: AnnData with embeddings as `X`, NaN without, and all else as `obs`, whose index is the
-        identifiers, with ``#`` and the row's number behind those that were there before. States and
-        clusters are categorical there. anndata reads the latter from 0.12 on. In all of them a row
-        without a cluster has none: an empty cell, null or NaN; in ``.npz`` and ``.h5`` it is -1.
+        The suffix selects the format.
+
+        ``.csv`` and ``.tsv``, also with ``.gz``, ``.bz2``, ``.xz`` or ``.zst``: one line per row
+        and one column per feature; cells are empty without an embedding.
+
+        ``.parquet``: the embedding is one column of fixed-size lists, null without an embedding.
+
+        ``.npz``: one array per column except `description`; NaN without an embedding.
+
+        ``.h5``: one dataset per row with an embedding. The other columns are its attributes, unless
+        they are longer than 32 KiB. Its name is the identifier with ``_`` for each slash, plus
+        ``#`` and the row number if the name is taken.
+
+        ``.h5ad`` and ``.zarr`` (a directory in Zarr format 3, for anndata from 0.12 on): AnnData
+        with embeddings in `X`, NaN without an embedding, and the other columns in `obs`. The index
+        is the identifiers, plus ``#`` and the row number for repeated ones. Status and clusters are
+        categorical.
+
+        A row without a cluster has an empty cell, null or NaN; in ``.npz`` and ``.h5`` it has -1.
     partial : bool
-        Also of a store that is not complete.
+        Also export a store that is not complete.
     guard : bool
-        In CSV and TSV, put an apostrophe before a name that a spreadsheet would compute.
+        In CSV and TSV, put an apostrophe before names that a spreadsheet reads as formulas.
     matrix : bool
-        In ``.h5``, a dataset for each column, such as `embedding`, shape (n, D), NaN without an
-        embedding, instead of one for each row.
+        In ``.h5``, write one dataset per column instead of one per row. `embedding` then has shape
+        (n, D), NaN without an embedding.
     force : bool
-        Replace `out`, and the file beside it, once the new one is whole: only a file, or for
-        ``.zarr`` a directory that is AnnData and nothing else.
+        Replace `out`, and ``OUT.json``, once the new ones are complete. Only a file is replaced;
+        for ``.zarr``, only a directory that contains AnnData and nothing else.
     progress : callable, optional
-        Called with the rows written and their total.
+        Called with the number of rows written so far and their total.
 
     Returns
     -------
@@ -92,11 +102,11 @@ def export(
     Raises
     ------
     UsageError
-        The suffix is not known, the package for it is not there, `out` or the file beside it
-        exists or, with `force`, is nothing that may be replaced, `out` is a URL, `matrix` is not
-        for it, or an identifier is too long for NumPy.
+        The suffix is not known or its package is not installed; `out` or ``OUT.json`` exists or,
+        with `force`, may not be replaced; `out` is a URL; `matrix` does not fit the format; or an
+        identifier is too long for NumPy.
     StoreError
-        The store is not complete, or damaged.
+        The store is damaged or not complete.
     OSError
         `out` cannot be written.
     """
@@ -109,11 +119,11 @@ def export(
     if missing and not partial:
         raise StoreError(
             f"{store} lacks {missing:,} of {opened.chunk_count:,} chunks: `virnuc-dask resume`"
-            " computes them, --partial exports what is there"
+            " computes them; --partial exports the rows that exist"
         )
     if problem := check_sequences(opened):
-        raise StoreError(f"{store}: {problem}; run again from the input, into another store")
-    # Not with all of its name, which may be as long as a name can be.
+        raise StoreError(f"{store}: {problem}; run again from the input into another store")
+    # Do not add to the final name, which may already have the maximum length.
     unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
     described = unfinished.with_suffix(".json")
     try:
@@ -121,9 +131,9 @@ def export(
         if beside:
             described.write_text(about(opened) + "\n")
             sync(described)
-        # Its name is for what survives a power cut.
+        # Only a file that survives a power cut may get the final name.
         (sync_tree if unfinished.is_dir() else sync)(unfinished)
-        _check_free(targets, force=force)  # another may be there by now
+        _check_free(targets, force=force)  # another process may have created one
         _publish(unfinished, path, described, beside)
     except OSError as error:
         file = error.filename and Path(error.filename)
@@ -137,13 +147,13 @@ def export(
 
 
 def _beside(path: Path) -> Path | None:
-    """The file that says what a table of text is, which has no place for it."""
+    """The JSON file for CSV and TSV, which cannot contain the description."""
     is_text = _format(path)[0] in _DELIMITERS
     return path.with_name(f"{path.name}.json") if is_text else None
 
 
 def _format(path: Path) -> tuple[str, str | None]:
-    """The suffix that names the format, and the compression."""
+    """Suffix of the format, and the compression."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     compression = _COMPRESSED.get(suffixes[-1]) if suffixes else None
     return "".join(suffixes[-2:-1] if compression else suffixes[-1:]), compression
@@ -151,10 +161,10 @@ def _format(path: Path) -> tuple[str, str | None]:
 
 def _writer(out: str, *, guard: bool, matrix: bool) -> Writer:
     if "://" in out:
-        raise UsageError(f"{out}: exports go into a file on this machine")
+        raise UsageError(f"{out}: an export must be a file on this machine")
     suffix, compression = _format(Path(out))
     if matrix and suffix not in _HDF5:
-        raise UsageError(f"{out}: --matrix is for .h5")
+        raise UsageError(f"{out}: --matrix is for .h5 only")
     if suffix in _DELIMITERS:
         delimiter = _DELIMITERS[suffix]
         return bind(write_csv, delimiter=delimiter, compression=compression, guard=guard)
@@ -177,19 +187,19 @@ def _writer(out: str, *, guard: bool, matrix: bool) -> Writer:
 
 
 def _check_free(targets: list[Path], *, force: bool) -> None:
-    """Whether an export may be put somewhere. A link is never replaced, nor a store."""
+    """Refuse targets that exist or must not be replaced, such as links and stores."""
     for target in filter(os.path.lexists, targets):
         if not force:
             raise UsageError(f"{target} exists; give another name, or --force, which replaces it")
         if _format(target)[0] == _DIRECTORY:
             if not is_annotated(target):
                 raise UsageError(
-                    f"{target} is not replaced: it is no directory that is AnnData and nothing else"
+                    f"{target} is not replaced: it is not a directory with AnnData and nothing else"
                 )
         elif target.is_symlink() or not target.is_file():
-            raise UsageError(f"{target} is not replaced: it is no file")
+            raise UsageError(f"{target} is not replaced: it is not a regular file")
         elif target.suffix == ".json" and not is_about(target):
-            raise UsageError(f"{target} is not replaced: it is not of an export")
+            raise UsageError(f"{target} is not replaced: it does not belong to an export")
 
 
 def _counted(store: Store, progress: Progress | None) -> Iterator[Part]:
@@ -200,10 +210,10 @@ def _counted(store: Store, progress: Progress | None) -> Iterator[Part]:
 
 
 def _publish(unfinished: Path, path: Path, described: Path, beside: Path | None) -> None:
-    """Give an export its name, and remove what it replaces.
+    """Move an export to its final name, and remove the old one.
 
-    A file is replaced in one step. A directory cannot be, nor can a table together with the file
-    beside it: the old directory, or the old file beside, is set aside first.
+    One step replaces a file. It cannot replace a directory, or a table together with its JSON file,
+    so the old directory or the old JSON file is first moved aside.
     """
     old = beside or path
     is_aside = old.is_dir() or (beside is not None and beside.exists())
@@ -224,7 +234,7 @@ def _publish(unfinished: Path, path: Path, described: Path, beside: Path | None)
 
 def _remove(path: Path) -> None:
     if path.is_dir():
-        # An error here would hide the one that ended the export.
+        # An error here would hide the error that ended the export.
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""Fits of maps and clusters, kept with the result so that they stay the same.
+"""Fits of maps and clusters, stored with the result.
 
-A store may fill after a map was made. Its later rows must come into the same map, not into another
-one. So a fit is kept as numbers in the attributes of its result, and used again.
+A run may add rows to a store after a map was made. The new rows must go into the same map. So the
+numbers of a fit are stored in the attributes of its result and used again.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ MOST_SEED = 2**32 - 1
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """Where distances are taken.
+    """The space in which distances are computed.
 
     Attributes
     ----------
     origin : ndarray, float32, shape (D,)
-        Is subtracted from each row.
+        Subtracted from each row.
     is_unit : bool
-        Rows are divided by their length then. The square of a distance is 2 minus twice the cosine.
+        Then scale rows to length 1. The squared distance is then 2 minus twice the cosine.
     """
 
     origin: NDArray[np.float32]
     is_unit: bool
 
     def __call__(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Rows in this space, shape (n, D)."""
+        """Transform rows into this space, shape (n, D)."""
         rows = rows - self.origin
         if self.is_unit:
             lengths = np.sqrt(np.vecdot(rows, rows))
@@ -47,21 +47,21 @@ class Space:
 def find_fit(
     store: Store, kind: Kind, name: str, settings: dict[str, Any], *, replace: bool, refit: bool
 ) -> tuple[dict[str, Any] | None, bool | str]:
-    """What a result of this name was fitted as, if it is there and to be gone on with.
+    """Find the fit of an existing result, if this call continues it.
 
     Returns
     -------
     about : dict, optional
-        None if there is to be a new fit.
+        The stored fit; None if a new fit is needed.
     replace : bool or str
-        What `keep_result` may replace by it: nothing, or the result that was there.
+        Argument of `keep_result`: False replaces nothing; True or an id replaces that result.
 
     Raises
     ------
     UsageError
-        The name is not one, or there is a result of this name with other settings.
+        The name is not valid, or a result of this name has other settings.
     StoreError
-        Its metadata is damaged.
+        The metadata of the result is damaged.
     """
     full = result_name(kind, name)
     if full not in result_names(store):
@@ -74,19 +74,19 @@ def find_fit(
     if changed and not replace:
         raise UsageError(
             f"{store.path}: `{full}` was made with other settings ({', '.join(changed)});"
-            " --replace makes it anew, or give another --name"
+            " give --replace to make it again, or another --name"
         )
     return (None, there.id) if changed or refit else (about, False)
 
 
 def note_of(store: Store, about: dict[str, Any], name: str) -> str | None:
-    """What there is to say of a fit that has not seen all rows."""
+    """Note that a fit does not cover all rows that are embedded now; else None."""
     chunks = int(store.present().sum())
     if about.get("chunks") == chunks:
         return None
     return (
         f"{name} was fitted when the store had {about.get('chunks')} of the {chunks} chunks that it"
-        " has now; --refit fits it again"
+        " has now; --refit fits again to all rows"
     )
 
 
@@ -96,12 +96,12 @@ def packed(values: NDArray[np.floating[Any]]) -> str:
 
 
 def unpacked(store: Store, about: dict[str, Any], key: str, columns: int) -> NDArray[np.float32]:
-    """Numbers of a fit, shape (n, columns).
+    """Numbers of a fit as an array, float32, shape (n, columns).
 
     Raises
     ------
     StoreError
-        They are damaged.
+        The numbers are damaged.
     """
     try:
         values = np.frombuffer(b64decode(about[key], validate=True), "<f4").reshape(-1, columns)
@@ -109,17 +109,18 @@ def unpacked(store: Store, about: dict[str, Any], key: str, columns: int) -> NDA
             raise ValueError("not finite")
     except (KeyError, TypeError, ValueError) as error:
         raise StoreError(
-            f"{store.path}: `{key}` of a result is damaged ({error}); --refit makes it anew"
+            f"{store.path}: `{key}` of a result is damaged ({error}); --refit makes it again"
         ) from error
     return values.astype(np.float32)
 
 
 def check_seed(random_state: int) -> None:
-    """Make sure that it seeds NumPy's and scikit-learn's generators.
+    """Check that a number can seed the generators of NumPy and scikit-learn.
 
     Raises
     ------
     UsageError
+        It cannot.
     """
     if not 0 <= random_state <= MOST_SEED:
         raise UsageError(f"random_state must be from 0 to {MOST_SEED}, not {random_state}")

@@ -1,4 +1,4 @@
-"""Rows of a store in the formats of other programs: CSV, Parquet, NumPy and HDF5, part by part."""
+"""Writers of CSV, Parquet, NumPy and HDF5 for exports, part by part."""
 
 from __future__ import annotations
 
@@ -23,36 +23,36 @@ from virnuc_dask.store.results import Result, results_of
 from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.streams import Descriptor
 
-# A cell that begins with one of these is a formula to a spreadsheet. See OWASP, "CSV injection".
+# Spreadsheets read cells with these first characters as formulas. See OWASP, "CSV injection".
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")
-# Columns of text that comes from outside.
+# Columns with text from input files.
 _NAMES = ("sequence_id", "read_id", "description", "source")
-# Arrays of text in NumPy give each row the room of the longest.
+# In NumPy arrays of text, each row is as wide as the longest.
 _LONGEST_IN_NPZ = 1000
-# Attributes in HDF5 hold 64 KiB.
+# HDF5 attributes hold at most 64 KiB.
 _LONGEST_IN_ATTRIBUTE = 2**15
-# Of embeddings that are in memory at a time.
+# Bytes of embeddings in memory at a time.
 _PART_BYTES = 2**24
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows that follow one another.
+    """Consecutive rows.
 
     Attributes
     ----------
     first : int
-        Row number of the first.
+        Number of the first row.
     columns : dict of str to ndarray, each of shape (n,)
-        All but the embedding; text is in NumPy's StringDType.
+        All columns except the embedding; text uses NumPy's StringDType.
     codes : ndarray, uint8, shape (n,)
-        The column `status` as numbers.
+        Numeric codes of the column `status`.
     has_embedding : ndarray, bool, shape (n,)
     embedding : ndarray, float, shape (n, D)
-        NaN where there is none.
+        NaN without an embedding.
     maps : dict of str to ndarray, float32, each of shape (n, 2)
-        Maps by their names, without ``map_``; NaN where there is no value. They are also in
-        `columns`, as ``map_NAME_1`` and ``map_NAME_2``.
+        Maps by name, without ``map_``; NaN without a value. `columns` contains them too, as
+        ``map_NAME_1`` and ``map_NAME_2``.
     """
 
     first: int
@@ -64,11 +64,12 @@ class Part:
 
 
 def require(package: str, suffix: str) -> None:
-    """Make sure that the package which writes a format is there.
+    """Check that the package for a format is installed.
 
     Raises
     ------
     UsageError
+        It is not.
     """
     try:
         import_module(package)
@@ -82,7 +83,7 @@ Writer = Callable[[Path, Store, Iterable[Part]], int]
 
 
 def rows_per_part(store: Store) -> int:
-    """Rows that are in memory at a time: whole chunks of the store, some tens of megabytes."""
+    """Rows per part: whole chunks of the store, about 16 MB of embeddings."""
     per_chunk = store.identity.rows_per_chunk
     row_bytes: int = store.dimension * store.array("embedding").dtype.itemsize
     rows = min(_PART_BYTES // row_bytes, SEQUENCES_PER_CHUNK)
@@ -90,7 +91,7 @@ def rows_per_part(store: Store) -> int:
 
 
 def read_parts(store: Store) -> Iterator[Part]:
-    """All rows of a store, in their order.
+    """All rows of a store in order, as parts.
 
     Raises
     ------
@@ -122,8 +123,8 @@ def _read_part(store: Store, first: int, present: NDArray[np.bool_], results: li
             codes[here], embedding[here] = store.read_chunk(chunk)
         there = is_embedded(codes[here])
         if not (codes[here].all() and np.isfinite(embedding[here][there]).all()):
-            # Removed since it was looked for, or damaged in a way that no checksum shows.
-            raise StoreError(f"{store.path}: chunk {chunk} is gone or damaged; `verify` says more")
+            # It was removed after the check above, or has damage that no checksum shows.
+            raise StoreError(f"{store.path}: chunk {chunk} is gone or damaged; `verify` checks it")
     has_embedding = is_embedded(codes)
     embedding[~has_embedding] = np.nan
     known, which = np.unique(codes, return_inverse=True)
@@ -143,12 +144,12 @@ def _read_part(store: Store, first: int, present: NDArray[np.bool_], results: li
 
 
 def about(store: Store) -> str:
-    """What the rows of an export are, as JSON text."""
+    """Description of an export's rows, as JSON text."""
     return json.dumps({**store.about(), "exported_by": f"virnuc_dask {__version__}"})
 
 
 def is_about(path: Path) -> bool:
-    """Whether a file is what stands beside an exported table."""
+    """Whether a file is the JSON file of an exported table."""
     try:
         return "exported_by" in json.loads(path.read_bytes())
     except (ValueError, TypeError):
@@ -167,11 +168,11 @@ def write_csv(
     compression: str | None,
     guard: bool,
 ) -> int:
-    """Write a line for each row; see `export`."""
+    """Write one line per row; see `export`."""
     from xopen import xopen
 
     nothing = [""] * store.dimension
-    # threads=0: no helper process, so that an error is raised here, with its number.
+    # threads=0 avoids a helper process, so that errors are raised here, with their number.
     with xopen(path, "wt", newline="", format=compression, threads=0) as file:
         for part in parts:
             if not part.first:
@@ -182,14 +183,14 @@ def write_csv(
                 for name, values in ((n, _cells(n, v)) for n, v in part.columns.items())
             ]
             for row, others in enumerate(zip(*cells, strict=True)):
-                # As short as gives the same number back, in the store's own precision.
+                # str() of a scalar in the store's precision gives the shortest exact text.
                 values = map(str, part.embedding[row]) if part.has_embedding[row] else nothing
                 file.write(delimiter.join([*others, *values]) + "\n")
     return store.records
 
 
 def is_cluster(name: str) -> bool:
-    """Whether a column has numbers of clusters: -1 is a row without one."""
+    """Whether a column contains cluster numbers, -1 for rows without a cluster."""
     return name.startswith("cluster_")
 
 
@@ -199,16 +200,16 @@ def _cells(name: str, values: NDArray[Any]) -> list[Any]:
 
 
 def _text(value: object) -> str:
-    return "" if value is None or value != value else str(value)  # empty for NaN
+    return "" if value is None or value != value else str(value)  # NaN becomes empty
 
 
 def guarded(name: str) -> str:
-    """A name that no spreadsheet computes: an apostrophe is put before a formula."""
+    """Put an apostrophe before a name that a spreadsheet reads as a formula."""
     return "'" + name if name.startswith(_FORMULA) else name
 
 
 def _quoted(name: str, guard: bool) -> str:
-    """A name as a cell: in quotes always, as a spreadsheet may take another separator for its."""
+    """A name as a quoted cell, because a spreadsheet may use another separator."""
     if guard:
         name = guarded(name)
     return '"' + name.replace('"', '""') + '"'
@@ -218,13 +219,13 @@ def _quoted(name: str, guard: bool) -> str:
 
 
 def write_parquet(path: Path, store: Store, parts: Iterable[Part]) -> int:
-    """Write a row group for each part; see `export`."""
+    """Write one row group per part; see `export`."""
     import pyarrow
     from pyarrow import parquet
 
     table = None
     with ExitStack() as stack:
-        # Not by its name, which pyarrow takes only in UTF-8.
+        # Open the file here, because pyarrow accepts only names in UTF-8.
         file = stack.enter_context(open(path, "wb"))
         for part in parts:
             columns = {
@@ -241,7 +242,7 @@ def write_parquet(path: Path, store: Store, parts: Iterable[Part]) -> int:
             rows = pyarrow.table({**columns, "embedding": lists})
             rows = rows.replace_schema_metadata({ATTRIBUTE: about(store)})
             if table is None:
-                # Neither a dictionary nor a range helps with numbers of which no two are alike.
+                # Dictionaries and ranges do not help here, because embeddings rarely repeat values.
                 table = stack.enter_context(
                     parquet.ParquetWriter(
                         file,
@@ -255,7 +256,7 @@ def write_parquet(path: Path, store: Store, parts: Iterable[Part]) -> int:
 
 
 def _arrow(name: str, values: NDArray[Any]) -> Any:
-    """Numbers in Arrow; null where there is none."""
+    """Numbers as an Arrow array; null for missing values."""
     import pyarrow
 
     if is_cluster(name):
@@ -264,7 +265,7 @@ def _arrow(name: str, values: NDArray[Any]) -> Any:
 
 
 def is_text(dtype: np.dtype[Any]) -> bool:
-    """Whether it is NumPy's type of text of any length."""
+    """Whether a data type is NumPy's StringDType."""
     return isinstance(dtype, np.dtypes.StringDType)
 
 
@@ -272,7 +273,7 @@ def is_text(dtype: np.dtype[Any]) -> bool:
 
 
 def write_npz(path: Path, store: Store, parts: Iterable[Part]) -> int:
-    """Write an array for each column; see `export`."""
+    """Write one array per column; see `export`."""
     dtypes: dict[str, np.dtype[Any]] = {}
     spools: dict[str, Any] = {}
     with ExitStack() as stack:
@@ -282,7 +283,7 @@ def write_npz(path: Path, store: Store, parts: Iterable[Part]) -> int:
             for part in parts:
                 if not part.first:
                     dtypes = _in_numpy(store, part)
-                    # An archive takes one array after another.
+                    # An archive can write only one array at a time.
                     spools = {
                         name: stack.enter_context(TemporaryFile(dir=path.parent)) for name in dtypes
                     }
@@ -300,7 +301,7 @@ def write_npz(path: Path, store: Store, parts: Iterable[Part]) -> int:
 
 
 def _in_numpy(store: Store, part: Part) -> dict[str, np.dtype[Any]]:
-    """Types of the columns. Text has a fixed width, which takes no pickle to read."""
+    """Data types of the columns. Text has a fixed width, so that no pickle is needed."""
     widths = {"status": max(len(state.meaning) for state in Status)}
     if "source" in part.columns:
         widths["source"] = max(map(len, ("", *store.files)))
@@ -313,13 +314,13 @@ def _in_numpy(store: Store, part: Part) -> dict[str, np.dtype[Any]]:
         widths[name] = max(1, *(int(np.strings.str_len(piece).max()) for piece in pieces))
         if widths[name] > _LONGEST_IN_NPZ:
             raise UsageError(
-                f"an identifier of {widths[name]:,} letters: NumPy would give each row as much"
-                " room; export to .parquet"
+                f"an identifier has {widths[name]:,} letters, and NumPy would need this width for"
+                " each row; export to .parquet instead"
             )
     return {
         name: np.dtype(f"<U{max(1, widths[name])}") if name in widths else values.dtype
         for name, values in part.columns.items()
-        # As wide as the longest for all rows, it would be larger than the embeddings.
+        # At the width of the longest, descriptions would be larger than the embeddings.
         if name != "description"
     }
 
@@ -328,7 +329,7 @@ def _in_numpy(store: Store, part: Part) -> dict[str, np.dtype[Any]]:
 def _array_in(
     archive: zipfile.ZipFile, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> Iterator[Any]:
-    """A file in an archive of arrays, after the header; the values are to follow."""
+    """An array file in an archive, open after its header; write the values to it."""
     with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
         description = np.lib.format.dtype_to_descr(dtype)
         np.lib.format.write_array_header_2_0(
@@ -341,7 +342,7 @@ def _array_in(
 
 
 class _Sink(Descriptor):
-    """A file that HDF5 can always close: where it cannot, it crashes at the process's end."""
+    """A file that HDF5 can always close; if it cannot, the process crashes at exit."""
 
     def truncate(self, size: int | None = None) -> int:
         try:
@@ -357,7 +358,7 @@ class _Sink(Descriptor):
 
 @contextmanager
 def hdf5(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
-    """A new HDF5 file, and a function that raises what was wrong with writing it so far."""
+    """Create an HDF5 file; also yield a function that raises any write error so far."""
     import h5py
 
     with _Sink(path, "w+") as sink:
@@ -367,7 +368,7 @@ def hdf5(path: Path) -> Iterator[tuple[Any, Callable[[], None]]]:
 
 
 def write_hdf5_rows(path: Path, store: Store, parts: Iterable[Part]) -> int:
-    """Write a dataset for each row that has an embedding; see `export`."""
+    """Write one dataset per row with an embedding; see `export`."""
     written = 0
     with hdf5(path) as (file, check):
         file.attrs[ATTRIBUTE] = about(store)
@@ -375,7 +376,7 @@ def write_hdf5_rows(path: Path, store: Store, parts: Iterable[Part]) -> int:
             columns = {name: values.tolist() for name, values in part.columns.items()}
             for number in np.flatnonzero(part.has_embedding).tolist():
                 row = part.first + number
-                # A slash would make groups of it, and a lone dot is the group itself.
+                # A slash would create groups, and a single dot names the group itself.
                 key = columns["sequence_id"][number].replace("/", "_")
                 while key in ("", ".") or key in file:
                     key += f"#{row}"
@@ -391,7 +392,7 @@ def write_hdf5_rows(path: Path, store: Store, parts: Iterable[Part]) -> int:
 
 
 def write_hdf5_matrix(path: Path, store: Store, parts: Iterable[Part]) -> int:
-    """Write a dataset for each column; see `export`."""
+    """Write one dataset per column; see `export`."""
     with hdf5(path) as (file, check):
         file.attrs[ATTRIBUTE] = about(store)
         for part in parts:
@@ -404,7 +405,7 @@ def write_hdf5_matrix(path: Path, store: Store, parts: Iterable[Part]) -> int:
 
 
 def hdf5_dataset(group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    """A new dataset in a group; StringDType becomes HDF5's text of variable length."""
+    """Create a dataset in a group; StringDType becomes HDF5 text of variable length."""
     import h5py
 
     kind = h5py.string_dtype() if is_text(dtype) else dtype
@@ -412,13 +413,13 @@ def hdf5_dataset(group: Any, name: str, shape: tuple[int, ...], dtype: np.dtype[
 
 
 def put(array: Any, first: int, values: NDArray[Any]) -> None:
-    """Write values into an array of HDF5 or Zarr, from an index on, one chunk of it at a time.
+    """Write values to an HDF5 or Zarr array from an index on, one chunk at a time.
 
-    Zarr would write several at once, and go on with the others after one has failed.
+    Zarr would write several chunks at once, and continue with the others after one has failed.
     """
     step = array.chunks[0] if array.chunks else max(1, len(values))
     for start in range(0, len(values), step):
         piece = values[start : start + step]
         if is_text(piece.dtype):
-            piece = piece.astype(object)  # what all versions of h5py take
+            piece = piece.astype(object)  # all versions of h5py accept this
         array[first + start : first + start + len(piece)] = piece

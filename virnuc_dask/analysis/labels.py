@@ -1,4 +1,4 @@
-"""Labels from the nearest labelled rows, and how often that is right.
+"""Annotation of rows with the labels of their nearest labelled rows, and its accuracy.
 
 Littmann et al. 2021, "Embeddings from deep learning transfer GO annotations beyond homology",
 Scientific Reports 11, 1160 (goPredSim).
@@ -27,7 +27,7 @@ from virnuc_dask.settings import Metric
 from virnuc_dask.store.store import SEQUENCES_PER_CHUNK, Store
 from virnuc_dask.text import counted, printable
 
-# Between the labels of one row; GO annotation files use it too.
+# Separates the labels of one row, as in GO annotation files.
 SEPARATOR = "|"
 _RELIABILITY_SCALE = 0.5
 _SHARES = (0.5, 0.25, 0.1)
@@ -51,56 +51,57 @@ def annotate(
 ) -> Any:
     """Give each embedded row of a store the label of the nearest labelled rows of a reference.
 
-    The reliability of a label is, over the k nearest labelled rows, the sum of the similarities of
-    those that carry the label, divided by k (goPredSim's reliability index). The similarity is the
-    cosine, or 0 if it is negative; or, of a euclidean distance d, 0.5 / (0.5 + d). So it is from 0
-    to 1, and 1 if all k neighbours carry the label and are equal to the query. Whether 0.7 is much
-    depends on model and labels: `leave_one_out` says how often labels are right.
+    The reliability of a label is goPredSim's reliability index. Among the k nearest labelled rows,
+    it sums the similarities of those with the label, and divides by k. The similarity is the
+    cosine, or 0 if that is negative; for a euclidean distance d it is 0.5 / (0.5 + d). So the
+    reliability is between 0 and 1. It is 1 if all k neighbours have the label and equal the query.
+    Whether 0.7 is high depends on model and labels; `leave_one_out` measures the accuracy.
 
     Parameters
     ----------
     store : path
-        Whose rows get labels.
+        Its rows get labels.
     labels : path
-        A text file with lines of an identifier, a tab and a label. Further columns are ignored. An
-        identifier on several lines has several labels. A first line whose identifier the reference
-        lacks is taken for a header. Of translated reads, and of tiles, an identifier may also be
-        that of a read or protein, ``read_id``: its labels are those of all its rows, but for rows
-        whose own identifier is in the file.
+        A text file. Each line has an identifier, a tab and a label; more columns are ignored. An
+        identifier on several lines has several labels. The first line is a header if the reference
+        lacks its identifier. For translated reads and tiles, an identifier may also be the
+        ``read_id`` of a read or protein. All its rows then get its labels, except rows with their
+        own identifier in the file.
     reference : path, optional
-        A store of the same weights, layer, pooling and precision, with the rows that the labels
-        are of. Default: `store`. A row is no neighbour of itself. Rows without a label or without
-        an embedding take no part.
+        A store with the labelled rows and with the same weights, layer, pooling and precision.
+        Default: `store`. A row is not its own neighbour. Rows without a label or an embedding are
+        not neighbours.
     k : int
-        Neighbours of each row.
+        Neighbours per row.
     metric : {'cosine', 'euclidean'}
     centre : bool
-        Subtract the mean of all embedded rows of the reference first; for the cosine.
+        Subtract the mean of all embedded rows of the reference first; cosine only.
     workers : int, optional
-        Threads. Default: one for each core, at most 16.
+        Threads. Default: one per core, at most 16.
     progress : callable, optional
-        Called with the chunks read so far and how many will be.
+        Called with the number of chunks read so far and their total.
     client : distributed.Client, optional
-        Whose workers search; default: threads of this process.
+        Search on the workers of this client. Default: threads of this process.
 
     Returns
     -------
     xarray.Dataset
-        Dimension ``query``: all embedded rows of `store`. ``label`` (str), the most reliable label;
-        of equally reliable ones that of the nearer neighbour, then the alphabetically first.
-        ``reliability`` (float32, from 0 to 1). ``labels`` (str), all labels of the k neighbours
-        with ``|`` between them, the most reliable first. Of the nearest neighbour that carries
-        ``label``: ``row`` (int64), ``sequence_id``, ``description`` (if the reference has it),
-        ``length`` (int32, residues) and ``similarity`` or ``distance`` (float32). Where no labelled
-        row is left: empty texts, 0, row and length -1, NaN. Coordinates ``query_row`` (int64) and
-        ``query_id``. The attributes ``note`` and ``comment``, if they are there, are reasons to
-        doubt the result. It is in memory; `annotate_in_parts` is for what does not fit.
+        Dimension ``query``: all embedded rows of `store`. ``label`` (str): the most reliable label;
+        ties go to the label of the nearer neighbour, then to the alphabetically first label.
+        ``reliability`` (float32, from 0 to 1). ``labels`` (str): all labels of the k neighbours,
+        separated by ``|``, the most reliable first. For the nearest neighbour with ``label``:
+        ``row`` (int64), ``sequence_id``, ``description`` (if the reference has it), ``length``
+        (int32, residues) and ``similarity`` or ``distance`` (float32). A query without a labelled
+        neighbour has empty texts, reliability 0, row and length -1, and NaN. Coordinates:
+        ``query_row`` (int64) and ``query_id``. The attributes ``note`` and ``comment``, if present,
+        are reasons to doubt the result. The Dataset is in memory; use `annotate_in_parts` if it
+        does not fit.
 
     Raises
     ------
     UsageError
-        A line of the labels is malformed, no label is of an embedded row of the reference, the
-        stores are not comparable, or `k` or `metric` makes no sense.
+        A line of the labels is malformed, no label belongs to an embedded row of the reference, the
+        stores are not comparable, or `k` or `metric` is not valid.
     StoreError
         A chunk is damaged, or an embedded row is not finite.
     NotAStoreError
@@ -133,7 +134,7 @@ def annotate_in_parts(
     progress: Progress | None = None,
     client: Any = None,
 ) -> Iterator[Any]:
-    """As `annotate`, but some thousand rows at a time, each time a Dataset."""
+    """Like `annotate`, but yield a Dataset for each few thousand rows."""
     source = Store(store)
     searched = source if reference is None else Store(reference)
     check_search(searched, source, k, metric)
@@ -179,17 +180,17 @@ def annotate_in_parts(
 
 @dataclass(frozen=True, slots=True)
 class LabelAccuracy:
-    """How often one label was found, and found rightly.
+    """Counts of correct and all predictions of one label.
 
     Attributes
     ----------
     label : str
     support : int
-        Rows that carry it.
+        Rows with this label.
     predicted : int
-        Rows that were given it.
+        Rows for which it was predicted.
     correct : int
-        Rows that carry it and were given it.
+        Rows with this label for which it was predicted.
     """
 
     label: str
@@ -199,25 +200,25 @@ class LabelAccuracy:
 
     @property
     def precision(self) -> float | None:
-        """Of the rows that were given the label, those that carry it; None if there are none."""
+        """Fraction of the predictions that are correct; None without predictions."""
         return self.correct / self.predicted if self.predicted else None
 
     @property
     def recall(self) -> float:
-        """Of the rows that carry the label, those that were given it."""
+        """Fraction of the rows with the label for which it was predicted."""
         return self.correct / self.support
 
 
 @dataclass(frozen=True, slots=True)
 class ReliableShare:
-    """Accuracy of the most reliable labels alone.
+    """Accuracy of the most reliable predictions alone.
 
     Attributes
     ----------
     share : float
-        Of all rows; more if several have the same reliability.
+        Fraction of all rows; ties in reliability make it larger.
     reliability : float
-        The least among them.
+        Lowest reliability among them.
     accuracy : float
     """
 
@@ -228,25 +229,25 @@ class ReliableShare:
 
 @dataclass(frozen=True, slots=True)
 class LeaveOneOut:
-    """How often the labels of other rows are right.
+    """Accuracy of the labels that rows get from the other rows.
 
     Attributes
     ----------
     rows : int
         Labelled rows with an embedding.
     correct : int
-        Rows that were given a label that they carry.
+        Rows with a correct prediction.
     unanswered : int
-        Rows with no neighbour, since no labelled row is outside of their group.
+        Rows without a neighbour, because all labelled rows are in their own group.
     copies : int
-        Rows whose sequence, read or protein another labelled row has too; these were no neighbours
-        of each other.
+        Rows that share their sequence, read or protein with other labelled rows. Such rows do not
+        count as neighbours of each other.
     labels : list of LabelAccuracy
-        The most frequent first.
+        The most frequent label first.
     reliable : list of ReliableShare
         The most reliable half, quarter and tenth.
     about : dict
-        What it was computed by, and reasons to doubt it.
+        Settings, and reasons to doubt the result.
     """
 
     rows: int
@@ -259,21 +260,21 @@ class LeaveOneOut:
 
     @property
     def accuracy(self) -> float:
-        """Of all rows, those that were given a label that they carry."""
+        """Fraction of all rows with a correct prediction."""
         return self.correct / self.rows
 
     @property
     def balanced_accuracy(self) -> float:
-        """The mean over labels of the recall."""
+        """Mean recall over all labels."""
         return sum(each.recall for each in self.labels) / len(self.labels)
 
     @property
     def baseline(self) -> float:
-        """Accuracy of whoever always says the most frequent label."""
+        """Accuracy of always predicting the most frequent label."""
         return self.labels[0].support / self.rows
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Convert to plain JSON values."""
         return {
             "rows": self.rows,
             "correct": self.correct,
@@ -302,19 +303,18 @@ def leave_one_out(
     progress: Progress | None = None,
     client: Any = None,
 ) -> LeaveOneOut:
-    """Annotate each labelled row of a reference by the others, and count how often that is right.
+    """Annotate each labelled row of a reference from the other rows, and measure the accuracy.
 
-    Rows with the same sequence, as far as it was encoded, are no neighbours of each other: a copy
-    has the same embedding and mostly the same label, which says nothing of other proteins. Nor are
-    frames and windows of one read, or tiles of one protein. Rows that are joined through others
-    are one group, as they are where a classifier is measured. Close
-    relatives remain, so the accuracy is that of queries that have relatives in the reference as
-    close as these have.
+    Rows with the same encoded sequence do not count as neighbours of each other. A copy has the
+    same embedding and mostly the same label, which tells nothing about other proteins. The same
+    holds for frames and windows of one read, and for tiles of one protein. Rows that are linked
+    through other rows form one group, as in `train`. Close relatives remain neighbours. So the
+    accuracy holds for queries with relatives as close as these in the reference.
 
     Parameters
     ----------
     reference, labels, k, metric, centre, workers, progress, client
-        As of `annotate`.
+        As in `annotate`.
 
     Returns
     -------
@@ -323,7 +323,7 @@ def leave_one_out(
     Raises
     ------
     UsageError, StoreError, NotAStoreError
-        As `annotate`.
+        As in `annotate`.
     """
     store = Store(reference)
     check_search(store, store, k, metric)
@@ -395,7 +395,7 @@ def _reliable_share(
 
 
 def _groups(store: Store, rows: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Group of some rows, of one sequence, read or protein, shape (records,); -1 for the rest."""
+    """Groups of rows with a common sequence, read or protein, shape (records,); else -1."""
     sequences: list[bytes] = []
     reads = np.full(len(rows), -1)
     chunks, positions = np.unique(rows // store.identity.rows_per_chunk, return_index=True)
@@ -429,13 +429,13 @@ class _Labels:
     names : list of str
         All labels, in alphabetical order.
     bounds : ndarray, int64, shape (records + 1,)
-        Labels of row i are ``codes[bounds[i]:bounds[i + 1]]``.
+        Row i has the labels ``codes[bounds[i]:bounds[i + 1]]``.
     codes : ndarray, int64
-        Numbers into `names`.
+        Indices into `names`.
     is_labelled : ndarray, bool, shape (records,)
         Rows with a label and an embedding.
     note : str
-        What the file says of rows that are not there; empty if nothing.
+        Warning about identifiers or rows that are missing; empty if there are none.
     """
 
     names: list[str]
@@ -445,7 +445,7 @@ class _Labels:
     note: str
 
     def of(self, rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Pairs of a position in `rows` and a label's number; no label of row -1."""
+        """Pairs of a position in `rows` and a label's index; row -1 has no label."""
         counts = np.where(rows >= 0, self.bounds[rows + 1] - self.bounds[rows], 0)
         where = np.repeat(np.arange(len(rows)), counts)
         ends = np.cumsum(counts)
@@ -456,9 +456,9 @@ class _Labels:
 def _read_labels(path: str | Path, store: Store) -> _Labels:
     lines = read_lines(path)
     numbers = {name: code for code, name in enumerate(sorted({label for _, label in lines}))}
-    wanted: dict[str, list[int]] = {}
+    labels: dict[str, list[int]] = {}
     for name, label in lines:
-        of_name = wanted.setdefault(name, [])
+        of_name = labels.setdefault(name, [])
         if numbers[label] not in of_name:
             of_name.append(numbers[label])
     matched: set[str] = set()
@@ -467,16 +467,16 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
     for first in range(0, store.records, SEQUENCES_PER_CHUNK):
         ids, read_ids = _identifiers(store, slice(first, first + SEQUENCES_PER_CHUNK))
         for row, names in enumerate(zip(ids, read_ids, strict=True), first):
-            known = [name for name in names if name in wanted]
+            known = [name for name in names if name in labels]
             if known:
                 matched.update(known)
-                found = wanted[known[0]]
-                counts[row + 1] = len(found)
-                codes += found
+                of_row = labels[known[0]]
+                counts[row + 1] = len(of_row)
+                codes += of_row
     if not matched:
         raise UsageError(
-            f"{path}: none of its {len(wanted):,} identifiers is in {store.path}; it has, for"
-            f" example, {printable(lines[-1][0])!r}, and the store {printable(ids[0])!r}"
+            f"{path}: none of its {len(labels):,} identifiers is in {store.path}; for example, the"
+            f" file has {printable(lines[-1][0])!r} and the store {printable(ids[0])!r}"
         )
     is_labelled = np.zeros(store.records, np.bool_)
     is_labelled[embedded_rows(store)] = True
@@ -485,9 +485,9 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
     if not is_labelled.any():
         raise UsageError(
             f"{store.path}: none of the {without:,} labelled rows has an embedding;"
-            " `virnuc-dask resume` computes what is missing"
+            " `virnuc-dask resume` computes missing rows"
         )
-    unmatched = [name for name in wanted if name not in matched]
+    unmatched = [name for name in labels if name not in matched]
     if unmatched[:1] == [lines[0][0]]:  # a header
         del unmatched[0]
     notes = []
@@ -495,18 +495,18 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
         examples = ", ".join(map(printable, unmatched[:_NAMED]))
         dots = ", ..." if len(unmatched) > _NAMED else ""
         notes.append(
-            f"{counted(len(unmatched), 'identifier')} of {path} not in {store.path} ({examples}"
+            f"{path} has {counted(len(unmatched), 'identifier')} not in {store.path} ({examples}"
             f"{dots})"
         )
     if without:
-        notes.append(f"{counted(without, 'labelled row')} of {store.path} without an embedding")
+        notes.append(f"{store.path} has {counted(without, 'labelled row')} without an embedding")
     return _Labels(
         list(numbers), np.cumsum(counts), np.array(codes, np.int64), is_labelled, "; ".join(notes)
     )
 
 
 def _identifiers(store: Store, rows: slice) -> tuple[list[str], list[str]]:
-    """Those of rows, and of the reads or proteins that they are of; the former again without."""
+    """Identifiers of rows, and of their reads or proteins; the same list twice without reads."""
     with store.reading("`sequence_id`"):
         ids = store.array("sequence_id")[rows].tolist()
     if "read_id" not in store.names:
@@ -517,16 +517,17 @@ def _identifiers(store: Store, rows: slice) -> tuple[list[str], list[str]]:
 
 
 def read_lines(path: str | Path) -> list[tuple[str, str]]:
-    """Identifier and label of each line of a file.
+    """Identifier and label from each line of a file.
 
     Raises
     ------
     UsageError
-        It cannot be read, or a line has no tab, no identifier or no label.
+        The file cannot be read or has no lines, or a line has no tab, no identifier, no label, or
+        a label with ``|``.
     """
     lines: list[tuple[str, str]] = []
     try:
-        # A header may have bytes that are no UTF-8; so the same may be here.
+        # Headers may contain bytes that are not UTF-8, so this file may too.
         with open(expanded(path), "rb") as file:
             for number, line in enumerate(file, 1):
                 text = line.removeprefix(_BYTE_ORDER_MARK) if number == 1 else line
@@ -534,20 +535,22 @@ def read_lines(path: str | Path) -> list[tuple[str, str]]:
                     continue
                 name, *others = (_text(part) for part in text.split(b"\t"))
                 if not others:
-                    raise UsageError(f"{path}, line {number}: no tab; {_WANTED}")
+                    raise UsageError(f"{path}, line {number}: no tab; {_LINE_FORMAT}")
                 if not (name and others[0]):
                     missing = "label" if name else "identifier"
-                    raise UsageError(f"{path}, line {number}: the {missing} is empty; {_WANTED}")
+                    raise UsageError(
+                        f"{path}, line {number}: the {missing} is empty; {_LINE_FORMAT}"
+                    )
                 if SEPARATOR in others[0]:
                     raise UsageError(
-                        f"{path}, line {number}: {SEPARATOR!r} in a label; an identifier with"
-                        " several labels has several lines"
+                        f"{path}, line {number}: {SEPARATOR!r} in a label; give several labels of"
+                        " an identifier on several lines"
                     )
                 lines.append((name, others[0]))
     except OSError as error:
         raise UsageError(f"{path}: {error.strerror}") from error
     if not lines:
-        raise UsageError(f"{path}: no line; {_WANTED}")
+        raise UsageError(f"{path}: no lines; {_LINE_FORMAT}")
     return lines
 
 
@@ -556,7 +559,7 @@ def _text(part: bytes) -> str:
 
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_WANTED = "each line is an identifier, a tab and a label"
+_LINE_FORMAT = "each line needs an identifier, a tab and a label"
 
 
 # --- pooling -------------------------------------------------------------------------------------
@@ -564,16 +567,16 @@ _WANTED = "each line is an identifier, a tab and a label"
 
 @dataclass(frozen=True, slots=True)
 class _Votes:
-    """What the neighbours say, by query, the most reliable label of each first; shape (votes,).
+    """Labels from the neighbours, by query, the most reliable first; shape (votes,) each.
 
     Attributes
     ----------
     query : ndarray, int64
-        Number in the batch.
+        Position in the batch.
     label : ndarray, int64
     reliability : ndarray, float64
     rank : ndarray, int64
-        Of the nearest neighbour that carries the label, from 0.
+        Rank of the nearest neighbour with the label, from 0.
     """
 
     query: NDArray[np.int64]
@@ -602,7 +605,7 @@ def _pooled(
 
 
 def _similarity(scores: NDArray[np.float64], metric: Metric) -> NDArray[np.float64]:
-    """From 0 to 1, of the cosine or of the distance times -1."""
+    """Similarity from 0 to 1, from the cosine or the distance times -1."""
     if metric == "cosine":
         return np.maximum(scores, 0)
     return _RELIABILITY_SCALE / (_RELIABILITY_SCALE - scores)
@@ -610,7 +613,7 @@ def _similarity(scores: NDArray[np.float64], metric: Metric) -> NDArray[np.float
 
 @dataclass(frozen=True, slots=True)
 class _Best:
-    """The most reliable label of each query, shape (queries,): -1, 0 and -1 where there is none."""
+    """The most reliable label of each query, shape (queries,); -1, 0 and -1 without one."""
 
     label: NDArray[np.int64]
     reliability: NDArray[np.float32]

@@ -1,4 +1,4 @@
-"""A map: each row of a store as a point in the plane, by PCA or UMAP."""
+"""Maps: two coordinates for each row of a store, by PCA or UMAP."""
 
 from __future__ import annotations
 
@@ -35,32 +35,32 @@ UMAP_SAMPLE = 10_000
 _NEIGHBOURS = 15
 _MIN_DIST = 0.1
 _LEAST_ROWS = 2
-# A call sums so many rows; sums do not depend on the number of threads.
+# Rows per call; it is fixed so that sums do not depend on the number of threads.
 _ROWS_PER_SUM = 65_536
-# Matrices of products that are in memory at once, here or on a client's workers.
+# Most bytes of D x D matrices in memory at once, here or on a client's workers.
 _PRODUCT_BYTES = 2**31
 
 
 @dataclass(frozen=True, slots=True)
 class Map:
-    """What `make_map` has done.
+    """Result of `make_map`.
 
     Attributes
     ----------
     store : str
     name : str
-        Of the array in the store, float32, shape (records, 2): ``map_pca``.
+        Name of the array in the store, such as ``map_pca``: float32, shape (records, 2).
     method : {'pca', 'umap'}
     fitted_rows : int
         Rows that the map was fitted to.
     explained_variance_ratio : tuple of float, optional
-        Of a PCA, the part of all variance that each axis has.
+        Fraction of the variance along each axis; only for PCA.
     computed_chunks : int
-        Chunks that were computed now; the others were there.
+        Chunks that this call computed; the others existed before.
     note : str, optional
-        A reason to fit it again.
+        A reason to fit again.
     comment : str, optional
-        A word of warning about random weights.
+        Warning about random weights.
     """
 
     store: str
@@ -86,21 +86,22 @@ def make_map(
     progress: Progress | None = None,
     client: Any = None,
 ) -> Map:
-    """Give each embedded row of a store a place in the plane, kept in the store as ``map_NAME``.
+    """Project the embedded rows of a store to two dimensions; store them as ``map_NAME``.
 
-    The store may still be filling. The same call again computes only what is missing, in the same
-    map: what was fitted is kept with it. Memory does not grow with the rows.
+    A run may still fill the store. The same call again computes only new rows, with the same fit,
+    which is stored with the map. Memory does not grow with the number of rows.
 
-    PCA is exact, of all rows that are embedded when it is fitted: one pass sums the rows and their
-    products in float64, and the axes are the first two eigenvectors of the covariance. The entry of
-    the largest size in each is positive, as in scikit-learn [1]_. An incremental PCA would be an
-    approximation, and takes many times as long, as it decomposes a matrix for each batch.
+    PCA is exact and uses all rows that are embedded at the time of the fit. One pass sums the rows
+    and their products in float64; the axes are the first two eigenvectors of the covariance. In
+    each axis, the entry with the largest absolute value is positive, as in scikit-learn [1]_. An
+    incremental PCA would be an approximation and take many times as long, because it decomposes a
+    matrix for each batch.
 
-    UMAP [2]_ is fitted to a random sample of rows, minus their mean and divided by their lengths,
-    so that distance is the cosine of `nearest`. Other rows are placed among the sample's. Its model
-    cannot be kept without pickle: the numbers of the sample's rows are kept, and later calls fit
-    them again, which gives the same model on the same kind of machine. It is fitted, and places
-    all rows, in one thread of this process: on a large store that takes much longer than PCA.
+    UMAP [2]_ is fitted to a random sample of rows, minus their mean and scaled to length 1, so that
+    distances correspond to the cosine of `nearest`. Other rows are projected into the fitted map.
+    The model cannot be stored without pickle. So the map stores the row numbers of the sample, and
+    later calls fit the same rows again; this gives the same model on the same kind of machine. UMAP
+    fits and projects in one thread of this process. On a large store it takes much longer than PCA.
 
     Parameters
     ----------
@@ -110,20 +111,20 @@ def make_map(
     method : {'pca', 'umap'}
         UMAP needs the extra ``umap``.
     sample : int, optional
-        Rows that UMAP is fitted to. Default: 10,000.
+        Number of rows to fit UMAP to. Default: 10,000.
     random_state : int
-        Of UMAP and its sample. PCA is not random.
+        Seed of UMAP and its sample. PCA is not random.
     replace : bool
         Replace a map of this name that was made with other settings.
     refit : bool
-        Fit again, to the rows that are there now, and replace the map.
+        Fit again to all rows embedded now, and replace the map.
     workers : int, optional
-        Threads. Default: one for each core, at most 16.
+        Threads. Default: one per core, at most 16.
     progress : callable, optional
-        Called with the chunks read so far and how many will be, for each pass.
+        Called with the number of chunks read so far and their total, for each pass.
     client : distributed.Client, optional
-        Whose workers compute a PCA. UMAP ignores it, as it does `workers` once the rows of its
-        sample are read.
+        Compute a PCA on the workers of this client. UMAP ignores it. UMAP uses `workers` only to
+        read its sample.
 
     Returns
     -------
@@ -132,8 +133,8 @@ def make_map(
     Raises
     ------
     UsageError
-        The settings make no sense, there is another map of this name, there are too few rows, or
-        umap-learn is not installed.
+        A setting is not valid, another map has this name, there are too few rows, or umap-learn
+        is not installed.
     StoreError
         A chunk is damaged, or an embedded row is not finite.
     NotAStoreError
@@ -162,7 +163,7 @@ def make_map(
             transform = _projection(opened, about)
         elif transform is None:
             transform = _umap(opened, about, threads)
-        # Numba's threads may not be entered by several.
+        # Several threads must not call Numba's threads at once.
         done = fill(
             result,
             transform,
@@ -189,7 +190,7 @@ def _settings(method: str, size: int | None, random_state: int) -> dict[str, Any
     check_seed(random_state)
     if method == "pca":
         if size is not None:
-            raise UsageError("sample is for UMAP; a PCA is of all rows")
+            raise UsageError("sample is for UMAP only; PCA uses all rows")
         return {"method": method}
     size = UMAP_SAMPLE if size is None else size
     if size <= _NEIGHBOURS:
@@ -229,7 +230,7 @@ def _projection(store: Store, about: dict[str, Any]) -> _Projection:
 
 
 def _fit_pca(store: Store, threads: int, client: Any, progress: Progress | None) -> dict[str, Any]:
-    """Mean, axes and their part of the variance, of all rows that are there."""
+    """Mean, axes and explained variance ratio of all embedded rows."""
     from scipy.linalg import eigh
 
     present = np.flatnonzero(store.present()).tolist()
@@ -247,7 +248,7 @@ def _fit_pca(store: Store, threads: int, client: Any, progress: Progress | None)
         check_finite(store, total)
         if rows < _LEAST_ROWS:
             raise UsageError(f"{store.path} has {rows} embedded rows, too few for a map")
-        # In place: the sums are as large as anything here.
+        # Compute in place, because these matrices are the largest arrays here.
         mean = total / float(rows)
         products /= rows
         products -= np.outer(mean, mean)
@@ -275,7 +276,7 @@ def _groups(store: Store, chunks: list[int]) -> Iterator[list[int]]:
 def _products(
     store: Store, chunks: list[int]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], int]:
-    """Sum of rows, shape (D,), lower triangle of the sum of their products, (D, D), and rows."""
+    """Sum of rows, (D,), lower triangle of the sum of their products, (D, D), and row count."""
     from scipy.linalg.blas import dsyrk
 
     size = store.dimension
@@ -292,21 +293,21 @@ def _products(
 
 
 class _Umap:
-    """Places of rows: those of the sample where these were fitted, others among them."""
+    """Coordinates of rows: those of the fit for sampled rows, projections for others."""
 
     def __init__(self, model: Any, space: Space, rows: NDArray[np.float32]) -> None:
         self._model, self._space = model, space
         self._known = dict(zip(map(_digest, rows), model.embedding_, strict=True))
 
     def __call__(self, rows: NDArray[np.float32]) -> NDArray[np.float32]:
-        found = np.empty((len(rows), MAP_DIMENSIONS), np.float32)
+        points = np.empty((len(rows), MAP_DIMENSIONS), np.float32)
         known = [self._known.get(_digest(row)) for row in rows]
-        is_new = np.array([place is None for place in known])
+        is_new = np.array([point is None for point in known])
         for number in np.flatnonzero(~is_new):
-            found[number] = known[number]
+            points[number] = known[number]
         if is_new.any():
-            found[is_new] = self._model.transform(self._space(rows[is_new]))
-        return found
+            points[is_new] = self._model.transform(self._space(rows[is_new]))
+        return points
 
 
 def _digest(row: NDArray[np.float32]) -> bytes:
@@ -314,7 +315,7 @@ def _digest(row: NDArray[np.float32]) -> bytes:
 
 
 def _fit_umap(store: Store, settings: dict[str, Any], threads: int) -> tuple[dict[str, Any], _Umap]:
-    """What is kept of a fit, the rows of its sample; and the fit."""
+    """The stored form of a fit, with the row numbers of its sample; and the fit."""
     present = store.present()
     rows, _ = random_rows(store, present, settings["sample"], settings["random_state"])
     about = settings | {
@@ -340,7 +341,7 @@ def _umap(store: Store, about: dict[str, Any], threads: int) -> _Umap:
         n_neighbors=_NEIGHBOURS,
         min_dist=_MIN_DIST,
         random_state=about["random_state"],
-        n_jobs=1,  # several would not give the same again
+        n_jobs=1,  # with several threads results differ between calls
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -1,4 +1,4 @@
-"""Which rows of a store are most alike: exact search, one block of rows in memory at a time."""
+"""Exact search for the most similar rows of a store, one block of rows at a time."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from virnuc_dask.settings import METRICS, Metric, Status
 from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
 from virnuc_dask.text import counted, printable
 
-# All rows are read once for so many queries.
+# One pass over all rows serves this many queries.
 _QUERIES_AT_ONCE = 4096
 _PAIRS_AT_ONCE = 1024
 _EPSILON = float(np.finfo(np.float32).eps)
 _NAMED = 10
 _ALIKE = 3
 
-# To be counted up whenever the same rows get another mean.
+# Increase this number when the same rows get another mean.
 _MEAN = 1
 
 
@@ -58,61 +58,60 @@ def nearest(
     progress: Progress | None = None,
     client: Any = None,
 ) -> Any:
-    """Find the k rows of a store that are nearest to each query. Exact, unless by an index.
+    """Find the k nearest rows of a store for each query; exact without an index.
 
-    Only embedded rows take part; the store may still be filling. A row is no neighbour of itself,
-    but a copy of its sequence is. Memory does not grow with the rows of the store, but the result,
-    k rows for each query, is in memory. Each thread holds one chunk, and 4,096 queries are searched
-    at a time, for which all rows are read once.
+    Only embedded rows are searched; a run may still fill the store. A row is not its own neighbour,
+    but a copy of its sequence is. Memory holds one chunk per thread and the result, k rows per
+    query; it does not grow with the number of rows. One pass over all rows serves 4,096 queries.
 
-    The first centred search reads the embeddings twice, since no similarity is known before the
-    mean is. The mean is kept for the next search of the same chunks in the user's cache directory,
-    not in the store, which only its runs write to. Norms are not kept: beside the product they
-    cost 3 % of the time, and they would take 4 bytes a row.
+    The first centred search reads the embeddings twice, because similarities need the mean. The
+    user's cache directory keeps the mean for the next search of the same chunks; the store does
+    not, because only its runs write to it. Norms are not kept: they cost 3 % of the time of the
+    products, and would take 4 bytes per row.
 
     Parameters
     ----------
     store : path
-        That is searched.
+        The store to search.
     query : str, sequence of str, or ndarray, float, shape (n, D), optional
-        Identifiers of rows of `query_store`, or without one of `store`; of an identifier that
-        occurs several times all rows are queries. Or vectors. Also as an xarray.DataArray of
-        either. Default: all embedded rows of `query_store`.
+        Identifiers of rows of `query_store`, or of `store` without one; if an identifier occurs
+        several times, all its rows are queries. Or vectors. An xarray.DataArray of either is
+        accepted. Default: all embedded rows of `query_store`.
     k : int
-        Neighbours of each query.
+        Neighbours per query.
     metric : {'cosine', 'euclidean'}
     centre : bool
-        Subtract the mean of the store's embedded rows from all vectors first. Without it even
-        unrelated proteins have a cosine of 0.9. Distances do not depend on it.
+        Subtract the mean of the store's embedded rows from all vectors first. Without this, even
+        unrelated proteins have a cosine of 0.9. Distances do not change.
     query_store : path, optional
-        Another store, of the same weights, layer, pooling and precision.
+        Another store with the same weights, layer, pooling and precision.
     index : path, optional
-        What `build_index` made of the store: the search is approximate, and quick. For the cosine,
-        centred; the mean is that of the rows when the index was made. Chunks that it lacks are not
-        searched; a note says so.
+        Index of the store from `build_index`, for a fast approximate search. It supports only the
+        centred cosine, with the mean of the rows when it was made. Chunks that are not in the index
+        are not searched; a note says so.
     workers : int, optional
-        Threads, each with one thread of BLAS. Default: one for each core, at most 16.
+        Threads, each with one BLAS thread. Default: one per core, at most 16.
     progress : callable, optional
-        Called with the chunks read so far and how many will be.
+        Called with the number of chunks read so far and their total.
     client : distributed.Client, optional
-        Whose workers search; default: threads of this process.
+        Search on the workers of this client. Default: threads of this process.
 
     Returns
     -------
     xarray.Dataset
-        Dimensions ``query`` and ``neighbour``, nearest first; of equally near rows, those with
-        lower numbers. ``row`` (int64), ``sequence_id`` and ``description`` (str; the latter if the
-        store has it), ``length`` (int32, residues) and ``similarity`` (float32, from -1 to 1) or,
-        for euclidean, ``distance`` (float32). Where there are fewer than k: row -1, empty texts,
-        length -1, NaN. Coordinates: ``query_row`` (int64) and ``query_id``; of vectors, -1 and
-        empty. The attributes ``note`` and ``comment``, if they are there, are reasons to doubt the
+        Dimensions ``query`` and ``neighbour``, nearest first; of equally near rows, lower row
+        numbers first. Variables: ``row`` (int64), ``sequence_id`` and ``description`` (str; the
+        latter if the store has it), ``length`` (int32, residues) and ``similarity`` (float32, from
+        -1 to 1) or, for euclidean, ``distance`` (float32). Missing neighbours have row and length
+        -1, empty texts and NaN. Coordinates: ``query_row`` (int64) and ``query_id``; -1 and empty
+        for vectors. The attributes ``note`` and ``comment``, if present, are reasons to doubt the
         result.
 
     Raises
     ------
     UsageError
         An identifier is unknown, or its row has no embedding; the stores are not comparable; `k`,
-        `metric` or the vectors' shape make no sense.
+        `metric` or the shape of the vectors is not valid.
     StoreError
         A chunk is damaged, or an embedded row is not finite.
     NotAStoreError
@@ -140,7 +139,7 @@ def nearest(
         )
     else:
         if metric != "cosine" or not centre:
-            raise UsageError("an index is for the cosine, centred")
+            raise UsageError("an index works only with the cosine metric and centring")
         opened = open_index(index)
         if opened.store != searched.id:
             raise UsageError(f"{index} is an index of another store than {searched.path}")
@@ -161,7 +160,7 @@ def _note_on_chunks(searched: Store, index: Index) -> str | None:
         return None
     return (
         f"the index lacks {lacking:,} of {counted(len(present), 'chunk')}; `virnuc-dask index` adds"
-        " what it lacks"
+        " them"
     )
 
 
@@ -174,7 +173,7 @@ def _look_up(
     index: Index,
     threads: int,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """As `search`, by an index."""
+    """Like `search`, with an index."""
     for start in range(0, len(rows), _QUERIES_AT_ONCE):
         part = rows[start : start + _QUERIES_AT_ONCE]
         if vectors is None:
@@ -200,33 +199,33 @@ def search(
     progress: Progress | None = None,
     client: Any = None,
 ) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
-    """Find the nearest rows of 4,096 queries at a time.
+    """Find the nearest rows for 4,096 queries at a time.
 
     Parameters
     ----------
     searched, source : Store
-        Whose rows are searched, and whose rows are the queries.
+        The store to search, and the store of the queries.
     rows : ndarray, int64, shape (n,)
         Rows of the queries in `source`.
     vectors : ndarray, float32, shape (n, D), optional
-        The queries, if they are no rows.
+        The queries, if they are not rows.
     k, metric, centre, progress, client
-        As of `nearest`. The mean is that of all embedded rows of `searched`.
+        As in `nearest`. The mean is that of all embedded rows of `searched`.
     threads : int
     among : ndarray, bool, shape (records,), optional
-        Which rows of `searched` may be neighbours; default: all.
+        Rows of `searched` that may be neighbours. Default: all.
     groups : ndarray, int64, shape (records,), optional
-        A number for each row. Rows with the same number are no neighbours of each other. Only
-        where `source` is the store that is searched. Default: each row has its own.
+        Group number of each row. Rows of the same group do not count as neighbours of each other.
+        Only if `source` is `searched`. Default: each row is its own group.
     progress : callable, optional
     client : distributed.Client, optional
 
     Yields
     ------
     scores : ndarray, float32, shape (queries, k)
-        From the best on; the cosine, or the distance times -1; NaN where there is none.
+        The cosine, or the distance times -1, best first; NaN if missing.
     neighbours : ndarray, int64, shape (queries, k)
-        Rows of `searched`; -1 where there is none.
+        Rows of `searched`; -1 if missing.
     """
     present = searched.present()
     is_centred = centre and metric == "cosine"
@@ -239,7 +238,7 @@ def search(
     of_first = None
     with open_pool(searched, threads, client) as pool:
         if known_mean is None:
-            # This reads all rows, so the first queries too, if they are rows of the same store.
+            # This reads all rows, so it can also return the first queries of the same store.
             is_own = vectors is None and source.id == searched.id
             first = rows[: _QUERIES_AT_ONCE if is_own else 0]
             origin, read = _mean(searched, present, pool, count, first)
@@ -254,30 +253,30 @@ def search(
                 of_part = of_first
             else:
                 of_part = read_vectors(source, part, threads)
-            # The same row may be met only in the same store.
+            # Only in the same store can a query meet its own row.
             own = part if source.id == searched.id else np.full(len(part), -1)
             if groups is not None:
                 own = groups[part]
             if metric == "euclidean":
-                origin = of_part.mean(axis=0)  # the nearer, the smaller the rounding errors
+                origin = of_part.mean(axis=0)  # a near origin keeps rounding errors small
             most = min(k, searched.records)
             task = _Task(of_part, own, origin, most, metric, among, groups)
             yield _padded(_search_all(task, chunks, pool, count), len(part), k)
 
 
 def _any(store: Store, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Which chunks have any of the rows, shape (chunk_count,)."""
+    """Chunks that contain any of the rows, bool, shape (chunk_count,)."""
     firsts = np.arange(0, store.records, store.identity.rows_per_chunk)
     return np.asarray(np.logical_or.reduceat(rows, firsts))
 
 
 def check_search(searched: Store, source: Store, k: int, metric: str) -> None:
-    """Refuse a search that makes no sense.
+    """Refuse a search that is not valid.
 
     Raises
     ------
     UsageError
-        `k` or `metric` is none, or the stores differ in weights, layer, pooling or precision.
+        `k` or `metric` is not valid, or the stores differ in weights, layer, pooling or precision.
     """
     if k < 1:
         raise UsageError(f"k must be at least 1, not {k}")
@@ -292,13 +291,13 @@ def check_search(searched: Store, source: Store, k: int, metric: str) -> None:
 def _queries(
     source: Store, query: Any, has_query_store: bool
 ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-    """Row of each query, -1 for a vector; and the vectors, if they were given."""
+    """Row of each query, -1 for a vector; and the vectors, if given."""
     vectors = None
     if isinstance(query, np.ndarray) and query.dtype.kind == "f":
         if has_query_store:
-            raise UsageError("give vectors or a query store, not both")
+            raise UsageError("give either vectors or a query store, not both")
         if query.shape[1:] != (source.dimension,) or not np.isfinite(query).all():
-            raise UsageError(f"the vectors need the shape (n, {source.dimension}) and to be finite")
+            raise UsageError(f"the vectors need shape (n, {source.dimension}) and finite values")
         rows, vectors = np.full(len(query), -1), query.astype(np.float32)
     elif query is None and has_query_store:
         rows = embedded_rows(source)
@@ -308,14 +307,14 @@ def _queries(
     if not len(rows):
         if query is None and has_query_store:
             raise UsageError(f"{source.path} has no embedded row yet")
-        raise UsageError("no query: --query names rows, --query-store another store")
+        raise UsageError("no query: give rows with --query, or another store with --query-store")
     if vectors is None and query is not None:
         _check_embedded(source, rows)
     return rows, vectors
 
 
 def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
-    """All rows of the identifiers, in the order of these."""
+    """All rows with the identifiers, in the order of the identifiers."""
     found: dict[str, list[int]] = {name: [] for name in ids}
     for first, names in _names(store):
         for row, name in enumerate(names, first):
@@ -329,14 +328,14 @@ def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
 
 
 def _names(store: Store) -> Iterator[tuple[int, list[str]]]:
-    """Identifiers of all rows, a chunk at a time, and each chunk's first row."""
+    """First row and identifiers of each chunk of identifiers."""
     for first in range(0, store.records, SEQUENCES_PER_CHUNK):
         with store.reading("`sequence_id`"):
             yield first, store.array("sequence_id")[first : first + SEQUENCES_PER_CHUNK].tolist()
 
 
 def _alike(store: Store, unknown: list[str]) -> list[str]:
-    """A few identifiers that have an unknown one, such as an accession, as a part."""
+    """A few identifiers that contain an unknown one, such as an accession."""
     every = (name for _, names in _names(store) for name in names)
     alike = (name for name in every if any(each and each in name for each in unknown))
     return list(islice(alike, _ALIKE))
@@ -353,7 +352,7 @@ def _check_embedded(store: Store, rows: NDArray[np.int64]) -> None:
     _refuse(store, "not computed yet; `virnuc-dask resume` computes it:", names[pending])
     for code in np.unique(states[states >= Status.INVALID_RESIDUES]):
         meaning = Status(int(code)).meaning
-        _refuse(store, f"quarantined ({meaning}), so without an embedding:", names[states == code])
+        _refuse(store, f"quarantined ({meaning}) and without an embedding:", names[states == code])
 
 
 def _refuse(
@@ -370,15 +369,15 @@ def _refuse(
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """What is searched for.
+    """Queries and settings of a search.
 
     Attributes
     ----------
     vectors : ndarray, float32, shape (n, D)
     own : ndarray, int64, shape (n,)
-        Row of each query in the store that is searched, or -1; its group, if there are groups.
+        Row of each query in the searched store, or -1; its group if there are groups.
     origin : ndarray, float32, shape (D,)
-        Is subtracted from all vectors.
+        Subtracted from all vectors.
     k : int
     metric : {'cosine', 'euclidean'}
     among : ndarray, bool, shape (records,), optional
@@ -397,7 +396,7 @@ class _Task:
 
 
 class _Hits(NamedTuple):
-    """Rows that may be neighbours, shape (hits,) each.
+    """Possible neighbours, shape (hits,) each.
 
     Attributes
     ----------
@@ -416,10 +415,10 @@ _NO_HITS = _Hits(np.zeros(0, np.int64), np.zeros(0, np.float32), np.zeros(0, np.
 
 
 def _search_all(task: _Task, chunks: list[int], pool: Pool, count: ChunkCounter) -> _Hits:
-    """The k best of each query, by query and then from the best on."""
+    """The k best hits of each query, ordered by query, best first."""
     best, floor = _NO_HITS, _floor(_NO_HITS, task)
     shared = pool.shared(task)
-    # The floor is that of the moment when a call begins. A lower one only means more candidates.
+    # The floor is from the time when a call is submitted. A lower one only gives more candidates.
     calls = ((group, shared, floor) for group in pool.grouped(chunks))
     for hits in pool.run(_search, calls, count):
         best = _best(task.k, best, hits)
@@ -428,7 +427,7 @@ def _search_all(task: _Task, chunks: list[int], pool: Pool, count: ChunkCounter)
 
 
 def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.float32]) -> _Hits:
-    """The k best among the rows of some chunks, but none below the floor, shape (n,)."""
+    """The k best hits in some chunks, and none below the floor, shape (n,)."""
     queries = task.vectors - task.origin
     squared = np.vecdot(queries, queries)
     if task.metric == "cosine":
@@ -437,8 +436,8 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
     for rows, values in _blocks(store, chunks, task.among):
         block = as_float32(values)
         block -= task.origin
-        # In float32, for all rows: the cosine, or half of what the query's square is more than the
-        # squared distance.
+        # In float32 for all rows: the cosine, or half of the query's squared length minus half of
+        # the squared distance.
         scores, squares = queries @ block.T, np.vecdot(block, block)
         check_finite(store, squares)
         if task.metric == "cosine":
@@ -447,11 +446,11 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
         else:
             scores -= squares / 2
             size, least = squares.max() + squared.max(), (squared - floor**2) / 2
-        # What a query must not meet: itself, or all of its group.
+        # A query must not match itself, or any row of its group.
         unlike = rows if task.groups is None else task.groups[rows]
         if task.groups is not None:
             scores[task.own[:, None] == unlike] = -np.inf
-        # Twice the largest error that a sum of D products can have.
+        # Twice the largest rounding error of a sum of D products.
         margin = 2 * float(size) * (len(task.origin) + 8) * _EPSILON
         number, column = np.divmod(_candidates(scores, least - margin, task.k, margin), len(rows))
         is_other = unlike[column] != task.own[number]
@@ -478,9 +477,9 @@ def _blocks(
 def _candidates(
     scores: NDArray[Any], least: NDArray[Any], k: int, margin: float
 ) -> NDArray[np.int64]:
-    """Where a score may be among the best, in the flattened array: few, after the first blocks."""
+    """Flat indices of scores that may be among the best; few after the first blocks."""
     is_candidate = scores >= least[:, None]
-    # One more than k: the query itself may be among them.
+    # Take one more than k, because the query itself may be among them.
     crowded = np.flatnonzero(np.count_nonzero(is_candidate, axis=1) > k + 1)
     if len(crowded):
         some = scores[crowded]
@@ -492,11 +491,11 @@ def _candidates(
 def _exact(
     task: _Task, number: NDArray[np.int64], values: NDArray[Any], column: NDArray[np.int64]
 ) -> NDArray[np.float32]:
-    """Scores of pairs of queries and rows.
+    """Scores of pairs of queries and rows, computed in float64.
 
-    From float64, so that they do not depend on where in a block a row is, as a matrix product does.
+    So they do not depend on a row's position in its block, as a matrix product does.
     """
-    found = np.empty(len(number), np.float32)
+    scores = np.empty(len(number), np.float32)
     for first in range(0, len(number), _PAIRS_AT_ONCE):
         part = slice(first, first + _PAIRS_AT_ONCE)
         query = task.vectors[number[part]].astype(np.float64)
@@ -505,15 +504,15 @@ def _exact(
             query -= task.origin
             row -= task.origin
             squares = np.vecdot(query, query) * np.vecdot(row, row)
-            found[part] = np.clip(np.vecdot(query, row) * _inverse(squares), -1, 1)
+            scores[part] = np.clip(np.vecdot(query, row) * _inverse(squares), -1, 1)
         else:
             row -= query
-            found[part] = -np.sqrt(np.vecdot(row, row))
-    return found
+            scores[part] = -np.sqrt(np.vecdot(row, row))
+    return scores
 
 
 def _inverse(squares: NDArray[Any]) -> NDArray[Any]:
-    """One over the root; 0 for 0, so that a vector without direction is like no other."""
+    """One over the square root; 0 for 0, so that a zero vector is similar to no vector."""
     inverse: NDArray[Any] = np.zeros_like(squares)
     np.divide(1, np.sqrt(squares), out=inverse, where=squares > 0)
     return inverse
@@ -529,7 +528,7 @@ def _best(k: int, *several: _Hits) -> _Hits:
 
 
 def _floor(best: _Hits, task: _Task) -> NDArray[np.float32]:
-    """The k-th best score of each query, shape (n,); -inf while there is none."""
+    """The k-th best score of each query, shape (n,); -inf with fewer than k hits."""
     floor = np.full(len(task.vectors), -np.inf, np.float32)
     counts = np.bincount(best.query, minlength=len(floor))
     ends = np.cumsum(counts) - 1
@@ -538,7 +537,7 @@ def _floor(best: _Hits, task: _Task) -> NDArray[np.float32]:
 
 
 def _padded(best: _Hits, queries: int, k: int) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-    """Scores, NaN where there is none, and rows, -1 there; shape (queries, k) each."""
+    """Scores and rows, shape (queries, k) each; NaN and -1 if missing."""
     scores, rows = np.full((queries, k), np.nan, np.float32), np.full((queries, k), -1)
     rank = np.arange(len(best.query)) - np.searchsorted(best.query, best.query)
     scores[best.query, rank], rows[best.query, rank] = best.score, best.row
@@ -552,7 +551,7 @@ def _mean(
     count: ChunkCounter,
     rows: NDArray[np.int64],
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean of all embedded rows, shape (D,), zeros if there is none; and the vectors of some."""
+    """Mean of all embedded rows, shape (D,), zeros without rows; and vectors of `rows`."""
     mean, _, vectors = mean_row(store, np.flatnonzero(present).tolist(), pool, count, rows)
     content = b64encode(mean.astype("<f4").tobytes()).decode()
     caches.remember("mean", store.id.encode(), _mean_key(present), content)
@@ -560,9 +559,9 @@ def _mean(
 
 
 def _kept_mean(store: Store, present: NDArray[np.bool_]) -> NDArray[np.float32] | None:
-    """The mean that an earlier search of the same chunks has kept."""
+    """The cached mean from an earlier search of the same chunks, if any."""
     kept = caches.recall("mean", store.id.encode(), _mean_key(present))
-    with suppress(TypeError, ValueError):  # the file may hold anything
+    with suppress(TypeError, ValueError):  # the file may contain anything
         mean = np.frombuffer(b64decode(kept, validate=True), "<f4").astype(np.float32)
         if mean.shape == (store.dimension,) and np.isfinite(mean).all():
             return mean

@@ -1,4 +1,4 @@
-"""Files that analysis writes: whole, or not there."""
+"""Output files of analysis. A partial file never appears."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from virnuc_dask.files import expanded, sync
 
 
 def check_out(out: str | Path, suffixes: Sequence[str], *, force: bool = False) -> Path:
-    """The path of a file that can be written. To be asked before work that may take long.
+    """Check that a file can be written, before work that may take long; return its path.
 
     Parameters
     ----------
     out : path
     suffixes : sequence of str
-        One of which it must have, such as ``.tsv``.
+        Allowed suffixes, such as ``.tsv``.
     force : bool
-        A file that exists is replaced; a link, or what is no file, never is.
+        Allow an existing regular file. A link or a directory is never replaced.
 
     Raises
     ------
     UsageError
-        It is a URL, its suffix is not known, it exists, or its directory does not.
+        It is a URL, its suffix is not known, it exists, or its directory does not exist or is not
+        writable.
     """
     if "://" in str(out):
-        raise UsageError(f"{out}: this goes into a file on this machine")
+        raise UsageError(f"{out}: the output must be a file on this machine")
     path = Path(expanded(out))
     if path.suffix.lower() not in suffixes:
         raise UsageError(f"{out}: cannot tell the format; known are {' and '.join(suffixes)}")
@@ -37,26 +38,26 @@ def check_out(out: str | Path, suffixes: Sequence[str], *, force: bool = False) 
         if not force:
             raise UsageError(f"{path} exists; give another name, or --force, which replaces it")
         if path.is_symlink() or not path.is_file():
-            raise UsageError(f"{path} is not replaced: it is no file")
+            raise UsageError(f"{path} is not replaced: it is not a regular file")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):
-        raise UsageError(f"{path}: {path.parent} is no directory that can be written to")
+        raise UsageError(f"{path}: {path.parent} is not a writable directory")
     return path
 
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Where to write a file that gets its name, `path`, once all of it is on the disk.
+    """Temporary path for a file; it is renamed to `path` once it is complete and on the disk.
 
     Raises
     ------
     OSError
-        It cannot be written; the error names `path`.
+        The file cannot be written; the error names `path`.
     """
-    # Not with all of its name, which may be as long as a name can be.
+    # Do not add to the final name, which may already have the maximum length.
     unfinished = path.with_name(f".{uuid4().hex}{path.suffix}")
     try:
         yield unfinished
-        # Its name is for what survives a power cut.
+        # Only a file that survives a power cut may get the final name.
         sync(unfinished)
         unfinished.rename(path)
         sync(path.parent)

@@ -1,7 +1,6 @@
-"""One pass over the embeddings of a store, in threads or on a cluster's workers.
+"""Passes over the embeddings of a store, in threads or on a cluster's workers.
 
-Whatever the number of rows, each thread holds one chunk, and results come in the order of the
-chunks.
+Each thread holds one chunk, however many rows there are. Results come in the order of the chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from virnuc_dask.errors import ResultReplacedError, StoreError, StoreReplacedErr
 from virnuc_dask.store.results import Result, open_result
 from virnuc_dask.store.store import Store, is_embedded
 
-# Values of rows that are multiplied at once: 2 MiB in float32 stay in a core's cache.
+# Values of rows multiplied at once: 2 MiB in float32 fit in the cache of a core.
 _VALUES_PER_BLOCK = 2**19
 _ROWS_PER_TASK = 4096
 _MOST_THREADS = 16
@@ -31,11 +30,12 @@ Transform = Callable[[NDArray[np.float32]], NDArray[Any]]
 
 
 def thread_count(workers: int | None) -> int:
-    """So many threads as are asked for; else one for each core, at most 16.
+    """Number of threads: `workers`, or by default one per core, at most 16.
 
     Raises
     ------
     UsageError
+        `workers` is less than 1.
     """
     from dask.system import CPU_COUNT
 
@@ -45,7 +45,7 @@ def thread_count(workers: int | None) -> int:
 
 
 def blocks(store: Store, chunks: list[int]) -> Iterator[tuple[NDArray[np.int64], NDArray[Any]]]:
-    """Numbers and embeddings of the embedded rows, a few at a time."""
+    """Row numbers and embeddings of the embedded rows, a few at a time."""
     step = max(1, _VALUES_PER_BLOCK // store.dimension)
     for chunk in chunks:
         with store.reading(f"chunk {chunk}"):
@@ -59,35 +59,36 @@ def blocks(store: Store, chunks: list[int]) -> Iterator[tuple[NDArray[np.int64],
 
 
 def as_float32(values: NDArray[Any]) -> NDArray[np.float32]:
-    """A copy in float32. NumPy's own conversion of float16 takes six times as long.
+    """A copy in float32; NumPy's own conversion of float16 takes six times as long.
 
-    The bits of a float16 are moved to where a float32 has them. Then the exponent, whose bias is
-    another, is 112 too small. Subnormal numbers become right by the product too.
+    The bits of a float16 are moved to their positions in a float32. The exponent is then 112 too
+    small, because the biases differ, and a product corrects it. This also corrects subnormal
+    numbers.
     """
     if values.dtype != np.float16:
         return values.astype(np.float32)
     bits = values.view(np.int16).astype(np.int32)
     bits <<= 13
-    bits &= -0x7000_2000  # all but the bits 28 to 30, which are copies of the sign, and 13 zeros
+    bits &= -0x7000_2000  # clears bits 28 to 30, which are copies of the sign
     found: NDArray[np.float32] = bits.view(np.float32)
     found *= np.float32(2.0**112)
     return found
 
 
 def check_finite(store: Store, values: NDArray[np.floating[Any]]) -> None:
-    """Refuse what there is only in a damaged store: nothing can be compared with NaN."""
+    """Refuse values that only a damaged store has, because NaN cannot be compared."""
     if not np.isfinite(values).all():
-        raise StoreError(f"{store.path}: an embedded row is not finite; `verify` says which")
+        raise StoreError(f"{store.path}: an embedded row is not finite; `verify` finds it")
 
 
 class ChunkCounter:
-    """Tells a listener how many chunks were read."""
+    """Reports the number of chunks read so far."""
 
     def __init__(self, progress: Progress | None, total: int) -> None:
         self._progress, self._total, self._done = progress, total, 0
 
     def add(self, chunks: int) -> None:
-        """Say that so many more were read."""
+        """Count and report more chunks."""
         self._done += chunks
         if self._progress:
             self._progress(self._done, self._total)
@@ -95,17 +96,17 @@ class ChunkCounter:
 
 @dataclass(frozen=True, slots=True)
 class Pool:
-    """Threads, or a cluster's workers.
+    """Threads of this process, or workers of a cluster.
 
     Attributes
     ----------
     store : Store
     submit : callable
-        As an executor's, with the store in front of the arguments.
+        Like an executor's ``submit``; it passes the store as the first argument.
     width : int
-        Calls in flight.
+        Most calls in flight.
     shared : callable
-        What many calls take, to be sent once.
+        Sends an argument of many calls to the workers once.
     """
 
     store: Store
@@ -114,14 +115,14 @@ class Pool:
     shared: Callable[[Any], Any]
 
     def grouped(self, chunks: list[int]) -> Iterator[list[int]]:
-        """Chunks of one call: one, or several small ones."""
+        """Chunks of each call: one chunk, or several small ones."""
         step = max(1, _ROWS_PER_TASK // self.store.identity.rows_per_chunk)
         return (chunks[first : first + step] for first in range(0, len(chunks), step))
 
     def run(
         self, function: Callable[..., Any], calls: Iterable[tuple[Any, ...]], count: ChunkCounter
     ) -> Iterator[Any]:
-        """Results of the calls, in their order; each begins with its chunks."""
+        """Results of the calls in order; the first argument of each call is its chunks."""
         running: deque[tuple[int, Any]] = deque()
         for call in calls:
             running.append((len(call[0]), self.submit(function, *call)))
@@ -132,14 +133,14 @@ class Pool:
 
     def _next(self, running: deque[tuple[int, Any]], count: ChunkCounter) -> Any:
         chunks, future = running.popleft()
-        found = future.result()
+        result = future.result()
         count.add(chunks)
-        return found
+        return result
 
 
 @contextmanager
 def open_pool(store: Store, threads: int, client: Any) -> Iterator[Pool]:
-    """Threads of this process, or the workers of a Dask client if there is one."""
+    """A pool of threads of this process, or of the workers of a Dask client if given."""
     if client is not None:
         width = 2 * max(1, sum(client.nthreads().values()))
         to_client = partial(client.submit, _at, store.location.address, store.id, pure=False)
@@ -147,14 +148,14 @@ def open_pool(store: Store, threads: int, client: Any) -> Iterator[Pool]:
         return
     from threadpoolctl import threadpool_limits
 
-    # Each thread multiplies small blocks, by itself. Threads of BLAS in them would wait for each
-    # other most of the time: on two busy cores that took ten times as long.
+    # Each thread multiplies small blocks alone. More BLAS threads would mostly wait for each other:
+    # on two busy cores this took ten times as long.
     with threadpool_limits(1, user_api="blas"), ThreadPoolExecutor(threads) as executor:
 
         def submit(function: Callable[..., Any], *arguments: Any) -> Any:
             return executor.submit(function, store, *arguments)
 
-        # One more than there are threads, so that none waits while a result is merged.
+        # One call more than threads, so that no thread waits while a result is merged.
         yield Pool(store, submit, threads + 1, lambda shared: shared)
 
 
@@ -166,35 +167,35 @@ def fill(
     client: Any = None,
     progress: Progress | None = None,
 ) -> int:
-    """Compute the chunks that a result lacks, of those whose embeddings are there.
+    """Compute missing chunks of a result, where the embeddings are present.
 
-    Each chunk is committed by itself, so that an interrupted call can be repeated and goes on.
+    Each chunk is committed separately, so repeating an interrupted call continues it.
 
     Parameters
     ----------
     result : Result
     transform : callable
-        From embeddings, float32, shape (n, D), to values, shape (n,) or (n, 2) as the result's;
-        of each row by itself. For a client it must be one that can be pickled.
+        Function from embeddings, float32, shape (n, D), to values of the result, shape (n,) or
+        (n, 2). Each value depends only on its own row. For a client it must be picklable.
     workers : int, optional
         Threads.
     client : distributed.Client, optional
     progress : callable, optional
-        Called with the chunks done so far and how many there are to do.
+        Called with the number of chunks done so far and their total.
 
     Returns
     -------
     int
-        Chunks that were computed.
+        Number of computed chunks.
 
     Raises
     ------
     StoreError
         A chunk of embeddings is damaged.
     ResultReplacedError
-        Another command has replaced the result meanwhile.
+        Another command replaced the result meanwhile.
     StoreReplacedError
-        Another store is in the store's place.
+        Another store replaced this store.
     """
     store = result.store
     due = np.flatnonzero(store.present() & ~result.present()).tolist()

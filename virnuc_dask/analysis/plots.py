@@ -1,4 +1,4 @@
-"""Drawings of maps: HTML that needs no network, and PNG."""
+"""Drawings of maps as PNG or as HTML that needs no network."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from virnuc_dask.analysis.points import MOST_POINTS, Points, draw_points
 from virnuc_dask.store.store import Store
 
 DRAWINGS = (".html", ".png")
-# Okabe and Ito's colours, which people with any kind of colour vision tell apart
-# (jfly.uni-koeln.de, 2008); in an order in which neighbours differ in lightness too.
-# Their yellow cannot be seen on white: here Paul Tol's wine stands for it.
+# Okabe and Ito's colours, distinct for any kind of colour vision (jfly.uni-koeln.de, 2008), in an
+# order in which neighbours also differ in lightness. Paul Tol's wine replaces their yellow, which
+# is not visible on white.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#882255", "#000000")
 _GREY = "#999999"
 _LONGEST_LABEL = 20
 _ALPHA, _DIMMED = 0.75, 0.12
-# Of plasma's 256 colours, which differ in lightness for any kind of colour vision; the others, up
-# to yellow, are too light to be seen on white.
+# How many of plasma's 256 colours are used. They differ in lightness for any kind of colour vision;
+# the others, up to yellow, are too light on white.
 _DARK_COLOURS = 160
 _SMALL, _LARGE, _MANY = 5, 8, 3000
 _DPI = 150
 
-# Texts of rows are compared, never shown as HTML.
+# This code compares the texts of rows. It never shows them as HTML.
 _SEARCH = """
 const text = cb_obj.value_input.trim().toLowerCase()
 const ids = all.data.id, descriptions = all.data.description
@@ -63,43 +63,43 @@ def draw_map(
     random_state: int = 0,
     force: bool = False,
 ) -> int:
-    """Draw a map that `make_map` has made.
+    """Draw a map from `make_map`.
 
     Parameters
     ----------
     store : path
     name : str
-        Of the map, without ``map_``.
+        Name of the map, without ``map_``.
     out : path
-        ``.html``: one file that needs no network, to zoom, to point at rows and to search them.
+        ``.html``: one file that needs no network, with zoom, hover and search.
         ``.png``: a picture.
     colour : str
         ``length``, ``frame``, ``status``, ``score_NAME``, ``cluster_NAME``, or a ``.tsv`` file of
-        identifiers and labels, as of `annotate`. Labels are categories, unless all are numbers, of
-        more than twelve values. The eight most frequent categories have a colour each, all others
-        are grey.
+        identifiers and labels as in `annotate`. Labels are categories, unless they are all numbers
+        with more than twelve different values. Each of the eight most frequent categories has its
+        own colour; the others are grey.
     points : int
-        Rows that are drawn at most; a random sample, if there are more.
+        Most rows to draw; of more rows, a random sample.
     random_state : int
-        Of that sample.
+        Seed of that sample.
     force : bool
         Replace `out`.
 
     Returns
     -------
     int
-        Rows that were drawn.
+        Number of drawn rows.
 
     Raises
     ------
     UsageError
-        There is no such map, nothing to colour by, or `out` exists or cannot be written.
+        The map does not exist, `colour` is not valid, or `out` exists or cannot be written.
     NotAStoreError, StoreError, OSError
     """
     path = check_out(out, DRAWINGS, force=force)
-    found = draw_points(Store(store), name, colour=colour, points=points, random_state=random_state)
-    write_drawing(found, path, force=force)
-    return len(found.ids)
+    drawn = draw_points(Store(store), name, colour=colour, points=points, random_state=random_state)
+    write_drawing(drawn, path, force=force)
+    return len(drawn.ids)
 
 
 def write_drawing(points: Points, out: str | Path, *, force: bool = False) -> None:
@@ -111,7 +111,7 @@ def write_drawing(points: Points, out: str | Path, *, force: bool = False) -> No
 
 
 def scatter(points: Points) -> Any:
-    """Points as a Bokeh model, for a page: with a title, a search box, and hints at each point.
+    """Points as a Bokeh model with a title, a search box and hover texts.
 
     Parameters
     ----------
@@ -219,14 +219,14 @@ def _numbers(plot: Any, source: Any, points: Points) -> list[Any]:
 
 
 def _scale() -> list[str]:
-    """Colours of numbers, from low to high, all of which can be seen on white."""
+    """Colours for numbers, from low to high, all visible on white."""
     from bokeh.palettes import Plasma256
 
     return list(Plasma256[:_DARK_COLOURS])
 
 
 def _categories(plot: Any, source: Any, points: Points) -> list[Any]:
-    """A renderer for each category, so that a click on the legend hides it."""
+    """One renderer per category, so that a click in the legend hides it."""
     from bokeh.models import CDSView, IndexFilter
     from bokeh.models.annotations import Legend, LegendItem
 
@@ -242,7 +242,7 @@ def _categories(plot: Any, source: Any, points: Points) -> list[Any]:
             fill_alpha=_ALPHA,
             line_color=None,
         )
-        for _, colour, rows in reversed(groups)  # grey ones below all others
+        for _, colour, rows in reversed(groups)  # the grey points are below the others
     ][::-1]
     labels = [label for label, _, _ in groups]
     legend = Legend(
@@ -263,7 +263,7 @@ def _categories(plot: Any, source: Any, points: Points) -> list[Any]:
 
 
 def _groups(points: Points) -> list[tuple[str, str, NDArray[np.intp]]]:
-    """Label, colour and points of categories; the last, in grey, is all that have no colour."""
+    """Label, colour and points of each category; the last, in grey, has all the others."""
     values = np.array(points.values, object)
     own = points.categories
     if len(own) > len(_COLOURS):
@@ -283,7 +283,7 @@ def _groups(points: Points) -> list[tuple[str, str, NDArray[np.intp]]]:
 
 
 def _plain(text: str) -> str:
-    """A text on a canvas; Bokeh would take two dollars for the beginning of a formula."""
+    """Short text for a canvas. Bokeh reads two dollar signs as the start of a formula."""
     text = text.replace("$$", "$ $")
     return text if len(text) <= _LONGEST_LABEL else text[: _LONGEST_LABEL - 1] + "…"
 
@@ -329,7 +329,7 @@ def _write_png(points: Points, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    # Without pyplot, which keeps figures and may want a display.
+    # Do not use pyplot, which keeps figures in memory and may need a display.
     drawing = Figure(figsize=(8, 7), layout="constrained")
     FigureCanvasAgg(drawing)
     axes = drawing.add_subplot()
@@ -372,7 +372,7 @@ def _write_png(points: Points, path: Path) -> None:
     if points.warning:
         drawing.suptitle(points.warning, color="#B00000", fontsize=10)
     for text in texts:
-        text.set_parse_math(False)  # names are no formulas
+        text.set_parse_math(False)  # names are not formulas
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph")
         drawing.savefig(path, dpi=_DPI)

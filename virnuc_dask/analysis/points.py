@@ -1,4 +1,4 @@
-"""What a drawing of a map shows: some of its rows, with what is known of each."""
+"""Data of a map drawing: some rows of the map, with their metadata and colours."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _LONGEST_TEXT = 200
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Rows of a map, to be drawn. Texts are as they were in files: whoever shows them escapes them.
+    """Rows of a map to draw. Texts come from files as they are, so drawings must escape them.
 
     Attributes
     ----------
     title, subtitle : str
-        What it is: method, rows, model; how many rows are drawn, of how many.
+        Method, store and model; number of drawn rows and of all rows.
     warning : str, optional
-        About random weights.
+        Warning about random weights.
     axes : tuple of str
         Names of both axes.
     xy : ndarray, float32, shape (n, 2)
@@ -43,13 +43,13 @@ class Points:
     lengths : ndarray, int32, shape (n,)
         Residues.
     colour : str
-        What colours mean.
+        What the colours show.
     values : ndarray, float64, shape (n,), or list of str
-        Numbers, NaN where there is none, or categories.
+        Numbers, NaN if missing, or categories.
     categories : list of str
-        All that are in `values`, in their order; none of numbers.
+        All categories in `values`, in display order; empty for numbers.
     is_logarithmic : bool
-        Whether colours are for the logarithms of the numbers.
+        Whether the colour scale of the numbers is logarithmic.
     """
 
     title: str
@@ -67,14 +67,15 @@ class Points:
 
 
 def check_colour(store: Store, colour: str) -> None:
-    """Make sure that a store's rows can be coloured so. To be asked before any work.
+    """Check that a store's rows can be coloured this way, before any long work.
 
     Raises
     ------
     UsageError
+        They cannot.
     """
     if colour == "frame" and not store.identity.translation:
-        raise UsageError(f"{store.path}: its rows were not translated, so they have no frame")
+        raise UsageError(f"{store.path}: rows have no frame, because they were not translated")
     if colour in _COLUMNS:
         return
     if RESULT.fullmatch(colour) and not colour.startswith("map_"):
@@ -96,18 +97,19 @@ def draw_points(
     points: int = MOST_POINTS,
     random_state: int = 0,
 ) -> Points:
-    """Rows of a map, all or a random sample, with what is known of them.
+    """Rows of a map, all or a random sample, with their metadata and colours.
 
     Parameters
     ----------
     store : Store
     name : str
-        Of the map, without ``map_``.
+        Name of the map, without ``map_``.
     colour : str
-        As `draw_map`.
+        As in `draw_map`.
     points : int
-        Rows at most.
+        Most rows to draw.
     random_state : int
+        Seed of the sample.
 
     Returns
     -------
@@ -116,7 +118,7 @@ def draw_points(
     Raises
     ------
     UsageError
-        There is no such map, it is empty, or there is nothing to colour by.
+        The map does not exist or is empty, or `colour` is not valid.
     StoreError
         A chunk is damaged.
     """
@@ -129,7 +131,7 @@ def draw_points(
     rows, is_sample = random_rows(store, present, points, random_state)
     if not len(rows):
         raise UsageError(
-            f"{store.path}: `{result.name}` has no row yet; `virnuc-dask map` makes it"
+            f"{store.path}: `{result.name}` has no row yet; `virnuc-dask map` computes it"
         )
     texts = {
         text: [str(value)[:_LONGEST_TEXT] for value in taken(store, text, rows)]
@@ -158,12 +160,12 @@ def _title(store: Store, result: Result) -> str:
 
 
 def _subtitle(store: Store, drawn: int, present: NDArray[np.bool_], is_sample: bool) -> str:
-    said = f"all {drawn:,} embedded rows"
+    text = f"all {drawn:,} embedded rows"
     if is_sample:
         rows = store.rows_in(np.flatnonzero(present))
-        said = f"{drawn:,} of {rows:,} rows, drawn at random"
+        text = f"{drawn:,} of {rows:,} rows, drawn at random"
     missing = int((~present).sum())
-    return said + (f"; {missing:,} of {store.chunk_count:,} chunks are missing" if missing else "")
+    return text + (f"; {missing:,} of {store.chunk_count:,} chunks are missing" if missing else "")
 
 
 def _axes(result: Result) -> tuple[str, str]:
@@ -188,7 +190,7 @@ _Colours = tuple[str, NDArray[np.float64] | list[str], list[str], bool]
 
 
 def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
-    """Their name, values, categories, and whether they are logarithmic."""
+    """Name, values and categories of the colours, and whether the scale is logarithmic."""
     if colour == "length":
         return "length in residues", taken(store, colour, rows).astype(np.float64), [], True
     if colour == "status":
@@ -199,10 +201,10 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
         named = [f"{number:+d}" for number in numbers]
         return colour, named, [f"{number:+d}" for number in sorted(set(numbers))], False
     if RESULT.fullmatch(colour):
-        found = _of_result(open_result(store, colour), rows)
+        values = _of_result(open_result(store, colour), rows)
         if colour.startswith("score_"):
-            return colour, found.astype(np.float64), [], False
-        numbers = found.tolist()
+            return colour, values.astype(np.float64), [], False
+        numbers = values.tolist()
         named = [_cluster(number) for number in numbers]
         return colour, named, [_cluster(number) for number in sorted(set(numbers))], False
     ids = taken(store, "sequence_id", rows).tolist()
@@ -211,7 +213,7 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
         labels[name] = f"{labels[name]}{SEPARATOR}{label}" if name in labels else label
     labels = {name: labels[name] for name in ids if name in labels}
     if not labels:
-        raise UsageError(f"{colour}: none of its identifiers is that of a row that is drawn")
+        raise UsageError(f"{colour}: none of its identifiers belongs to a drawn row")
     name = Path(colour).stem[:_LONGEST_TEXT]
     named = [labels.get(each, "") for each in ids]
     numbers = [_number(label) for label in named]
@@ -220,12 +222,12 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
     return _categories(name, [label or _UNLABELLED for label in named])
 
 
-# More different numbers than these are a scale, fewer are categories.
+# More different numbers than this form a scale; fewer are categories.
 _FEW = range(12)
 
 
 def _categories(name: str, values: list[str]) -> _Colours:
-    """The most frequent first; of equally frequent ones, by their names."""
+    """Categories, the most frequent first, then by name."""
     known, counts = np.unique(np.array(values, object).astype(str), return_counts=True)
     order = sorted(zip((-counts).tolist(), known.tolist(), strict=True))
     return name, values, [each for _, each in order], False
@@ -236,7 +238,7 @@ def _cluster(number: int) -> str:
 
 
 def _number(label: str) -> float | None:
-    """A finite number; NaN of no label, None of a word."""
+    """The finite number in a label; NaN for an empty label, None for any other text."""
     try:
         value = float(label or "nan")
     except ValueError:

@@ -1,4 +1,4 @@
-"""Scores of a store's rows by a classifier, kept in the store, and tables of rows or reads."""
+"""Scores of a store's rows from a classifier, and tables of scored rows or reads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from virnuc_dask.settings import CONSENSUS, Consensus
 from virnuc_dask.store.results import RESULT, Result, keep_result
 from virnuc_dask.store.store import SEQUENCES_PER_CHUNK, Store
 
-# Columns of a table of rows, as far as the store has them.
+# Columns of a table of rows. The store may lack some of them.
 _ROW_TYPES = {
     "sequence_id": "string",
     "row": "int64",
@@ -54,31 +54,32 @@ _BY_RULE = {"other_score": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What `predict` did.
+    """Result of `predict`.
 
     Attributes
     ----------
     store, name : str
-        The array ``score_…`` of the store.
+        Path of the store, and name of its new array, ``score_NAME``.
     classes : tuple of two str
-        Scores are probabilities of the first.
+        Scores are probabilities of the first class.
     computed_chunks : int
-        Of this call; all others were there.
+        Chunks that this call computed; the others existed before.
     scored : int
-        Rows that have a score.
+        Rows with a score.
     first : int
-        Of these, rows with a score of 0.5 or more.
+        Rows with a score of 0.5 or more.
     pending, quarantined : int
-        Rows without a score, because their embedding is not there yet, or never will be.
+        Rows without a score: not yet embedded, and quarantined.
     out : str, optional
+        Path of the table.
     lines, first_lines : int, optional
-        Of the table, without its header; those of the first class.
+        Lines of the table without its header, and lines of the first class.
     reads : int, optional
-        Of the input, also those without a row; only for a table with a line for each read.
+        Reads of the input, including reads without a row; only for a table of reads.
     notes : list of str
         Reasons for doubt.
     comment : str, optional
-        A word of warning about random weights.
+        Warning about random weights.
     """
 
     store: str
@@ -97,7 +98,7 @@ class Prediction:
     comment: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Convert to plain JSON values."""
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
@@ -115,46 +116,48 @@ def predict(
     progress: Progress | None = None,
     client: Any = None,
 ) -> Prediction:
-    """Score all embedded rows of a store by a classifier that `train` saved.
+    """Score all embedded rows of a store with a classifier from `train`.
 
-    Scores are probabilities of the classifier's first class. They become the store's array
-    ``score_NAME``, float32, shape (records,), NaN where there is no embedding, which `open_store`
-    shows and `export` writes. It is written chunk by chunk, and the same call again computes only
-    what is missing: after a kill, or when more rows are embedded. One chunk for each thread is in
-    memory, and some 65,536 rows of the table.
+    Scores are probabilities of the classifier's first class. The store keeps them in the array
+    ``score_NAME``, float32, shape (records,), NaN without an embedding; `open_store` and `export`
+    include it. Scores are written chunk by chunk. After a kill, or when more rows are embedded, the
+    same call again computes only missing scores. Memory holds one chunk per thread, and about
+    65,536 rows of the table.
 
     Parameters
     ----------
     store : path
-        It may still be filling. Of the classifier's weights, layer, pooling and precision.
+        A store with the weights, layer, pooling and precision of the classifier. A run may still
+        fill it.
     classifier : path
-        It is read without pickle, and no code in it is run.
+        A file from `train`. It is read without pickle, and no code in it is run.
     name : str, optional
-        Of the result. Default: the classifier's file's name without its suffix.
+        Name of the result. Default: the name of the classifier's file without its suffix.
     out : path, optional
-        A table, ``.tsv`` or ``.parquet``, of the rows that have a score: ``sequence_id``, ``row``,
-        ``score``, ``length``, of translated rows ``read_id``, ``window``, ``frame``, ``start``, and
-        ``description``.
+        A table, ``.tsv`` or ``.parquet``, of the rows with a score: ``sequence_id``, ``row``,
+        ``score``, ``class``, ``length``, for translated rows ``read_id``, ``window``, ``frame``,
+        ``start``, and ``description``.
     consensus : {'max', 'mean', 'virnucpro'}, optional
-        For a store of translated reads, or of tiles of proteins, the table has a line for each read
-        or protein that has a score: ``read_id``, ``read``, its number, ``score``, the maximum or
-        mean over its ``rows``, and of the row with the largest score ``best_row``,
-        ``best_sequence_id`` and, of translated reads, ``best_frame``.
-        ``virnucpro`` is that program's rule: the read is of the first class if the largest
-        probability of it, over frames and windows, is at least the largest probability of the
-        second. ``score`` and ``other_score`` are the two, ``class`` is the winner's name.
+        For a store of translated reads, or of tiles of proteins: write one line per read or protein
+        with a score. Columns: ``read_id``; ``read``, its number; ``score``, the maximum or mean
+        over its rows; ``class``; ``rows``, their number; and, for the row with the largest score,
+        ``best_row``, ``best_sequence_id`` and, for translated reads, ``best_frame``.
+        ``virnucpro`` is the rule of that program. A read belongs to the first class if the largest
+        probability of this class, over frames and windows, is at least the largest probability of
+        the second class. ``score`` and ``other_score`` are these two, and ``class`` is the name of
+        the winner.
     guard : bool
-        In TSV, put an apostrophe before a name that a spreadsheet would compute.
+        In TSV, put an apostrophe before names that a spreadsheet reads as formulas.
     replace : bool
         Replace a result of this name that another classifier computed.
     force : bool
-        Replace `out`, if it is there.
+        Replace `out` if it exists.
     workers : int, optional
-        Threads. Default: one for each core, at most 16.
+        Threads. Default: one per core, at most 16.
     progress : callable, optional
-        Called with the chunks done so far and how many there are to do.
+        Called with the number of chunks done so far and their total.
     client : distributed.Client, optional
-        Whose workers compute; default: threads of this process.
+        Compute on the workers of this client. Default: threads of this process.
 
     Returns
     -------
@@ -163,8 +166,9 @@ def predict(
     Raises
     ------
     UsageError
-        The classifier's file is none, or holds what is not trusted; it is not for this store; the
-        result is there and was computed by another; `name`, `consensus` or `out` cannot be.
+        The file is not a classifier, or contains types that are not trusted; the classifier does
+        not fit the store; another classifier computed the existing result; or `name`, `consensus`
+        or `out` is not valid.
     StoreError
         A chunk is damaged.
     NotAStoreError
@@ -174,7 +178,7 @@ def predict(
     check_comparable(
         what_must_agree(opened.identity),
         found.about["model"],
-        f"{opened.path} has other embeddings than those that {classifier} was trained on",
+        f"{opened.path} has other embeddings than the training data of {classifier}",
         (named_model(opened), f"{classifier}: {found.described_model()}"),
     )
     if opened.dimension != found.about["model"]["dimension"]:
@@ -211,8 +215,8 @@ def _name_of(classifier: str | Path) -> str:
     name = Path(expanded(classifier)).stem
     if not RESULT.fullmatch(f"score_{name}"):
         raise UsageError(
-            f"{name[:80]!r}, the classifier's name, is no name of a result; give one of letters,"
-            " digits and _ by --name"
+            f"{name[:80]!r}, from the classifier's file, is not a valid name of a result; give"
+            " --name with letters, digits and _ only"
         )
     return name
 
@@ -224,11 +228,10 @@ def _check_table(
         if consensus not in CONSENSUS:
             raise UsageError(f"consensus must be one of {', '.join(CONSENSUS)}, not {consensus!r}")
         if out is None:
-            raise UsageError("a consensus is for a table; give its name by --out")
+            raise UsageError("a consensus needs a table; give its file with --out")
         if "read" not in store.names:
             raise UsageError(
-                f"{store.path}: rows were not translated from reads, and are no tiles; no"
-                " --consensus"
+                f"{store.path}: --consensus needs rows that were translated from reads, or tiles"
             )
     if out is not None:
         check_table(out, force=force)
@@ -241,7 +244,7 @@ def _notes(classifier: Classifier, store: Store, name: str) -> list[str]:
             median_length(store),
             str(store.path),
             float(classifier.about["median_length"]),
-            f"what {name} was trained on",
+            f"the training data of {name}",
         ),
         version_note(classifier),
     ]
@@ -254,14 +257,14 @@ def _training_note(classifier: Classifier, store: Store, name: str) -> str | Non
     for each in classes if isinstance(classes, list) else []:
         if isinstance(each, dict) and each.get("input_sha256") == store.identity.input_sha256:
             return (
-                f"{name} was trained on most of these rows, so their scores are too good; judge it"
-                " by its held-out figures"
+                f"{name} was trained on most of these rows, so their scores are too good; use the"
+                " held-out figures of `train` to judge it"
             )
     return None
 
 
 def _parts(result: Result) -> Iterator[tuple[slice, NDArray[np.float32]]]:
-    """Rows and their scores, whole chunks and some 65,536 rows at a time."""
+    """Rows and their scores, in whole chunks, about 65,536 rows at a time."""
     store = result.store
     per_chunk = store.identity.rows_per_chunk
     step = max(1, SEQUENCES_PER_CHUNK // per_chunk) * per_chunk
@@ -271,7 +274,7 @@ def _parts(result: Result) -> Iterator[tuple[slice, NDArray[np.float32]]]:
 
 
 def _counts(result: Result) -> tuple[int, int]:
-    """Rows that have a score, and those of 0.5 or more."""
+    """Number of rows with a score, and of scores of 0.5 or more."""
     scored = first = 0
     for _, score in _parts(result):
         scored += int(np.isfinite(score).sum())
@@ -290,7 +293,7 @@ def _write(
     guard: bool,
     force: bool,
 ) -> tuple[int, int]:
-    """A table; how many lines it has, and how many of them are of the first class."""
+    """Write a table; return its number of lines, and of lines of the first class."""
     store = result.store
     types = {
         name: kind
@@ -325,7 +328,7 @@ def _of_rows(result: Result, classes: tuple[str, str]) -> Iterator[Columns]:
     for rows, score in _parts(result):
         has_score = np.isfinite(score)
         if has_score.any():
-            with result.store.reading("what is known of rows"):
+            with result.store.reading("metadata of rows"):
                 columns = result.store.read_columns(rows)
             columns |= {"row": np.arange(rows.start, rows.stop), "score": score}
             columns["class"] = np.where(score >= 0.5, *classes).astype(object)
@@ -333,7 +336,7 @@ def _of_rows(result: Result, classes: tuple[str, str]) -> Iterator[Columns]:
 
 
 def _listed(values: NDArray[Any]) -> list[Any]:
-    # A float32 as itself: it is written as short as gives the same number back.
+    # Scalars stay float32, so that they print as the shortest exact text.
     return list(values) if values.dtype.kind == "f" else values.tolist()
 
 
@@ -341,13 +344,13 @@ _OF_A_READ = ("read", "read_id", "sequence_id", "frame")
 
 
 def _of_reads(result: Result, consensus: Consensus, classes: tuple[str, str]) -> Iterator[Columns]:
-    """Lines of whole reads; the last read of a part may go on in the next."""
+    """Lines of whole reads; the last read of a part may continue in the next part."""
     carried: dict[str, NDArray[Any]] | None = None
     for rows, score in _parts(result):
         has_score = np.isfinite(score)
         if not has_score.any():
             continue
-        with result.store.reading("what is known of rows"):
+        with result.store.reading("metadata of rows"):
             known = result.store.read_columns(rows)
         part = {name: known[name][has_score] for name in _OF_A_READ if name in known}
         part |= {"row": np.arange(rows.start, rows.stop)[has_score], "score": score[has_score]}
@@ -365,11 +368,11 @@ def _of_reads(result: Result, consensus: Consensus, classes: tuple[str, str]) ->
 def _by_read(
     part: dict[str, NDArray[Any]], consensus: Consensus, classes: tuple[str, str]
 ) -> Columns:
-    """A line for each of some reads, whose rows follow one another."""
+    """One line per read; the rows of a read are consecutive."""
     score, read = part["score"], part["read"]
     firsts = np.flatnonzero(np.diff(read, prepend=read[0] - 1))
     counts = np.diff(np.append(firsts, len(read)))
-    # By read, and then from the largest score on; of equal ones the first row.
+    # Order by read, then by score, the largest first, then by row.
     best = np.lexsort((part["row"], -score, read))[firsts]
     found = score[best]
     if consensus == "mean":

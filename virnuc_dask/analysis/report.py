@@ -1,4 +1,4 @@
-"""What a store is and holds, as one HTML page that needs nothing else, for people."""
+"""Self-contained HTML page about a store, for people."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _BARS = 24
 _CELLS = 256
 _LISTED = 20
 _NEIGHBOURS = 10
-# Of Okabe and Ito, told apart by the colour-blind; each has a shape of its own too.
+# Okabe and Ito's colours, distinct for the colour-blind; each also has its own shape.
 _SERIES = (
     ("#0072b2", "circle"),
     ("#d55e00", "square"),
@@ -50,7 +50,7 @@ _SERIES = (
     ("#56b4e9", "cross"),
     ("#000000", "ring"),
 )
-# Of matplotlib's plasma, from low to high, without its light end.
+# Colours of matplotlib's plasma, from low to high, without the light end.
 _SCALE = (
     ("#0d0887", "circle"),
     ("#5302a3", "square"),
@@ -72,12 +72,12 @@ def report(
     force: bool = False,
     random_state: int = 0,
 ) -> Path:
-    """Write a page about a store: what it is, how far, what is in it. Also while it fills.
+    """Write a page about a store: settings, progress and content, also while a run fills it.
 
-    The page holds no script and loads nothing. States, lengths, clusters and scores are of all
-    rows; residues, and the points of the map, are a sample, whose size the page says. So a store of
-    a million rows takes seconds, and memory holds one chunk of embeddings. The map is coloured by a
-    score, or else by clusters, by input files, or by lengths: the first that the store has.
+    The page contains no script and loads nothing. Status, lengths, clusters and scores cover all
+    rows. Residues and the points of the map are samples; the page shows their sizes. So a store of
+    a million rows takes seconds, and memory holds one chunk of embeddings. The map is coloured by
+    the first of these that the store has: score, clusters, input files, lengths.
 
     Parameters
     ----------
@@ -85,23 +85,23 @@ def report(
     out : path
         A new ``.html`` file.
     query : str, optional
-        Identifier of a row whose nearest neighbours are shown.
+        Identifier of a row; the page then shows its nearest neighbours.
     telemetry : path, optional
-        What runs wrote. Default: ``STORE.telemetry.jsonl``, if it is there.
+        Telemetry file of the runs. Default: ``STORE.telemetry.jsonl``, if it exists.
     force : bool
-        Replace a file that is there, once the new one is whole.
+        Replace an existing file once the new one is complete.
     random_state : int
-        Of the samples.
+        Seed of the samples.
 
     Returns
     -------
     Path
-        Of the page.
+        Path of the page.
 
     Raises
     ------
     UsageError
-        `out` is there already or is no ``.html`` file, `query` is no embedded row, or `telemetry`
+        `out` exists or is not an ``.html`` file, `query` is not an embedded row, or `telemetry`
         cannot be read.
     StoreError
         A chunk is damaged.
@@ -129,7 +129,7 @@ def report(
 def _facts(
     store: Store, query: str | None, telemetry: str | Path | None, random: np.random.Generator
 ) -> dict[str, Any]:
-    # First, for an identifier or a file that is not there is to be said at once.
+    # Do this first, to report an unknown identifier or a missing file at once.
     neighbours = _neighbours(store, query) if query else None
     speed = _telemetry(store, telemetry)
     present = store.present()
@@ -162,7 +162,7 @@ def _facts(
     }
 
 
-# --- what it is ----------------------------------------------------------------------------------
+# --- about ---------------------------------------------------------------------------------------
 
 
 def _about(store: Store) -> Iterator[tuple[str, str]]:
@@ -187,7 +187,7 @@ def _about(store: Store) -> Iterator[tuple[str, str]]:
 
 
 def _cells(present: NDArray[np.bool_]) -> list[dict[str, Any]]:
-    """Chunks in order; a cell is one chunk or an even share of them."""
+    """Cells for chunks in order; a cell is one chunk, or several if there are many."""
     count = min(len(present), _CELLS)
     edges = np.linspace(0, len(present), count + 1).astype(int)
     return [
@@ -210,7 +210,7 @@ class Bars:
     ----------
     edges : list of float
     counts : list of int
-        One fewer.
+        One fewer than `edges`.
     ticks : list of float
         Round numbers on the axis.
     beyond : int
@@ -229,7 +229,7 @@ class Bars:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round numbers within a range, about five."""
+    """About five round numbers within a range."""
     if not high > low:
         return [low]
     raw = (high - low) / 4
@@ -240,13 +240,13 @@ def _ticks(low: float, high: float) -> list[float]:
 
 
 def _length_chart(lengths: NDArray[np.int32], longest: int) -> Bars:
-    # The longest percent would leave no room for the others.
+    # Leave out the longest percent, which would leave no room for the others.
     high = max(float(np.quantile(lengths, 0.99)), 1.0) + 1
     step = max(1, math.ceil(high / _BARS))
     edges = np.arange(0, step * _BARS + 1, step)
     edges = edges[: np.searchsorted(edges, high) + 1]
     counts = np.histogram(lengths, edges)[0]
-    # The last edge belongs to the last bar.
+    # NumPy's last bin includes its upper edge, so only longer sequences are beyond.
     return Bars(
         edges.astype(float).tolist(),
         counts.tolist(),
@@ -304,7 +304,7 @@ _PHASES = {
 
 
 def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
-    """What the runs took, of the lines that can be read; None where there are none."""
+    """Speed of the runs, from the readable lines of the telemetry; None without any."""
     is_given = path is not None
     if path is None:
         if "://" in str(store.path):
@@ -326,7 +326,7 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
                     numbers = [float(event[name]) for name in ("rows", "residues", *_PHASES)]
                     memory = max(memory, float(event["memory"]))
                 except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-                    continue  # a kill leaves half a line
+                    continue  # a killed run leaves an incomplete line
                 if not all(map(math.isfinite, numbers)):
                     continue
                 ends.append((end, numbers[0], numbers[1]))
@@ -341,7 +341,7 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
     if not ends:
         return None
     times, rows, residues = np.array(sorted(ends)).T
-    # Between the first and the last chunk of all runs, without pauses of more than an hour.
+    # Time from the first to the last chunk of all runs, without pauses of an hour or more.
     gaps = np.diff(times)
     busy = float(gaps[gaps < 3600].sum())
     spent = sum(phases.values())
@@ -384,7 +384,7 @@ _UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 # --- results -------------------------------------------------------------------------------------
 
-# Of a fit, for programs.
+# Numbers of a fit, which are not for people.
 _NUMBERS = ("mean", "axes", "origin", "centres", "sampled_rows")
 
 
@@ -393,7 +393,7 @@ def _results(store: Store, kind: Kind) -> list[Result]:
 
 
 def _fullest(store: Store, kind: Kind, present: NDArray[np.bool_]) -> Result | None:
-    """The first of the results that have most of these chunks, if any has one."""
+    """The result with the most of these chunks, or the first of several; None without any."""
     results = _results(store, kind)
     counts = [int((present & each.present()).sum()) for each in results]
     most = max(counts, default=0)
@@ -401,7 +401,7 @@ def _fullest(store: Store, kind: Kind, present: NDArray[np.bool_]) -> Result | N
 
 
 def _listed(result: Result) -> list[tuple[str, str]]:
-    """What a result was made by, for people."""
+    """Settings of a result, for people."""
     return [
         (key.replace("_", " "), _as_text(value))
         for key, value in result.about.items()
@@ -421,7 +421,7 @@ def _as_text(value: object) -> str:
 def _map(
     store: Store, present: NDArray[np.bool_], random: np.random.Generator
 ) -> dict[str, Any] | None:
-    """Points of a sample: of the result that has most, if there is one, or of a PCA."""
+    """Points of a sample, from the most complete map in the store or else from a PCA."""
     result = _fullest(store, "map", present)
     if result:
         present = present & result.present()
@@ -459,8 +459,8 @@ def _map(
 def _sample(
     store: Store, chunks: NDArray[np.int64], random: np.random.Generator, result: Result | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Some embedded rows of some chunks, and their embeddings or their values of a result."""
-    # Small chunks may be more.
+    """A sample of embedded rows, and their embeddings or their values in a result."""
+    # If chunks are small, take more of them.
     most = max(_CHUNKS_SAMPLED, 2 * _POINTS // store.identity.rows_per_chunk)
     some = np.sort(random.permutation(chunks)[:most]).tolist()
     each = -(-_POINTS // max(1, len(some)))
@@ -469,19 +469,19 @@ def _sample(
     for chunk in some:
         with store.reading(f"chunk {chunk}"):
             status = store.read_status(chunk)
-            chosen = np.flatnonzero(is_embedded(status))
-            chosen = np.sort(random.permutation(chosen)[:each])
+            drawn = np.flatnonzero(is_embedded(status))
+            drawn = np.sort(random.permutation(drawn)[:each])
             span = store.rows(chunk)
             if result:
-                part = result.read(span)[chosen]
+                part = result.read(span)[drawn]
             else:
-                part = as_float32(np.asarray(store.array("embedding")[span])[chosen])
+                part = as_float32(np.asarray(store.array("embedding")[span])[drawn])
         check_finite(store, part)
-        rows.append(span.start + chosen)
+        rows.append(span.start + drawn)
         values.append(part)
     if not rows:
         return np.zeros(0, np.int64), np.zeros((0, 2), np.float32)
-    # So many more than are wanted at most as there are chunks.
+    # Rounding up gives at most one row too many per chunk.
     keep = np.sort(random.permutation(sum(map(len, rows)))[:_POINTS])
     return np.concatenate(rows)[keep], np.concatenate(values)[keep]
 
@@ -494,14 +494,14 @@ def _principal(values: NDArray[np.float32]) -> tuple[NDArray[np.float64], list[f
     return points, [float(share) for share in np.nan_to_num(pca.explained_variance_ratio_)]
 
 
-# Number of each row's series, and their names and marks.
+# Series number of each row, and names and marks of the series.
 _Groups = tuple[NDArray[np.int64], list[tuple[str, tuple[str, str]]]]
 
 
 def _colouring(
     store: Store, present: NDArray[np.bool_], rows: NDArray[np.int64]
 ) -> tuple[str, NDArray[np.int64], list[dict[str, Any]]]:
-    """What says most of some rows: a score, a cluster, the input file, or else the length."""
+    """Colours of rows by the first of: score, cluster, input file, length."""
     if score := _fullest(store, "score", present):
         colour, (group, marked) = score.name, _by_score(score.read(rows))
     elif cluster := _fullest(store, "cluster", present):
@@ -518,7 +518,7 @@ def _colouring(
 
 
 def _by_score(values: NDArray[np.float32]) -> _Groups:
-    """In five parts of equal width."""
+    """Five groups of equal width."""
     count = len(_SCALE)
     is_scored = np.isfinite(values)
     part = np.clip(np.where(is_scored, values, 0) * count, 0, count - 1).astype(np.int64)
@@ -528,13 +528,13 @@ def _by_score(values: NDArray[np.float32]) -> _Groups:
 
 
 def _by_cluster(values: NDArray[np.int32]) -> _Groups:
-    """The largest clusters, all others, and rows without one."""
+    """The largest clusters, all other clusters, and rows without a cluster."""
     numbers, counts = np.unique(values[values >= 0], return_counts=True)
     order = np.argsort(-counts, kind="stable")[:_CLUSTERS_COLOURED]
     largest = np.sort(numbers[order]).tolist()
     group = np.where(values < 0, len(largest) + 1, len(largest))
-    for place, number in enumerate(largest):
-        group[values == number] = place
+    for position, number in enumerate(largest):
+        group[values == number] = position
     names = [f"cluster {number}" for number in largest]
     marked = [*zip(names, _SERIES, strict=False), ("other clusters", _OTHERS)]
     return group.astype(np.int64), [*marked, ("no cluster", _NONE)]
@@ -548,7 +548,7 @@ def _by_file(store: Store, rows: NDArray[np.int64]) -> _Groups:
 
 
 def _by_length(lengths: NDArray[np.int32]) -> _Groups:
-    """In four parts of equal size."""
+    """Four groups of equal size."""
     cuts = np.unique(np.quantile(lengths, [0.25, 0.5, 0.75]).astype(int))
     bounds = [0, *cuts.tolist()]
     names = [f"{a + 1:,} to {b:,} residues" for a, b in pairwise(bounds)]
@@ -560,20 +560,20 @@ def _by_length(lengths: NDArray[np.int32]) -> _Groups:
 
 
 def _neighbours(store: Store, query: str) -> list[dict[str, Any]]:
-    found = nearest(store.path, query, k=_NEIGHBOURS).isel(query=0)
+    hits = nearest(store.path, query, k=_NEIGHBOURS).isel(query=0)
     return [
         {
-            "id": str(found.sequence_id.values[rank]),
-            "similarity": f"{found.similarity.values[rank]:.3f}",
-            "length": int(found.length.values[rank]),
-            "description": str(found.description.values[rank]) if "description" in found else "",
+            "id": str(hits.sequence_id.values[rank]),
+            "similarity": f"{hits.similarity.values[rank]:.3f}",
+            "length": int(hits.length.values[rank]),
+            "description": str(hits.description.values[rank]) if "description" in hits else "",
         }
-        for rank in np.flatnonzero(found.row.values >= 0).tolist()
+        for rank in np.flatnonzero(hits.row.values >= 0).tolist()
     ]
 
 
 def _clusters(store: Store, result: Result) -> dict[str, Any]:
-    """Rows in each cluster, the largest first, chunk by chunk."""
+    """Number of rows in each cluster, the largest first, counted chunk by chunk."""
     sizes: Counter[int] = Counter()
     for chunk in np.flatnonzero(result.present()).tolist():
         numbers, counts = np.unique(result.read(store.rows(chunk)), return_counts=True)
@@ -594,9 +594,9 @@ def _clusters(store: Store, result: Result) -> dict[str, Any]:
 
 
 def _score(store: Store, result: Result) -> dict[str, Any]:
-    """Scores of all rows, chunk by chunk, and the reads or rows with the highest.
+    """Histogram of all scores, and the reads or rows with the highest scores.
 
-    A read, or a protein of tiles, has the mean of its rows.
+    The score of a read, or of a tiled protein, is the mean over its rows.
     """
     counts, total = np.zeros(_SCORE_BARS, np.int64), 0
     has_reads = "read" in store.names

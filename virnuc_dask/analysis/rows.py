@@ -1,4 +1,4 @@
-"""Some rows of a store by their numbers: embeddings, what is known of them, and random samples."""
+"""Rows of a store by number: embeddings, metadata, means and random samples."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NO_ROWS = np.zeros(0, np.int64)
 
 
 def embedded_rows(store: Store, chunks: Iterable[int] | None = None) -> NDArray[np.int64]:
-    """Numbers of the embedded rows in chunks that are present, all or some; a byte each is read."""
+    """Numbers of the embedded rows in all or some present chunks; this reads one byte per row."""
     if chunks is None:
         chunks = np.flatnonzero(store.present()).tolist()
 
@@ -36,10 +36,10 @@ def embedded_rows(store: Store, chunks: Iterable[int] | None = None) -> NDArray[
 def random_rows(
     store: Store, present: NDArray[np.bool_], count: int, random_state: int
 ) -> tuple[NDArray[np.int64], bool]:
-    """Embedded rows, all or drawn at random without replacement, in their order.
+    """Numbers of embedded rows in order: all, or a random sample without replacement.
 
-    Where more than 512 chunks are present, 512 of them are drawn first, so that a small sample of a
-    large store does not read all of it. Each row is as likely as any other to be drawn.
+    If more than 512 chunks are present, 512 of them are drawn first, so that a small sample does
+    not read all of a large store. All rows have the same probability.
 
     Parameters
     ----------
@@ -47,14 +47,14 @@ def random_rows(
     present : ndarray, bool, shape (chunk_count,)
         Chunks to draw from.
     count : int
-        Rows at most; all, if there are fewer.
+        Most rows to draw; all rows if there are fewer.
     random_state : int
 
     Returns
     -------
     rows : ndarray, int64, shape (n,)
     is_sample : bool
-        Whether there may be others, which were not drawn.
+        Whether there may be more rows, which were not drawn.
     """
     random = np.random.default_rng(random_state)
     chunks = np.flatnonzero(present)
@@ -76,18 +76,18 @@ def read_vectors(store: Store, rows: NDArray[np.int64], threads: int) -> NDArray
     StoreError
         A chunk is damaged, or an embedding is not finite.
     """
-    found = np.empty((len(rows), store.dimension), np.float32)
+    vectors = np.empty((len(rows), store.dimension), np.float32)
 
     def read(chunk: int, where: NDArray[np.int64]) -> None:
         with store.reading(f"chunk {chunk}"):
             embedding = store.read_chunk(chunk)[1]
-        found[where] = embedding[rows[where] - store.rows(chunk).start]
+        vectors[where] = embedding[rows[where] - store.rows(chunk).start]
 
     with ThreadPoolExecutor(threads) as pool:
-        # A chunk may be damaged: an error is raised where its result is taken.
+        # Consuming the results raises the error of a damaged chunk.
         deque(pool.map(lambda part: read(*part), by_chunk(store, rows)), maxlen=0)
-    check_finite(store, found)
-    return found
+    check_finite(store, vectors)
+    return vectors
 
 
 def mean_row(
@@ -97,7 +97,7 @@ def mean_row(
     count: ChunkCounter,
     rows: NDArray[np.int64] = _NO_ROWS,
 ) -> tuple[NDArray[np.float32], int, NDArray[np.float32]]:
-    """Mean of the embedded rows of some chunks; in the same pass, some of these rows.
+    """Mean of the embedded rows of some chunks, and some of these rows, in one pass.
 
     Parameters
     ----------
@@ -106,14 +106,14 @@ def mean_row(
     pool : Pool
     count : ChunkCounter
     rows : ndarray, int64, shape (n,)
-        Embedded rows of these chunks.
+        Embedded rows of these chunks to return.
 
     Returns
     -------
     mean : ndarray, float32, shape (D,)
-        Zeros if there is no row.
+        Zeros without rows.
     number : int
-        Of the rows that the mean is of.
+        Number of rows in the mean.
     vectors : ndarray, float32, shape (n, D)
         Embeddings of `rows`.
 
@@ -135,23 +135,23 @@ def mean_row(
 
 
 def _sum_and_take(
-    store: Store, chunks: list[int], wanted: NDArray[np.int64]
+    store: Store, chunks: list[int], selected: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], int, NDArray[np.int64], NDArray[np.float32]]:
-    """Sum and number of the embedded rows in some chunks; where wanted ones are, and these."""
+    """Sum and number of embedded rows; positions in `selected`, and vectors at them."""
     total, number = np.zeros(store.dimension), 0
-    places, vectors = [_NO_ROWS], [np.zeros((0, store.dimension), np.float32)]
+    positions, vectors = [_NO_ROWS], [np.zeros((0, store.dimension), np.float32)]
     for rows, values in blocks(store, chunks):
         block = as_float32(values)
         total += block.sum(axis=0, dtype=np.float64)
         number += len(rows)
-        is_here = np.flatnonzero((wanted >= rows[0]) & (wanted <= rows[-1]))
-        places.append(is_here)
-        vectors.append(block[np.searchsorted(rows, wanted[is_here])])
-    return total, number, np.concatenate(places), np.concatenate(vectors)
+        is_here = np.flatnonzero((selected >= rows[0]) & (selected <= rows[-1]))
+        positions.append(is_here)
+        vectors.append(block[np.searchsorted(rows, selected[is_here])])
+    return total, number, np.concatenate(positions), np.concatenate(vectors)
 
 
 def by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
-    """Each chunk that has some of the rows, and where these are among them."""
+    """Each chunk with some of the rows, and the positions of these in `rows`."""
     if not len(rows):
         return
     chunks = rows // store.identity.rows_per_chunk
@@ -161,14 +161,14 @@ def by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArr
 
 
 def taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
-    """An array's values at some rows, in their shape; of no row, -1, the empty text and -1."""
+    """Values of an array at some rows, in their shape; empty text or -1 for row -1."""
     unique, where = np.unique(rows, return_inverse=True)
     is_none = unique < 0
     with store.reading(f"`{name}`"):
         values = np.asarray(store.array(name).oindex[unique[~is_none]])
     text = name in TEXTS
-    found = np.empty(len(unique), object if text else values.dtype)
-    if is_none.any():  # not of types without a sign
-        found[is_none] = "" if text else -1
-    found[~is_none] = values.tolist() if text else values
-    return found[where.reshape(rows.shape)]
+    every = np.empty(len(unique), object if text else values.dtype)
+    if is_none.any():  # unsigned types cannot hold -1
+        every[is_none] = "" if text else -1
+    every[~is_none] = values.tolist() if text else values
+    return every[where.reshape(rows.shape)]

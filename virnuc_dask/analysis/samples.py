@@ -1,4 +1,4 @@
-"""Rows of a store at random, with what a classifier learns from and what must stay together."""
+"""Random rows of a store for a classifier: features, and groups that a split must not cut."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ _LETTERS[np.frombuffer(AMINO_ACIDS.encode(), np.uint8)] = np.arange(_OTHER)
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Some of a store's embedded rows, in their order.
+    """Some embedded rows of a store, in order.
 
     Attributes
     ----------
     embedded : int
-        Rows that there were to choose from.
+        Number of embedded rows in the store.
     embedding : ndarray, float32, shape (n, D)
     composition : ndarray, float32, shape (n, 21)
-        Shares of the 20 amino acids, in the order of `AMINO_ACIDS`, and the natural logarithm of
-        the length.
+        Fractions of the 20 amino acids, in the order of `AMINO_ACIDS`, and the natural logarithm
+        of the length.
     length : ndarray, int64, shape (n,)
-        Residues that were encoded.
+        Encoded residues.
     sequence : list of bytes
-        Digest of the residues that were encoded: equal for rows that must have equal embeddings.
+        Digest of the encoded residues; rows with equal digests must have equal embeddings.
     read : ndarray, int64, shape (n,)
-        Number of the read that a row was translated from, or of the protein that it is a tile of;
-        -1 where rows are proteins.
+        Number of the row's read, or of its protein if the row is a tile; -1 if rows are whole
+        proteins.
     """
 
     embedded: int
@@ -48,7 +48,7 @@ class Sample:
     read: NDArray[np.int64]
 
     def without(self, sequences: Iterable[bytes]) -> Sample:
-        """The same without the rows of some sequences."""
+        """A copy of the sample without the rows of some sequences."""
         excluded = set(sequences)
         if not excluded:
             return self
@@ -64,12 +64,12 @@ class Sample:
 
 
 def count_embedded(store: Store, pool: Pool) -> NDArray[np.int64]:
-    """Embedded rows of each chunk, shape (chunk_count,); a byte of each row is read."""
+    """Number of embedded rows per chunk, shape (chunk_count,); this reads one byte per row."""
     chunks = np.flatnonzero(store.present()).tolist()
     counts = np.zeros(store.chunk_count, np.int64)
     calls = ((group,) for group in pool.grouped(chunks))
-    found = [part for parts in pool.run(_count, calls, ChunkCounter(None, 0)) for part in parts]
-    counts[chunks] = found
+    parts = pool.run(_count, calls, ChunkCounter(None, 0))
+    counts[chunks] = [number for numbers in parts for number in numbers]
     return counts
 
 
@@ -81,7 +81,7 @@ def draw(
     pool: Pool,
     count: ChunkCounter,
 ) -> Sample:
-    """Read all embedded rows of a store, or so many of them at random, each as likely.
+    """Read all embedded rows of a store, or `max_rows` of them at random, all equally likely.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def draw(
     seed : list of int
     pool : Pool
     count : ChunkCounter
-        Is told of each chunk, also of those without a chosen row.
+        Counts each chunk, including chunks without a drawn row.
 
     Returns
     -------
@@ -105,21 +105,21 @@ def draw(
     """
     total = int(counts.sum())
     if total <= max_rows:
-        chosen = np.arange(total)
+        drawn = np.arange(total)
     else:
-        chosen = np.sort(np.random.default_rng(seed).choice(total, max_rows, replace=False))
+        drawn = np.sort(np.random.default_rng(seed).choice(total, max_rows, replace=False))
     ends = np.cumsum(counts)
-    bounds = np.searchsorted(chosen, np.append(0, ends))
-    embedding = np.empty((len(chosen), store.dimension), np.float32)
-    composition = np.empty((len(chosen), _OTHER + 1), np.float32)
-    length, read = np.empty(len(chosen), np.int64), np.empty(len(chosen), np.int64)
+    bounds = np.searchsorted(drawn, np.append(0, ends))
+    embedding = np.empty((len(drawn), store.dimension), np.float32)
+    composition = np.empty((len(drawn), _OTHER + 1), np.float32)
+    length, read = np.empty(len(drawn), np.int64), np.empty(len(drawn), np.int64)
     sequence: list[bytes] = []
 
     def calls() -> Any:
         for group in pool.grouped(np.flatnonzero(counts).tolist()):
-            # Which of a chunk's embedded rows.
+            # Positions among the embedded rows of each chunk.
             which = [
-                chosen[bounds[chunk] : bounds[chunk + 1]] - (ends[chunk] - counts[chunk])
+                drawn[bounds[chunk] : bounds[chunk + 1]] - (ends[chunk] - counts[chunk])
                 for chunk in group
             ]
             yield group, which
@@ -134,11 +134,11 @@ def draw(
 
 
 def _count(store: Store, chunks: list[int]) -> list[int]:
-    found = []
+    counts = []
     for chunk in chunks:
         with store.reading(f"status of chunk {chunk}"):
-            found.append(int(np.count_nonzero(is_embedded(store.read_status(chunk)))))
-    return found
+            counts.append(int(np.count_nonzero(is_embedded(store.read_status(chunk)))))
+    return counts
 
 
 def _read(store: Store, chunks: list[int], which: list[NDArray[np.int64]]) -> list[Sample]:
@@ -158,7 +158,7 @@ def _read_chunk(store: Store, chunk: int, which: NDArray[np.int64]) -> Sample:
     composition = np.empty((len(rows), _OTHER + 1), np.float32)
     sequence = []
     for number, row in enumerate(rows.tolist()):
-        # Of a truncated row only what was encoded: two that differ in the rest are one sequence.
+        # Only encoded residues count: truncated rows that differ in the rest are one sequence.
         part = residues[starts[row] : starts[row] + encoded[row]]
         sequence.append(blake2b(part.tobytes(), digest_size=16).digest())
         shares = np.bincount(_LETTERS[part], minlength=_OTHER + 1)[:_OTHER] / len(part)
@@ -172,22 +172,22 @@ def _read_chunk(store: Store, chunk: int, which: NDArray[np.int64]) -> Sample:
 
 
 def groups_of(sample: Sample) -> NDArray[np.int64]:
-    """Group of each row of a sample, as of `joined`."""
+    """Group of each row of a sample; see `joined`."""
     return joined(sample.sequence, sample.read)
 
 
 def joined(sequences: list[bytes], reads: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Group of each row, shape (n,): rows of one sequence, or of one read, are in one group.
+    """Group of each row, shape (n,): rows with the same sequence or read are in one group.
 
-    Groups are joined through rows that share a sequence with one and a read with another; each is
-    named by its first row.
+    A row links the rows with its sequence to the rows of its read. The number of a group is its
+    first row.
 
     Parameters
     ----------
     sequences : list of bytes
         Digest of the residues of each row.
     reads : ndarray, int64, shape (n,)
-        Number of the read, or of the protein that a row is a tile of; -1 where rows are proteins.
+        Number of each row's read, or of its protein for tiles; -1 if rows are whole proteins.
     """
     parent = list(range(len(sequences)))
 

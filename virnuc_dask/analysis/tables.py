@@ -1,6 +1,6 @@
-"""Results as a table, for other programs: TSV or Parquet.
+"""Tables of results for other programs, as TSV or Parquet.
 
-A value that is missing is an empty cell in TSV, and null in Parquet.
+A missing value is an empty cell in TSV and null in Parquet.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from virnuc_dask.analysis.formats import guarded, require
 from virnuc_dask.analysis.outputs import check_out, whole_file
 from virnuc_dask.text import printable
 
-# Values of some lines, by the names of the columns.
+# Values of some lines, by column name.
 Columns = Mapping[str, Any]
 
 _SUFFIXES = (".tsv", ".parquet")
@@ -42,33 +42,33 @@ _TYPES = {
 def write_table(
     found: Any, out: str | Path | IO[str], *, guard: bool = True, force: bool = False
 ) -> int:
-    """Write neighbours as a table, one in a line.
+    """Write neighbours as a table, one per line.
 
     The columns are ``query``, ``rank`` from 1, ``neighbour``, ``row``, ``similarity`` or
-    ``distance``, and the neighbour's ``length`` in residues and ``description``. Where a query has
-    fewer neighbours than were asked for, it has fewer lines.
+    ``distance``, and the neighbour's ``length`` in residues and ``description``. A query with
+    fewer than k neighbours has fewer lines.
 
     Parameters
     ----------
     found : xarray.Dataset
-        What `nearest` returns.
+        Neighbours from `nearest`.
     out : path or text file
-        A new file, ``.tsv`` or ``.parquet``; or an open file, for TSV. On a terminal control
+        A new file, ``.tsv`` or ``.parquet``, or an open file for TSV. On a terminal, control
         characters are replaced.
     guard : bool
-        In TSV, put an apostrophe before a name that a spreadsheet would compute.
+        In TSV, put an apostrophe before names that a spreadsheet reads as formulas.
     force : bool
-        Replace a file that is there, once the new one is whole.
+        Replace an existing file once the new one is complete.
 
     Returns
     -------
     int
-        Lines without the header.
+        Number of lines without the header.
 
     Raises
     ------
     UsageError
-        As `check_table`.
+        As in `check_table`.
     OSError
         The file cannot be written.
     """
@@ -80,28 +80,28 @@ def write_table(
 def write_annotations(
     parts: Iterable[Any], out: str | Path | IO[str], *, guard: bool = True, force: bool = False
 ) -> int:
-    """Write annotations as a table, one row in a line, a part at a time.
+    """Write annotations as a table, one row per line, part by part.
 
     The columns are ``query``, ``label``, ``reliability``, ``labels``, ``neighbour``, ``row``,
-    ``similarity`` or ``distance``, ``length`` and ``description``. A row that has no neighbour has
-    a reliability of 0, and none of the others.
+    ``similarity`` or ``distance``, ``length`` and ``description``. A row without a neighbour has
+    reliability 0 and no other values.
 
     Parameters
     ----------
     parts : iterable of xarray.Dataset
-        What `annotate_in_parts` yields, at least one.
+        Parts from `annotate_in_parts`, at least one.
     out, guard, force
-        As of `write_table`.
+        As in `write_table`.
 
     Returns
     -------
     int
-        Lines without the header.
+        Number of lines without the header.
 
     Raises
     ------
     UsageError, OSError
-        As `write_table`.
+        As in `write_table`.
     """
     rest = iter(parts)
     first = next(rest)
@@ -119,33 +119,33 @@ def write_rows(
     guard: bool = True,
     force: bool = False,
 ) -> int:
-    """Write a table part by part, so that only one of them is in memory.
+    """Write a table part by part, with only one part in memory.
 
     Parameters
     ----------
     parts : iterable of mapping
-        Values of some lines, a list or an array for each column. None and NaN are missing.
+        Values of some lines, a list or array per column. None and NaN are missing values.
     types : mapping of str to str
-        The columns, and the types that they have in Parquet, by pyarrow's names.
+        Columns and their Parquet types, by pyarrow's names.
     out : path or text file
-        A file, ``.tsv`` or ``.parquet``; or an open file, for TSV. On a terminal control characters
+        A file, ``.tsv`` or ``.parquet``, or an open file for TSV. On a terminal, control characters
         are replaced.
     about : mapping
-        What the table is: the metadata of Parquet's schema.
+        Description of the table, for the metadata of Parquet's schema.
     guard : bool
-        In TSV, put an apostrophe before a name that a spreadsheet would compute.
+        In TSV, put an apostrophe before names that a spreadsheet reads as formulas.
     force : bool
-        Replace a file of this name once the new one is whole.
+        Replace an existing file once the new one is complete.
 
     Returns
     -------
     int
-        Lines without the header.
+        Number of lines without the header.
 
     Raises
     ------
     UsageError
-        As `check_table`.
+        As in `check_table`.
     OSError
         The file cannot be written.
     """
@@ -163,13 +163,13 @@ def write_rows(
 
 
 def check_table(out: str | Path, *, force: bool = False) -> Path:
-    """The path of a table that can be written. To be asked before a search, which may take long.
+    """Check that a table can be written, before a search that may take long; return its path.
 
     Raises
     ------
     UsageError
-        It is a URL, its suffix is not known, pyarrow is not there, the file exists, or its
-        directory does not.
+        It is a URL, its suffix is not known, pyarrow is not installed, the file exists, or its
+        directory does not exist or is not writable.
     """
     path = check_out(out, _SUFFIXES, force=force)
     if path.suffix.lower() == ".parquet":
@@ -178,12 +178,12 @@ def check_table(out: str | Path, *, force: bool = False) -> Path:
 
 
 def _without_nan(values: Any, kind: str) -> Any:
-    """None for NaN, which only floats have."""
+    """Replace NaN, which only floats have, by None."""
     return [None if value != value else value for value in values] if kind in _FLOATS else values
 
 
 def none_below_zero(numbers: Iterable[int]) -> list[int | None]:
-    """Row numbers and lengths as cells: -1, which stands for no row, is missing."""
+    """Row numbers and lengths as cells; -1, which means no row, becomes None."""
     return [None if number < 0 else number for number in numbers]
 
 
@@ -195,7 +195,7 @@ def _columns(found: Any) -> dict[str, list[Any]]:
         "rank": (rank + 1).tolist(),
         "neighbour": found.sequence_id.values[query, rank].tolist(),
         "row": found.row.values[query, rank].tolist(),
-        # As short as gives the same number back.
+        # Scalars stay float32, so that they print as the shortest exact text.
         score: list(found[score].values[query, rank]),
         "length": found.length.values[query, rank].tolist(),
     }
@@ -210,11 +210,11 @@ def _annotated(part: Any) -> Columns:
     columns = {"query": part.query_id.values.tolist()}
     for name in filter(part.__contains__, names):
         values = part[name].values
-        # As short as gives the same number back.
-        found = list(values) if values.dtype == np.float32 else values.tolist()
+        # Scalars stay float32, so that they print as the shortest exact text.
+        cells = list(values) if values.dtype == np.float32 else values.tolist()
         if name in ("row", "length"):
-            found = none_below_zero(found)
-        columns["neighbour" if name == "sequence_id" else name] = found
+            cells = none_below_zero(cells)
+        columns["neighbour" if name == "sequence_id" else name] = cells
     return columns
 
 
@@ -229,12 +229,12 @@ def _writer(
     import pyarrow
     from pyarrow import parquet
 
-    # Said, as nothing tells in a table without a line.
+    # The types must be given, because a table without lines does not show them.
     schema = pyarrow.schema(
         [(name, pyarrow.type_for_alias(kind)) for name, kind in types.items()],
         {name: str(value) for name, value in about.items()},
     )
-    # Not by its name, which pyarrow takes only in UTF-8.
+    # Open the file here, because pyarrow accepts only names in UTF-8.
     with open(path, "wb") as sink, parquet.ParquetWriter(sink, schema) as table:
         yield lambda columns: table.write_table(
             pyarrow.table({name: list(columns[name]) for name in types}, schema=schema)
@@ -246,7 +246,7 @@ def _tsv_writer(file: IO[str], types: Mapping[str, str], guard: bool) -> Callabl
         name = printable(name, len(name)) if file.isatty() else name
         return guarded(name) if guard else name
 
-    # Quotes are put around what would be taken for a tab, a line's end or a quote.
+    # The writer quotes cells that contain a tab, a line end or a quote.
     writer = csv.writer(file, delimiter="\t", lineterminator="\n")
     writer.writerow(types)
 

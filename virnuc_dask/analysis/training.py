@@ -1,4 +1,4 @@
-"""Training a classifier on two stores, and measuring it on rows that it has not seen."""
+"""Training of a classifier on two stores, and metrics on held-out rows."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ _RESAMPLES = 1000
 _INTERVAL = (0.025, 0.975)
 _FEW = 100
 _HIDDEN_UNITS = 512
-# The inverse strength of the penalty, scikit-learn's C.
+# Inverse strength of the penalty, scikit-learn's C.
 _INVERSE_PENALTY = 0.1
 _MOST_ITERATIONS = 1000
-# Fewer rows have none to spare for deciding when to stop. A tenth is, of each class.
+# Early stopping needs a tenth of each class, which fewer rows cannot spare.
 _LEAST_FOR_EARLY_STOPPING = 200
 _LEAST_OF_A_CLASS = 10
 _KINDS = {"logistic": "logistic regression", "mlp": "a perceptron with a hidden layer of 512"}
@@ -47,29 +47,29 @@ _KINDS = {"logistic": "logistic regression", "mlp": "a perceptron with a hidden 
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """How good probabilities are on held-out rows.
+    """Quality of probabilities on held-out rows.
 
     Attributes
     ----------
     auroc : float
         Area under the receiver operating characteristic; 0.5 is chance.
     auroc_low, auroc_high : float
-        Its 95 % interval: percentiles of 1,000 bootstrap samples of the held-out sequences, or
-        reads, of either class, each with all its rows. It says how far the figure depends on which
-        sequences were held out, not on which the classifier learned from. With few sequences it is
-        too narrow.
+        95 % interval of the AUROC: percentiles of 1,000 bootstrap samples of the held-out sequences
+        or reads of each class, each with all its rows. It shows how the AUROC depends on the choice
+        of held-out sequences, not on the choice of training sequences. With few sequences it is too
+        narrow.
     auprc : float
-        Average precision; chance is the first class's share of the held-out rows.
+        Average precision; chance is the fraction of held-out rows in the first class.
     sensitivity, specificity : float
-        Share of the first class that scores 0.5 or more, and of the other class that scores less.
+        Fraction of the first class with a score of 0.5 or more, and of the other class with less.
     brier : float
-        Mean squared difference of probability and truth; 0 is best.
+        Mean squared difference between probability and truth; 0 is best.
     calibration_error : float
-        Expected calibration error: mean distance between probability and observed share, in ten
+        Expected calibration error: mean difference between probability and observed fraction in ten
         bins of equal width, weighted by their rows.
     reliability : list of dict
-        For each bin: ``above`` and ``to``, its ends, ``rows``, and, null where there are none,
-        ``score``, their mean probability, and ``observed``, the share that is of the first class.
+        For each bin: ``above`` and ``to`` (its ends), ``rows``, ``score`` (mean probability) and
+        ``observed`` (fraction in the first class); the last two are null for an empty bin.
 
     References
     ----------
@@ -90,7 +90,7 @@ class Metrics:
 
 @dataclass(frozen=True, slots=True)
 class ClassReport:
-    """What one class was learned from.
+    """Data of one class.
 
     Attributes
     ----------
@@ -98,13 +98,12 @@ class ClassReport:
     input_sha256 : str
         Digest of the store's input.
     translation : str, optional
-        How reads became rows.
+        How reads were translated.
     rows, embedded, sampled, left_out, training, held_out : int
-        Rows of the store; those with an embedding; those taken at random; of these, those of
-        sequences that are in both classes; those that it was fitted on; those that it was measured
-        on.
+        Rows of the store; rows with an embedding; rows drawn at random; drawn rows left out because
+        their sequence is in both classes; training rows; held-out rows.
     median_length : float
-        Residues of the sampled rows.
+        Median length of the sampled rows, in residues.
     """
 
     name: str
@@ -121,7 +120,7 @@ class ClassReport:
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What `train` did, and how good the classifier is that it saved.
+    """Result of `train`: data, settings and quality of the saved classifier.
 
     Attributes
     ----------
@@ -130,18 +129,18 @@ class TrainReport:
     model : dict
         Weights, layer, pooling, precision and dimension of the embeddings.
     classes : list of ClassReport
-        The first is the one whose probability is predicted.
+        Scores are probabilities of the first class.
     shared : int
-        Sequences that are in both classes, and were left out.
+        Sequences in both classes, which were left out.
     test_size : float
     random_state : int
     embeddings, composition : Metrics
-        Of the classifier that was saved, and of one of the same kind on amino-acid composition
-        alone; on the same held-out rows.
+        Metrics of the saved classifier, and of one of the same kind on amino-acid composition
+        alone, on the same held-out rows.
     notes : list of str
         Reasons for doubt.
     comment : str, optional
-        A word of warning about random weights.
+        Warning about random weights.
     """
 
     out: Path
@@ -157,12 +156,12 @@ class TrainReport:
     comment: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON values."""
+        """Convert to plain JSON values."""
         document = asdict(self) | {"out": str(self.out)}
         return {name: value for name, value in document.items() if value is not None}
 
     def lines(self) -> list[str]:
-        """For people: what was learned from, and a table of the metrics."""
+        """Data of the classes and a table of the metrics, as lines of text."""
         first = self.classes[0].name
         chance = self.classes[0].held_out / sum(each.held_out for each in self.classes)
         lines = [f"classifier    {_KINDS[self.kind]}, {self.model['dimension']} features"]
@@ -225,51 +224,50 @@ def train(
     progress: Progress | None = None,
     client: Any = None,
 ) -> TrainReport:
-    """Train a classifier on the embeddings of two stores, measure it, and save it.
+    """Train a classifier on the embeddings of two stores, test it, and save it.
 
-    A quarter of the sequences is held out, and all figures are of these. Rows of one sequence, and
-    rows that were translated from one read, are all held out or all trained on. Sequences that are
-    in both stores are left out. Similar sequences are not kept together: where relatives of a
-    sequence are on both sides, figures are better than on sequences without known relatives;
-    cluster the input first, if that matters. The classifier that is saved is the one that was
-    measured, fitted on the other three quarters.
+    By default a quarter of the sequences is held out, and all metrics are from these. The saved
+    classifier is the tested one, fitted on the other three quarters. Rows with the same sequence,
+    and rows of the same read, stay on the same side of the split. Sequences in both stores are left
+    out. Similar sequences may be on both sides; then the metrics are better than for sequences
+    without known relatives. If that matters, cluster the input first.
 
-    Beside it stands a classifier of the same kind on the composition alone, the shares of the 20
-    amino acids and the logarithm of the length: the difference is what embeddings add.
+    For comparison, a classifier of the same kind uses only the composition: the fractions of the 20
+    amino acids and the logarithm of the length. The difference shows the gain from embeddings.
 
-    Features are standardised. ``logistic`` is a logistic regression with an L2 penalty (C=0.1:
-    with scikit-learn's 1, classifiers of a few hundred proteins were too sure of themselves).
-    ``mlp`` has one hidden layer of 512 units, as VirNucPro's; scikit-learn has no dropout and no
-    batch normalisation, so training stops when a tenth of the training rows gets no better,
-    or, if there are fewer than 200 or a class has fewer than 10, when their loss does.
-    Probabilities hold for the classes' shares in the training rows.
+    Features are standardised. ``logistic`` is logistic regression with an L2 penalty (C=0.1; with
+    scikit-learn's default of 1, classifiers of a few hundred proteins were overconfident). ``mlp``
+    has one hidden layer of 512 units, like VirNucPro. scikit-learn has no dropout and no batch
+    normalisation, so training stops when the score on a tenth of the training rows no longer
+    improves. With fewer than 200 training rows, or fewer than 10 of a class, it stops when the loss
+    no longer improves. Probabilities hold for the class proportions of the training rows.
 
-    Memory: about four times the sampled embeddings in float32: 4 GB for D = 1,280 by default.
+    Memory: about four times the sampled embeddings in float32; by default 4 GB for D = 1,280.
 
     Parameters
     ----------
     viral, other : path
-        Stores of either class, of the same weights, layer, pooling and precision. They may still
-        be filling; rows with an embedding take part.
+        Stores of the two classes, with the same weights, layer, pooling and precision. Runs may
+        still fill them; only embedded rows are used.
     out : path
         A new file, ``.skops``.
     kind : {'logistic', 'mlp'}
     classes : tuple of two str
         Names of the classes. Scores are probabilities of the first.
     test_size : float
-        Share of the sequences, or reads, that is held out.
+        Fraction of the sequences, or reads, to hold out.
     max_rows : int
-        Rows of each class at most; of a larger store a random sample is taken.
+        Most rows per class; of a larger store, a random sample.
     random_state : int
-        Decides the sample, the split, and where a perceptron begins.
+        Seed of the sample, the split, and the initial weights of a perceptron.
     force : bool
-        Replace a file that is there.
+        Replace an existing file.
     workers : int, optional
-        Threads that read. Default: one for each core, at most 16.
+        Threads that read. Default: one per core, at most 16.
     progress : callable, optional
-        Called with the chunks read so far and how many there are.
+        Called with the number of chunks read so far and their total.
     client : distributed.Client, optional
-        Whose workers read; default: threads of this process.
+        Read on the workers of this client. Default: threads of this process.
 
     Returns
     -------
@@ -278,7 +276,7 @@ def train(
     Raises
     ------
     UsageError
-        An argument makes no sense, `out` exists, the stores are not comparable or hold the same
+        An argument is not valid, `out` exists, the stores are not comparable or have the same
         input, or a class has fewer than two different sequences or reads.
     StoreError
         A chunk is damaged.
@@ -306,20 +304,20 @@ def train(
         for number, (group, store, name) in enumerate(zip(groups, stores, classes, strict=True))
     ]
     is_test = np.concatenate(held_out)
-    # Each group is named by its first row, and so it is in both classes together.
+    # The number of a group is its first row; add an offset for the second class.
     group = np.concatenate([groups[0], groups[1] + len(groups[0])])
     is_first = np.repeat([1, 0], [len(each) for each in held_out])
     notes = _notes(samples, classes, sampled, is_test)
     for store, name in zip(stores, classes, strict=True):
         if missing := store.records - store.rows_in(np.flatnonzero(store.present())):
             notes.append(
-                f"{name}: {missing:,} of {store.records:,} rows are not embedded yet; `virnuc-dask"
+                f"{name}: {missing:,} of {store.records:,} rows are not yet embedded; `virnuc-dask"
                 " resume` computes them"
             )
     if shared:
         notes.append(
-            f"{len(shared):,} sequences are in both classes; they were left out: {left_out[0]:,}"
-            f" rows of {classes[0]} and {left_out[1]:,} of {classes[1]}"
+            f"{len(shared):,} sequences in both classes were left out: {left_out[0]:,} rows of"
+            f" {classes[0]} and {left_out[1]:,} of {classes[1]}"
         )
     model = what_must_agree(stores[0].identity) | {"dimension": stores[0].dimension}
     pipeline, embeddings = _fit(
@@ -372,10 +370,10 @@ def train(
         "kind": kind,
         "classes": list(classes),
         "model": model,
-        # Not the folders that the weights were in: it may be given to others.
+        # Leave out the folders of the weights, because the file may be shared.
         "model_name": Path(stores[0].model.reference).name,
         "median_length": float(np.median(lengths)),
-        # Not where the file was: it may be given to others.
+        # Leave out the path of the file, because it may be shared.
         "training": {name: value for name, value in report.to_json().items() if name != "out"},
         "versions": {"virnuc_dask": __version__, **versions()},
         **stores[0].model.comment(),
@@ -392,7 +390,7 @@ def _check_settings(
     if len(classes) != 2 or len(set(classes)) != 2 or not all(map(is_class_name, classes)):
         raise UsageError(f"classes must be two different names, not {classes!r}")
     if not 0 < test_size < 1:
-        raise UsageError(f"test_size must be a share between 0 and 1, not {test_size}")
+        raise UsageError(f"test_size must be a fraction between 0 and 1, not {test_size}")
     if max_rows < 2:
         raise UsageError(f"max_rows must be at least 2, not {max_rows}")
     check_seed(random_state)
@@ -429,17 +427,17 @@ def _draw_both(
 def _held_out(
     groups: NDArray[np.int64], store: Store, name: str, test_size: float, seed: list[int]
 ) -> NDArray[np.bool_]:
-    """Which rows are held out, shape (n,): a share of the groups, and at least one."""
+    """Whether each row is held out, shape (n,): a fraction of the groups, at least one."""
     different = np.unique(groups)
     if len(different) < 2:
         what = "reads" if store.identity.translation else "sequences"
         raise UsageError(
-            f"{store.path}: too few different {what} for the class {name!r} that are not in both"
-            f" classes: {len(different)}; at least 2 are needed, and some hundred to learn from"
+            f"{store.path}: too few different {what} that are only in the class {name!r}:"
+            f" {len(different)}; at least 2 are needed, and several hundred to train well"
         )
     number = min(max(1, round(test_size * len(different))), len(different) - 1)
-    chosen = np.random.default_rng(seed).choice(different, number, replace=False)
-    return np.isin(groups, chosen)
+    held_out = np.random.default_rng(seed).choice(different, number, replace=False)
+    return np.isin(groups, held_out)
 
 
 def _notes(
@@ -448,18 +446,18 @@ def _notes(
     notes = []
     medians = [float(np.median(sample.length)) for sample in samples]
     if note := length_note(medians[0], classes[0], medians[1], classes[1]):
-        notes.append(f"{note}; a classifier may learn the length alone")
+        notes.append(f"{note}; a classifier may learn only the length")
     for sample, name, rows in zip(samples, classes, sampled, strict=True):
         if rows < sample.embedded:
             notes.append(
-                f"of {name} {rows:,} rows were taken at random from {sample.embedded:,};"
+                f"{rows:,} of {sample.embedded:,} rows of {name} were taken at random; a larger"
                 " --max-rows takes more"
             )
     held_out = [int(part.sum()) for part in np.split(is_test, [len(samples[0].sequence)])]
     if min(held_out) < _FEW:
         notes.append(
-            f"{min(held_out):,} held-out rows of a class are few: another --random-state may give"
-            " quite other figures"
+            f"a class has only {min(held_out):,} held-out rows: another --random-state may give"
+            " very different figures"
         )
     return notes
 
@@ -473,10 +471,10 @@ def _fit(
     notes: list[str],
     groups: NDArray[np.int64],
 ) -> tuple[Any, Metrics]:
-    """A pipeline fitted on the training rows, and its metrics on the others."""
+    """Fit a pipeline on the training rows; return it and its metrics on the other rows."""
     from sklearn.exceptions import ConvergenceWarning
 
-    # Both parts from either class, so that the whole is not copied first.
+    # Split each class separately, which avoids a copy of all rows.
     parts = np.split(is_test, [len(features[0])])
     training = np.concatenate([x[~part] for x, part in zip(features, parts, strict=True)])
     testing = np.concatenate([x[part] for x, part in zip(features, parts, strict=True)])
@@ -495,7 +493,7 @@ def _fit(
 
 
 def new_pipeline(kind: ClassifierKind, random_state: int, *, early_stopping: bool) -> Any:
-    """A classifier that has learned nothing yet."""
+    """Create a pipeline that is not fitted."""
     from sklearn.linear_model import LogisticRegression
     from sklearn.neural_network import MLPClassifier
     from sklearn.pipeline import make_pipeline
@@ -526,14 +524,14 @@ def measure(
     Parameters
     ----------
     is_first : ndarray, int64, shape (n,)
-        1 for rows of the first class, else 0; there must be both.
+        1 for rows of the first class, else 0; both must occur.
     score : ndarray, float64, shape (n,)
         Probability of the first class.
     groups : ndarray, int64, shape (n,), optional
-        Rows that are drawn together for the interval, each group of one class; default: each row
-        by itself.
+        Group of each row. The bootstrap of the interval draws whole groups; a group has one class.
+        Default: each row is its own group.
     random_state : int
-        Of the interval.
+        Seed of the interval.
     """
     from sklearn.metrics import average_precision_score, brier_score_loss, roc_auc_score
 
@@ -571,9 +569,9 @@ def _auroc_interval(
     groups: NDArray[np.int64],
     random_state: int,
 ) -> tuple[float, float]:
-    """95 % of the AUROCs of bootstrap samples of the groups, as many of either class as there are.
+    """95 % interval of the AUROC over bootstrap samples of the groups of each class.
 
-    A group that is drawn twice counts twice. So scores are sorted once, whatever is drawn.
+    A group that is drawn twice gets weight two. So one sort of the scores serves all samples.
     """
     known, group = np.unique(groups, return_inverse=True)
     is_first_group = np.zeros(len(known), np.bool_)
@@ -582,14 +580,14 @@ def _auroc_interval(
     values, rank = np.unique(score, return_inverse=True)
     is_row_first = is_first == 1
     random = np.random.default_rng(random_state)
-    found = np.empty(_RESAMPLES)
+    aurocs = np.empty(_RESAMPLES)
     for number in range(_RESAMPLES):
         drawn = np.concatenate([random.choice(part, len(part)) for part in of_class])
         times = np.bincount(drawn, minlength=len(known))[group].astype(np.float64)
         first = np.bincount(rank[is_row_first], times[is_row_first], len(values))
         other = np.bincount(rank[~is_row_first], times[~is_row_first], len(values))
-        # Pairs that are in the right order, and half of those that are level.
+        # Pairs in the right order, plus half of the ties.
         won = first @ (np.cumsum(other) - other / 2)
-        found[number] = won / (first.sum() * other.sum())
-    low, high = np.quantile(found, _INTERVAL)
+        aurocs[number] = won / (first.sum() * other.sum())
+    low, high = np.quantile(aurocs, _INTERVAL)
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""The commands of analysis: what people do with a store that is there, or still filling."""
+"""Analysis commands. They work on complete stores and on stores that a run still fills."""
 
 from __future__ import annotations
 
@@ -18,28 +18,28 @@ from virnuc_dask.text import counted, printable
 if TYPE_CHECKING:
     from virnuc_dask.analysis.labels import LeaveOneOut
 
-# --- options of several commands -----------------------------------------------------------------
+# --- options that several commands share ---------------------------------------------------------
 
-_force = click.option("--force", is_flag=True, help="Replace OUT, once the new one is whole.")
+_force = click.option("--force", is_flag=True, help="Replace OUT once the new file is complete.")
 _guard = click.option(
     "--guard/--no-guard",
     default=True,
-    help="In CSV and TSV, an apostrophe before names that a spreadsheet would compute.",
+    help="In CSV and TSV, put an apostrophe before names that a spreadsheet reads as formulas.",
     show_default=True,
 )
 _metric = click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
 _out_table = click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="A .tsv or .parquet file.  [default: TSV to standard output]",
+    help="Write a .tsv or .parquet file.  [default: TSV to standard output]",
 )
 _workers = click.option(
-    "--workers", type=click.IntRange(1), help="Threads.  [default: one a core, at most 16]"
+    "--workers", type=click.IntRange(1), help="Threads.  [default: one per core, at most 16]"
 )
 _seed = click.option(
     "--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
 )
-_refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that are there now.")
+_refit = click.option("--refit", is_flag=True, help="Fit again to all rows embedded now.")
 
 
 # --- the commands --------------------------------------------------------------------------------
@@ -48,16 +48,18 @@ _refit = click.option("--refit", is_flag=True, help="Fit again, to the rows that
 @click.command()
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--partial", is_flag=True, help="Also of a store that is not complete.")
+@click.option("--partial", is_flag=True, help="Also export a store that is not complete.")
 @_guard
-@click.option("--matrix", is_flag=True, help="In HDF5, one matrix instead of a dataset a row.")
+@click.option(
+    "--matrix", is_flag=True, help="In HDF5, write one matrix instead of one dataset per row."
+)
 @click.option(
     "--force",
     is_flag=True,
-    help="Replace OUT, and OUT.json beside a table, once the new one is whole.",
+    help="Replace OUT, and OUT.json beside a table, once the new files are complete.",
 )
 def export(store: str, out: Path, **options: bool) -> None:
-    """Write STORE's rows into OUT.csv, .tsv, .parquet, .npz, .h5, .h5ad, or .zarr (AnnData)."""
+    """Export STORE's rows to OUT.csv, .tsv, .parquet, .npz, .h5, .h5ad, or .zarr (AnnData)."""
     from virnuc_dask.analysis.export import export as write
 
     with cleaning_up():
@@ -72,18 +74,20 @@ def export(store: str, out: Path, **options: bool) -> None:
     "queries",
     multiple=True,
     metavar="ID",
-    help="Of a row of STORE, or of --query-store; may be given several times.  [default: all rows"
-    " of --query-store]",
+    help="Identifier of a row of STORE, or of --query-store if given; repeatable.  [default: all"
+    " rows of --query-store]",
 )
-@click.option("--query-store", help="Another store, of the same weights, layer and pooling.")
-@click.option("--index", help="What `index` made of STORE: an approximate search, and a quick one.")
-@click.option("--k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours each.")
+@click.option("--query-store", help="Another store with the same weights, layer and pooling.")
+@click.option("--index", help="Index of STORE from `index`, for a fast approximate search.")
+@click.option(
+    "--k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours per query."
+)
 @_metric
 @click.option(
     "--centre/--no-centre",
     default=True,
     show_default=True,
-    help="Subtract the mean of STORE's rows first; for the cosine.",
+    help="Subtract the mean of STORE's rows first; cosine only.",
 )
 @_workers
 @_out_table
@@ -98,9 +102,9 @@ def nearest(
     guard: bool,
     **options: Any,
 ) -> None:
-    """Find the rows of STORE whose embeddings are nearest to those of each query.
+    """Find the rows of STORE with the embeddings nearest to each query.
 
-    A line for each neighbour: query, rank, neighbour, row, similarity, length, description.
+    One line per neighbour: query, rank, neighbour, row, similarity, length, description.
     """
     from virnuc_dask.analysis.neighbours import nearest as search
     from virnuc_dask.analysis.tables import check_table, write_table
@@ -109,10 +113,10 @@ def nearest(
         check_table(out, force=force)
     progress = chunk_counter("searched", "chunks")
     ids = list(queries) or None
-    found = search(store, ids, query_store=query_store, progress=progress, **options)
-    _say_attrs(found.attrs)
+    neighbours = search(store, ids, query_store=query_store, progress=progress, **options)
+    _say_attrs(neighbours.attrs)
     with cleaning_up():
-        lines = write_table(found, out or sys.stdout, guard=guard, force=force)
+        lines = write_table(neighbours, out or sys.stdout, guard=guard, force=force)
     if out:
         print(f"{lines:,} neighbours in {out}")
 
@@ -121,13 +125,13 @@ def nearest(
 @click.argument("store")
 @click.argument("out", required=False)
 @_seed
-@click.option("--refit", is_flag=True, help="Learn the lists anew, from the rows there are now.")
+@click.option("--refit", is_flag=True, help="Learn the lists again from all rows embedded now.")
 @_workers
-@click.option("--force", is_flag=True, help="Replace an index that is damaged or of another store.")
+@click.option("--force", is_flag=True, help="Replace a damaged index, or one of another store.")
 def index_(store: str, out: str | None, **options: Any) -> None:
-    """Build an approximate index of STORE's rows for `nearest --index`, or add what it lacks.
+    """Build an approximate index of STORE's rows for `nearest --index`, or add missing rows.
 
-    OUT is a directory; by default STORE.faiss. It takes one byte for each feature of each row.
+    OUT is a directory; default: STORE.faiss. It takes one byte per feature of each row.
     """
     from virnuc_dask.analysis.approximate import build_index
 
@@ -142,26 +146,28 @@ def index_(store: str, out: str | None, **options: Any) -> None:
     "--labels",
     required=True,
     metavar="FILE",
-    help="Lines of an identifier, a tab and a label. Several lines: several labels.",
+    help="Text file; each line: identifier, tab, label. Several lines give several labels.",
 )
 @click.option(
-    "--reference", help="The store that the labels are of, with the same weights.  [default: STORE]"
+    "--reference", help="Store with the labelled rows and the same weights.  [default: STORE]"
 )
-@click.option("--k", type=click.IntRange(1), default=1, show_default=True, help="Neighbours each.")
+@click.option(
+    "--k", type=click.IntRange(1), default=1, show_default=True, help="Neighbours per row."
+)
 @_metric
 @click.option(
     "--centre/--no-centre",
     default=True,
     show_default=True,
-    help="Subtract the mean of the reference's rows first; for the cosine.",
+    help="Subtract the mean of the reference's rows first; cosine only.",
 )
 @click.option(
     "--leave-one-out",
     "is_leave_one_out",
     is_flag=True,
-    help="Annotate the reference's labelled rows by each other, and say how often that is right.",
+    help="Annotate each labelled row of the reference from the others, and report the accuracy.",
 )
-@click.option("--json", "as_json", is_flag=True, help="With --leave-one-out.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON; with --leave-one-out.")
 @_workers
 @_out_table
 @_force
@@ -179,25 +185,25 @@ def annotate(
 ) -> None:
     """Give each row of STORE the label of the nearest labelled row of a reference.
 
-    A line for each row: query, label, reliability from 0 to 1, all labels of the k neighbours; the
-    nearest neighbour with the label, its row, similarity, length and description.
+    One line per row: query, label, reliability from 0 to 1, all labels of the k neighbours. Then,
+    for the nearest neighbour with the label: identifier, row, similarity, length, description.
     """
     from virnuc_dask.analysis import labels as analysis
     from virnuc_dask.analysis.tables import check_table, write_annotations
 
     if is_leave_one_out and out:
-        raise click.UsageError("--leave-one-out prints a table; it takes no --out")
+        raise click.UsageError("--leave-one-out prints a table and takes no --out")
     if as_json and not is_leave_one_out:
-        raise click.UsageError("--json is for --leave-one-out; --out writes Parquet")
+        raise click.UsageError("--json works only with --leave-one-out; --out can write Parquet")
     if out:
         check_table(out, force=force)
     progress = None if as_json else chunk_counter("searched", "chunks")
     if is_leave_one_out:
-        found = analysis.leave_one_out(reference or store, labels, progress=progress, **options)
+        accuracy = analysis.leave_one_out(reference or store, labels, progress=progress, **options)
         if as_json:
-            print(json.dumps(found.to_json()))
+            print(json.dumps(accuracy.to_json()))
         else:
-            _show_accuracy(found)
+            _show_accuracy(accuracy)
         return
     parts = analysis.annotate_in_parts(
         store, labels, reference=reference, progress=progress, **options
@@ -232,8 +238,8 @@ def _show_accuracy(found: LeaveOneOut) -> None:
         )
     if found.copies:
         print(
-            f"{found.copies:,} rows share a sequence, read or protein with others; these were no"
-            " neighbours of each other"
+            f"{found.copies:,} rows share a sequence, read or protein with other rows; such rows"
+            " do not count as neighbours of each other"
         )
     if found.unanswered:
         print(f"{found.unanswered:,} rows had no neighbour")
@@ -241,39 +247,41 @@ def _show_accuracy(found: LeaveOneOut) -> None:
 
 @click.command("map")
 @click.argument("store")
-@click.option("--name", help="The map is kept in STORE as map_NAME.  [default: the method]")
+@click.option("--name", help="Save the map in STORE as map_NAME.  [default: the method]")
 @click.option(
     "--method",
     type=click.Choice(("pca", "umap")),
     default="pca",
     show_default=True,
-    help="umap runs in one thread, whatever --workers says.",
+    help="umap runs in one thread and ignores --workers.",
 )
-@click.option("--sample", type=int, help="Rows that UMAP is fitted to.  [default: 10,000]")
+@click.option("--sample", type=int, help="Rows to fit UMAP to.  [default: 10,000]")
 @_seed
-@click.option("--out", type=click.Path(path_type=Path), help="Draw it into a .html or .png file.")
-@click.option("--png", type=click.Path(path_type=Path), help="Draw it into a .png file too.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Draw the map in a .html or .png file."
+)
+@click.option("--png", type=click.Path(path_type=Path), help="Also draw the map in a .png file.")
 @click.option(
     "--colour",
     default="length",
     show_default=True,
-    help="length, frame, status, score_NAME, cluster_NAME, or a .tsv file of lines of an"
-    " identifier, a tab and a label, as for annotate.",
+    help="length, frame, status, score_NAME, cluster_NAME, or a .tsv file of labels as for"
+    " annotate (each line: identifier, tab, label).",
 )
 @click.option(
     "--points",
     type=click.IntRange(1),
     default=20_000,
     show_default=True,
-    help="Rows that are drawn at most, a random sample.",
+    help="Most rows to draw; of more rows, a random sample.",
 )
 @_refit
 @click.option(
     "--replace",
     is_flag=True,
-    help="Replace the map of this name that was made with other settings.",
+    help="Replace a map of this name that was made with other settings.",
 )
-@click.option("--force", is_flag=True, help="Replace OUT and PNG, once the new ones are whole.")
+@click.option("--force", is_flag=True, help="Replace OUT and PNG once the new files are complete.")
 @_workers
 def map_(
     store: str,
@@ -285,9 +293,9 @@ def map_(
     random_state: int,
     **options: Any,
 ) -> None:
-    """Give each row of STORE a place in the plane by PCA or UMAP, and draw it.
+    """Project the embeddings of STORE to two dimensions by PCA or UMAP, and draw the map.
 
-    The places are kept in STORE. The same command again computes only those that are missing.
+    STORE keeps the coordinates. Run the same command again to compute only the missing ones.
     """
     from virnuc_dask.analysis.maps import make_map
     from virnuc_dask.analysis.outputs import check_out
@@ -300,7 +308,9 @@ def map_(
         if file:
             drawings.append(check_out(file, known, force=force))
     if len({path.resolve() for path in drawings}) < len(drawings):
-        raise click.UsageError(f"--out and --png are one file, {drawings[0]}; --out alone draws it")
+        raise click.UsageError(
+            f"--out and --png name the same file, {drawings[0]}; leave out --png"
+        )
     check_colour(Store(store), colour)
     progress = chunk_counter("mapped", "chunks")
     made = make_map(store, random_state=random_state, progress=progress, **options)
@@ -330,7 +340,12 @@ def map_(
 
 @click.command()
 @click.argument("store")
-@click.option("--name", default="kmeans", show_default=True, help="Kept in STORE as cluster_NAME.")
+@click.option(
+    "--name",
+    default="kmeans",
+    show_default=True,
+    help="Save the clusters in STORE as cluster_NAME.",
+)
 @click.option("--n-clusters", type=click.IntRange(2), default=8, show_default=True)
 @_metric
 @_seed
@@ -340,17 +355,17 @@ def map_(
 @click.option(
     "--replace",
     is_flag=True,
-    help="Replace the clusters of this name that were made with other settings.",
+    help="Replace clusters of this name that were made with other settings.",
 )
 @_force
 @_workers
 def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: Any) -> None:
-    """Find clusters of rows of STORE that are alike, by k-means.
+    """Cluster similar rows of STORE by k-means.
 
-    A line for each: cluster, size, its row nearest to the centre, how near, silhouette, length,
-    description. Numbers are by size, from the largest on, when the centres are fitted. Each row's
-    cluster is kept in STORE; the same command again labels only rows without one, by the same
-    centres.
+    One line per cluster: number, size, the row nearest to the centre and its similarity or
+    distance, silhouette, length, description. The fit numbers clusters by size, the largest first.
+    STORE keeps the cluster of each row. Run the same command again to assign only new rows, to the
+    same centres.
     """
     from virnuc_dask.analysis.clusters import make_clusters, write_clusters
     from virnuc_dask.analysis.tables import check_table
@@ -358,27 +373,27 @@ def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: A
     if out:
         check_table(out, force=force)
     progress = chunk_counter("read", "chunks")
-    found = make_clusters(store, progress=progress, **options)
-    _say_doubts([found.note] if found.note else [], found.comment)
+    clusters = make_clusters(store, progress=progress, **options)
+    _say_doubts([clusters.note] if clusters.note else [], clusters.comment)
     print(
-        f"{found.name} in {store}, fitted to {found.fitted_rows:,} rows; silhouette"
-        f" {found.silhouette:.2f}; {counted(found.computed_chunks, 'chunk')} labelled now",
+        f"{clusters.name} in {store}, fitted to {clusters.fitted_rows:,} rows; silhouette"
+        f" {clusters.silhouette:.2f}; {counted(clusters.computed_chunks, 'chunk')} labelled now",
         file=sys.stderr,
     )
     with cleaning_up():
-        write_clusters(found, out or sys.stdout, guard=guard, force=force)
+        write_clusters(clusters, out or sys.stdout, guard=guard, force=force)
     if out:
-        print(f"{counted(len(found.sizes), 'cluster')} in {out}")
+        print(f"{counted(len(clusters.sizes), 'cluster')} in {out}")
 
 
 @click.command()
-@click.option("--viral", required=True, metavar="STORE", help="Of the class that is looked for.")
-@click.option("--other", required=True, metavar="STORE", help="Of all else.")
+@click.option("--viral", required=True, metavar="STORE", help="Rows of the class to find.")
+@click.option("--other", required=True, metavar="STORE", help="Rows of the other class.")
 @click.option(
     "--out",
     required=True,
     type=click.Path(path_type=Path),
-    help="The classifier's file, .skops.",
+    help="Write the classifier to this .skops file.",
 )
 @click.option("--kind", type=click.Choice(CLASSIFIERS), default="logistic", show_default=True)
 @click.option(
@@ -386,24 +401,24 @@ def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: A
     type=click.FloatRange(0, 1, min_open=True, max_open=True),
     default=0.25,
     show_default=True,
-    help="Share of the sequences, or reads, that is held out.",
+    help="Fraction of the sequences, or reads, to hold out.",
 )
 @click.option(
     "--max-rows",
     type=click.IntRange(2),
     default=100_000,
     show_default=True,
-    help="Rows of each class at most; of more, a random sample.",
+    help="Most rows per class; of more rows, a random sample.",
 )
 @_seed
 @_workers
 @click.option("--force", is_flag=True, help="Replace OUT.")
-@click.option("--json", "as_json", is_flag=True, help="The report as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
 def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> None:
-    """Train a classifier on the embeddings of two stores, and measure it on held-out rows.
+    """Train a classifier on the embeddings of two stores, and test it on held-out rows.
 
-    Identical sequences, and all frames of a read, are all held out or all trained on. Beside the
-    figures are those of amino-acid composition alone.
+    Identical sequences stay on the same side of the split, and so do all frames of a read. The
+    report compares the classifier with one that uses only amino-acid composition.
     """
     from virnuc_dask.analysis.training import train as fit
 
@@ -422,30 +437,32 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
     "--classifier",
     required=True,
     type=click.Path(path_type=Path),
-    help="A file that `train` made. Nothing in it is run.",
+    help="A file from `train`. It is loaded without running code.",
 )
-@click.option("--name", help="Of the scores, `score_NAME`.  [default: that of the classifier]")
 @click.option(
-    "--out", type=click.Path(path_type=Path), help="A table of the scores, .tsv or .parquet."
+    "--name", help="Save the scores as score_NAME.  [default: name of the classifier's file]"
+)
+@click.option(
+    "--out", type=click.Path(path_type=Path), help="Write the scores to a .tsv or .parquet file."
 )
 @click.option(
     "--consensus",
     type=click.Choice(CONSENSUS),
-    help="In the table, a line for each read, or protein of tiles.",
+    help="Write one line per read, or per tiled protein, in the table.",
 )
 @_guard
 @_workers
 @click.option(
     "--replace",
     is_flag=True,
-    help="Replace the scores of this name that were made by another classifier.",
+    help="Replace scores of this name that another classifier computed.",
 )
 @_force
-@click.option("--json", "as_json", is_flag=True, help="The summary as JSON.")
+@click.option("--json", "as_json", is_flag=True, help="Print the summary as JSON.")
 def predict(store: str, as_json: bool, **options: Any) -> None:
-    """Score the rows of STORE by a classifier, into its array `score_NAME`.
+    """Score the rows of STORE with a classifier.
 
-    The same command again computes only what is missing.
+    STORE keeps the scores as score_NAME. Run the same command again to compute only missing scores.
     """
     from virnuc_dask.analysis.prediction import predict as score
 
@@ -461,7 +478,7 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
     )
     if found.pending or found.quarantined:
         print(
-            f"no score: {found.pending:,} rows not embedded yet, {found.quarantined:,} quarantined"
+            f"no score: {found.pending:,} rows not yet embedded, {found.quarantined:,} quarantined"
         )
     if found.out:
         of_all = "" if found.reads is None else f" of {counted(found.reads, 'record')}"
@@ -474,17 +491,17 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
 @click.command()
 @click.argument("store")
 @click.argument("out", type=click.Path(path_type=Path))
-@click.option("--query", metavar="ID", help="A row whose nearest neighbours are shown.")
+@click.option("--query", metavar="ID", help="Show the nearest neighbours of this row.")
 @click.option(
     "--telemetry",
     type=click.Path(path_type=Path),
-    help="What runs wrote.  [default: STORE.telemetry.jsonl, if it is there]",
+    help="Telemetry file of the runs.  [default: STORE.telemetry.jsonl, if it exists]",
 )
 @_force
 def report(store: str, out: Path, **options: Any) -> None:
-    """Write OUT.html, one page about STORE that needs nothing else; also while a run is going.
+    """Write OUT.html, a self-contained page about STORE. A run may still fill STORE.
 
-    What it is, states, chunks, lengths, composition, speed, a map and scores.
+    It shows settings, row status, chunks, lengths, composition, speed, a map and scores.
     """
     from virnuc_dask.analysis.report import report as write
 
@@ -508,7 +525,7 @@ def _say_doubts(notes: list[str], comment: str | None) -> None:
 
 
 def chunk_counter(verb: str, noun: str) -> Callable[[int, int], None] | None:
-    """A line on a terminal that says how far something is."""
+    """Progress line on a terminal; None if standard error is not a terminal."""
 
     def show(done: int, total: int) -> None:
         end = "\n" if done == total else ""
