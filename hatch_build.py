@@ -38,7 +38,7 @@ class KernelsHook(BuildHookInterface[Any]):
         if self.target_name != "wheel":
             return
         package = Path(self.root, "virnuc_dask", "encoder")
-        source = package / "kernels.cpp"
+        source = package / "cpu_kernels.cpp"
         for old in package.glob("_kernels_*.so"):
             old.unlink()
         compiler = shlex.split(os.environ.get("CXX") or shutil.which("c++") or "")

@@ -20,7 +20,7 @@ INSTALLED_FROM = (
     "pyproject.toml",
     "constraints.txt",
     "hatch_build.py",
-    "virnuc_dask/encoder/kernels.cpp",
+    "virnuc_dask/encoder/cpu_kernels.cpp",
 )
 QUERY = "sp|P36782|VE2_HPV12"
 # Written last, so that an interrupted installation is taken up again.

@@ -42,8 +42,8 @@ from distributed import Client, Future, LocalCluster
 from tests.support.models import random_network, save_network
 from virnuc_dask import resume, run
 from virnuc_dask.encoder.encoder import load_encoder
-from virnuc_dask.runtime import events, window
-from virnuc_dask.runtime.clusters import CALM, MALLOC, THREADS_PER_WORKER
+from virnuc_dask.runtime import chunk_window, events
+from virnuc_dask.runtime.dask_cluster import CALM, MALLOC, THREADS_PER_WORKER
 from virnuc_dask.runtime.embed import ChunkReport, embed_chunk, embed_rows
 from virnuc_dask.runtime.embed import Rows as EmbeddedRows
 from virnuc_dask.runtime.prepare import prepare
@@ -256,7 +256,7 @@ def many_chunks(folder: Path, arguments: argparse.Namespace) -> Rows:
     ):
         store = one_row_chunks(folder / f"{chunks}", chunks)
         rows.append((f"{name}: chunks", f"{chunks:,}"))
-        window.embed_on_worker = partial(embed_on_worker, embed=task)  # type: ignore[assignment]
+        chunk_window.embed_on_worker = partial(embed_on_worker, embed=task)  # type: ignore[assignment]
         watch = _Watch()
         summary = resume(store.path, workers=2, listener=watch)
         assert summary.computed_chunks == store.chunk_count

@@ -117,7 +117,7 @@ def store(make_store: Maker) -> Store:
 @pytest.fixture(scope="session")
 def client() -> Iterator[Any]:
     """Two worker processes, kept for the whole session."""
-    from virnuc_dask.runtime.clusters import connect
+    from virnuc_dask.runtime.dask_cluster import connect
 
     with connect("local", workers=2) as connected:
         yield connected

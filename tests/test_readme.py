@@ -17,7 +17,7 @@ from harness import assert_ledger
 from models import random_network, save_network
 
 import virnuc_dask
-from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.store.store import Store
 
 README = (ROOT / "README.md").read_text()

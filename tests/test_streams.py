@@ -372,7 +372,7 @@ def interrupted(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
     ("moment", "arguments"),
     [
         ("import virnuc_dask.cli.interrupts", ("--help",)),
-        ("import virnuc_dask.streams", ("--help",)),
+        ("import virnuc_dask.standard_streams", ("--help",)),
         ("import click", ("--help",)),
         ("import virnuc_dask.cli.options", ("--version",)),
         ("import numpy", ("status", "none.zarr")),

@@ -13,7 +13,7 @@ def main() -> None:
     _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
     import sys
 
-    from virnuc_dask.streams import lost_output, protect
+    from virnuc_dask.standard_streams import lost_output, protect
 
     protect()
     from virnuc_dask.cli.main import main as command

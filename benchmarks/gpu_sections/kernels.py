@@ -4,7 +4,7 @@
 
 Shapes are those of one batch: 65,536 tokens of ESM-2 650M, and of 3B. Attention is measured for
 sequences of different lengths and for all tiles that one might choose, which is how
-`virnuc_dask.encoder.fused.TILE` was chosen.
+`virnuc_dask.encoder.gpu_kernels.TILE` was chosen.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from torch import Tensor
 
 from benchmarks.gpu_sections.report import Options, Report, run_section
 from benchmarks.gpu_sections.runs import DeviceWatch
-from virnuc_dask.encoder import fused
+from virnuc_dask.encoder import gpu_kernels
 from virnuc_dask.encoder.attention import Layout, PackedKernel, attend
-from virnuc_dask.encoder.fused import Tile
+from virnuc_dask.encoder.gpu_kernels import Tile
 
 # Tokens of the shortest and the longest sequence; None: lengths of proteins.
 LENGTHS = {
@@ -53,7 +53,7 @@ def main(report: Report, options: Options) -> None:
     with torch.inference_mode():
         measure_products(report, device, shapes, tokens, seconds=0.1 if options.dry_run else 0.6)
         try:
-            problem = fused.differs(device, torch.float16, 64, 4)
+            problem = gpu_kernels.differs(device, torch.float16, 64, 4)
         except Exception as error:
             if not options.dry_run:
                 raise
@@ -128,7 +128,7 @@ def measure_elementwise(
             F.layer_norm(x, x.shape[1:], weight, weight).to(half.dtype)
 
         def ours(x: Tensor = x, half: Tensor = half, weight: Tensor = weight) -> None:
-            fused.add_norm(x, half, weight, weight, 1e-5, half.dtype)
+            gpu_kernels.add_norm(x, half, weight, weight, 1e-5, half.dtype)
 
         works: list[tuple[str, str, int, Callable[[], Any]]] = [
             ("add and norm", "torch", 12, plain),
@@ -139,8 +139,8 @@ def measure_elementwise(
             ms = milliseconds(work, device)
             add(model, name, by, f"{ms:.3f}", f"{size * features * tokens / ms / 1e6:,.0f}")
         for block in (2048, 4096, 8192):
-            with patch("virnuc_dask.encoder.fused.GELU_BLOCK", block):
-                ms = milliseconds(lambda wide=wide: fused.gelu(wide), device)
+            with patch("virnuc_dask.encoder.gpu_kernels.GELU_BLOCK", block):
+                ms = milliseconds(lambda wide=wide: gpu_kernels.gelu(wide), device)
             rate = f"{16 * features * tokens / ms / 1e6:,.0f}"
             add(model, "GELU", f"ours, {block} a program", f"{ms:.3f}", rate)
 
@@ -190,12 +190,12 @@ def attention(
         same = layout()
         ms = milliseconds(lambda peer=peer, same=same: peer(qkv, heads, same), device)
         found.append((name, f"{ms:.3f}"))
-    for tile in CHOICES if all_tiles else [fused.TILE]:
-        with patch("virnuc_dask.encoder.fused.TILE", tile):
+    for tile in CHOICES if all_tiles else [gpu_kernels.TILE]:
+        with patch("virnuc_dask.encoder.gpu_kernels.TILE", tile):
             same = layout()
             case = (qkv, heads, same.bounds, same.programs, same.turns)
             try:
-                ms = milliseconds(lambda case=case: fused.attend(*case), device)
+                ms = milliseconds(lambda case=case: gpu_kernels.attend(*case), device)
             except Exception as error:  # a tile that does not fit into shared memory
                 found.append((f"ours, {tuple(tile)}", type(error).__name__))
                 continue

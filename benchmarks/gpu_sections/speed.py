@@ -6,7 +6,7 @@ Every engine gets the same sequences, as many as it can do in some seconds, and 
 residues of each. The weights are random, which cost the same as trained ones. Ours is called as a
 worker calls it: three threads, chunks of about 2^17 residues, from letters to rows on the host;
 store and network are left out. It computes in float16, as a run does on a GPU. *Unfused* is the
-same encoder without the kernels of `virnuc_dask.encoder.fused`.
+same encoder without the kernels of `virnuc_dask.encoder.gpu_kernels`.
 
 The peers have their weights in bfloat16. *fair-esm* is the loop of its `scripts/extract.py`
 without writing, *HF* Hugging Face's `EsmModel` with sdpa on the same batches of 4,096 tokens, and
@@ -466,7 +466,7 @@ class Model:
         gate = (
             nullcontext()
             if fused
-            else patch("virnuc_dask.encoder.fused.serve", lambda *_, **__: False)
+            else patch("virnuc_dask.encoder.gpu_kernels.is_usable", lambda *_, **__: False)
         )
         with torch.device(self.device), gate:
             encoder = Encoder(checkpoint, spec, self.device)

@@ -25,8 +25,8 @@ from benchmarks.gpu_sections.runs import (
     write_reads,
 )
 from virnuc_dask import RunConfig
-from virnuc_dask.runtime import clusters
-from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.runtime import dask_cluster
+from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Settings, Translation
 
@@ -42,8 +42,8 @@ _MOST_ROUNDS = 3
 def main(report: Report, options: Options) -> None:
     """Take turns until the time is over."""
     # On cores a worker has fewer threads than are tried here.
-    clusters.THREADS_PER_WORKER = max(CHUNKS)
-    clusters.THREADS_PER_GPU = max(CHUNKS)
+    dask_cluster.THREADS_PER_WORKER = max(CHUNKS)
+    dask_cluster.THREADS_PER_GPU = max(CHUNKS)
     kind = "local" if options.dry_run else "local-cuda"
     with workplace(report, options) as (folder, weights):
         empty = _store(folder, weights, options)

@@ -174,7 +174,7 @@ def test_what_makes_no_sense_is_refused(store: Store, tmp_path: Path) -> None:
     with pytest.raises(NotAStoreError):
         virnuc_dask.make_map(tmp_path / "nowhere")
     virnuc_dask.make_map(store.path, "x")
-    with pytest.raises(UsageError, match=r"`map_x` was made with other settings \(method\)"):
+    with pytest.raises(UsageError, match=r"`map_x` was made with other settings \(method, "):
         virnuc_dask.make_map(store.path, "x", method="umap")
     about = dict(open_result(store, "map_x").about)
     for damaged in ("AAAA", "!", 3, None):

@@ -285,7 +285,7 @@ def test_what_is_in_fair_esms_place_is_named(
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(text)
     # Without site-packages, and so without fair-esm.
-    code = "from virnuc_dask.encoder.upstream import fair_esm; fair_esm()"
+    code = "from virnuc_dask.encoder.fair_esm import fair_esm; fair_esm()"
     found = subprocess.run(
         [sys.executable, "-S", "-c", code],
         cwd=tmp_path,

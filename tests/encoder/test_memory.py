@@ -239,7 +239,7 @@ MEASURED = """
 import sys
 import torch
 from virnuc_dask.runtime.embed import get_encoder
-from virnuc_dask.encoder.upstream import fair_esm
+from virnuc_dask.encoder.fair_esm import fair_esm
 from virnuc_dask.encoder.weights import describe, load_checkpoint
 def tell(field):
     (line,) = (line for line in open("/proc/self/status") if line.startswith(field))

@@ -13,13 +13,13 @@ from models import random_network, random_sequences, relative_error, save_networ
 from numpy.typing import NDArray
 
 import virnuc_dask
-from virnuc_dask.encoder import kernels, linear
+from virnuc_dask.encoder import cpu_kernels, linear
 from virnuc_dask.encoder.encoder import load_encoder
 from virnuc_dask.encoder.linear import make_linear
 from virnuc_dask.errors import IdentityMismatchError, UsageError
-from virnuc_dask.runtime.drift import sample_drift
 from virnuc_dask.runtime.embed import embed_rows
 from virnuc_dask.runtime.prepare import prepare
+from virnuc_dask.runtime.recomputed import compare_recomputed
 from virnuc_dask.settings import PRECISIONS, Identity, Precision, Settings, Status, precision_on
 
 ON_CPU: list[Precision] = ["float32", "bfloat16"]
@@ -37,10 +37,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.nn.Modul
 def operators(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """With all that there is; without a compiler; and without oneDNN, as on another torch."""
     if request.param == "compiled":
-        if not kernels.serve(torch.device("cpu"), "float32", 160):
+        if not cpu_kernels.is_usable(torch.device("cpu"), "float32", 160):
             pytest.skip("the kernels were not built, or not for this processor")
         return "compiled"
-    monkeypatch.setattr(kernels, "_library", lambda: None)
+    monkeypatch.setattr(cpu_kernels, "_library", lambda: None)
     if request.param == "torch":
         monkeypatch.setattr(linear, "_has_onednn", lambda _dtype: False)
     elif not linear._has_onednn(torch.float32):
@@ -147,7 +147,7 @@ def test_a_store_of_a_precision_that_was_given_up_is_only_read(
     assert virnuc_dask.open_store(store.path).sizes["sequence"] == 300
     assert virnuc_dask.verify(store.path).exit_code == 0
     assert virnuc_dask.export(store.path, tmp_path / "rows.csv")
-    drift = sample_drift(store.path, 5)
+    drift = compare_recomputed(store.path, 5)
     assert (drift.precision, drift.good) == ("int8", True)
     for more in (
         lambda: virnuc_dask.resume(store.path),

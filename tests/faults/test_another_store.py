@@ -12,7 +12,7 @@ from typing import Any
 from uuid import uuid4
 
 import pytest
-from clusters import dask_cluster
+from clusters import started_cluster
 from clusters import worker as another_worker
 from conftest import VIRAL_PROTEINS, tree
 from harness import Run, assert_ledger, await_end, await_workers
@@ -21,7 +21,7 @@ from s3 import BUCKET, Server
 import virnuc_dask
 from virnuc_dask.encoder import faults
 from virnuc_dask.errors import NotAStoreError, StoreReplacedError
-from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.runtime.embed import embed_chunk, embed_here
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import ModelSpec, Settings
@@ -236,7 +236,7 @@ def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
 ) -> None:
     """The worker stands still with a chunk until another store is at the first one's path."""
     path, away = tmp_path / "out.zarr", tmp_path / "away.zarr"
-    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+    with started_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
         (process,) = client.run(os.getpid).values()
         run = Run("run", slow, path, *QUICK, "--cluster", file, "--grace", 0)
@@ -290,7 +290,7 @@ def test_nor_is_what_a_killed_runs_own_worker_computes(slow: Path, tmp_path: Pat
 
 
 def test_nor_is_it_put_into_another_store_in_a_bucket(slow: Path, tmp_path: Path, url: str) -> None:
-    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+    with started_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
         (process,) = client.run(os.getpid).values()
         run = Run("run", slow, url, *QUICK, "--cluster", file)
@@ -316,7 +316,7 @@ def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
     end: signal.Signals, slow: Path, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.zarr"
-    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+    with started_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
         run = Run("run", slow, path, *QUICK, "--cluster", file, "--in-flight", 10)
         for event in run:
@@ -335,7 +335,7 @@ def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
 
 def test_a_restart_by_somebody_else_costs_time_and_nothing_else(slow: Path, tmp_path: Path) -> None:
     path, whole = tmp_path / "out.zarr", tmp_path / "whole.zarr"
-    with dask_cluster(tmp_path) as file, another_worker(file), connect(str(file)) as client:
+    with started_cluster(tmp_path) as file, another_worker(file), connect(str(file)) as client:
         client.wait_for_workers(2)
         before = set(client.run(os.getpid).values())
         run = Run("run", slow, path, *QUICK, "--cluster", file)

@@ -19,7 +19,7 @@ from harness import assert_ledger
 
 import virnuc_dask
 from virnuc_dask.errors import StoreError
-from virnuc_dask.runtime.drift import sample_drift
+from virnuc_dask.runtime.recomputed import compare_recomputed
 from virnuc_dask.store import status, verify
 from virnuc_dask.store.store import INGESTED, MIN_CHUNK_BYTES, TRANSLATED, Store
 
@@ -160,13 +160,13 @@ def test_another_chunks_embeddings_are_found_by_a_sample(
     shutil.copyfile(file_of(store, "embedding", 3), file)
     damaged = tree(store.path)
     assert verify.verify(store.path).exit_code == 0  # they are what a chunk may be
-    drift = sample_drift(store.path, 60, seed=1)
+    drift = compare_recomputed(store.path, 60, seed=1)
     assert not drift.good
     assert store.rows(2).start <= drift.worst_row < store.rows(2).stop
     assert tree(store.path) == damaged
     file.unlink()
     assert virnuc_dask.resume(store.path, client=client).computed_chunks == 1
-    assert sample_drift(store.path, 60, seed=1).good
+    assert compare_recomputed(store.path, 60, seed=1).good
     assert_ledger(store, whole)
 
 
@@ -179,7 +179,7 @@ def test_another_chunks_residues_are_found_by_a_sample(
     one, other = (store.path / key for key in store.keys(0)[1:3])
     shutil.copyfile(other, one)
     assert verify.verify(store.path).exit_code == 0
-    drift = sample_drift(store.path, 300)
+    drift = compare_recomputed(store.path, 300)
     assert not drift.good
     assert store.rows(0).start <= drift.worst_row < store.rows(0).stop
 

@@ -40,7 +40,7 @@ def start(what: str, folder: Path, *options: str) -> subprocess.Popen[bytes]:
 @pytest.fixture
 def attached(tmp_path: Path) -> Iterator[Any]:
     """A client of a scheduler and two workers that were started by hand and have no nannies."""
-    from virnuc_dask.runtime.clusters import connect
+    from virnuc_dask.runtime.dask_cluster import connect
 
     file = tmp_path / "scheduler.json"
     processes = [start(what, tmp_path) for what in ("scheduler", "worker", "worker")]

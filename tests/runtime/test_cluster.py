@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from clusters import dask_cluster, started, worker
+from clusters import started, started_cluster, worker
 from conftest import ROOT, Cli, Maker
 from dask.system import CPU_COUNT
 from harness import (
@@ -35,10 +35,10 @@ import virnuc_dask
 from virnuc_dask import RunConfig, __version__
 from virnuc_dask.encoder import faults
 from virnuc_dask.errors import UsageError, VirnucError
-from virnuc_dask.runtime import clusters, events, workers
-from virnuc_dask.runtime.clusters import connect, resolve
+from virnuc_dask.runtime import dask_cluster, events, workers
+from virnuc_dask.runtime.dask_cluster import connect, resolve
 from virnuc_dask.settings import Shard
-from virnuc_dask.store import checks
+from virnuc_dask.store import chunk_checks
 from virnuc_dask.store.store import Store
 
 
@@ -202,7 +202,7 @@ def test_each_gpu_has_a_worker_and_a_killed_one_is_replaced(
     make_store: Maker, peptides: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """dask-cuda itself, on cores: that there are GPUs is made up, for they cannot always be had."""
-    monkeypatch.setattr(clusters, "visible_gpus", lambda: ["0", "1", "2"])
+    monkeypatch.setattr(dask_cluster, "visible_gpus", lambda: ["0", "1", "2"])
     # dask-cuda's own, for tests on machines that lack them.
     for name in ("DASK_CUDA_TEST_SINGLE_GPU", "DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC"):
         monkeypatch.setenv(name, "1")
@@ -265,7 +265,7 @@ def test_tls_works_and_nothing_goes_without_it(
 ) -> None:
     cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
     tls = ("--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", key)
-    with dask_cluster(tmp_path, "--protocol", "tls", *tls) as file:
+    with started_cluster(tmp_path, "--protocol", "tls", *tls) as file:
         common = ("run", awkward, "out.zarr", "--model=demo", "--repr-layer", 0, "--cluster", file)
         refused = cli(*common)
         assert refused.returncode == 2
@@ -298,7 +298,7 @@ def test_a_worker_gets_no_more_chunks_than_help_it(
 ) -> None:
     """Whatever its threads and resources: chunks that wait in it would die with it."""
     store = make_store(peptides, embed=False)
-    with dask_cluster(tmp_path, worker_options=options) as file, connect(str(file)) as watcher:
+    with started_cluster(tmp_path, worker_options=options) as file, connect(str(file)) as watcher:
         found = []
 
         def listen(event: events.Event) -> None:
@@ -329,7 +329,7 @@ def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
     number: int, slow: tuple[Store, Store, Path], tmp_path: Path
 ) -> None:
     store, whole, table = slow
-    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+    with started_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
         workers = set(client.nthreads())
         run = Run("resume", store.path, "--cluster", file)
@@ -361,7 +361,7 @@ def test_a_hanging_worker_with_others_work_is_not_killed(
     store = make_store(peptides, embed=False)
     seen: list[events.Event] = []
     stopped: list[int] = []
-    with dask_cluster(tmp_path) as file, worker(file), connect(str(file)) as other:
+    with started_cluster(tmp_path) as file, worker(file), connect(str(file)) as other:
         other.wait_for_workers(2)
         # What somebody else has computed, on either.
         theirs = [other.submit(pow, 2, n, workers=[w]) for n, w in enumerate(other.nthreads())]
@@ -413,7 +413,7 @@ def test_all_that_workers_lack_is_said_at_once_and_before_any_chunk(
     save_network(random_network(2, 32, 4), tmp_path / "hidden" / "weights.pt")
     run = ("run", awkward, "hidden/out.zarr", "--model", "hidden/weights.pt")
     with (
-        dask_cluster(tmp_path, env=other_version) as file,
+        started_cluster(tmp_path, env=other_version) as file,
         worker(file, prefix=blinded),
         worker(file),
     ):
@@ -442,7 +442,7 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
     (there := tmp_path / "bare" / "virnuc_dask").mkdir(parents=True)
     (there / "__init__.py").write_text("raise ImportError('no virnuc_dask here')")
     bare = os.environ | {"PYTHONPATH": str(there.parent)}
-    with dask_cluster(tmp_path, scheduler_env=bare) as file:
+    with started_cluster(tmp_path, scheduler_env=bare) as file:
         refused = cli(
             "run", awkward, "out.zarr", "--model=demo", "--repr-layer", 0, "--cluster", file
         )
@@ -472,7 +472,7 @@ def test_an_unfit_worker_that_joins_later_is_left_alone(
     store, whole, _ = slow
     seen: list[events.Event] = []
     with ExitStack() as stack:
-        file = stack.enter_context(dask_cluster(tmp_path))
+        file = stack.enter_context(started_cluster(tmp_path))
 
         def listen(event: events.Event) -> None:
             if isinstance(event, events.WorkersChecked):
@@ -493,7 +493,7 @@ def test_a_run_whose_last_fit_worker_is_gone_ends_with_a_clear_error(
 ) -> None:
     store = make_store(peptides, embed=False)
     with ExitStack() as stack:
-        file = stack.enter_context(dask_cluster(tmp_path))
+        file = stack.enter_context(started_cluster(tmp_path))
 
         def listen(event: events.Event) -> None:
             if isinstance(event, events.WorkersChecked):
@@ -518,7 +518,7 @@ def test_a_worker_that_dies_when_it_is_asked_keeps_no_run_from_beginning(
     store = make_store(awkward, embed=False, rows_per_chunk=2)
     killed: list[int] = []
     seen: list[events.Event] = []
-    with dask_cluster(tmp_path) as file:
+    with started_cluster(tmp_path) as file:
         with connect(str(file)) as client:
             client.wait_for_workers(1)
             (pid,) = client.run(os.getpid).values()
@@ -544,7 +544,7 @@ def test_a_worker_that_hangs_keeps_no_run_from_beginning(
 ) -> None:
     monkeypatch.setattr(workers, "_STRAGGLERS_S", 1.0)
     store = make_store(awkward, embed=False, rows_per_chunk=1)
-    with dask_cluster(tmp_path) as file, worker(file, "--no-nanny") as hangs:
+    with started_cluster(tmp_path) as file, worker(file, "--no-nanny") as hangs:
         with connect(str(file)) as client:
             client.wait_for_workers(2)
         hangs.send_signal(signal.SIGSTOP)
@@ -567,7 +567,7 @@ def test_workers_can_verify(make_store: Maker, peptides: Path, client: Any) -> N
     assert list(there.bad) == [3]
     assert there.checked == store.chunk_count
     # It was they who read: a chunk's check is a task of its module.
-    assert client.run(lambda: checks.__name__ in sys.modules)
+    assert client.run(lambda: chunk_checks.__name__ in sys.modules)
 
 
 # Stands for a GPU whose memory is somebody else's.
@@ -587,7 +587,7 @@ def test_a_model_that_no_worker_has_memory_for_is_said_before_any_chunk(
     store = make_store(awkward, embed=False)
     (tmp_path / "short.py").write_text(SHORT_OF_MEMORY)
     with (
-        dask_cluster(tmp_path, worker_options=("--preload", "short.py")) as file,
+        started_cluster(tmp_path, worker_options=("--preload", "short.py")) as file,
         pytest.raises(VirnucError, match="no worker has enough memory now: the card is full"),
     ):
         virnuc_dask.resume(store.path, cluster=str(file))
@@ -610,11 +610,11 @@ def test_what_only_a_worker_finds_damaged_is_not_removed(
     (store.path / "embedding" / "c.2.0").write_bytes(b"damaged" * 99)
     (tmp_path / "sees.py").write_text(SEES_DAMAGE)
     with (
-        dask_cluster(tmp_path, worker_options=("--preload", "sees.py")) as file,
+        started_cluster(tmp_path, worker_options=("--preload", "sees.py")) as file,
         connect(str(file)) as client,
     ):
         report = virnuc_dask.verify(store.path, client=client, repair=True)
-        assert client.run(lambda: checks.__name__ in sys.modules)
+        assert client.run(lambda: chunk_checks.__name__ in sys.modules)
     assert list(report.bad) == [2]
     assert "made up" not in report.bad[2]
     gone = set(before) - set(finished_chunks(store))

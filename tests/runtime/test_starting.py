@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 import pytest
-from clusters import dask_cluster
+from clusters import started_cluster
 from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
 from harness import Run, await_end
 from models import random_network, save_network
 
 import virnuc_dask
 from virnuc_dask.errors import UsageError, VirnucError
-from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.runtime.local import innermost
 from virnuc_dask.store.store import Store
 
@@ -199,7 +199,7 @@ def test_a_run_whose_cluster_never_starts_ends_when_it_is_told_to(awkward: Path)
     """Whatever a start may hang in; here it is imitated by one that never returns."""
     script = (
         "import sys, time\n"
-        "from virnuc_dask.runtime import clusters\n"
+        "from virnuc_dask.runtime import dask_cluster\n"
         "from virnuc_dask.__main__ import main\n"
         "def hang(*_, **__):\n"
         "    print('starting', file=sys.stderr, flush=True)\n"
@@ -226,7 +226,7 @@ def test_a_run_whose_scheduler_stands_still_ends_when_it_is_told_to(
     make_store: Maker, tmp_path: Path
 ) -> None:
     store = make_store(VIRAL_PROTEINS, embed=False, rows_per_chunk=1)
-    with dask_cluster(tmp_path) as file, connect(str(file)) as client:
+    with started_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
         scheduler = client.run_on_scheduler(os.getpid)
         run = Run("resume", store.path, "--cluster", file, "--grace", 1, stderr=subprocess.PIPE)

@@ -14,7 +14,7 @@ import dask
 import numpy as np
 import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
-from clusters import dask_cluster
+from clusters import started_cluster
 from conftest import VIRAL_PROTEINS, Maker, tree
 from distributed import Client, KilledWorker, LocalCluster, wait
 from harness import assert_ledger, clear_partial_files_of_the_killed, finished_chunks
@@ -59,7 +59,7 @@ def local_cluster(_folder: Path) -> Iterator[Client]:
 def attached(folder: Path) -> Iterator[Client]:
     """A worker without a nanny, of a scheduler that runs already."""
     with (
-        dask_cluster(folder, worker_options=("--no-nanny",)) as file,
+        started_cluster(folder, worker_options=("--no-nanny",)) as file,
         Client(scheduler_file=str(file)) as client,
     ):
         client.wait_for_workers(1, timeout=60)

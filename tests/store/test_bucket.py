@@ -22,7 +22,7 @@ import cloudpickle
 import dask
 import numpy as np
 import pytest
-from clusters import dask_cluster, worker
+from clusters import started_cluster, worker
 from conftest import VIRAL_PROTEINS, chunk_bytes, command, tree
 from harness import Run, assert_ledger, await_end, finished_chunks
 from s3 import BUCKET, Fault, Proxy, Server, client
@@ -30,12 +30,12 @@ from s3 import BUCKET, Fault, Proxy, Server, client
 import virnuc_dask
 from virnuc_dask.errors import LocationError, NotAStoreError, StoreError, UsageError
 from virnuc_dask.runtime import events
-from virnuc_dask.runtime.clusters import connect
+from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.runtime.embed import embed_chunk
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Settings
 from virnuc_dask.store import bucket, status, verify
-from virnuc_dask.store.checks import check_sequences
+from virnuc_dask.store.chunk_checks import check_sequences
 from virnuc_dask.store.create import Ingest
 from virnuc_dask.store.location import location_of
 from virnuc_dask.store.store import Store
@@ -178,7 +178,7 @@ def test_maps_and_clusters_are_kept_in_a_bucket(url: str, tmp_path: Path) -> Non
 
 
 def test_a_task_has_the_url_and_no_secret(url: str, s3: Server) -> None:
-    from virnuc_dask.runtime.clusters import connect
+    from virnuc_dask.runtime.dask_cluster import connect
 
     store, tasks, logs = make(url, embed=False), [], []
 
@@ -255,7 +255,7 @@ def test_workers_that_see_nothing_of_the_coordinators_disk_fill_the_store(
     """They have the URL and credentials; input and temporary files they cannot see."""
     hidden = tmp_path / "hidden"
     shutil.copy(VIRAL_PROTEINS, hidden / "input.faa.gz")
-    with dask_cluster(tmp_path, prefix=blinded) as file, worker(file, prefix=blinded):
+    with started_cluster(tmp_path, prefix=blinded) as file, worker(file, prefix=blinded):
         with connect(str(file)) as client:
             client.wait_for_workers(2)
             seen = client.run(os.listdir, str(hidden))

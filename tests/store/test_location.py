@@ -20,7 +20,7 @@ from virnuc_dask.files import expanded, remove_orphans
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Settings
-from virnuc_dask.store.checks import check_sequences
+from virnuc_dask.store.chunk_checks import check_sequences
 from virnuc_dask.store.create import Ingest
 from virnuc_dask.store.store import Store
 

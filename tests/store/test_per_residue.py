@@ -17,7 +17,7 @@ from virnuc_dask.encoder.packing import cut_segments
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.settings import Status
 from virnuc_dask.store import create, verify
-from virnuc_dask.store.checks import check_chunk, check_sequences
+from virnuc_dask.store.chunk_checks import check_chunk, check_sequences
 from virnuc_dask.store.store import Store, residue_slots
 
 ARRAYS = ("status", "residue_embedding", "embedding")

@@ -26,7 +26,7 @@ from virnuc_dask.inputs.records import InputSummary
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Identity, Settings, Status
 from virnuc_dask.store import verify
-from virnuc_dask.store.checks import check_chunk, check_sequences
+from virnuc_dask.store.chunk_checks import check_chunk, check_sequences
 from virnuc_dask.store.create import Ingest
 from virnuc_dask.store.store import Store
 

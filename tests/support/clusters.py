@@ -14,7 +14,7 @@ from typing import Any
 
 
 @contextmanager
-def dask_cluster(
+def started_cluster(
     folder: Path,
     *options: str,
     worker_options: tuple[str, ...] = (),

@@ -9,7 +9,7 @@ from functools import partial as bind
 from pathlib import Path
 from uuid import uuid4
 
-from virnuc_dask.analysis.annotated import is_annotated, write_h5ad, write_zarr
+from virnuc_dask.analysis.anndata_files import is_annotated, write_h5ad, write_zarr
 from virnuc_dask.analysis.formats import (
     Part,
     Writer,
@@ -25,7 +25,7 @@ from virnuc_dask.analysis.formats import (
 )
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.files import expanded, sync, sync_tree
-from virnuc_dask.store.checks import check_sequences
+from virnuc_dask.store.chunk_checks import check_sequences
 from virnuc_dask.store.store import Store
 
 _COMPRESSED = {".gz": "gz", ".bz2": "bz2", ".xz": "xz", ".zst": "zst"}

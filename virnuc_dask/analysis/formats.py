@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from virnuc_dask import __version__
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.settings import Status
+from virnuc_dask.standard_streams import Descriptor
 from virnuc_dask.store.results import Result, results_of
 from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
-from virnuc_dask.streams import Descriptor
 
 # Spreadsheets read cells with these first characters as formulas. See OWASP, "CSV injection".
 _FORMULA = ("=", "+", "-", "@", "\t", "\r")

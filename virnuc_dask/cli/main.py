@@ -35,7 +35,7 @@ from virnuc_dask.cli.options import (
 )
 from virnuc_dask.errors import RandomWeightsWarning, UsageError, VirnucError
 from virnuc_dask.settings import RunConfig, Settings
-from virnuc_dask.streams import lost_output
+from virnuc_dask.standard_streams import lost_output
 from virnuc_dask.text import counted, printable
 
 if TYPE_CHECKING:
@@ -262,13 +262,13 @@ def verify(
     from virnuc_dask.store.verify import verify as check
 
     if sample:
-        from virnuc_dask.encoder.upstream import fair_esm
+        from virnuc_dask.encoder.fair_esm import fair_esm
 
         fair_esm()  # fails now, not after everything is read
     with ExitStack() as stack:
         client = None
         if cluster:
-            from virnuc_dask.runtime.clusters import connect, fork_workers
+            from virnuc_dask.runtime.dask_cluster import connect, fork_workers
 
             fork_workers()
             stack.enter_context(cleaning_up())
@@ -277,9 +277,9 @@ def verify(
         report = check(store, repair=repair, progress=progress, client=client)
     drift, code = None, report.exit_code
     if sample and not (report.bad or report.sequences):
-        from virnuc_dask.runtime.drift import sample_drift
+        from virnuc_dask.runtime.recomputed import compare_recomputed
 
-        drift = sample_drift(store, sample, seed=seed, model=model)
+        drift = compare_recomputed(store, sample, seed=seed, model=model)
         code = code if drift.good else 4
     if as_json:
         document = report.to_json() | {"drift": drift and drift.to_json(), "exit_code": code}
@@ -388,7 +388,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary]) -> NoReturn:
     import logging
 
-    from virnuc_dask.runtime.clusters import fork_workers
+    from virnuc_dask.runtime.dask_cluster import fork_workers
     from virnuc_dask.runtime.display import display, recorded
 
     kind, telemetry = shown

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from virnuc_dask.encoder import fused, kernels
+from virnuc_dask.encoder import cpu_kernels, gpu_kernels
 from virnuc_dask.encoder.queues import to_device
 
 Runs = list[tuple[int, int]]
@@ -48,11 +48,11 @@ class Layout:
 
     @cached_property
     def programs(self) -> Tensor:
-        """Programs of `fused.attend`, as `fused.cut_programs` returns them."""
+        """Programs of `gpu_kernels.attend`, as `gpu_kernels.cut_programs` returns them."""
         lengths = np.repeat(
             [length + 2 for _, length in self.runs], [count for count, _ in self.runs]
         )
-        return to_device(fused.cut_programs(lengths), self.bounds.device)
+        return to_device(gpu_kernels.cut_programs(lengths), self.bounds.device)
 
     @cached_property
     def rotation(self) -> Tensor:
@@ -68,7 +68,7 @@ Attention = Callable[[Tensor, int, Layout], Tensor]
 
 def attend_natively(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """Attention by the compiled kernel. Rotation pairs feature i of a head with i + d / 2."""
-    return kernels.attend(qkv, layout.turns, layout.bounds, heads)
+    return cpu_kernels.attend(qkv, layout.turns, layout.bounds, heads)
 
 
 def attend(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
@@ -91,7 +91,7 @@ def attend(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
 
 def attend_fused(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """Attention as in `attend`, by one Triton kernel, in the dtype of `qkv`."""
-    return fused.attend(qkv, heads, layout.bounds, layout.programs, layout.turns)
+    return gpu_kernels.attend(qkv, heads, layout.bounds, layout.programs, layout.turns)
 
 
 def _rotate(qkv: Tensor, heads: int, layout: Layout) -> Tensor:

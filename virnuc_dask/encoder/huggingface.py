@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from virnuc_dask.encoder.upstream import fair_esm
+from virnuc_dask.encoder.fair_esm import fair_esm
 
 # In the order of transformers: a directory may still hold files of an earlier save.
 _WEIGHTS = (

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from virnuc_dask.encoder import fused
+from virnuc_dask.encoder import gpu_kernels
 from virnuc_dask.settings import Precision
 
 DTYPES: dict[Precision, torch.dtype] = {
@@ -84,12 +84,12 @@ def make_linear(
     precision : {'float32', 'bfloat16', 'float16'}
         The device must support it (`settings.precision_on`).
     is_fused : bool
-        Whether to use `fused.gelu`. `fused.serve` decides.
+        Whether to use `gpu_kernels.gelu`. `gpu_kernels.is_usable` decides.
     """
     dtype = DTYPES[precision]
     weight, bias = weight.to(dtype), bias.to(dtype)
     if is_fused:
-        return Linear(weight, bias, fused.gelu)
+        return Linear(weight, bias, gpu_kernels.gelu)
     kind = OneDnnLinear if weight.device.type == "cpu" and _has_onednn(dtype) else Linear
     return kind(weight, bias)
 

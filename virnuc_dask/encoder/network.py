@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from virnuc_dask.encoder import fused, kernels
+from virnuc_dask.encoder import cpu_kernels, gpu_kernels
 from virnuc_dask.encoder.attention import (
     Layout,
     Runs,
@@ -27,10 +27,10 @@ from virnuc_dask.encoder.attention import (
     best_attention,
     describe_attention,
 )
+from virnuc_dask.encoder.fair_esm import fair_esm
 from virnuc_dask.encoder.linear import DTYPES, Linear, make_linear
 from virnuc_dask.encoder.memory import give_back_pages, release_memory
 from virnuc_dask.encoder.queues import to_device
-from virnuc_dask.encoder.upstream import fair_esm
 from virnuc_dask.encoder.weights import Checkpoint
 from virnuc_dask.settings import ModelSpec, Precision
 
@@ -39,9 +39,9 @@ from virnuc_dask.settings import ModelSpec, Precision
 _CPU_MULTIPLE = 32
 
 
-# Adds a product to x, in place, and returns the norm of x. See `kernels.add_norm`.
+# Adds a product to x, in place, and returns the norm of x. See `cpu_kernels.add_norm`.
 AddNorm = Callable[[Tensor, Tensor | None, Tensor, Tensor, float, torch.dtype], Tensor]
-_ADD_NORM: dict[str, AddNorm] = {"compiled": kernels.add_norm, "triton": fused.add_norm}
+_ADD_NORM: dict[str, AddNorm] = {"compiled": cpu_kernels.add_norm, "triton": gpu_kernels.add_norm}
 
 
 class Network:
@@ -75,9 +75,9 @@ class Network:
         self._embedding: Tensor = _on(device, network.embed_tokens.weight) * scale
         dtype = DTYPES[spec.precision]
         by = "torch"
-        if kernels.serve(device, spec.precision, spec.dimension):
+        if cpu_kernels.is_usable(device, spec.precision, spec.dimension):
             by = "compiled"
-        elif fused.serve(device, dtype, spec.dimension, self._heads):
+        elif gpu_kernels.is_usable(device, dtype, spec.dimension, self._heads):
             by = "triton"
         self._layers = [
             _Layer.of(layer, self._heads, spec.precision, device, by)

@@ -21,7 +21,13 @@ from Bio.SeqIO.QualityIO import FastqGeneralIterator
 from xopen import xopen
 
 from virnuc_dask.errors import InputError
-from virnuc_dask.inputs.lookalikes import COMMENT_WITHIN, GLUED, SAM, foreign_line, foreign_name
+from virnuc_dask.inputs.foreign_formats import (
+    COMMENT_WITHIN,
+    GLUED,
+    SAM,
+    foreign_line,
+    foreign_name,
+)
 from virnuc_dask.inputs.records import (
     Block,
     InputDigest,

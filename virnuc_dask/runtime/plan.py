@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 from dask.system import CPU_COUNT
 
+from virnuc_dask.encoder.fair_esm import fair_esm
 from virnuc_dask.encoder.models import PUBLISHED, Estimate, costliest, operations, parameters
-from virnuc_dask.encoder.upstream import fair_esm
 from virnuc_dask.encoder.weights import (
     Checkpoint,
     describe,

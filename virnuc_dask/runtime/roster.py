@@ -9,7 +9,8 @@ from distributed import Client
 from virnuc_dask.errors import UnfitWorkerError, VirnucError
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.events import Listener
-from virnuc_dask.runtime.workers import describe_unfit, replace_process
+from virnuc_dask.runtime.requirements import describe_unfit
+from virnuc_dask.runtime.workers import replace_process
 from virnuc_dask.settings import RunConfig
 
 # Most chunks of a run per worker. More do not make a device faster; further threads are for others.

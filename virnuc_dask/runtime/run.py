@@ -21,12 +21,13 @@ from weakref import WeakSet
 import numpy as np
 from distributed import Client, performance_report
 
-from virnuc_dask.encoder.upstream import fair_esm
+from virnuc_dask.encoder.fair_esm import fair_esm
 from virnuc_dask.errors import LocationError, StoreError, UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.inputs.lengths import residues_to_encode
 from virnuc_dask.runtime import events
-from virnuc_dask.runtime.clusters import (
+from virnuc_dask.runtime.chunk_window import Work
+from virnuc_dask.runtime.dask_cluster import (
     WORKERS_ELSEWHERE,
     check_scheduler,
     connect,
@@ -36,8 +37,7 @@ from virnuc_dask.runtime.clusters import (
 from virnuc_dask.runtime.display import notebook_listener
 from virnuc_dask.runtime.events import Listener, RunSummary, silence
 from virnuc_dask.runtime.prepare import Inputs, model_of, prepare, warn_of_random_weights
-from virnuc_dask.runtime.window import Work
-from virnuc_dask.runtime.workers import Needs, preflight
+from virnuc_dask.runtime.requirements import Requirements, preflight
 from virnuc_dask.settings import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.store.status import count_states
 from virnuc_dask.store.store import Store
@@ -215,7 +215,7 @@ def _fill(
             sum(costs[chunk] for chunk in missing),
         )
     )
-    needs = Needs.here(
+    requirements = Requirements.here(
         store,
         model,
         config.device,
@@ -223,7 +223,7 @@ def _fill(
         # and a worker may lack the device.
         is_met=cluster == "local" and config.device == "cpu",
     )
-    work = Work(store, needs, config, emit, costs)
+    work = Work(store, requirements, config, emit, costs)
     if missing:
         with (
             store.location.in_use(),
@@ -231,8 +231,8 @@ def _fill(
             connection() as connected,
             _watched(connected, config, emit),
         ):
-            if not needs.is_met:
-                _check_workers(connected, needs, work)
+            if not requirements.is_met:
+                _check_workers(connected, requirements, work)
             work.drive(connected, missing)
     try:
         summary = _summarise(store, work, shard, time.monotonic() - started)
@@ -289,9 +289,11 @@ def _dashboard(client: Client) -> str | None:
         return None
 
 
-def _check_workers(client: Client, needs: Needs, work: Work) -> None:
+def _check_workers(client: Client, requirements: Requirements, work: Work) -> None:
     began = time.monotonic()
-    fit = preflight(client, needs, work.pace.patience().start, lambda: work.signal is not None)
+    fit = preflight(
+        client, requirements, work.pace.patience().start, lambda: work.signal is not None
+    )
     work.emit(events.WorkersChecked(len(fit), time.monotonic() - began))
 
 

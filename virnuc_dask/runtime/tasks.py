@@ -11,10 +11,11 @@ import numpy as np
 from dask import delayed
 from dask.delayed import Delayed
 
-from virnuc_dask.runtime.clusters import WORKERS_ELSEWHERE
+from virnuc_dask.runtime.dask_cluster import WORKERS_ELSEWHERE
 from virnuc_dask.runtime.events import Listener, silence
 from virnuc_dask.runtime.prepare import Inputs, check_device, model_of, prepare
-from virnuc_dask.runtime.workers import Needs, embed_task
+from virnuc_dask.runtime.requirements import Requirements
+from virnuc_dask.runtime.workers import embed_task
 from virnuc_dask.settings import Settings, precision_on
 from virnuc_dask.store.store import Store
 
@@ -119,9 +120,9 @@ def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -
     check_device(device)
     opened = Store(store)
     precision_on(device, opened.identity.precision)
-    needs = Needs.here(opened, model_of(opened, model), device, is_met=False)
-    # `needs` is bound, not an argument: Dask searches a task's arguments for other tasks.
-    task = delayed(partial(embed_task, needs), pure=False)
+    requirements = Requirements.here(opened, model_of(opened, model), device, is_met=False)
+    # `requirements` is bound, not an argument: Dask searches a task's arguments for other tasks.
+    task = delayed(partial(embed_task, requirements), pure=False)
     # A new key each time: Dask may keep the result of an old key after its chunk was removed.
     call = uuid4().hex[:8]
     missing = np.flatnonzero(~opened.present()).tolist()

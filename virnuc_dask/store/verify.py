@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from virnuc_dask.store.checks import check_chunk, check_results, check_sequences, leftovers
+from virnuc_dask.store.chunk_checks import check_chunk, check_results, check_sequences, leftovers
 from virnuc_dask.store.results import open_result, results_of
 from virnuc_dask.store.store import TASK_ARRAYS, Store
 

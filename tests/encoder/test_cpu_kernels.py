@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from virnuc_dask.encoder import kernels
+from virnuc_dask.encoder import cpu_kernels
 from virnuc_dask.encoder.attention import Layout, attend, attend_natively
 from virnuc_dask.encoder.network import _pair
 
@@ -34,11 +34,11 @@ CAPABLE = {"AVX512": ["avx512", "avx2"], "AVX2": ["avx2"]}.get(
 
 @pytest.fixture(params=CAPABLE)
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
-    path = Path(kernels.__file__).with_name(f"_kernels_{request.param}.so")
+    path = Path(cpu_kernels.__file__).with_name(f"_kernels_{request.param}.so")
     if not path.exists():
         pytest.skip(f"{path.name} was not built: no C++ compiler when this was installed")
     found = ctypes.CDLL(str(path))
-    monkeypatch.setattr(kernels, "_library", lambda: found)
+    monkeypatch.setattr(cpu_kernels, "_library", lambda: found)
     return found
 
 
@@ -55,10 +55,10 @@ def test_they_are_built_where_there_is_a_compiler() -> None:
         pytest.skip("there is no C++ compiler here")
     if platform.machine() == "x86_64" and CAPABLE == ["generic"]:
         pytest.skip("this processor is older than AVX2, for which none are built")
-    assert kernels.serve(CPU, "float32", 320)
-    assert not kernels.serve(CPU, "float16", 320)
-    assert not kernels.serve(CPU, "float32", 330)
-    assert not kernels.serve(torch.device("cuda"), "float32", 320)
+    assert cpu_kernels.is_usable(CPU, "float32", 320)
+    assert not cpu_kernels.is_usable(CPU, "float16", 320)
+    assert not cpu_kernels.is_usable(CPU, "float32", 330)
+    assert not cpu_kernels.is_usable(torch.device("cuda"), "float32", 320)
 
 
 def a_layout(lengths: list[int], features: int) -> Layout:
@@ -133,7 +133,7 @@ def test_what_is_not_finite_stays_so_and_with_its_sequence(
     x = noise(9, 32)
     x[4, 30] = bad
     for dtype in (torch.float32, torch.bfloat16):
-        rows = kernels.add_norm(x.clone(), None, torch.ones(32), torch.zeros(32), 1e-5, dtype)
+        rows = cpu_kernels.add_norm(x.clone(), None, torch.ones(32), torch.zeros(32), 1e-5, dtype)
         assert rows.isfinite().all(1).tolist() == [row != 4 for row in range(9)]
 
 
@@ -145,7 +145,7 @@ def test_sum_and_norm(library: ctypes.CDLL, threads: int, dtype: torch.dtype) ->
         summed = x if added is None else x + added
         expected = F.layer_norm(summed, (48,), weight, bias, 1e-5)
         given = x.clone()
-        found = kernels.add_norm(given, added, weight, bias, 1e-5, dtype)
+        found = cpu_kernels.add_norm(given, added, weight, bias, 1e-5, dtype)
         torch.testing.assert_close(given, summed, atol=1e-6, rtol=1e-6)
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
         torch.testing.assert_close(found.float(), expected, atol=tolerance, rtol=tolerance / 5)
@@ -156,7 +156,7 @@ def test_bfloat16_is_rounded_to_the_nearest_and_from_ties_to_even(library: ctype
     bits = torch.arange(0x3F000000, 0x3F800000, 997, dtype=torch.int32)
     values = torch.cat([bits, torch.tensor([0x3F008000, 0x3F018000], dtype=torch.int32)])
     shift = values.view(torch.float32)[: len(values) // 16 * 16]
-    found = kernels.add_norm(
+    found = cpu_kernels.add_norm(
         torch.zeros(1, len(shift)), None, torch.zeros(len(shift)), shift, 1e-5, torch.bfloat16
     )
     assert torch.equal(found[0], shift.bfloat16())
@@ -166,7 +166,7 @@ def test_memory_that_cannot_be_had_is_an_error(library: ctypes.CDLL) -> None:
     # A sequence that would need more than there are addresses for; nothing is read.
     bounds = torch.tensor([0, 2**31 - 64], dtype=torch.int32)
     with pytest.raises(MemoryError, match="attend"):
-        kernels._run("attend", 1, 0, None, None, bounds, 1, 2**14, None)
+        cpu_kernels._run("attend", 1, 0, None, None, bounds, 1, 2**14, None)
 
 
 def test_tokens_beyond_the_last_sequence_are_nothing(library: ctypes.CDLL, threads: int) -> None:
@@ -201,7 +201,7 @@ def test_what_a_thread_writes_to_outlives_who_waits_for_it(
         alive.append(of_x() is not None)
         return 0
 
-    monkeypatch.setattr(kernels, "_library", lambda: SimpleNamespace(virnuc_add_norm=slow))
+    monkeypatch.setattr(cpu_kernels, "_library", lambda: SimpleNamespace(virnuc_add_norm=slow))
     x, weight, bias = noise(48, 32), noise(32), noise(32)
     of_x = weakref.ref(x)
 
@@ -215,7 +215,7 @@ def test_what_a_thread_writes_to_outlives_who_waits_for_it(
     usual = signal.signal(signal.SIGINT, signal.default_int_handler)
     Thread(target=interrupt).start()
     try:
-        kernels.add_norm(given.pop(), None, weight, bias, 1e-5, torch.float32)
+        cpu_kernels.add_norm(given.pop(), None, weight, bias, 1e-5, torch.float32)
     except KeyboardInterrupt as error:
         error.__traceback__ = None
     else:
@@ -223,7 +223,7 @@ def test_what_a_thread_writes_to_outlives_who_waits_for_it(
     finally:
         signal.signal(signal.SIGINT, usual)
     go_on.set()
-    kernels._pool().submit(int).result()
+    cpu_kernels._pool().submit(int).result()
     until = time.monotonic() + 30
     while len(alive) < threads and time.monotonic() < until:
         time.sleep(0.01)
@@ -236,8 +236,10 @@ def test_defaults_of_torch_that_others_have_set(library: ctypes.CDLL) -> None:
     turns = layout.turns
 
     def both() -> list[Tensor]:
-        norm = kernels.add_norm(values.clone(), None, values[0], values[1], 1e-5, torch.bfloat16)
-        return [kernels.attend(qkv, turns, layout.bounds, 5), norm]
+        norm = cpu_kernels.add_norm(
+            values.clone(), None, values[0], values[1], 1e-5, torch.bfloat16
+        )
+        return [cpu_kernels.attend(qkv, turns, layout.bounds, 5), norm]
 
     expected = both()
     try:
@@ -253,23 +255,23 @@ def test_defaults_of_torch_that_others_have_set(library: ctypes.CDLL) -> None:
 def test_what_lies_otherwise_in_memory_is_refused(library: ctypes.CDLL) -> None:
     values = noise(64, 64)
     with pytest.raises(ValueError, match="dense"):
-        kernels.add_norm(values.T, None, values[0], values[1], 1e-5, torch.float32)
+        cpu_kernels.add_norm(values.T, None, values[0], values[1], 1e-5, torch.float32)
 
 
 def test_a_library_of_another_source_is_not_loaded(
     library: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = Path(kernels.__file__).with_suffix(".cpp")
+    source = Path(cpu_kernels.__file__).with_suffix(".cpp")
     built = tmp_path / "kernels.so"
     built.write_bytes(Path(library._name).read_bytes())
-    assert kernels.load(built) is not None
-    assert kernels.load(tmp_path / "none.so") is None
-    monkeypatch.setattr(kernels, "__file__", str(tmp_path / "kernels.py"))
-    assert kernels.load(built) is None  # there is no source
-    (tmp_path / "kernels.cpp").write_text(source.read_text() + "\n// a change\n")
-    assert kernels.load(built) is None
-    (tmp_path / "kernels.cpp").write_text(source.read_text())
-    assert kernels.load(built) is not None
+    assert cpu_kernels.load(built) is not None
+    assert cpu_kernels.load(tmp_path / "none.so") is None
+    monkeypatch.setattr(cpu_kernels, "__file__", str(tmp_path / "cpu_kernels.py"))
+    assert cpu_kernels.load(built) is None  # there is no source
+    (tmp_path / "cpu_kernels.cpp").write_text(source.read_text() + "\n// a change\n")
+    assert cpu_kernels.load(built) is None
+    (tmp_path / "cpu_kernels.cpp").write_text(source.read_text())
+    assert cpu_kernels.load(built) is not None
 
 
 @pytest.mark.parametrize("compiler", ["/nowhere/c++", "false", "env false -x", ""])
@@ -279,7 +281,9 @@ def test_an_installation_without_a_working_compiler_goes_on(
     hook = pytest.importorskip("hatch_build", reason="hatchling is not installed").KernelsHook
     package = tmp_path / "virnuc_dask" / "encoder"
     package.mkdir(parents=True)
-    (package / "kernels.cpp").write_bytes(Path(kernels.__file__).with_suffix(".cpp").read_bytes())
+    (package / "cpu_kernels.cpp").write_bytes(
+        Path(cpu_kernels.__file__).with_suffix(".cpp").read_bytes()
+    )
     (package / "_kernels_avx2.so").write_text("of an earlier version")
     monkeypatch.setenv("CXX", compiler)
     monkeypatch.setenv("PATH", "/usr/bin" if compiler else "")

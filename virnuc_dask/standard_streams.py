@@ -1,7 +1,7 @@
 """Standard output and error whose write errors do not stop a run.
 
 Output that cannot be written is dropped, and the program reports the loss at its end. Only the
-command line uses this module: in Python the streams belong to the caller.
+command line replaces the streams: in Python they belong to the caller.
 """
 
 from __future__ import annotations

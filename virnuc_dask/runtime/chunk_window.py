@@ -31,8 +31,9 @@ from virnuc_dask.runtime import events, failures
 from virnuc_dask.runtime.embed import ChunkReport
 from virnuc_dask.runtime.events import Listener
 from virnuc_dask.runtime.failures import LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
+from virnuc_dask.runtime.requirements import SCHEDULER_LOST, Requirements
 from virnuc_dask.runtime.roster import KEYS, Roster
-from virnuc_dask.runtime.workers import SCHEDULER_LOST, TOPIC, Needs, embed_on_worker
+from virnuc_dask.runtime.workers import TOPIC, embed_on_worker
 from virnuc_dask.settings import RunConfig, Status
 from virnuc_dask.store.store import Store
 
@@ -73,13 +74,13 @@ class Work:
     def __init__(
         self,
         store: Store,
-        needs: Needs,
+        requirements: Requirements,
         config: RunConfig,
         emit: Listener,
         costs: dict[int, int],
     ) -> None:
         self.store, self.config, self.emit = store, config, emit
-        self.costs, self.spec, self.device = costs, needs.spec, needs.device
+        self.costs, self.spec, self.device = costs, requirements.spec, requirements.device
         self.reports: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.counted: set[int] = set()
@@ -93,7 +94,10 @@ class Work:
         self._deaths: Counter[int] = Counter()
         self._suspects: set[int] = set()
         self.pace = failures.Pace(
-            config, Estimate.of(needs.spec, needs.device, sum(costs.values()) / store.records)
+            config,
+            Estimate.of(
+                requirements.spec, requirements.device, sum(costs.values()) / store.records
+            ),
         )
         self._looked = 0.0
         self._submitted = 0
@@ -107,7 +111,7 @@ class Work:
         self.took = dict.fromkeys(_TOTALS, 0.0)
         self._prefix = f"{KEYS}{uuid4().hex[:8]}-"
         # Bound here and not passed as an argument, because Dask searches arguments for other tasks.
-        self._task = delayed(partial(embed_on_worker, needs), pure=False)
+        self._task = delayed(partial(embed_on_worker, requirements), pure=False)
 
     def drive(self, client: Client, missing: list[int]) -> None:
         """Have chunks computed until none is left, or until the grace after a signal is over.

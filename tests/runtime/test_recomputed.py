@@ -13,7 +13,7 @@ from models import random_network, random_sequences, save_network
 
 from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.runtime import embed
-from virnuc_dask.runtime.drift import Drift, sample_drift
+from virnuc_dask.runtime.recomputed import Drift, compare_recomputed
 from virnuc_dask.store import verify
 
 
@@ -22,7 +22,7 @@ from virnuc_dask.store import verify
 def test_a_good_store_shows_rounding_only(long: str, dtype: str, make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, repr_layer=None, max_residues=300, long=long, dtype=dtype)
     before = tree(store.path)
-    drift = sample_drift(store.path, 1000, seed=1)
+    drift = compare_recomputed(store.path, 1000, seed=1)
     assert (drift.rows, drift.good) == (300, True)
     assert drift.cosine > 0.999999
     largest = np.abs(np.concatenate([store.read_chunk(c)[1] for c in range(10)])).max()
@@ -40,12 +40,12 @@ def test_the_drift_of_a_precision_is_measured(
     sequences = random_sequences(list(range(20, 60)))
     inputs.write_text("".join(f">{n}\n{sequence}\n" for n, sequence in enumerate(sequences)))
     store = make_store(inputs, model=model, repr_layer=None, precision="bfloat16")
-    drift = sample_drift(store.path, 20, seed=1)
+    drift = compare_recomputed(store.path, 20, seed=1)
     assert (drift.rows, drift.good, drift.precision) == (20, True, "bfloat16")
     assert 0.999 < drift.cosine < 1 - 1e-9
     assert drift.largest > 1e-4
-    assert drift == sample_drift(store.path, 20, seed=1)
-    assert drift != sample_drift(store.path, 20, seed=2)
+    assert drift == compare_recomputed(store.path, 20, seed=1)
+    assert drift != compare_recomputed(store.path, 20, seed=2)
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_chunk_in_the_place_of_another_is_found(make_store: Maker, cli: Cli) -
     files = store.path / "embedding"
     shutil.copyfile(files / "c.1.0", files / "c.2.0")
     assert verify.verify(store.path).exit_code == 0  # nothing is damaged: only a sample tells
-    drift = sample_drift(store.path, 300)
+    drift = compare_recomputed(store.path, 300)
     assert not drift.good
     assert store.rows(2).start <= drift.worst_row < store.rows(2).stop
     assert drift.worst_id == store.read_ids(2)[drift.worst_row - store.rows(2).start]
@@ -73,20 +73,20 @@ def test_a_chunk_in_the_place_of_another_is_found(make_store: Maker, cli: Cli) -
 
 def test_quarantined_rows_are_never_sampled(awkward: Path, make_store: Maker) -> None:
     store = make_store(awkward, repr_layer=None, rows_per_chunk=2)
-    drift = sample_drift(store.path, 7)
+    drift = compare_recomputed(store.path, 7)
     assert (drift.rows, drift.good) == (4, True)  # of seven, three are quarantined
 
 
 def test_a_store_without_a_row_is_refused(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, embed=False)
     with pytest.raises(UsageError, match="no row has an embedding"):
-        sample_drift(store.path, 5)
+        compare_recomputed(store.path, 5)
 
 
 def test_other_weights_are_refused(tmp_path: Path, make_store: Maker) -> None:
     model = save_network(random_network(1, 64, 4), tmp_path / "model.pt")
     with pytest.raises(ModelError, match="this worker has weights"):
-        sample_drift(make_store(VIRAL_PROTEINS).path, 5, model=model)
+        compare_recomputed(make_store(VIRAL_PROTEINS).path, 5, model=model)
 
 
 def test_the_command_line_says_what_it_measured(make_store: Maker, cli: Cli) -> None:

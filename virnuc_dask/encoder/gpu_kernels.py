@@ -157,7 +157,7 @@ def cut_programs(lengths: NDArray[np.int64]) -> NDArray[np.int32]:
 
 
 @cache
-def serve(device: torch.device, dtype: torch.dtype, features: int, heads: int) -> bool:
+def is_usable(device: torch.device, dtype: torch.dtype, features: int, heads: int) -> bool:
     """Whether these kernels work on a device and agree with torch's own operations there.
 
     If not, the reason is logged once, and torch does the work.

@@ -176,7 +176,7 @@ def fork_workers() -> None:
         # Otherwise Dask sets its own preload list, which loads pandas, in this process too.
         distributed.utils._forkserver_preload_set = True
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["virnuc_dask.runtime.forked"])
+        context.set_forkserver_preload(["virnuc_dask.runtime.fork_preload"])
         # Otherwise Python searches the working directory first, which may hold any module.
         os.environ["PYTHONSAFEPATH"] = "1"
 

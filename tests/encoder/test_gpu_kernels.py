@@ -16,7 +16,7 @@ import torch
 from conftest import ROOT
 from models import random_network, random_sequences, save_network, upstream_mean
 
-from virnuc_dask.encoder import fused
+from virnuc_dask.encoder import gpu_kernels
 from virnuc_dask.encoder.encoder import load_encoder
 from virnuc_dask.encoder.queues import Queue
 
@@ -27,10 +27,10 @@ SHAPES = [(64, 4), (160, 5), (72, 3), (256, 2)]
 # cannot multiply matrices of bfloat16: there it comes as far as attention, which is last.
 KERNELS = """
 import torch
-from virnuc_dask.encoder import fused
+from virnuc_dask.encoder import gpu_kernels
 for features, heads in {shapes}:
     for dtype in (torch.float16, torch.bfloat16):
-        problem = fused.differs(torch.device("cpu"), dtype, features, heads)
+        problem = gpu_kernels.differs(torch.device("cpu"), dtype, features, heads)
         excused = dtype == torch.bfloat16 and problem == "attention differs"
         assert problem is None or excused, (features, heads, dtype, problem)
 print("equal")
@@ -38,13 +38,13 @@ print("equal")
 NETWORK = """
 import sys
 import numpy as np
-from virnuc_dask.encoder import encoder, fused, kernels
+from virnuc_dask.encoder import encoder, gpu_kernels, cpu_kernels
 from virnuc_dask.encoder.encoder import load_encoder
 from tests.support.models import random_sequences
 encoder.precision_on = lambda *_: None  # float16 on a CPU is for this test alone
 sequences = random_sequences([1, 33, 70, 70])
 plain = load_encoder(sys.argv[1], precision="float16")
-fused.serve = lambda *_: True
+gpu_kernels.is_usable = lambda *_: True
 ours = load_encoder(sys.argv[1], precision="float16")
 assert plain.backends == {"attention": "sdpa", "elementwise": "torch"}
 assert ours.backends == {"attention": "triton", "elementwise": "triton"}
@@ -90,12 +90,12 @@ def test_a_network_of_these_kernels_is_the_same_network(tmp_path: Path) -> None:
 
 def test_every_query_of_every_sequence_has_one_program() -> None:
     lengths = np.array([3, 64, 65, 128, 129, 1024])
-    programs = fused.cut_programs(lengths)
+    programs = gpu_kernels.cut_programs(lengths)
     assert programs.dtype == np.int32
     found = [
         (sequence, query)
         for sequence, first in programs.tolist()
-        for query in range(first, min(first + fused.TILE.queries, int(lengths[sequence])))
+        for query in range(first, min(first + gpu_kernels.TILE.queries, int(lengths[sequence])))
     ]
     assert sorted(found) == [
         (n, query) for n, length in enumerate(lengths) for query in range(length)
@@ -112,23 +112,23 @@ def a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[BaseException |
                 raise how
             return how
 
-        monkeypatch.setattr(fused, "differs", differs)
-        fused.serve.cache_clear()
+        monkeypatch.setattr(gpu_kernels, "differs", differs)
+        gpu_kernels.is_usable.cache_clear()
 
     yield behave
-    fused.serve.cache_clear()
+    gpu_kernels.is_usable.cache_clear()
 
 
 def on_a_gpu() -> bool:
-    return fused.serve(torch.device("cuda:7"), torch.bfloat16, 64, 4)
+    return gpu_kernels.is_usable(torch.device("cuda:7"), torch.bfloat16, 64, 4)
 
 
 def test_where_they_do_not_serve_the_reason_is_said(
     a_gpu: Callable[[BaseException | str], None], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
-    assert not fused.serve(torch.device("cpu"), torch.bfloat16, 64, 4)
-    assert not fused.serve(torch.device("cuda"), torch.float32, 64, 4)
+    assert not gpu_kernels.is_usable(torch.device("cpu"), torch.bfloat16, 64, 4)
+    assert not gpu_kernels.is_usable(torch.device("cuda"), torch.float32, 64, 4)
     assert not caplog.records  # as it should be
     for reason in ("attention differs", RuntimeError("Failed to find C compiler")):
         a_gpu(reason)
@@ -152,12 +152,12 @@ def test_a_device_that_is_full_or_lost_says_nothing_about_the_kernels(
 def test_what_the_kernels_cannot_read_is_refused() -> None:
     wide = torch.zeros(4, 8)
     with pytest.raises(ValueError, match="dense"):
-        fused.gelu(wide.t())
+        gpu_kernels.gelu(wide.t())
     with pytest.raises(ValueError, match="dense"):
-        fused.add_norm(wide.t(), None, wide[0], wide[0], 1e-5, torch.float16)
+        gpu_kernels.add_norm(wide.t(), None, wide[0], wide[0], 1e-5, torch.float16)
     long = torch.empty(2**28, 4, device="meta")
     with pytest.raises(ValueError, match="268,435,456 tokens is too long"):
-        fused.attend(torch.zeros(1, 24), 2, wide[0], wide, long)
+        gpu_kernels.attend(torch.zeros(1, 24), 2, wide[0], wide, long)
 
 
 @pytest.mark.gpu
@@ -166,7 +166,7 @@ def test_what_the_kernels_cannot_read_is_refused() -> None:
     ("features", "heads"), [*SHAPES, (320, 20), (480, 20), (1280, 20), (2560, 40), (5120, 40)]
 )
 def test_kernels_do_what_torch_does_on_a_gpu(features: int, heads: int, dtype: torch.dtype) -> None:
-    assert fused.differs(torch.device("cuda"), dtype, features, heads) is None
+    assert gpu_kernels.differs(torch.device("cuda"), dtype, features, heads) is None
 
 
 @pytest.mark.gpu

@@ -57,7 +57,7 @@ class Drift:
         return {**asdict(self), "good": self.good}
 
 
-def sample_drift(
+def compare_recomputed(
     store: str | Path, rows: int, *, seed: int | None = None, model: str | None = None
 ) -> Drift:
     """Embed random rows again, each alone and in float32, and compare them with the stored rows.

@@ -12,7 +12,7 @@ for _number in (signal.SIGINT, signal.SIGHUP):
     signal.signal(_number, signal.SIG_IGN)
 
 import virnuc_dask.runtime.workers  # noqa: E402, F401
-from virnuc_dask.encoder.upstream import fair_esm  # noqa: E402
+from virnuc_dask.encoder.fair_esm import fair_esm  # noqa: E402
 from virnuc_dask.errors import UsageError  # noqa: E402
 
 with suppress(UsageError):  # workers that only verify do not need it

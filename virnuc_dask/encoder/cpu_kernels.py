@@ -1,8 +1,8 @@
 """Compiled kernels for the CPU: attention, and the work between two matrix products.
 
-``kernels.cpp`` is compiled when the package is installed, if there is a compiler, for each kind of
-processor of the machine's architecture. This module loads the best library that the processor can
-run. Without one, torch does the same work, more slowly.
+``cpu_kernels.cpp`` is compiled when the package is installed, if there is a compiler, for each kind
+of processor of the machine's architecture. This module loads the best library that the processor
+can run. Without one, torch does the same work, more slowly.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def _library() -> ctypes.CDLL | None:
 
 
 def load(path: Path) -> ctypes.CDLL | None:
-    """Load a library. None if it is missing or was built from another ``kernels.cpp``."""
+    """Load a library. None if it is missing or was built from another ``cpu_kernels.cpp``."""
     try:
         library = ctypes.CDLL(str(path))
         built_from = (ctypes.c_char * 65).in_dll(library, "virnuc_source").value.decode()
@@ -139,7 +139,7 @@ def load(path: Path) -> ctypes.CDLL | None:
     return library if built_from == hashlib.sha256(source).hexdigest() else None
 
 
-def serve(device: torch.device, precision: Precision, features: int) -> bool:
+def is_usable(device: torch.device, precision: Precision, features: int) -> bool:
     """Whether there are kernels for a network with this number of features."""
     fits = features % _LANES == 0 and precision != "float16"
     return device.type == "cpu" and fits and _library() is not None
