@@ -35,7 +35,7 @@ import virnuc_dask
 from virnuc_dask import RunConfig, __version__
 from virnuc_dask.encoder import faults
 from virnuc_dask.errors import UsageError, VirnucError
-from virnuc_dask.runtime import dask_cluster, events, workers
+from virnuc_dask.runtime import dask_cluster, events, requirements
 from virnuc_dask.runtime.dask_cluster import connect, resolve
 from virnuc_dask.settings import Shard
 from virnuc_dask.store import chunk_checks
@@ -542,7 +542,7 @@ def test_a_worker_that_dies_when_it_is_asked_keeps_no_run_from_beginning(
 def test_a_worker_that_hangs_keeps_no_run_from_beginning(
     make_store: Maker, awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(workers, "_STRAGGLERS_S", 1.0)
+    monkeypatch.setattr(requirements, "_STRAGGLERS_S", 1.0)
     store = make_store(awkward, embed=False, rows_per_chunk=1)
     with started_cluster(tmp_path) as file, worker(file, "--no-nanny") as hangs:
         with connect(str(file)) as client:

@@ -24,7 +24,7 @@ from xopen import xopen
 import virnuc_dask
 from virnuc_dask.encoder import faults
 from virnuc_dask.errors import InputError, UnfitWorkerError, UsageError
-from virnuc_dask.runtime import workers
+from virnuc_dask.runtime import requirements
 from virnuc_dask.settings import Status
 from virnuc_dask.store.store import Store
 
@@ -171,7 +171,7 @@ def test_a_worker_that_lacks_something_says_what(
         client.compute(tasks[0], workers=[address]).result()
     assert caught.value.worker == address
     with monkeypatch.context() as patch:
-        patch.setattr(workers, "__version__", "0.0.1")
+        patch.setattr(requirements, "__version__", "0.0.1")
         other = virnuc_dask.tasks(path, model=str(tmp_path / "moved.pt"))[0]
     with pytest.raises(UnfitWorkerError, match=r"virnuc_dask .*, this run 0\.0\.1"):
         other.compute(scheduler="threads")
@@ -222,7 +222,7 @@ def test_a_device_that_does_not_exist_is_refused(device: str, store: Path, tmp_p
 def test_a_device_without_the_precision_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.zarr"
     virnuc_dask.create_store(VIRAL_PROTEINS, path, **SETTINGS, precision="float16", device="cuda")
-    with pytest.raises(UsageError, match="float16 is for GPUs"):
+    with pytest.raises(UsageError, match="float16 needs a GPU"):
         virnuc_dask.tasks(path)
 
 

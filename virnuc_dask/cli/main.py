@@ -195,7 +195,7 @@ def status(store: str, rows: bool, as_json: bool) -> None:
 
     progress = status.status(store)
     document = progress.to_json() | {"run_seen": location_of(store).is_in_use}
-    code = 0 if progress.present.all() else VirnucError.exit_code
+    code = progress.exit_code
     if rows:
         document["states"] = status.row_states(store)
         document["quarantined"] = [

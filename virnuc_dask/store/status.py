@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.errors import StoreError
+from virnuc_dask.errors import StoreError, VirnucError
 from virnuc_dask.settings import ModelSpec, Status
 from virnuc_dask.store.store import Store
 
@@ -44,6 +44,11 @@ class StoreStatus:
     dimension: int
     present: NDArray[np.bool_]
     rows_done: int
+
+    @property
+    def exit_code(self) -> int:
+        """0 if all chunks are present, otherwise 4."""
+        return 0 if self.present.all() else VirnucError.exit_code
 
     def to_json(self) -> dict[str, Any]:
         """The progress as plain JSON values; missing chunks are listed by number."""
