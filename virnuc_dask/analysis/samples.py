@@ -48,7 +48,7 @@ class Sample:
     read: NDArray[np.int64]
 
     def without(self, sequences: Iterable[bytes]) -> Sample:
-        """A copy of the sample without the rows of some sequences."""
+        """The sample without the rows of some sequences."""
         excluded = set(sequences)
         if not excluded:
             return self

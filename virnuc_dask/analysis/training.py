@@ -65,8 +65,8 @@ class Metrics:
     brier : float
         Mean squared difference between probability and truth; 0 is best.
     calibration_error : float
-        Expected calibration error: mean difference between probability and observed fraction in ten
-        bins of equal width, weighted by their rows.
+        Expected calibration error: mean absolute difference between probability and observed
+        fraction in ten bins of equal width, weighted by their rows.
     reliability : list of dict
         For each bin: ``above`` and ``to`` (its ends), ``rows``, ``score`` (mean probability) and
         ``observed`` (fraction in the first class); the last two are null for an empty bin.
