@@ -111,7 +111,7 @@ def test_layers_agree(precision: Precision) -> None:
 
 
 def test_a_precision_that_a_device_lacks_is_refused() -> None:
-    with pytest.raises(UsageError, match="float16 is for GPUs"):
+    with pytest.raises(UsageError, match="float16 needs a GPU"):
         load_encoder("demo", precision="float16")
     with pytest.raises(UsageError, match=r"float32, bfloat16, float16$"):
         load_encoder("demo", precision="fp4")  # type: ignore[arg-type]
@@ -132,7 +132,7 @@ def test_auto_goes_on_with_what_a_store_has(make_store: Maker, tmp_path: Path) -
             replace(AS_MADE, precision="float32"),
             lambda _event: None,
         )
-    with pytest.raises(UsageError, match="float16 is for GPUs"):
+    with pytest.raises(UsageError, match="float16 needs a GPU"):
         make_store(VIRAL_PROTEINS, "other.zarr", precision="float16")
     assert not (tmp_path / "other.zarr").exists()
 

@@ -98,7 +98,7 @@ def test_tiles_that_leave_residues_out_are_refused(arguments: tuple[int, ...]) -
 
 
 def test_tiles_of_virnucpros_frames_are_refused() -> None:
-    with pytest.raises(UsageError, match="not for virnucpro's"):
+    with pytest.raises(UsageError, match="not with frames virnucpro"):
         Settings("demo", translation=Translation("virnucpro", 300), tiling=Tiling(24))
 
 

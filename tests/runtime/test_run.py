@@ -215,7 +215,7 @@ def test_a_scheduler_file_is_attached_to_and_left_running(
     address = client.scheduler.address
     assert virnuc_dask.run(awkward, tmp_path / "b.zarr", model="demo", cluster=address).complete
     assert client.nthreads()
-    with pytest.raises(UsageError, match="only with --cluster local"):
+    with pytest.raises(UsageError, match="only for --cluster local"):
         virnuc_dask.run(awkward, tmp_path / "c.zarr", model="demo", cluster=address, workers=2)
 
 
@@ -245,7 +245,7 @@ def test_bad_input_bad_model_and_bad_target_fail_before_anything_is_written(
         virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", strict=True)
     with pytest.raises(ModelError):
         virnuc_dask.run(awkward, tmp_path / "a.zarr", model="esm9")
-    with pytest.raises(UsageError, match="may be in a directory, or at s3://"):
+    with pytest.raises(UsageError, match="in a directory, or in an object store"):
         virnuc_dask.run(awkward, "https://bucket/a.zarr", model="demo")
     assert os.listdir(tmp_path) == ["awkward.faa"]
 
