@@ -87,7 +87,7 @@ def measure_predict(folder: Path, rows: int, dimension: int, kind: str = "logist
     store = random_store(folder / "scores.zarr", rows, dimension)
     random = np.random.default_rng(1)
     features = random.standard_normal((2000, dimension), np.float32)
-    pipeline = new_pipeline(kind, len(features), 0).fit(features, features[:, 0] > 0)
+    pipeline = new_pipeline(kind, 0, early_stopping=False).fit(features, features[:, 0] > 0)
     model = what_must_agree(store.identity) | {"dimension": dimension}
     about = {"kind": kind, "classes": ["viral", "other"], "model": model, "median_length": 30.0}
     save_classifier(Classifier(pipeline, about | {"versions": versions()}), folder / "c.skops")
