@@ -94,9 +94,11 @@ def in_a_process(way: str, store: Path, queries: int) -> Turn:
     """One measurement. The plain loop gets one thread."""
     command = [sys.executable, "-m", "benchmarks.nearest", "--queries", str(queries)]
     threads = {"OPENBLAS_NUM_THREADS": "1"} if "plain" in way else {}
-    text = subprocess.check_output(
-        [*command, "--one", way, str(store)], text=True, env=os.environ | threads
-    )
+    with tempfile.TemporaryDirectory() as cache:  # in which there is no mean yet
+        environment = os.environ | threads | {"XDG_CACHE_HOME": cache}
+        text = subprocess.check_output(
+            [*command, "--one", way, str(store)], text=True, env=environment
+        )
     found: Turn = json.loads(text)
     return found
 

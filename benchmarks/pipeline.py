@@ -1,6 +1,6 @@
 """What the pipeline costs beside the bare encoder loop, and how it grows; measured turn by turn.
 
-    python -m benchmarks.pipeline bare       beside the bare encoder loop, same window, same run
+    python -m benchmarks.pipeline bare       beside the bare encoder loop, same work, same run
     python -m benchmarks.pipeline workers    one worker against two, of one thread each
     python -m benchmarks.pipeline chunks     100,000 chunks of nothing: Dask, coordinator, memory
     python -m benchmarks.pipeline scan       resume and status of 100,000 present chunks

@@ -247,12 +247,14 @@ class Translation:
     """
 
     rule: FrameRule = _option(
-        "Frames whose only stop is at the end; every stretch between stops; or as VirNucPro.",
+        "Frames without a stop before their end; every stretch between stops; or as VirNucPro.",
         "open",
         choices=FRAME_RULES,
     )
     window: int | None = _option(
-        "Nucleotides at once, such as VirNucPro's 300 or 500, or none: whole records.", None
+        "Nucleotides at once, such as VirNucPro's 300 or 500, or none: whole records.",
+        None,
+        least=MIN_WINDOW,
     )
     genetic_code: int = _option("Number of the NCBI translation table.", 1, is_rare=True)
     min_residues: int = _option(
@@ -268,8 +270,6 @@ class Translation:
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.window is not None and self.window < MIN_WINDOW:
-            raise UsageError(f"window must be at least {MIN_WINDOW} nucleotides, not {self.window}")
         if self.rule == "virnucpro" and self.window is None:
             raise UsageError("frames virnucpro needs a window; VirNucPro uses 300 or 500")
         if self.rule == "orf" and self.window is not None:
@@ -312,8 +312,7 @@ class Tiling:
     )
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise UsageError(f"tiles must have at least 1 residue, not {self.size}")
+        _check(self)
         if not 1 <= self.stride <= self.size:
             raise UsageError(
                 f"the tile step must be 1 to {self.size} residues, not {self.stride}; a larger"
@@ -401,7 +400,9 @@ class Settings:
     molecule: Molecule = _option(
         "What the input is, if it does not look like it.", AUTO, choices=MOLECULES, is_rare=True
     )
-    strict: bool = _option("Refuse letters that are no residues.", False, is_rare=True)
+    strict: bool = _option(
+        "Refuse input that contains letters that are not residues.", False, is_rare=True
+    )
 
     def __post_init__(self) -> None:
         _check(self)
@@ -412,7 +413,7 @@ class Settings:
             raise UsageError("tiles work with frames open and orf, not with frames virnucpro")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RunConfig:
     """Operational settings. They do not change rows, so they are not part of the identity.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -203,7 +204,7 @@ def test_another_stores_rows(store: Store, make_store: Maker, awkward: Path) -> 
     np.testing.assert_allclose(score(found), 1 - distances[:, :4], rtol=1e-5, atol=1e-6)
     # 22 residues beside 300.
     assert "median lengths are" in found.attrs["note"]
-    assert "in tiles of the shorter length, by `run --tile 7`" in found.attrs["note"]
+    assert "in tiles of the shorter length with `run --tile 7`" in found.attrs["note"]
     # The row of the same number is another's.
     one = virnuc_dask.nearest(store.path, ["b"], query_store=other.path, k=300)
     assert sorted(one.row.values[0].tolist()) == list(range(300))
@@ -406,3 +407,38 @@ def test_the_mean_is_kept_for_other_processes(
         assert read[-1][1] == 2 * store.chunk_count
         xarray.testing.assert_identical(again, first)
         assert json.loads(entry.read_text()) == kept
+
+
+def test_queries_of_a_whole_copy_of_a_store_that_lacks_chunks(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy has the same id, but not the same chunks."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    partial = Store(shutil.copytree(store.path, tmp_path / "copy.zarr"))
+    partial.remove_chunk(3)
+    ids, rows = all_rows(store)
+    here = partial.rows(3)
+    query = ids[here.start : here.start + 2]
+    left = np.setdiff1d(np.arange(len(rows)), np.arange(here.start, here.stop))
+    distances, numbers = expected(rows[left], rows[here][:2], "cosine", True)
+    for _ in range(2):  # before there is a mean, and after
+        found = virnuc_dask.nearest(partial.path, query, k=4, query_store=store.path)
+        assert np.array_equal(found.row.values, left[numbers[:, :4]])
+        np.testing.assert_allclose(score(found), 1 - distances[:, :4], rtol=1e-5, atol=1e-6)
+
+
+def test_the_mean_is_of_the_rows_that_are_embedded_now(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    ids = all_rows(store)[0][:3]
+    status, embedding = store.read_chunk(3)
+    fewer, nothing = status.copy(), embedding.copy()
+    fewer[:8], nothing[:8] = Status.ENCODER_ERROR, np.nan
+    store.write_chunk(3, fewer, nothing)
+    before = virnuc_dask.nearest(store.path, ids)
+    store.write_chunk(3, status, embedding)
+    after = virnuc_dask.nearest(store.path, ids)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "empty"))
+    xarray.testing.assert_identical(after, virnuc_dask.nearest(store.path, ids))
+    assert not np.array_equal(before.similarity, after.similarity)

@@ -213,7 +213,7 @@ def test_a_letter_is_translated_alone_as_in_a_batch() -> None:
     ("arguments", "message"),
     [
         (("closed",), "one of open, orf, virnucpro"),
-        (("open", 29), "at least 30 nucleotides"),
+        (("open", 29), "window must be at least 30"),
         (("virnucpro",), "needs a window"),
         (("orf", 300), "whole records"),
         (("virnucpro", 300, 11), "genetic code 1"),

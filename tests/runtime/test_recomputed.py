@@ -13,7 +13,7 @@ from models import random_network, random_sequences, save_network
 
 from virnuc_dask.errors import ModelError, UsageError
 from virnuc_dask.runtime import embed
-from virnuc_dask.runtime.recomputed import Drift, compare_recomputed
+from virnuc_dask.runtime.recomputed import Comparison, compare_recomputed
 from virnuc_dask.store import verify
 
 
@@ -53,8 +53,8 @@ def test_the_drift_of_a_precision_is_measured(
     [("float32", False), ("float16", False), ("bfloat16", True), ("int8", True)],
 )
 def test_what_a_precision_rounds_by_itself_is_no_drift(precision: str, good: bool) -> None:
-    assert Drift(1, 0.1, 0.9978, 0, "a", precision).good == good
-    assert not Drift(1, 0.1, 0.99, 0, "a", precision).good
+    assert Comparison(1, 0.1, 0.9978, 0, "a", precision).good == good
+    assert not Comparison(1, 0.1, 0.99, 0, "a", precision).good
 
 
 def test_a_chunk_in_the_place_of_another_is_found(make_store: Maker, cli: Cli) -> None:

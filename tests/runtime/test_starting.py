@@ -204,7 +204,7 @@ def test_a_run_whose_cluster_never_starts_ends_when_it_is_told_to(awkward: Path)
         "def hang(*_, **__):\n"
         "    print('starting', file=sys.stderr, flush=True)\n"
         "    while True: time.sleep(1)\n"
-        "clusters.LocalCluster = hang\n"
+        "dask_cluster.LocalCluster = hang\n"
         "main()\n"
     )
     arguments = map(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import sha256
@@ -239,7 +240,7 @@ def search(
     with open_pool(searched, threads, client) as pool:
         if known_mean is None:
             # This reads all rows, so it can also return the first queries of the same store.
-            is_own = vectors is None and source.id == searched.id
+            is_own = vectors is None and source is searched
             first = rows[: _QUERIES_AT_ONCE if is_own else 0]
             origin, read = _mean(searched, present, pool, count, first)
             of_first = read if is_own else None
@@ -554,13 +555,13 @@ def _mean(
     """Mean of all embedded rows, shape (D,), zeros without rows; and vectors of `rows`."""
     mean, _, vectors = mean_row(store, np.flatnonzero(present).tolist(), pool, count, rows)
     content = b64encode(mean.astype("<f4").tobytes()).decode()
-    caches.remember("mean", store.id.encode(), _mean_key(present), content)
+    caches.remember("mean", store.id.encode(), _mean_key(store, present), content)
     return mean, vectors
 
 
 def _kept_mean(store: Store, present: NDArray[np.bool_]) -> NDArray[np.float32] | None:
     """The cached mean from an earlier search of the same chunks, if any."""
-    kept = caches.recall("mean", store.id.encode(), _mean_key(present))
+    kept = caches.recall("mean", store.id.encode(), _mean_key(store, present))
     with suppress(TypeError, ValueError):  # the file may contain anything
         mean = np.frombuffer(b64decode(kept, validate=True), "<f4").astype(np.float32)
         if mean.shape == (store.dimension,) and np.isfinite(mean).all():
@@ -568,8 +569,18 @@ def _kept_mean(store: Store, present: NDArray[np.bool_]) -> NDArray[np.float32] 
     return None
 
 
-def _mean_key(present: NDArray[np.bool_]) -> list[Any]:
-    return [_MEAN, len(present), sha256(np.packbits(present).tobytes()).hexdigest()]
+def _mean_key(store: Store, present: NDArray[np.bool_]) -> list[Any]:
+    """All that the mean depends on: the present chunks, and which of their rows are embedded."""
+
+    def read(chunk: int) -> bytes:
+        with store.reading(f"status of chunk {chunk}"):
+            return store.read_status(chunk).tobytes()
+
+    digest = sha256(np.packbits(present).tobytes())
+    with ThreadPoolExecutor(8) as pool:
+        for status in pool.map(read, np.flatnonzero(present).tolist()):
+            digest.update(status)
+    return [_MEAN, len(present), digest.hexdigest()]
 
 
 # --- the result ----------------------------------------------------------------------------------

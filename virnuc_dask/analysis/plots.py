@@ -138,6 +138,7 @@ def scatter(points: Points) -> Any:
     found = ColumnDataSource({name: [] for name in columns})
     plot = figure(
         height=560,
+        # Axes of one scale, as in the PNG, would leave a third of a wide window empty.
         sizing_mode="stretch_width",
         output_backend="webgl",
         tools="pan,box_zoom,wheel_zoom,reset,save",

@@ -123,7 +123,7 @@ def mean_row(
         A chunk is damaged, or an embedded row is not finite.
     """
     total, number = np.zeros(store.dimension), 0
-    vectors = np.empty((len(rows), store.dimension), np.float32)
+    vectors = np.full((len(rows), store.dimension), np.nan, np.float32)
     shared = pool.shared(rows)
     calls = ((group, shared) for group in pool.grouped(chunks))
     for part, added, where, values in pool.run(_sum_and_take, calls, count):
@@ -131,6 +131,7 @@ def mean_row(
         number += added
         vectors[where] = values
     check_finite(store, total)
+    check_finite(store, vectors)
     return (total / max(number, 1)).astype(np.float32), number, vectors
 
 
@@ -144,7 +145,7 @@ def _sum_and_take(
         block = as_float32(values)
         total += block.sum(axis=0, dtype=np.float64)
         number += len(rows)
-        is_here = np.flatnonzero((selected >= rows[0]) & (selected <= rows[-1]))
+        is_here = np.flatnonzero(np.isin(selected, rows))
         positions.append(is_here)
         vectors.append(block[np.searchsorted(rows, selected[is_here])])
     return total, number, np.concatenate(positions), np.concatenate(vectors)

@@ -1,6 +1,6 @@
 """Tables of results for other programs, as TSV or Parquet.
 
-A missing value is an empty cell in TSV and null in Parquet.
+A missing number is an empty cell in TSV and null in Parquet. A missing text is empty in both.
 """
 
 from __future__ import annotations
@@ -124,7 +124,8 @@ def write_rows(
     Parameters
     ----------
     parts : iterable of mapping
-        Values of some lines, a list or array per column. None and NaN are missing values.
+        Values of some lines, a list or array per column. None and NaN are missing numbers; a
+        missing text is empty.
     types : mapping of str to str
         Columns and their Parquet types, by pyarrow's names.
     out : path or text file

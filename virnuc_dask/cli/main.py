@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import fields
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from traceback import walk_tb
@@ -106,7 +107,8 @@ def main() -> None:
     """Embed protein sequences with ESM-2 into a Zarr store. A killed run loses no finished chunk.
 
     Exit codes: 0 complete; 2 usage or input error; 3 complete with quarantined rows; 4 incomplete
-    or damaged; 130 and 143 interrupted. After 4, 130 and 143 the same command resumes.
+    or damaged; 130 and 143 interrupted. After 4, 130 or 143 of `run` or `resume` the same command
+    resumes.
     """
     # Otherwise the final garbage collection of torch's objects takes most of a second.
     atexit.register(gc.freeze)
@@ -272,7 +274,9 @@ def verify(
 
             fork_workers()
             stack.enter_context(cleaning_up())
-            client = stack.enter_context(connect(cluster, config=RunConfig(**tls)))
+            line = f"waiting for workers: the scheduler at {cluster} has none"
+            waiting = partial(print, line, file=sys.stderr)
+            client = stack.enter_context(connect(cluster, config=RunConfig(**tls), waiting=waiting))
         progress = None if as_json else chunk_counter("checked", "chunks")
         report = check(store, repair=repair, progress=progress, client=client)
     drift, code = None, report.exit_code

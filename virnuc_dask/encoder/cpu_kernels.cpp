@@ -1,5 +1,6 @@
 // Work that torch does slowly on a CPU: attention within short concatenated sequences, and the
-// steps between two matrix products, each in one pass over memory. Called from kernels.py.
+// steps between two matrix products, each in one pass over memory. Called from
+// cpu_kernels.py.
 //
 // Compiled for one kind of processor at a time (see hatch_build.py), with vectors of W floats. The
 // operations for a token have the same order whatever its neighbours, so a sequence gives the same
@@ -269,7 +270,7 @@ int add_norm(float *x, const T *product, const float *weight, const float *shift
 // multiple of W.
 extern "C" {
 
-// SHA-256 of this file, from hatch_build.py. kernels.py refuses a library of another source.
+// SHA-256 of this file, from hatch_build.py. cpu_kernels.py refuses a library of another source.
 extern const char virnuc_source[] = SOURCE;
 
 // Softmax attention with rotary embedding. Sequence s has the tokens from bounds[s] to

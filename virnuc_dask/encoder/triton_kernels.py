@@ -1,4 +1,4 @@
-"""Triton kernels for the work between the matrix products of a layer. `fused` calls them.
+"""Triton kernels for the work between the matrix products of a layer. `gpu_kernels` calls them.
 
 torch's builds for CUDA include Triton. Its interpreter runs the same kernels on a CPU, so they are
 tested without a GPU.

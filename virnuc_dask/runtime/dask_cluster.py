@@ -246,7 +246,7 @@ def _gpu_cluster() -> Callable[..., LocalCluster]:
 
 
 def _start_gpus(count: int | None, nanny: type[Nanny]) -> LocalCluster:
-    """Start one worker per visible GPU, or per GPU for the first `count` GPUs."""
+    """Start one worker for each visible GPU, or for each of the first `count`."""
     gpus = visible_gpus()
     count = count or len(gpus)
     if count > len(gpus):

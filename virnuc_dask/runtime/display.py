@@ -141,7 +141,7 @@ class _Tally:
 
     def text(self, columns: int | None = None) -> str:
         """The parts that fit into this number of columns, the most important first."""
-        if not self.workers:
+        if not self.workers and self.rows < self.total:
             return "waiting for workers" if self.has_begun else "starting workers"
         return _fitting(self._parts(), columns)
 

@@ -309,7 +309,7 @@ class RunSummary(Event):
 
     @property
     def quarantined(self) -> int:
-        """Number of rows that can never have an embedding."""
+        """Number of quarantined rows."""
         return sum(self.counts.get(s.meaning, 0) for s in Status if s.quarantined)
 
     @property

@@ -19,7 +19,7 @@ LOWEST_COSINE, LOWEST_COSINE_OF_BFLOAT16 = 0.999, 0.995
 
 
 @dataclass(frozen=True, slots=True)
-class Drift:
+class Comparison:
     """Result of comparing a sample of rows.
 
     Attributes
@@ -59,7 +59,7 @@ class Drift:
 
 def compare_recomputed(
     store: str | Path, rows: int, *, seed: int | None = None, model: str | None = None
-) -> Drift:
+) -> Comparison:
     """Embed random rows again, each alone and in float32, and compare them with the stored rows.
 
     This finds errors that no checksum finds: a chunk swapped with another, weights that do not
@@ -107,7 +107,7 @@ def compare_recomputed(
     chunk, position = divmod(worst[1], identity.rows_per_chunk)
     name = opened.read_ids(chunk)[position]
     precision = opened.identity.precision
-    return Drift(len(sample), largest, worst[0], worst[1], name, precision)
+    return Comparison(len(sample), largest, worst[0], worst[1], name, precision)
 
 
 def _compare(one: NDArray[Any], other: NDArray[Any]) -> tuple[float, float]:

@@ -197,7 +197,10 @@ def preflight(
 def _ask(
     client: Client, worker: str, requirements: Requirements, answers: SimpleQueue[tuple[str, Any]]
 ) -> None:
-    """Put what a worker lacks, or its memory error; None if the worker does not answer."""
+    """Put what a worker lacks, or its memory error; None if it may be asked again.
+
+    It may if it did not answer, or answered with an error that may pass.
+    """
     answer: Any = None
     try:
         answer = client.run(_shortcomings, requirements, workers=[worker], on_error="return")[

@@ -142,12 +142,12 @@ class Bucket:
         return True
 
     def in_use(self) -> AbstractContextManager[None]:
-        """Say nothing: there are no locks that end with their process."""
+        """Do nothing: object stores have no locks that end with their process."""
         return nullcontext()
 
     @property
     def is_in_use(self) -> bool:
-        """Never seen, for want of locks."""
+        """False: a run on an object store cannot be noticed."""
         return False
 
     def staging(self) -> Staging:

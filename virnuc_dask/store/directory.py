@@ -7,6 +7,7 @@ import errno
 import fcntl
 import os
 import shutil
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
@@ -35,6 +36,10 @@ _TAKEN = {errno.ENOTEMPTY, errno.EEXIST}
 ROOT = "zarr.json"
 # Whether the current metadata of a root belong to the store that was opened.
 IsOurs = Callable[[bytes], bool]
+
+
+# How often, and how far apart, a lock is tried before a store counts as in use.
+_LOOKS, _BETWEEN_LOOKS_S = 4, 0.02
 
 
 class Held:
@@ -211,8 +216,8 @@ class Directory:
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """Hold a shared lock while a run fills this store; nothing depends on it, it informs."""
-        descriptor = os.open(self._root / ROOT, os.O_RDONLY)
+        """Hold a shared lock while a run fills this store. It informs people; nothing needs it."""
+        descriptor = self._open_root()
         try:
             with suppress(OSError):  # a file system without such locks
                 fcntl.flock(descriptor, fcntl.LOCK_SH)
@@ -223,16 +228,29 @@ class Directory:
     @property
     def is_in_use(self) -> bool:
         """Whether a run holds the lock. A run on another machine may go unnoticed."""
-        descriptor = os.open(self._root / ROOT, os.O_RDONLY)
+        descriptor = self._open_root()
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            for _ in range(_LOOKS):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    time.sleep(_BETWEEN_LOOKS_S)  # perhaps only another process that looks
+                except OSError:
+                    return False
+                else:
+                    return False
             return True
-        except OSError:
-            return False
         finally:
             os.close(descriptor)
-        return False
+
+    def _open_root(self) -> int:
+        root = self._root / ROOT
+        with self._names():
+            try:
+                # NFS gives an exclusive lock only on a file that is open for writing.
+                return os.open(root, os.O_RDWR)
+            except OSError:
+                return os.open(root, os.O_RDONLY)
 
     def _names(self) -> AbstractContextManager[None]:
         return self._held.names() if self._held else nullcontext()
