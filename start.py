@@ -1,7 +1,7 @@
 """Set up an environment beside this file and use it; needs nothing but Python 3.11 and pip's index.
 
 python3 start.py demo    embed real viral proteins, show what came out
-python3 start.py test    run the tests
+python3 start.py test    run the tests that take minutes; all of them with --all, or as pytest is told
 python3 start.py check   lint, types, and who may import whom
 """
 
@@ -89,7 +89,9 @@ def test(arguments: list[str]) -> int:
     two = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
     # Two of them on few cores: more threads each would only fight.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    return show("-m", "pytest", *two, *arguments)
+    if not arguments:
+        return show("-m", "pytest", *two, "--quick")
+    return show("-m", "pytest", *two, *(each for each in arguments if each != "--all"))
 
 
 def check(_arguments: list[str]) -> int:

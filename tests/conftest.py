@@ -45,8 +45,32 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--quick",
+        action="store_true",
+        help="leave out slow tests, and all but the first case of sweeps",
+    )
+
+
+def leave_out_long_tests(config: pytest.Config, items: list[pytest.Item]) -> None:
+    begun: set[str] = set()
+    kept, left_out = [], []
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        is_sweep = "sweep" in item.keywords
+        is_long = "slow" in item.keywords or (is_sweep and function in begun)
+        begun.add(function)
+        (left_out if is_long else kept).append(item)
+    items[:] = kept
+    config.hook.pytest_deselected(items=left_out)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     import torch
+
+    if config.getoption("quick"):
+        leave_out_long_tests(config, items)
 
     reasons = {}
     if not torch.cuda.is_available():

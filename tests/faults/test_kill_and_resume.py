@@ -265,15 +265,17 @@ def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
 def test_status_draws_the_map_while_a_run_is_going(proteins: Path, tmp_path: Path) -> None:
     path = tmp_path / "out.zarr"
     run = Run("run", proteins, path, *SETTINGS)
-    seen = ""
     for event in run:
         if len(run.computed()) == 3 and event["event"] == "chunk_done":
             # On a busy machine it could be over before the other command has started.
             os.killpg(run.process.pid, signal.SIGSTOP)
-            seen = subprocess.check_output(command("status", path), text=True)
+            look = command("status", path)
+            done = subprocess.run(look, stdout=subprocess.PIPE, text=True, check=False)
             os.killpg(run.process.pid, signal.SIGCONT)
             break
-    first_line, second_line = seen.splitlines()[:2]
+    assert done.returncode == 4
+    assert "a run is filling it; if it ends early: " in done.stdout
+    first_line, second_line = done.stdout.splitlines()[:2]
     assert "░" in first_line
     assert set(first_line) & {"█", "▒"}
     assert "of 100 chunks" in second_line
