@@ -1,7 +1,7 @@
 """Set up an environment beside this file and use it; needs nothing but Python 3.11 and pip's index.
 
 python3 start.py demo    embed real viral proteins, show what came out
-python3 start.py test    run the tests that take minutes; all of them with --all, or as pytest is told
+python3 start.py test    run the quick tests; with --all, or as pytest is told, all of them
 python3 start.py check   lint, types, and who may import whom
 """
 
