@@ -157,7 +157,7 @@ def test_the_device_is_free_before_its_work_is_done() -> None:
     wait, held = encoder._queue.wait, []
 
     def watched(*marks: Mark) -> float:
-        held.append(encoder._turn._threads.locked())
+        held.append(encoder._device_lock._threads.locked())
         return wait(*marks)
 
     encoder._queue.wait = watched  # type: ignore[method-assign]

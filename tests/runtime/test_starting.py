@@ -268,7 +268,7 @@ def test_an_interrupted_demo_ends_with_the_runs_summary_and_how_to_go_on(tmp_pat
     """Ctrl-C, as a terminal sends it to all of its foreground, with an environment as installed."""
     sources = runpy.run_path(str(ROOT / "start.py"))["INSTALLED_FROM"]
     for name in ("start.py", *sources):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (programs := tmp_path / ".venv" / "bin").mkdir(parents=True)

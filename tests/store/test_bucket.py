@@ -526,7 +526,10 @@ def test_without_obstore_the_error_says_how_to_get_it() -> None:
 @pytest.mark.parametrize(
     ("said", "cause"),
     [
-        ("Error performing PUT http://169.254.169.254/latest/api/token in 1s", "no credentials"),
+        (
+            "Error performing PUT http://169.254.169.254/latest/api/token in 1s",
+            "the environment has no credentials",
+        ),
         ("Error performing GET https://a.net/c/x?sig=sesame - odd", "https://a.net does not answ"),
         ("Generic Azure error: ?sig=sesame is odd\nand more", "Generic Azure error:  is odd"),
         ("GET http://me:sesame@a.net/c - odd", "http://a.net does not answer"),
