@@ -12,6 +12,7 @@ WHAT = ("open", "by-read", "map", "map-peer", "cluster", "cluster-peer", "export
 
 
 @pytest.mark.parametrize("what", WHAT)
+@pytest.mark.slow
 def test_analysis(what: str) -> None:
     shape = ("--rows", "20000", "--dimension", "16")
     command = [sys.executable, "-m", "benchmarks.analysis", what, *shape]
@@ -20,6 +21,7 @@ def test_analysis(what: str) -> None:
     assert " s | " in done.stdout
 
 
+@pytest.mark.slow
 def test_nearest() -> None:
     shape = ("--rows", "20000", "--dimension", "16", "--repeats", "1")
     command = [sys.executable, "-m", "benchmarks.nearest", *shape]

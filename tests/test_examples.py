@@ -16,6 +16,7 @@ from conftest import EXAMPLES
 from virnuc_dask.cli.main import main
 
 
+@pytest.mark.slow
 def test_kubernetes_runs_commands_that_exist() -> None:
     documents = list(yaml.safe_load_all((EXAMPLES / "kubernetes.yaml").read_text()))
     assert [document["kind"] for document in documents] == [

@@ -108,6 +108,7 @@ def load(out: Path, name: str) -> Any:
     return json.loads((out / f"{name}.json").read_text())
 
 
+@pytest.mark.slow
 def test_broken_sections_cost_only_themselves(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -237,6 +238,7 @@ def test_odd_values_become_cells() -> None:
         assert line in text.splitlines()
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(tmp_path / "out")]
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
@@ -260,6 +262,7 @@ def test_of_something_else(): raise ValueError
 """.replace("@GPU", "@pytest.mark." + "gpu")  # none of these is a test of this module
 
 
+@pytest.mark.slow
 def test_each_test_has_its_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_mixed.py").write_text(MIXED)
@@ -280,6 +283,7 @@ def test_each_test_has_its_outcome(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert found["notes"][1] == "1 skipped: no such device"
 
 
+@pytest.mark.slow
 def test_a_dry_run_of_two_sections(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.gpu", "--dry-run", "--only", "equal,memory"]
     done = subprocess.run(

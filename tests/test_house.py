@@ -53,6 +53,7 @@ def test_reading_a_store_loads_no_torch() -> None:
     assert not loaded_by("from virnuc_dask import open_store, verify") & {"torch", "obstore"}
 
 
+@pytest.mark.slow
 def test_public_names_resolve_and_stay_functions() -> None:
     statement = "import virnuc_dask, virnuc_dask.runtime.run; assert callable(virnuc_dask.run)"
     assert "torch" in loaded_by(statement)

@@ -20,6 +20,8 @@ import virnuc_dask
 from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.store.store import Store
 
+pytestmark = pytest.mark.slow  # blocks need what earlier ones have made
+
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 # These set up an environment and are what CI itself consists of (.ci/run).

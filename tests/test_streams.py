@@ -63,6 +63,7 @@ SAYING = [
 
 @needs_full
 @pytest.mark.parametrize("arguments", SAYING)
+@pytest.mark.sweep
 def test_what_only_speaks_fails_if_it_is_not_heard(
     arguments: tuple[Any, ...], store: Path, tmp_path: Path
 ) -> None:
@@ -75,6 +76,7 @@ def test_what_only_speaks_fails_if_it_is_not_heard(
 
 @pytest.mark.parametrize("redirections", [">&-", "<&- >&- 2>&-", "2>&-"])
 @pytest.mark.parametrize("arguments", SAYING[:2])
+@pytest.mark.sweep
 def test_closed_descriptors_are_no_error(
     arguments: tuple[Any, ...], redirections: str, store: Path, tmp_path: Path
 ) -> None:
@@ -84,6 +86,7 @@ def test_closed_descriptors_are_no_error(
 
 
 @pytest.mark.parametrize("arguments", [*SAYING, ("--help",)])
+@pytest.mark.sweep
 def test_a_pipe_that_ends_is_no_error(
     arguments: tuple[Any, ...], store: Path, tmp_path: Path
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_map_without_block_characters(
 
 
 @needs_full
+@pytest.mark.slow
 def test_verify_and_export_tell_of_the_store_and_not_of_their_output(
     make_store: Maker, awkward: Path, tmp_path: Path
 ) -> None:
@@ -141,6 +145,7 @@ def test_verify_and_export_tell_of_the_store_and_not_of_their_output(
 
 
 @needs_full
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_json_cannot_be_written(awkward: Path, tmp_path: Path) -> None:
     shell = through(
         ">/dev/full", "run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--json"
@@ -151,6 +156,7 @@ def test_a_run_goes_on_when_its_json_cannot_be_written(awkward: Path, tmp_path: 
     assert_whole(tmp_path / "out.zarr")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_nobody_reads_it(awkward: Path, tmp_path: Path) -> None:
     writer = ended_pipe()
     shell = command("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--no-progress")
@@ -161,6 +167,7 @@ def test_a_run_goes_on_when_nobody_reads_it(awkward: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("flag", ["--quiet", "--json"])
+@pytest.mark.slow
 def test_a_run_without_descriptors_damages_no_file(
     flag: str, awkward: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +181,7 @@ def test_a_run_without_descriptors_damages_no_file(
     assert json.loads(telemetry[-1])["event"] == "run_summary"
 
 
+@pytest.mark.slow
 def test_a_run_waits_for_a_pipe_that_does_not_block(awkward: Path, tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -232,10 +240,12 @@ def on_terminal(
     return shown.decode("ascii" if environment else "utf-8")
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_its_terminal_hangs_up(awkward: Path, tmp_path: Path) -> None:
     assert "\x1b" in on_terminal(awkward, tmp_path, {}, hangs_up=True)
 
 
+@pytest.mark.slow
 def test_a_terminal_of_one_column_and_without_our_letters(awkward: Path, tmp_path: Path) -> None:
     shown = on_terminal(awkward, tmp_path, {"PYTHONIOENCODING": "ascii"}, columns=1)
     assert "\x1b[?25l" in shown  # a bar, drawn in place
@@ -250,6 +260,7 @@ def test_a_terminal_of_one_column_and_without_our_letters(awkward: Path, tmp_pat
         (20, 0, r"7/7 rows"),
     ],
 )
+@pytest.mark.slow
 def test_a_narrow_terminal_keeps_the_bar_and_what_matters_most(
     columns: int, bar: int, line: str, awkward: Path, tmp_path: Path
 ) -> None:
@@ -287,6 +298,7 @@ def test_lines_of_a_log_say_only_what_there_is_and_are_not_wrapped(
     ]
 
 
+@pytest.mark.slow
 def test_a_dumb_terminal_gets_plain_lines(awkward: Path, tmp_path: Path) -> None:
     shown = on_terminal(awkward, tmp_path, {"TERM": "dumb"})
     assert "out.zarr: 7 rows in 1 chunk, 0 done, 1 to compute" in shown
@@ -382,6 +394,7 @@ def interrupted(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
         ("end .", ("status", "none.zarr")),
     ],
 )
+@pytest.mark.slow
 def test_an_interrupt_is_one_line_at_any_moment(
     moment: str, arguments: tuple[Any, ...], interrupted: Any, tmp_path: Path
 ) -> None:
@@ -391,6 +404,7 @@ def test_an_interrupt_is_one_line_at_any_moment(
     assert os.listdir(tmp_path) == ["hook"]
 
 
+@pytest.mark.slow
 def test_an_interrupt_leaves_nothing_half_done(
     interrupted: Any, make_store: Maker, awkward: Path, tmp_path: Path
 ) -> None:

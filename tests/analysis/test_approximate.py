@@ -38,6 +38,7 @@ def test_in_few_lists_it_finds_what_an_exact_search_finds(store: Store) -> None:
     assert not (found.row.values == found.query_row.values[:, None]).any()
 
 
+@pytest.mark.slow
 def test_in_many_lists_it_looks_into_some_and_finds_most(tmp_path: Path) -> None:
     store = random_store(tmp_path / "out.zarr", 20_000, 16, rows_per_chunk=1024)
     index = build_index(store.path, tmp_path / "index")
@@ -51,6 +52,7 @@ def test_in_many_lists_it_looks_into_some_and_finds_most(tmp_path: Path) -> None
     assert np.mean(found.row.values[:, 0] == np.arange(3 * 1024, 3 * 1024 + 50)) > 0.9
 
 
+@pytest.mark.slow
 def test_rows_that_come_later_are_added(make_store: Maker) -> None:
     whole = make_store(VIRAL_PROTEINS, "whole.zarr")
     store = make_store(VIRAL_PROTEINS, embed=False)
@@ -87,6 +89,7 @@ def test_fewer_rows_than_neighbours_leave_gaps(make_store: Maker, awkward: Path)
     assert set(found.sequence_id.values[0][missing]) == {""}
 
 
+@pytest.mark.slow
 def test_what_makes_no_sense_is_refused(store: Store, make_store: Maker) -> None:
     index = build_index(store.path)
     other = make_store(VIRAL_PROTEINS, "other.zarr")
@@ -200,6 +203,7 @@ approximate.build_index(sys.argv[1], refit=True)
 @pytest.mark.parametrize(
     ("module", "function"), [("approximate", "write_durably"), ("os", "replace")]
 )
+@pytest.mark.slow
 def test_a_kill_leaves_the_index_that_was_there(module: str, function: str, store: Store) -> None:
     script = KILLED.format(module=module, function=function)
 
@@ -239,6 +243,7 @@ def test_without_faiss_it_is_said_how_to_get_it(
         build_index(store.path)
 
 
+@pytest.mark.slow
 def test_the_commands(store: Store, cli: Cli) -> None:
     assert cli("index", store.path).stdout == f"index in {store.path}.faiss\n"
     before = rows_file(Path(f"{store.path}.faiss"))

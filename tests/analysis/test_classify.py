@@ -152,6 +152,7 @@ def test_metrics_by_hand() -> None:
     np.testing.assert_allclose(worse.auprc, (1 / 1 + 2 / 3) / 2)
 
 
+@pytest.mark.slow
 def test_the_interval_is_of_groups_that_are_drawn() -> None:
     random = np.random.default_rng(3)
     is_first = np.repeat([1, 0], 60)
@@ -255,6 +256,7 @@ def reads(path: Path, count: int, seed: int) -> Path:
 ORF = Translation(rule="orf", min_residues=15)
 
 
+@pytest.mark.slow
 def test_frames_of_a_read_are_on_one_side(make_store: Maker, tmp_path: Path, fits: Fits) -> None:
     stores = [
         make_store(reads(tmp_path / f"{seed}.fa", 60, seed), f"{seed}.zarr", translation=ORF)
@@ -277,6 +279,7 @@ def drawn_from(store: Store, max_rows: int, seed: int = 0) -> Sample:
         return samples.draw(store, counts, max_rows, [seed], pool, counter)
 
 
+@pytest.mark.slow
 def test_a_sample_of_a_large_store(make_store: Maker, other: Store, tmp_path: Path) -> None:
     made = [make_store(VIRAL_PROTEINS, f"{n}.zarr", rows_per_chunk=n) for n in (32, 7)]
     made[0].remove_chunk(9)
@@ -305,6 +308,7 @@ def test_a_sample_of_a_large_store(make_store: Maker, other: Store, tmp_path: Pa
     assert any("60 of 287 rows" in note for note in report.notes)
 
 
+@pytest.mark.slow
 def test_the_same_again_is_the_same_classifier(viral: Store, other: Store, tmp_path: Path) -> None:
     digests = []
     for number, how in enumerate(({}, {}, {"random_state": 1}, {"kind": "mlp"}, {"kind": "mlp"})):
@@ -329,6 +333,7 @@ def test_a_digest_is_of_parameters_too(viral: Store, other: Store, tmp_path: Pat
         assert changed.digest() != digest
 
 
+@pytest.mark.slow
 def test_a_class_of_one_training_row(make_store: Maker, viral: Store, tmp_path: Path) -> None:
     """Early stopping would take a share of each class, and there is none of one row."""
     many = make_store(proteins(tmp_path / "m.faa", 270, "DDD", 4), "many.zarr")
@@ -343,6 +348,7 @@ def test_a_class_of_one_training_row(make_store: Maker, viral: Store, tmp_path: 
     assert stops == [False, True]
 
 
+@pytest.mark.slow
 def test_a_cluster_reads_and_scores_the_same(
     viral: Store, other: Store, trained: Path, tmp_path: Path, client: Any
 ) -> None:
@@ -560,6 +566,7 @@ def test_names_break_no_table(make_store: Maker, trained: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("consensus", ["max", "mean", "virnucpro"])
+@pytest.mark.slow
 def test_reads_by_consensus(
     consensus: Any,
     make_store: Maker,
@@ -603,6 +610,7 @@ def test_reads_by_consensus(
         assert 0 < is_viral.sum() < len(is_viral)
 
 
+@pytest.mark.slow
 def test_proteins_in_tiles_by_consensus(
     make_store: Maker, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -659,6 +667,7 @@ main(sys.argv[1:])
 """
 
 
+@pytest.mark.slow
 def test_predict_is_killed_and_goes_on(make_store: Maker, trained: Path, tmp_path: Path) -> None:
     store = make_store(VIRAL_PROTEINS, "killed.zarr", rows_per_chunk=1)
     shutil.copytree(store.path, whole := tmp_path / "whole.zarr")
@@ -894,6 +903,7 @@ def invoke(*arguments: object) -> Any:
     return CliRunner().invoke(main, [str(each) for each in arguments])
 
 
+@pytest.mark.slow
 def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     file = tmp_path / "virus.skops"
     command = ("train", "--viral", viral.path, "--other", other.path, "--out", file)
@@ -934,6 +944,7 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     assert "no.skops: cannot be read" in done.stderr
 
 
+@pytest.mark.slow
 def test_in_a_bucket(
     s3: Server, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -46,6 +46,7 @@ def spread(rows: NDArray[np.float64], found: NDArray[Any]) -> float:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.slow
 def test_as_good_as_scikit_learn(store: Store, metric: Any) -> None:
     found = virnuc_dask.make_clusters(store.path, n_clusters=6, metric=metric)
     rows, number = placed(all_rows(store)[1], metric), labels(store)
@@ -70,6 +71,7 @@ def test_as_good_as_scikit_learn(store: Store, metric: Any) -> None:
     assert (found.name, found.fitted_rows, found.computed_chunks) == ("cluster_kmeans", 300, 10)
 
 
+@pytest.mark.slow
 def test_passes_are_lloyds(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """From the same centres, as scikit-learn's own iterations, one by one."""
     monkeypatch.setattr(clusters, "_TOLERANCE", 0)
@@ -92,6 +94,7 @@ def test_passes_are_lloyds(store: Store, monkeypatch: pytest.MonkeyPatch) -> Non
         assert np.array_equal(np.bincount(labels(store, ours.name)), counts[order])
 
 
+@pytest.mark.slow
 def test_the_same_whatever_computes_it(make_store: Maker, client: Any) -> None:
     ways = [{"workers": 1}, {"workers": 3}, {"client": client}]
     stores = [make_store(VIRAL_PROTEINS, f"{n}.zarr") for n in range(3)]
@@ -104,6 +107,7 @@ def test_the_same_whatever_computes_it(make_store: Maker, client: Any) -> None:
     assert np.array_equal(labels(stores[0]), labels(stores[2]))
 
 
+@pytest.mark.slow
 def test_rows_that_come_later_get_the_same_centres(make_store: Maker) -> None:
     store, whole = make_store(VIRAL_PROTEINS, embed=False), make_store(VIRAL_PROTEINS, "w.zarr")
     with pytest.raises(UsageError, match="has 0 different embedded rows, too few for 4"):
@@ -178,6 +182,7 @@ def test_damage_is_said(store: Store) -> None:
         virnuc_dask.make_clusters(store.path)
 
 
+@pytest.mark.slow
 def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     done = cli("cluster", store.path, "--n-clusters", 3)
     assert done.returncode == 0, done.stderr

@@ -58,6 +58,7 @@ def test_rows_know_their_headers_and_their_files(several: list[Path], make_store
     assert np.flatnonzero(data.sequence_id.str.startswith("b")).tolist() == [3, 9]
 
 
+@pytest.mark.slow
 def test_no_value_of_a_row_depends_on_its_description(tmp_path: Path, make_store: Maker) -> None:
     """A store is gone on with where only descriptions or files' names have changed."""
     text = gzip.decompress(VIRAL_PROTEINS.read_bytes()).decode()
@@ -83,6 +84,7 @@ def test_frames_have_their_reads_description(tmp_path: Path, make_store: Maker) 
     assert list(data.coords)[:4] == ["sequence_id", "description", "source", "length"]
 
 
+@pytest.mark.slow
 def test_masks_work_and_leave_embeddings_lazy(awkward: Path, make_store: Maker) -> None:
     store = make_store(awkward, rows_per_chunk=3)
     data = virnuc_dask.open_store(store.path)
@@ -162,6 +164,7 @@ def test_opening_reads_no_chunk(make_store: Maker) -> None:
         data.sequence_id.values  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_store_from_before_there_were_headers_is_opened(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, embed=False)
     root = store.path / "zarr.json"

@@ -363,6 +363,7 @@ NAME = st.text(st.characters(codec="utf-8", categories=["L", "N", "P", "S"]), ma
     dtype=st.sampled_from(["float16", "float32"]),
     seed=st.integers(0, 99),
 )
+@pytest.mark.slow
 def test_every_suffix_gives_the_same_rows(
     names: list[str], states: list[Status], missing: int, dtype: Any, seed: int
 ) -> None:
@@ -421,6 +422,7 @@ def test_a_store_in_float16(make_store: Maker, awkward: Path, client: Any, tmp_p
     assert np.array_equal(found, embedding, equal_nan=True)
 
 
+@pytest.mark.slow
 def test_translated_rows_say_where_they_are_from(tmp_path: Path, client: Any) -> None:
     script = [sys.executable, "examples/lambda_reads.py", "examples/lambda_virus.fa.gz"]
     reads = subprocess.run(script, cwd=ROOT, capture_output=True, check=True).stdout
@@ -497,6 +499,7 @@ def test_an_export_is_whole_or_not_there(suffix: str, store: Store, tmp_path: Pa
 @pytest.mark.parametrize(
     "suffix", ["csv", "csv.gz", "csv.zst", "csv.xz", "parquet", "npz", "h5", "h5ad", "zarr"]
 )
+@pytest.mark.sweep
 def test_no_room_is_one_line_that_names_the_file(suffix: str, store: Store, tmp_path: Path) -> None:
     before, out = set(tmp_path.iterdir()), f"out.{suffix}"
     done = subprocess.run(
@@ -543,6 +546,7 @@ def test_what_cannot_be_asked_for(
         virnuc_dask.export(store.path, tmp_path / "out.h5")
 
 
+@pytest.mark.slow
 def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     done = cli("export", store.path, "out.csv")
     assert (done.returncode, done.stdout) == (0, "21 rows in out.csv\n"), done.stderr
@@ -625,6 +629,7 @@ def files(path: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.sweep
 def test_force_replaces_what_is_there(name: str, store: Store, client: Any, tmp_path: Path) -> None:
     out = tmp_path / name
     store.remove_chunk(2)
@@ -657,6 +662,7 @@ def failed_export(within: Sequence[str], store: Store, out: Path) -> str:
 
 
 @pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.sweep
 def test_the_old_one_stays_if_the_new_one_fails(name: str, store: Store, tmp_path: Path) -> None:
     out = tmp_path / name
     virnuc_dask.export(store.path, out)
@@ -677,6 +683,7 @@ def test_the_old_one_stays_if_the_new_one_fails(name: str, store: Store, tmp_pat
 
 
 @pytest.mark.parametrize("name", REPLACED)
+@pytest.mark.sweep
 def test_the_old_one_stays_if_the_export_is_killed(name: str, store: Store, tmp_path: Path) -> None:
     out = tmp_path / name
     virnuc_dask.export(store.path, out)
@@ -692,6 +699,7 @@ def test_the_old_one_stays_if_the_export_is_killed(name: str, store: Store, tmp_
 
 
 @pytest.mark.parametrize("name", ["out.csv", "out.parquet", "out.zarr"])
+@pytest.mark.slow
 def test_the_old_one_stays_if_it_cannot_be_moved(name: str, store: Store, tmp_path: Path) -> None:
     """A mount point has a name that no rename takes from it."""
     out = tmp_path / name
@@ -798,6 +806,7 @@ print(int(line.split()[1]) * 1024)
 
 
 @pytest.mark.parametrize("name", ["out.parquet", "out.npz", "matrix.h5", "out.h5ad", "out.zarr"])
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows(
     name: str, large_stores: tuple[Store, Store], tmp_path: Path
 ) -> None:

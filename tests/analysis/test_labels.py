@@ -67,6 +67,7 @@ def classifier(k: int, metric: str) -> KNeighborsClassifier:
 @pytest.mark.parametrize(
     ("metric", "centre"), [("cosine", True), ("cosine", False), ("euclidean", True)]
 )
+@pytest.mark.sweep
 def test_the_same_as_scikit_learn(
     k: int, metric: Any, centre: bool, store: Store, tmp_path: Path
 ) -> None:
@@ -105,6 +106,7 @@ def test_the_same_as_scikit_learn(
 
 @pytest.mark.usefixtures("few_rows_a_block")
 @pytest.mark.parametrize(("k", "metric"), [(1, "euclidean"), (5, "cosine")])
+@pytest.mark.slow
 def test_leave_one_out_is_scikit_learns(
     k: int, metric: Any, store: Store, tmp_path: Path, client: Any
 ) -> None:
@@ -338,6 +340,7 @@ def test_stores_that_are_not_comparable_are_refused(
 
 
 @pytest.mark.usefixtures("few_rows_a_block")
+@pytest.mark.slow
 def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -> None:
     folder = store.path.parent
     label_file(store, folder / "labels.tsv")
@@ -392,6 +395,7 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
 
 
 @pytest.mark.usefixtures("few_rows_a_block")
+@pytest.mark.slow
 def test_parquet_is_written_part_by_part(store: Store, tmp_path: Path) -> None:
     label_file(store, tmp_path / "labels.tsv", slice(0, 100))
     parts = list(labels_module.annotate_in_parts(store.path, tmp_path / "labels.tsv", k=2))

@@ -58,6 +58,7 @@ def test_the_same_as_scikit_learn(
     assert (made.note, made.comment) == (None, RANDOM_WEIGHTS)
 
 
+@pytest.mark.slow
 def test_no_threads_or_workers_change_it(make_store: Maker, client: Any) -> None:
     stores = [make_store(VIRAL_PROTEINS, f"{n}.zarr") for n in range(3)]
     for store, how in zip(
@@ -86,6 +87,7 @@ def test_no_more_products_than_fit_are_on_workers(
     assert widths == [2, 2]
 
 
+@pytest.mark.slow
 def test_rows_that_come_later_come_into_the_same_map(make_store: Maker) -> None:
     store, whole = make_store(VIRAL_PROTEINS, embed=False), make_store(VIRAL_PROTEINS, "w.zarr")
     with pytest.raises(UsageError, match="has 0 embedded rows, too few"):
@@ -123,6 +125,7 @@ virnuc_dask.make_map(sys.argv[1], workers=1)
 """
 
 
+@pytest.mark.slow
 def test_a_killed_one_goes_on(store: Store, make_store: Maker, cli: Cli) -> None:
     reference = make_store(VIRAL_PROTEINS, "reference.zarr")
     virnuc_dask.make_map(reference.path)
@@ -160,6 +163,7 @@ def test_quarantined_rows_have_no_place(make_store: Maker, awkward: Path) -> Non
     np.testing.assert_allclose(coordinates(store)[embedded], places, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_what_makes_no_sense_is_refused(store: Store, tmp_path: Path) -> None:
     for wrong in (
         {"method": "tsne"},
@@ -195,6 +199,7 @@ def test_a_row_that_is_not_finite_is_refused(store: Store) -> None:
 # --- UMAP ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_umap_goes_on_in_the_same_map(make_store: Maker) -> None:
     from umap import UMAP
 
@@ -244,6 +249,7 @@ def test_without_umap_the_error_says_how_to_get_it(
 # --- samples -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_sample_is_as_likely_to_have_any_row(
     make_store: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,6 +345,7 @@ setTimeout(() => {
 """
 
 
+@pytest.mark.slow
 def test_a_browser_shows_it(make_store: Maker, tmp_path: Path) -> None:
     inputs = tmp_path / "nasty.faa"
     letters = ("MKTAY", "MKVLA", "MGIKQ", "MRRSS")
@@ -364,6 +371,7 @@ def test_a_browser_shows_it(make_store: Maker, tmp_path: Path) -> None:
     assert '<pre id="said">2 of 4 drawn rows match; true; ; 0 images</pre>' in shown
 
 
+@pytest.mark.slow
 def test_colours(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     virnuc_dask.make_map(store.path)
     ids = all_rows(store)[0]
@@ -465,6 +473,7 @@ def test_frames_have_colours(make_store: Maker) -> None:
     assert frames.values == [f"{frame:+d}" for frame in store.array("frame")[:].tolist()]
 
 
+@pytest.mark.slow
 def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     done = cli("map", store.path, "--out", "map.html", "--png", "map.png", "--points", 100)
     assert done.returncode == 0, done.stderr

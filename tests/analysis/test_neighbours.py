@@ -66,6 +66,7 @@ def score(data: Any) -> NDArray[np.float32]:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
 @pytest.mark.parametrize("centre", [True, False])
+@pytest.mark.slow
 def test_the_same_as_scikit_learn(metric: Any, centre: bool, dtype: str, make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, dtype=dtype)
     ids, rows = all_rows(store)
@@ -87,6 +88,7 @@ def test_the_same_as_scikit_learn(metric: Any, centre: bool, dtype: str, make_st
 
 
 @pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.slow
 def test_the_result_depends_on_no_threads_chunks_or_blocks(
     metric: Any, make_store: Maker, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -292,6 +294,7 @@ def test_float16_is_converted_exactly() -> None:
     assert np.array_equal(found.view(np.uint32), finite.astype(np.float32).view(np.uint32))
 
 
+@pytest.mark.slow
 def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -> None:
     ids = all_rows(store)[0]
     found = virnuc_dask.nearest(store.path, [ids[7], ids[3]], k=3)
@@ -387,6 +390,7 @@ def test_identifiers_break_no_table(make_store: Maker, tmp_path: Path) -> None:
     assert b"\x07" not in shown
 
 
+@pytest.mark.slow
 def test_the_mean_is_kept_for_other_processes(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

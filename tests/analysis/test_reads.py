@@ -73,6 +73,7 @@ def test_a_part_of_the_rows_is_as_good(frames: Store) -> None:
     assert none.embedding.shape == (0, 64)
 
 
+@pytest.mark.slow
 def test_windows_of_one_long_record_are_one_row(make_store: Maker) -> None:
     """More rows of a read than a chunk has."""
     store = make_store(CONTIG, rows_per_chunk=8, translation=Translation(window=300))

@@ -111,6 +111,7 @@ def check_accessible(page: Page) -> None:
     assert all(cell.get("scope") in ("col", "row") for cell in page.of("th"))
 
 
+@pytest.mark.slow
 def test_it_says_what_a_store_is(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS)
     page = written(store)
@@ -191,6 +192,7 @@ def test_names_are_no_markup(make_store: Maker, tmp_path: Path) -> None:
     assert "x" * 121 not in page.text
 
 
+@pytest.mark.slow
 def test_results_are_shown(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS)
     about = {"classifier": "a test", "classes": ["viral", "other"], "share": 0.123456}
@@ -246,6 +248,7 @@ def test_reads_have_the_mean_of_their_rows(make_store: Maker, tmp_path: Path) ->
     assert "The highest, each read by the mean of its rows. read score rows" in text
 
 
+@pytest.mark.slow
 def test_tiles_have_the_mean_of_their_proteins(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, tiling=virnuc_dask.Tiling(400, 300))
     fill(keep_result(store, "score", "virus", {}), score)
@@ -254,6 +257,7 @@ def test_tiles_have_the_mean_of_their_proteins(make_store: Maker) -> None:
     assert "The highest, each protein by the mean of its rows. protein score rows" in text
 
 
+@pytest.mark.slow
 def test_clusters_are_shown(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS)
     assert "Clusters" not in written(store).text
@@ -277,6 +281,7 @@ def colours_of(page: Page) -> list[str]:
     return re.findall(r"(cluster \d+|[a-z]+ clusters?|\d\.\d to \d\.\d|no score|residues) \(", key)
 
 
+@pytest.mark.slow
 def test_the_map_is_coloured_by_what_says_most(make_store: Maker, tmp_path: Path) -> None:
     store = make_store(VIRAL_PROTEINS)
     page = written(store)
@@ -356,6 +361,7 @@ def test_telemetry(make_store: Maker, tmp_path: Path) -> None:
     assert "residues a second" not in written(store, telemetry=empty, force=True).text
 
 
+@pytest.mark.slow
 def test_telemetry_that_cannot_be_read_is_said(
     make_store: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -374,6 +380,7 @@ def test_telemetry_that_cannot_be_read_is_said(
     assert not (tmp_path / "no.html").exists()
 
 
+@pytest.mark.slow
 def test_the_map_that_has_most_is_shown(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, tiling=virnuc_dask.Tiling(400, 300))
     keep_result(store, "map", "a", {"none": 1})
@@ -391,6 +398,7 @@ def test_the_map_that_has_most_is_shown(make_store: Maker) -> None:
         assert about[name][:20] not in page.html
 
 
+@pytest.mark.slow
 def test_what_cannot_be_written_is_said_first(make_store: Maker, tmp_path: Path, cli: Cli) -> None:
     store = make_store(VIRAL_PROTEINS)
     done = cli("report", store.path, "page.html")
@@ -409,6 +417,7 @@ def test_what_cannot_be_written_is_said_first(make_store: Maker, tmp_path: Path,
     assert not list(tmp_path.glob(".*.html"))
 
 
+@pytest.mark.slow
 def test_in_an_object_store(make_store: Maker, s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
@@ -451,6 +460,7 @@ const outside = [...document.querySelectorAll("svg text")].filter((each) => {
 
 @pytest.mark.skipif(not CHROMIUM, reason="NOT TESTED IN A BROWSER: there is no chromium here")
 @pytest.mark.parametrize("width", [400, 1200])
+@pytest.mark.slow
 def test_a_browser_shows_it(width: int, make_store: Maker, tmp_path: Path) -> None:
     store = hostile_store(make_store, tmp_path)
     # Long and short numbers at the ends of the axes.

@@ -22,6 +22,7 @@ from virnuc_dask.cli.main import _missing_lines, main
 from virnuc_dask.runtime.events import NOT_COMPUTED
 
 
+@pytest.mark.slow
 def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Path) -> None:
     done = cli("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--max-residues", 50)
     assert done.returncode == 3
@@ -40,6 +41,7 @@ def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Pa
 
 @pytest.mark.parametrize(("name", "store"), [("run", ["out.zarr"]), ("plan", [])])
 @pytest.mark.parametrize("options", [(), ("--model", ""), ("--json",)])
+@pytest.mark.sweep
 def test_a_model_must_be_named(
     name: str, store: list[str], options: tuple[str, ...], cli: Cli, awkward: Path, tmp_path: Path
 ) -> None:
@@ -68,6 +70,7 @@ def test_what_else_is_wrong_comes_before_the_model(
     assert "which model?" not in refused.stderr
 
 
+@pytest.mark.slow
 def test_standard_input_is_read(cli: Cli, awkward: Path) -> None:
     done = cli(
         "run", "-", "out.zarr", "--model=demo", "--workers", 1, "--json", input=awkward.read_text()
@@ -76,6 +79,7 @@ def test_standard_input_is_read(cli: Cli, awkward: Path) -> None:
     assert json.loads(done.stdout.splitlines()[-1])["records"] == 7
 
 
+@pytest.mark.slow
 def test_json_is_json_and_nothing_else_on_stdout(cli: Cli, awkward: Path) -> None:
     done = cli("run", awkward, "out.zarr", "--model=demo", "--workers", 1, "--json")
     documents = [json.loads(line) for line in done.stdout.splitlines()]
@@ -104,6 +108,7 @@ def empty(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncated_gzip, binary, utf16, unequal, empty])
+@pytest.mark.slow
 def test_bad_input_is_one_clear_line_and_exit_code_2(damage: Any, cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "bad.fa"
     damage(path)
@@ -118,12 +123,14 @@ def test_bad_input_is_one_clear_line_and_exit_code_2(damage: Any, cli: Cli, tmp_
     assert os.listdir(tmp_path) == ["bad.fa"]
 
 
+@pytest.mark.slow
 def test_strict_refuses_with_file_line_and_record(cli: Cli, awkward: Path) -> None:
     done = cli("run", awkward, "out.zarr", "--model=demo", "--strict")
     assert done.returncode == 2
     assert f"{awkward}, line 6, record 'stop': an internal stop '*'" in done.stderr
 
 
+@pytest.mark.slow
 def test_another_identity_is_refused_by_name(make_store: Maker, cli: Cli) -> None:
     make_store(VIRAL_PROTEINS, embed=False)
     done = cli(
@@ -134,6 +141,7 @@ def test_another_identity_is_refused_by_name(make_store: Maker, cli: Cli) -> Non
     assert "repr_layer" not in done.stderr
 
 
+@pytest.mark.slow
 def test_status_draws_the_chunks_that_are_there(make_store: Maker, cli: Cli) -> None:
     store = make_store(VIRAL_PROTEINS)
     store.remove_chunk(0)
@@ -148,6 +156,7 @@ def test_status_draws_the_chunks_that_are_there(make_store: Maker, cli: Cli) -> 
     assert found["states"]["pending"] == 64
 
 
+@pytest.mark.slow
 def test_status_tells_scripts_whether_a_store_is_done(
     make_store: Maker, cli: Cli, awkward: Path
 ) -> None:
@@ -161,6 +170,7 @@ def test_status_tells_scripts_whether_a_store_is_done(
             assert json.loads(found.stdout)["exit_code"] == found.returncode == expected
 
 
+@pytest.mark.slow
 def test_status_says_that_truncated_rows_are_embedded(make_store: Maker, cli: Cli) -> None:
     make_store(VIRAL_PROTEINS, "whole.zarr")
     assert "embedded  300 (29 of them truncated)\n" in cli("status", "whole.zarr", "--rows").stdout
@@ -168,6 +178,7 @@ def test_status_says_that_truncated_rows_are_embedded(make_store: Maker, cli: Cl
     assert "embedded  300 (29 of them windowed)\n" in cli("status", "windows.zarr", "--rows").stdout
 
 
+@pytest.mark.slow
 def test_status_sees_a_run_as_long_as_its_process_lives(
     make_store: Maker, cli: Cli, peptides: Path
 ) -> None:
@@ -186,6 +197,7 @@ def test_status_sees_a_run_as_long_as_its_process_lives(
     assert found.stdout.splitlines()[-1] == "finish with: virnuc-dask resume out.zarr"
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_counts_what_it_has_not_computed(
     make_store: Maker, peptides: Path
 ) -> None:
@@ -215,6 +227,7 @@ def test_chunks_that_failed_are_named_and_the_rest_counted() -> None:
     assert lines[10:] == ["2 more chunks failed", "1 chunk not computed yet"]
 
 
+@pytest.mark.slow
 def test_verify_names_damage_and_repair_mends_it(make_store: Maker, cli: Cli) -> None:
     store = make_store(VIRAL_PROTEINS)
     assert cli("verify", "out.zarr").returncode == 0
@@ -232,6 +245,7 @@ def test_verify_names_damage_and_repair_mends_it(make_store: Maker, cli: Cli) ->
     assert json.loads(cli("verify", "out.zarr", "--json").stdout)["bad"] == {}
 
 
+@pytest.mark.slow
 def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
     done = cli("plan", VIRAL_PROTEINS, "--model=demo")
     assert done.returncode == 0
@@ -248,6 +262,7 @@ def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Pat
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_another_esm_is_one_clear_line_and_only_where_fair_esm_is_needed(
     make_store: Maker, cli: Cli, awkward: Path, other_esm: dict[str, str]
 ) -> None:
@@ -297,6 +312,7 @@ def test_what_is_in_fair_esms_place_is_named(
     assert re.match(f"virnuc_dask.errors.UsageError: .*{message}", found.stderr.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_nucleotides_are_refused(cli: Cli, tmp_path: Path) -> None:
     path = tmp_path / "dna.fa.gz"
     path.write_bytes(gzip.compress(b">a\nACGTTGCA\n>b\nACGTNACGT\n"))
@@ -304,6 +320,7 @@ def test_nucleotides_are_refused(cli: Cli, tmp_path: Path) -> None:
     assert cli("plan", path, "--model=demo", "--molecule", "protein").returncode == 0
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_a_live_bar(awkward: Path, tmp_path: Path) -> None:
     import pty
 

@@ -66,6 +66,7 @@ def test_threads_wait_for_each_other() -> None:
     assert most == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_releases_its_lock(card: DeviceLock, tmp_path: Path) -> None:
     process = held_elsewhere(tmp_path)
     killer = threading.Timer(0.5, process.kill)
@@ -77,6 +78,7 @@ def test_a_process_that_is_killed_releases_its_lock(card: DeviceLock, tmp_path: 
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_process_that_hangs_keeps_nobody_for_ever(
     card: DeviceLock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -162,6 +162,7 @@ def drop(file: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux for a file's pages")
+@pytest.mark.slow
 def test_a_second_start_does_not_read_the_weights(tmp_path: Path, cli: Cli) -> None:
     model = Path(save_network(random_network(4, 640, 20), tmp_path / "model.pt"))
     (tmp_path / "in.faa").write_text(">a\nMKV\n")
@@ -362,6 +363,7 @@ for _ in range(20):
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(cache: Path, model: Path) -> None:
     command = [sys.executable, "-c", AT_ONCE, str(model)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
@@ -380,6 +382,7 @@ def test_two_processes_at_once(cache: Path, model: Path) -> None:
 # --- one that is wrong ---
 
 
+@pytest.mark.slow
 def test_a_wrong_digest_lets_nothing_into_a_store(
     cache: Path, model: Path, tmp_path: Path, cli: Cli
 ) -> None:

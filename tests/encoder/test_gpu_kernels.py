@@ -72,10 +72,12 @@ def interpret(script: str, *arguments: object) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_do_what_torch_does() -> None:
     assert interpret(KERNELS.format(shapes=SHAPES)) == "equal\n"
 
 
+@pytest.mark.slow
 def test_a_network_of_these_kernels_is_the_same_network(tmp_path: Path) -> None:
     network = random_network(2, 72, 3)
     path = save_network(network, tmp_path / "model.pt")

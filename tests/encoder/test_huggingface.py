@@ -41,6 +41,7 @@ def folder(network: ESM2, tmp_path: Path) -> Path:
     return Path(save_huggingface(network, tmp_path / "hf"))
 
 
+@pytest.mark.slow
 def test_a_directory_and_a_pt_file_are_the_same_model(
     network: ESM2, folder: Path, tmp_path: Path
 ) -> None:
@@ -55,6 +56,7 @@ def test_a_directory_and_a_pt_file_are_the_same_model(
         assert encoder.spec.weights_sha256 == load_encoder(pt).spec.weights_sha256
 
 
+@pytest.mark.slow
 def test_token_dropout_is_read(tmp_path: Path) -> None:
     network = random_network(2, 32, 2, token_dropout=False)
     found = load_encoder(save_huggingface(network, tmp_path / "hf")).encode(SEQUENCES)
@@ -62,6 +64,7 @@ def test_token_dropout_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["bare", "without frequencies", "gamma and beta", "sharded"])
+@pytest.mark.sweep
 def test_the_layouts_there_are(change: str, folder: Path) -> None:
     expected = load_encoder(str(folder)).encode(SEQUENCES)
     file = folder / "model.safetensors"
@@ -120,6 +123,7 @@ IN_LAYER = "encoder.layer.{}.attention.self.rotary_embeddings.inv_freq"
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "esm."])
+@pytest.mark.sweep
 def test_what_transformers_has_saved_is_the_same_model(
     norm: tuple[str, str],
     frequencies: str | None,
@@ -152,6 +156,7 @@ def test_what_transformers_has_saved_is_the_same_model(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["EsmForMaskedLM", "EsmModel", "EsmModel without pooling"])
+@pytest.mark.slow
 def test_what_the_transformers_that_is_here_saves_is_read(
     kind: str, dtype: torch.dtype, rounded: ESM2, tmp_path: Path
 ) -> None:
@@ -181,6 +186,7 @@ def test_what_the_transformers_that_is_here_saves_is_read(
 @pytest.mark.parametrize(
     "kind", ["EsmForSequenceClassification", "EsmForTokenClassification", "EsmForMaskedLM"]
 )
+@pytest.mark.slow
 def test_a_fine_tuned_model_is_read_without_its_head(
     kind: str, shards: int, file: str, rounded: ESM2, tmp_path: Path
 ) -> None:
@@ -230,6 +236,7 @@ def _save_as(folder: Path, file: str, shards: int) -> None:
 
 
 @pytest.mark.parametrize("multiple", [8, 64])
+@pytest.mark.slow
 def test_a_vocabulary_may_be_padded_to_a_round_number(
     multiple: int, rounded: ESM2, tmp_path: Path
 ) -> None:
@@ -277,6 +284,7 @@ def test_what_is_missing_is_said_before_any_work(folder: Path) -> None:
         load_checkpoint(str(folder))
 
 
+@pytest.mark.slow
 def test_files_may_be_links_as_in_hugging_faces_cache(
     folder: Path, tmp_path: Path, client: Any
 ) -> None:

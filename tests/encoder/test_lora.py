@@ -82,6 +82,7 @@ def by_peft(model: Any) -> np.ndarray[Any, Any]:
     ],
     ids=str,
 )
+@pytest.mark.sweep
 def test_an_adapter_is_merged_as_peft_does(
     settings: dict[str, Any], base: Path, tmp_path: Path
 ) -> None:
@@ -134,6 +135,7 @@ def test_an_adapter_of_older_versions_is_read(base: Path, tmp_path: Path) -> Non
     assert load_checkpoint(reference).sha256() == expected
 
 
+@pytest.mark.slow
 def test_a_published_base_is_taken_from_where_it_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

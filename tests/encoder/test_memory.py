@@ -56,6 +56,7 @@ def small_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return refused
 
 
+@pytest.mark.slow
 def test_the_budget_halves_until_it_fits_and_is_remembered(small_device: list[int]) -> None:
     sequences = random_sequences([*range(20, 120), 400, 490])
     encoder = load_encoder("demo")
@@ -78,6 +79,7 @@ def test_a_sequence_that_does_not_fit_alone_is_named(small_device: list[int]) ->
     assert small_device[-1] == 602
 
 
+@pytest.mark.slow
 def test_rows_that_do_not_fit_are_quarantined_and_their_neighbours_are_not(
     small_device: list[int], make_store: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -154,6 +156,7 @@ print(encoder.token_budget, np.array_equal(found[:32], expected), np.isfinite(fo
     "precision",
     ["float32", pytest.param("bfloat16", marks=pytest.mark.soak)],
 )
+@pytest.mark.slow
 def test_a_real_limit_of_the_address_space(precision: str, tmp_path: Path) -> None:
     path = save_network(random_network(2, 320, 20), tmp_path / "model.pt")
     command = [sys.executable, "-c", LIMITED, path, precision]
@@ -286,6 +289,7 @@ def measured(reference: str, what: str) -> tuple[str, int, int]:
 
 @needs_pagemap
 @pytest.mark.parametrize("layout", ["fair-esm, float16", "Hugging Face, float32"])
+@pytest.mark.slow
 def test_hashing_takes_no_memory_of_the_models_size(layout: str, large_folder: Path) -> None:
     if layout == "fair-esm, float16":
         network = large_network(2, 2560, 40).half()
@@ -306,6 +310,7 @@ def test_hashing_takes_no_memory_of_the_models_size(layout: str, large_folder: P
 
 
 @needs_pagemap
+@pytest.mark.slow
 def test_a_worker_holds_its_weights_once(large_folder: Path) -> None:
     reference = save_network(large_network(16, 640, 20), large_folder / "model.pt")
     size = Path(reference).stat().st_size

@@ -100,6 +100,7 @@ def test_the_time_to_download_a_model_is_that_of_all_its_layers() -> None:
     assert Estimate.of(model, "cuda", 300).load_s > 10_000
 
 
+@pytest.mark.slow
 def test_a_store_is_chunked_as_planned(tmp_path: Path, make_store: Maker) -> None:
     small = str(save_network(random_network(2, 32, 4), tmp_path / "small.pt"))
     large = str(save_network(random_network(2, 320, 20), tmp_path / "large.pt"))
@@ -139,6 +140,7 @@ def test_of_two_runs_that_make_a_store_at_once_the_slower_takes_the_fasters_chun
 # --- random weights, and which weights they are ---
 
 
+@pytest.mark.slow
 def test_random_weights_are_said_wherever_somebody_looks(
     cli: Cli, awkward: Path, tmp_path: Path
 ) -> None:
@@ -168,6 +170,7 @@ def test_random_weights_are_said_wherever_somebody_looks(
 
 
 @pytest.mark.filterwarnings("default::virnuc_dask.errors.RandomWeightsWarning")
+@pytest.mark.slow
 def test_in_python_random_weights_are_a_warning_where_they_were_asked_for(
     awkward: Path, tmp_path: Path, client: Any
 ) -> None:
@@ -181,6 +184,7 @@ def test_in_python_random_weights_are_a_warning_where_they_were_asked_for(
 
 
 @pytest.mark.filterwarnings("error::virnuc_dask.errors.RandomWeightsWarning")
+@pytest.mark.slow
 def test_a_model_that_was_given_is_named_and_nothing_is_said_of_random_weights(
     cli: Cli, awkward: Path, tmp_path: Path
 ) -> None:

@@ -45,6 +45,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, torch.nn.Modul
 
 @pytest.mark.parametrize(("layers", "dimension", "heads"), ARCHITECTURES)
 @pytest.mark.parametrize("token_dropout", [True, False])
+@pytest.mark.slow
 def test_packed_forward_equals_upstream(
     layers: int, dimension: int, heads: int, token_dropout: bool, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_packed_forward_equals_upstream(
         assert relative_error(encoder.encode([sequence]), row[None]) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_every_length_from_1_to_1022_equals_upstream(small: tuple[str, torch.nn.Module]) -> None:
     path, network = small
     sequences = random_sequences(list(range(1, 1023)))
@@ -80,6 +82,7 @@ def test_upstreams_padded_batches_agree_too(small: tuple[str, torch.nn.Module]) 
     assert relative_error(load_encoder(path).encode(sequences), np.stack(padded)) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_no_result_depends_on_the_batch(small: tuple[str, torch.nn.Module]) -> None:
     encoder = load_encoder(small[0])
     random = np.random.default_rng(3)
@@ -109,6 +112,7 @@ def test_every_layer_and_pooling_equals_upstream(
     assert relative_error(encoder.encode(sequences), expected) < TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_sequence_longer_than_any_window_is_encoded_whole(
     small: tuple[str, torch.nn.Module],
 ) -> None:
@@ -186,6 +190,7 @@ def test_how_a_file_lays_out_its_numbers_does_not_matter(
 
 
 @pytest.mark.parametrize("pooling", ["mean", "bos", "max"])
+@pytest.mark.slow
 def test_results_that_arrive_in_the_end_are_the_same(pooling: Pooling) -> None:
     """A GPU's are combined when all batches have been begun; here a CPU's are."""
     encoder = load_encoder("demo", pooling=pooling)

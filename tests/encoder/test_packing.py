@@ -47,6 +47,7 @@ def test_truncating_and_skipping_give_one_segment_or_none(
 
 
 @given(st.integers(1, 500), st.integers(1, 60))
+@pytest.mark.slow
 def test_the_weights_of_a_row_count_each_residue_once(length: int, size: int) -> None:
     segments = cut_segments(np.array([7, length, 3], np.int32), size, "window")
     total = np.zeros(length)
@@ -77,6 +78,7 @@ def test_batches_take_each_segment_once_in_order_of_length(
 
 
 @given(st.lists(st.integers(33, 100), min_size=50, max_size=400))
+@pytest.mark.slow
 def test_no_batch_is_much_smaller_than_the_others(lengths: list[int]) -> None:
     sizes = [
         int(sum(count * (length + 2) for count, length in batch.runs))
@@ -148,6 +150,7 @@ def test_the_weights_of_every_row_sum_to_one(
 
 
 @given(lengths_of_rows, st.integers(1, 60), st.data())
+@pytest.mark.slow
 def test_selected_rows_keep_their_windows_and_weights(
     lengths: np.ndarray, size: int, data: st.DataObject
 ) -> None:

@@ -54,6 +54,7 @@ def lowest_cosine(found: NDArray[np.float32], expected: NDArray[np.float32]) -> 
 
 
 @pytest.mark.parametrize("precision", ON_CPU)
+@pytest.mark.slow
 def test_every_row_is_close_to_upstreams_float32(
     precision: Precision, model: tuple[str, torch.nn.Module], operators: str
 ) -> None:
@@ -74,6 +75,7 @@ def test_every_row_is_close_to_upstreams_float32(
 
 
 @pytest.mark.parametrize("precision", ON_CPU)
+@pytest.mark.slow
 def test_alone_and_in_a_batch_are_bitwise_the_same(
     precision: Precision, model: tuple[str, torch.nn.Module]
 ) -> None:

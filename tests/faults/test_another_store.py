@@ -81,6 +81,7 @@ def in_the_middle(
 
 @pytest.mark.parametrize("moment", ["computed", "half written"])
 @pytest.mark.parametrize("how", ["same settings", "other settings", "link", "nothing"])
+@pytest.mark.sweep
 def test_a_chunk_stays_with_the_store_that_its_rows_came_from(
     how: str,
     moment: str,
@@ -188,6 +189,7 @@ def url(s3: Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 @pytest.mark.parametrize("moment", ["computed", "half written"])
 @pytest.mark.parametrize("settings", [SAME, OTHER, None], ids=["same", "other", "nothing"])
+@pytest.mark.sweep
 def test_objects_too_go_into_no_other_store(
     settings: dict[str, Any] | None, moment: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -231,6 +233,7 @@ ONE_BY_ONE: dict[str, Any] = {"model": "demo", "rows_per_chunk": 1, "repr_layer"
 
 
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL", "the scheduler's SIGKILL"])
+@pytest.mark.slow
 def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
     end: str, slow: Path, tmp_path: Path
 ) -> None:
@@ -289,6 +292,7 @@ def test_nor_is_what_a_killed_runs_own_worker_computes(slow: Path, tmp_path: Pat
     assert tree(path) == before
 
 
+@pytest.mark.slow
 def test_nor_is_it_put_into_another_store_in_a_bucket(slow: Path, tmp_path: Path, url: str) -> None:
     with started_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
@@ -312,6 +316,7 @@ def test_nor_is_it_put_into_another_store_in_a_bucket(slow: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.slow
 def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
     end: signal.Signals, slow: Path, tmp_path: Path
 ) -> None:
@@ -333,6 +338,7 @@ def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
         os.environ.pop(faults.VARIABLE)
 
 
+@pytest.mark.slow
 def test_a_restart_by_somebody_else_costs_time_and_nothing_else(slow: Path, tmp_path: Path) -> None:
     path, whole = tmp_path / "out.zarr", tmp_path / "whole.zarr"
     with started_cluster(tmp_path) as file, another_worker(file), connect(str(file)) as client:

@@ -103,6 +103,7 @@ def check_damage(
 
 @pytest.mark.parametrize("damage", DAMAGE)
 @pytest.mark.parametrize("array", ARRAYS)
+@pytest.mark.slow
 def test_a_damaged_file_is_found_by_verify_and_mended(
     array: str, damage: str, store: Store, whole: Store, client: Any
 ) -> None:
@@ -133,11 +134,13 @@ def check_flipped_bits(store: Store, array: str, bits: int) -> None:
 
 
 @pytest.mark.parametrize("array", ARRAYS)
+@pytest.mark.slow
 def test_any_flipped_bit_is_found(array: str, store: Store) -> None:
     check_flipped_bits(store, array, bits=24)
 
 
 @pytest.mark.parametrize("array", ARRAYS)
+@pytest.mark.sweep
 def test_a_chunk_of_a_flipped_bit_is_computed_again(
     array: str, store: Store, whole: Store, client: Any
 ) -> None:
@@ -153,6 +156,7 @@ def test_another_chunks_file_is_found_where_it_does_not_agree_with_the_sequences
     check_damage(store, whole, array, 2, another, client, decodes=True)
 
 
+@pytest.mark.slow
 def test_another_chunks_embeddings_are_found_by_a_sample(
     store: Store, whole: Store, client: Any
 ) -> None:
@@ -170,6 +174,7 @@ def test_another_chunks_embeddings_are_found_by_a_sample(
     assert_ledger(store, whole)
 
 
+@pytest.mark.slow
 def test_another_chunks_residues_are_found_by_a_sample(
     make_store: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -188,6 +193,7 @@ def test_another_chunks_residues_are_found_by_a_sample(
 
 
 @pytest.mark.filterwarnings("ignore:Object at notes.txt is not recognized")
+@pytest.mark.slow
 def test_strays_are_ignored_by_readers_and_removed_where_tasks_write(
     store: Store, whole: Store, client: Any
 ) -> None:
@@ -238,6 +244,7 @@ def test_strays_are_ignored_by_readers_and_removed_where_tasks_write(
         ("offset", "half of it"),
     ],
 )
+@pytest.mark.sweep
 def test_without_its_metadata_nothing_touches_a_store(
     array: str, damage: str, store: Store, whole: Store
 ) -> None:
@@ -268,6 +275,7 @@ def test_without_its_metadata_nothing_touches_a_store(
     "arguments",
     [["status"], ["resume"], ["verify", "--repair"], ["run", "--model=demo", str(VIRAL_PROTEINS)]],
 )
+@pytest.mark.slow
 def test_torn_metadata_is_one_line_and_exit_code_4(
     arguments: list[str], store: Store, cli: Cli
 ) -> None:

@@ -121,6 +121,7 @@ embed.load_checkpoint = slowly
 """
 
 
+@pytest.mark.slow
 def test_a_worker_that_loads_a_large_model_does_not_count_as_hanging(
     make_store: Maker, peptides: Path, attached: Any, tmp_path: Path
 ) -> None:
@@ -155,6 +156,7 @@ def test_a_worker_that_loads_a_large_model_does_not_count_as_hanging(
     assert_nothing_lost(store, whole, done, first)
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_every_worker_is_waited_for_by_none(
     make_store: Maker,
     peptides: Path,
@@ -238,6 +240,7 @@ def test_chunks_that_wait_for_the_work_of_others_blame_nobody(
     assert_nothing_lost(store, whole, done, ())
 
 
+@pytest.mark.slow
 def test_chunks_that_waited_for_workers_which_are_all_gone_are_computed_by_the_next(
     make_store: Maker,
     peptides: Path,

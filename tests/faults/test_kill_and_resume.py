@@ -60,6 +60,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, proteins: Path) -> S
     return Store(path)
 
 
+@pytest.mark.slow
 def test_coordinator_then_worker_killed_and_nothing_is_lost(
     proteins: Path, uninterrupted: Store, tmp_path: Path
 ) -> None:
@@ -122,6 +123,7 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_signal_lets_running_chunks_finish_and_the_next_run_goes_on(
     number: signal.Signals, proteins: Path, uninterrupted: Store, tmp_path: Path
 ) -> None:
@@ -176,6 +178,7 @@ def test_a_second_signal_leaves_at_once(
     await_end(workers)
 
 
+@pytest.mark.slow
 def test_a_coordinator_that_stood_still_blames_nobody(
     proteins: Path, uninterrupted: Store, tmp_path: Path
 ) -> None:
@@ -197,6 +200,7 @@ def test_a_coordinator_that_stood_still_blames_nobody(
     assert_ledger(Store(path), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "out.zarr"
     # One chunk of several seconds, so that it is under way when the signal comes on any machine.
@@ -217,6 +221,7 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Pa
     assert virnuc_dask.verify(path).checked == 1
 
 
+@pytest.mark.slow
 def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
     proteins: Path, uninterrupted: Store, tmp_path: Path
 ) -> None:

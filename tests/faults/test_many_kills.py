@@ -87,6 +87,7 @@ def followed(run: Run) -> Thread:
 
 @pytest.mark.parametrize("suspect_after", [1, pytest.param(1_000_000, marks=pytest.mark.soak)])
 @pytest.mark.parametrize("kills", times(3, 100))
+@pytest.mark.slow
 def test_workers_killed_at_random_lose_nothing_and_blame_nobody(
     kills: int,
     suspect_after: int,
@@ -216,6 +217,7 @@ def forked(run: Run) -> Iterator[tuple[psutil.Process, bool]]:
 
 
 @pytest.mark.parametrize("workers", [False, True])
+@pytest.mark.slow
 def test_a_process_killed_while_workers_start_is_started_again(
     workers: bool, peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
@@ -233,6 +235,7 @@ def test_a_process_killed_while_workers_start_is_started_again(
     assert_nothing_lost(Store(path), reference.store)
 
 
+@pytest.mark.slow
 def test_an_interrupt_while_workers_start_is_answered_by_the_coordinator_alone(
     peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
@@ -259,6 +262,7 @@ def ignores_interrupts(process: psutil.Process) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_workers_that_are_always_killed_before_they_ever_ran_are_a_clear_error(
     peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
@@ -282,6 +286,7 @@ def test_workers_that_are_always_killed_before_they_ever_ran_are_a_clear_error(
     assert_nothing_lost(Store(path), reference.store)
 
 
+@pytest.mark.slow
 def test_without_the_process_that_workers_are_forked_from_they_are_started_again(
     peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
@@ -304,6 +309,7 @@ def test_without_the_process_that_workers_are_forked_from_they_are_started_again
 
 
 @pytest.mark.parametrize("kills", times(4, 100))
+@pytest.mark.slow
 def test_coordinators_killed_at_random_leave_no_process_and_lose_nothing(
     kills: int,
     peptides: Path,
@@ -401,6 +407,7 @@ def attachable(folder: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
 
 
 @pytest.mark.parametrize("kills", times(1, 20))
+@pytest.mark.slow
 def test_schedulers_killed_at_random_are_clear_errors_and_lose_nothing(
     kills: int,
     peptides: Path,

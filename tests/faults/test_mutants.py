@@ -59,6 +59,7 @@ NO_EMPTY_CHUNKS = "zarr.Array.with_config = lambda self, config: self"
     ],
     ids=["in place", "commit first", "no empty chunks"],
 )
+@pytest.mark.sweep
 def test_a_store_that_writes_otherwise_does_not_survive_the_deaths_of_tasks(
     mutation: str, chunk: int, complaint: str, bench: Bench
 ) -> None:
@@ -95,6 +96,7 @@ directory.sync = lambda path: None
     ],
     ids=["no sync", "no sync, anywhere", "no sync of files", "no sync of names"],
 )
+@pytest.mark.slow
 def test_a_store_that_does_not_sync_loses_acknowledged_chunks_to_a_power_cut(
     mutation: str, cut: Any, lab: Lab
 ) -> None:
@@ -111,6 +113,7 @@ def test_a_store_that_does_not_sync_loses_acknowledged_chunks_to_a_power_cut(
     ],
     ids=["no sync of the tree", "no sync of its name"],
 )
+@pytest.mark.slow
 def test_an_ingest_that_does_not_sync_loses_its_store_to_a_power_cut(
     mutation: str, complaint: str, lab: Lab
 ) -> None:

@@ -98,6 +98,7 @@ def limit_memory() -> None:
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.slow
 def test_poison_in_every_chunk_is_quarantined_and_nothing_else_is_lost(
     peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, armed: None
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_row_that_takes_all_memory_of_a_control_group_is_quarantined_alone(
     assert tree(path) == before
 
 
+@pytest.mark.slow
 def test_a_worker_whose_device_is_lost_is_replaced(
     peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_store: Maker
 ) -> None:
@@ -291,6 +293,7 @@ def rows_of(store: Store) -> tuple[Any, Any]:
     return store.read_rows(0)
 
 
+@pytest.mark.slow
 def test_children_give_what_this_process_gives(
     awkward: Path, tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -310,6 +313,7 @@ def test_children_give_what_this_process_gives(
 
 @pytest.mark.usefixtures("armed")
 @pytest.mark.parametrize("guilty", [{0: KILLS}, {0: ABORTS, 1: KILLS, 2: ABORTS}])
+@pytest.mark.slow
 def test_every_row_may_be_guilty(
     guilty: dict[int, str], peptides: Path, tmp_path: Path, make_store: Maker, model: ModelSpec
 ) -> None:
@@ -321,6 +325,7 @@ def test_every_row_may_be_guilty(
 
 
 @pytest.mark.usefixtures("armed")
+@pytest.mark.slow
 def test_a_row_that_hangs_costs_its_neighbour_nothing(
     peptides: Path, tmp_path: Path, make_store: Maker, model: ModelSpec
 ) -> None:
@@ -339,6 +344,7 @@ def test_a_child_that_raises_blames_no_row(awkward: Path, make_store: Maker) -> 
         embed_apart(other, "cpu", *rows_of(store), store.identity)
 
 
+@pytest.mark.slow
 def test_a_child_does_not_outlive_its_parent(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "job.json")  # nobody writes to it: the child would wait for ever
     child = subprocess.Popen(

@@ -344,6 +344,7 @@ class Filling(RuleBasedStateMachine):
         ),
     ],
 )
+@pytest.mark.slow
 def test_whatever_happens_to_a_store_in_whatever_order_it_ends_whole(
     minutes: float,
     examples: int,

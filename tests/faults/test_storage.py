@@ -69,6 +69,7 @@ def check_errors(nursery: Nursery, bench: Bench, call: str, number: int, most: i
         ("rename", errno.EIO, False),
     ],
 )
+@pytest.mark.sweep
 def test_a_call_that_fails_fails_the_task_and_the_next_one_finishes(
     call: str, number: int, hopeless: bool, nursery: Nursery, bench: Bench
 ) -> None:
@@ -122,6 +123,7 @@ def assert_whole_in_the_end(store: Store, reference: Store, client: Any) -> None
 
 
 @pytest.mark.parametrize("room", [0, 4, 8, 16, 24, 32, 40, 60, 88])
+@pytest.mark.sweep
 def test_a_full_disk_stops_the_run_at_once_and_costs_nothing(
     room: int, disk: Path, make_store: Maker, client: Any
 ) -> None:
@@ -148,6 +150,7 @@ def test_a_full_disk_stops_the_run_at_once_and_costs_nothing(
     assert_whole_in_the_end(store, reference, client)
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_stops_the_run_at_once(disk: Path, make_store: Maker, client: Any) -> None:
     reference = make_store(VIRAL_PROTEINS)
     store = make_store(VIRAL_PROTEINS, str(disk / "out.zarr"), embed=False)
@@ -172,6 +175,7 @@ def fill(disk: Path, room: int) -> Path:
 
 
 @pytest.mark.parametrize("room", [0, 12, 20, 28, 40, 52, 76, 100])
+@pytest.mark.sweep
 def test_a_disk_that_fills_while_the_input_is_read_is_left_as_it_was(
     room: int, disk: Path, make_store: Maker
 ) -> None:
@@ -188,6 +192,7 @@ def test_a_disk_that_fills_while_the_input_is_read_is_left_as_it_was(
     assert verify.verify(made.path).sequences is None
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_an_exit_code(disk: Path, cli: Cli) -> None:
     filler = fill(disk, 40)
     options = ("--model=demo", "--repr-layer", 1, "--workers", 1, "-q")
@@ -213,6 +218,7 @@ def forbidden(*arguments: object) -> list[str]:
     return ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command(*arguments)]
 
 
+@pytest.mark.slow
 def test_a_store_that_may_not_be_written_stops_the_run_at_once(
     make_store: Maker, client: Any
 ) -> None:
@@ -245,6 +251,7 @@ def test_a_store_that_may_not_be_written_stops_the_run_at_once(
     assert {name: tree(store.path)[name] for name in done} == done
 
 
+@pytest.mark.slow
 def test_a_directory_that_may_not_be_written_gets_no_store(tmp_path: Path) -> None:
     folder = tmp_path / "theirs"
     folder.mkdir(mode=0o555)
@@ -279,6 +286,7 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Store:
         pytest.param("residue_embedding", marks=pytest.mark.soak),
     ],
 )
+@pytest.mark.slow
 def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back(
     part: str, uninterrupted: Store, tmp_path: Path
 ) -> None:
@@ -304,6 +312,7 @@ def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back
     assert_ledger(Store(path), uninterrupted)
 
 
+@pytest.mark.slow
 def test_a_store_that_is_deleted_ends_the_run_and_does_not_come_back(tmp_path: Path) -> None:
     path = tmp_path / "out.zarr"
     run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)

@@ -167,6 +167,7 @@ def test_a_file_is_written_by_five_calls(nursery: Nursery, bench: Bench) -> None
 
 
 @pytest.mark.parametrize("chunk", [0, 1, 2])
+@pytest.mark.slow
 def test_a_task_killed_before_any_of_its_calls_leaves_whole_files_only(
     chunk: int, nursery: Nursery, bench: Bench
 ) -> None:

@@ -132,6 +132,7 @@ def test_files_are_read_in_order_as_one_input(tmp_path: Path) -> None:
     assert summary.sha256 == read(write(tmp_path / "whole.fa", FASTA))[1].sha256
 
 
+@pytest.mark.slow
 def test_standard_input_is_read_compressed_or_not(tmp_path: Path) -> None:
     code = (
         "from virnuc_dask.inputs.records import InputSummary\n"

@@ -328,6 +328,7 @@ def test_a_genome_without_an_open_frame_hints_at_orf(
 # --- the command line ---
 
 
+@pytest.mark.slow
 def test_a_tiled_run_is_killed_and_goes_on(tmp_path: Path, make_store: Maker) -> None:
     whole = make_store(VIRAL_PROTEINS, "whole.zarr", rows_per_chunk=64, tiling=Tiling(100, 80))
     path = tmp_path / "out.zarr"
@@ -348,6 +349,7 @@ def test_a_tiled_run_is_killed_and_goes_on(tmp_path: Path, make_store: Maker) ->
     assert_ledger(Store(path), whole)
 
 
+@pytest.mark.slow
 def test_tiles_on_the_command_line(cli: Cli) -> None:
     common = (VIRAL_PROTEINS, "--model=demo")
     alone = cli("plan", *common, "--tile-step", 3)

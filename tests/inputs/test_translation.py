@@ -76,6 +76,7 @@ def as_virnucpro(sequences: list[str], size: int) -> list[Row]:
 
 
 @pytest.mark.parametrize("size", [60, 300, 500])
+@pytest.mark.slow
 def test_virnucpro_to_the_byte_for_every_length(size: int) -> None:
     sequences = dirty(size, [*range(1, 1701), *range(1, 1701)])
     expected = as_virnucpro(sequences, size)
@@ -241,6 +242,7 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_reads_are_embedded_killed_and_resumed(
     reads: Path, tmp_path: Path, make_store: Maker
 ) -> None:
@@ -275,6 +277,7 @@ def test_reads_are_embedded_killed_and_resumed(
     assert tree(path) == before
 
 
+@pytest.mark.slow
 def test_no_read_is_lost(reads: Path, make_store: Maker) -> None:
     store = make_store(reads, translation=Translation())
     data = virnuc_dask.open_store(store.path)
@@ -293,6 +296,7 @@ def test_no_read_is_lost(reads: Path, make_store: Maker) -> None:
     assert np.array_equal(grouped.sel(read=read).values, mine.max(axis=0))
 
 
+@pytest.mark.slow
 def test_where_rows_come_from_is_verified(reads: Path, make_store: Maker) -> None:
     store = make_store(reads, translation=Translation())
     assert verify.verify(store.path).sequences is None
@@ -327,6 +331,7 @@ def test_translation_is_part_of_the_identity(
     assert type(proteins.identity).from_json(document) == proteins.identity
 
 
+@pytest.mark.slow
 def test_the_molecule_is_looked_at(reads: Path, cli: Cli, tmp_path: Path) -> None:
     common = ("out.zarr", "--model=demo", "--repr-layer", 0, "--workers", 1, "-q")
     refused = cli("run", reads, *common)
@@ -341,6 +346,7 @@ def test_the_molecule_is_looked_at(reads: Path, cli: Cli, tmp_path: Path) -> Non
     assert cli("run", reads, *common, "--molecule", "protein").returncode in (0, 3)
 
 
+@pytest.mark.slow
 def test_a_run_of_reads_with_virnucpros_rule(cli: Cli, tmp_path: Path) -> None:
     quick = ("--model=demo", "--repr-layer", 0, "--workers", 1)
     options = ("--translate", "six-frame", "--frames", "virnucpro", "--window", "300")

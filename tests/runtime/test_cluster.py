@@ -42,6 +42,7 @@ from virnuc_dask.store import chunk_checks
 from virnuc_dask.store.store import Store
 
 
+@pytest.mark.slow
 def test_a_scheduler_without_workers_is_said_at_once(make_store: Maker, tmp_path: Path) -> None:
     store = make_store(ROOT / "examples" / "esm_some_proteins.fasta", embed=False)
     file = tmp_path / "scheduler.json"
@@ -60,6 +61,7 @@ def test_a_scheduler_without_workers_is_said_at_once(make_store: Maker, tmp_path
 
 
 @pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.slow
 def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
     def look() -> tuple[int, str]:
         import torch
@@ -77,6 +79,7 @@ def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
 
 
 @pytest.mark.parametrize("forked", [True, False])
+@pytest.mark.slow
 def test_workers_are_forked_from_what_was_loaded_for_them_alone(
     forked: bool, peptides: Path, tmp_path: Path
 ) -> None:
@@ -111,6 +114,7 @@ def test_workers_are_forked_from_what_was_loaded_for_them_alone(
     assert not (folder / "canary").exists()
 
 
+@pytest.mark.slow
 def test_gpus_that_are_not_there_are_a_clear_error(awkward: Path, tmp_path: Path, cli: Cli) -> None:
     refused = cli(
         *("run", awkward, "out.zarr", "--model=demo", "--cluster", "local-cuda"),
@@ -134,6 +138,7 @@ def test_auto_is_what_there_is() -> None:
         assert resolve("auto") == ("local-cuda" if torch.cuda.is_available() else "local")
 
 
+@pytest.mark.slow
 def test_a_device_that_is_not_there_is_said_before_any_chunk(
     awkward: Path, tmp_path: Path, cli: Cli
 ) -> None:
@@ -260,6 +265,7 @@ def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_tls_works_and_nothing_goes_without_it(
     certificate: Path, cli: Cli, awkward: Path, tmp_path: Path
 ) -> None:
@@ -293,6 +299,7 @@ def test_a_scheduler_file_that_is_none_is_a_clear_error(content: str, tmp_path: 
 @pytest.mark.parametrize(
     ("options", "most"), [(("--nthreads", "32"), 3), (("--resources", "GPU=1"), 1)]
 )
+@pytest.mark.slow
 def test_a_worker_gets_no_more_chunks_than_help_it(
     options: tuple[str, ...], most: int, make_store: Maker, peptides: Path, tmp_path: Path
 ) -> None:
@@ -325,6 +332,7 @@ def slow(
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.slow
 def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
     number: int, slow: tuple[Store, Store, Path], tmp_path: Path
 ) -> None:
@@ -354,6 +362,7 @@ def test_a_coordinator_that_is_killed_leaves_nothing_on_a_cluster(
     assert_ledger(store, whole)
 
 
+@pytest.mark.slow
 def test_a_hanging_worker_with_others_work_is_not_killed(
     make_store: Maker, peptides: Path, tmp_path: Path
 ) -> None:
@@ -403,6 +412,7 @@ def other_version(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(tmp_path / "other")}
 
 
+@pytest.mark.slow
 def test_all_that_workers_lack_is_said_at_once_and_before_any_chunk(
     awkward: Path,
     tmp_path: Path,
@@ -435,6 +445,7 @@ def test_all_that_workers_lack_is_said_at_once_and_before_any_chunk(
     assert not list((tmp_path / "hidden").rglob("*.partial"))
 
 
+@pytest.mark.slow
 def test_a_scheduler_without_the_package_is_told_before_any_chunk(
     awkward: Path, tmp_path: Path, cli: Cli
 ) -> None:
@@ -461,6 +472,7 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
         ("other_esm", "the module esm at "),
     ],
 )
+@pytest.mark.slow
 def test_an_unfit_worker_that_joins_later_is_left_alone(
     kind: str,
     lack: str,
@@ -488,6 +500,7 @@ def test_an_unfit_worker_that_joins_later_is_left_alone(
     assert_ledger(store, whole)
 
 
+@pytest.mark.slow
 def test_a_run_whose_last_fit_worker_is_gone_ends_with_a_clear_error(
     make_store: Maker, peptides: Path, other_version: dict[str, str], tmp_path: Path
 ) -> None:
@@ -512,6 +525,7 @@ def test_a_run_whose_last_fit_worker_is_gone_ends_with_a_clear_error(
     assert virnuc_dask.resume(store.path, workers=1).exit_code == 0
 
 
+@pytest.mark.slow
 def test_a_worker_that_dies_when_it_is_asked_keeps_no_run_from_beginning(
     make_store: Maker, awkward: Path, tmp_path: Path
 ) -> None:
@@ -539,6 +553,7 @@ def test_a_worker_that_dies_when_it_is_asked_keeps_no_run_from_beginning(
     assert store.present().all()
 
 
+@pytest.mark.slow
 def test_a_worker_that_hangs_keeps_no_run_from_beginning(
     make_store: Maker, awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -581,6 +596,7 @@ embed.load_checkpoint = short
 """
 
 
+@pytest.mark.slow
 def test_a_model_that_no_worker_has_memory_for_is_said_before_any_chunk(
     make_store: Maker, awkward: Path, tmp_path: Path
 ) -> None:
@@ -602,6 +618,7 @@ verify.check_chunk = lambda *_, **__: "made up"
 """
 
 
+@pytest.mark.slow
 def test_what_only_a_worker_finds_damaged_is_not_removed(
     make_store: Maker, peptides: Path, tmp_path: Path
 ) -> None:
@@ -621,6 +638,7 @@ def test_what_only_a_worker_finds_damaged_is_not_removed(
     assert {Path(name).name for name in gone} == {"c.2", "c.2.0"}
 
 
+@pytest.mark.slow
 def test_workers_that_are_lost_over_and_over_are_one_line() -> None:
     with pytest.raises(VirnucError, match=r"lost: .*died"), connect("local", workers=1) as client:
         client.submit(os._exit, 1).result()
@@ -668,6 +686,7 @@ def test_every_chunk_is_in_one_shard_of_so_many() -> None:
     assert all(sum(shard.holds(chunk) for shard in shards) == 1 for chunk in range(100))
 
 
+@pytest.mark.slow
 def test_runs_with_no_contact_fill_one_store(
     make_store: Maker, peptides: Path, tmp_path: Path
 ) -> None:

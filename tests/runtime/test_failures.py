@@ -249,6 +249,7 @@ def overflow_where(encoder: Encoder, token: int, monkeypatch: pytest.MonkeyPatch
 # --- chunks that raise ---
 
 
+@pytest.mark.slow
 def test_a_transient_error_is_waited_out_while_the_others_go_on(
     make_store: Maker, client: Any
 ) -> None:

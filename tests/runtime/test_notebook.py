@@ -53,6 +53,7 @@ def test_elsewhere_nothing_is_shown(capfd: pytest.CaptureFixture[str], tmp_path:
 
 
 @pytest.mark.parametrize("name", ["reads_to_viral", "neighbours_and_map"])
+@pytest.mark.slow
 def test_the_examples_run_from_their_first_cell_to_the_last(name: str, tmp_path: Path) -> None:
     shutil.copytree(EXAMPLES, tmp_path, dirs_exist_ok=True)
     book = nbformat.read(EXAMPLES / f"{name}.ipynb", 4)

@@ -19,6 +19,7 @@ from virnuc_dask.store import verify
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("long", ["truncate", "window"])
+@pytest.mark.slow
 def test_a_good_store_shows_rounding_only(long: str, dtype: str, make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, repr_layer=None, max_residues=300, long=long, dtype=dtype)
     before = tree(store.path)
@@ -30,6 +31,7 @@ def test_a_good_store_shows_rounding_only(long: str, dtype: str, make_store: Mak
     assert tree(store.path) == before
 
 
+@pytest.mark.slow
 def test_the_drift_of_a_precision_is_measured(
     tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -57,6 +59,7 @@ def test_what_a_precision_rounds_by_itself_is_no_drift(precision: str, good: boo
     assert not Comparison(1, 0.1, 0.99, 0, "a", precision).good
 
 
+@pytest.mark.slow
 def test_a_chunk_in_the_place_of_another_is_found(make_store: Maker, cli: Cli) -> None:
     store = make_store(VIRAL_PROTEINS, repr_layer=None)
     files = store.path / "embedding"
@@ -89,6 +92,7 @@ def test_other_weights_are_refused(tmp_path: Path, make_store: Maker) -> None:
         compare_recomputed(make_store(VIRAL_PROTEINS).path, 5, model=model)
 
 
+@pytest.mark.slow
 def test_the_command_line_says_what_it_measured(make_store: Maker, cli: Cli) -> None:
     store = make_store(VIRAL_PROTEINS, repr_layer=None)
     done = cli("verify", store.path, "--sample", 5, "--seed", 1)

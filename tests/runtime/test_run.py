@@ -26,6 +26,7 @@ from virnuc_dask.settings import RunConfig, Settings
 from virnuc_dask.store import status, verify
 
 
+@pytest.mark.slow
 def test_rows_are_what_the_encoder_gives_in_the_order_of_the_input(
     tmp_path: Path, peptides: Path, client: Any
 ) -> None:
@@ -77,6 +78,7 @@ def test_awkward_records_all_have_a_state(tmp_path: Path, awkward: Path, client:
 @pytest.mark.parametrize(
     ("long", "state"), [("truncate", "truncated"), ("window", "windowed"), ("skip", "too_long")]
 )
+@pytest.mark.slow
 def test_long_sequences_follow_the_policy(
     long: str, state: str, tmp_path: Path, client: Any
 ) -> None:
@@ -154,6 +156,7 @@ def test_a_chunk_that_keeps_failing_is_left_missing_and_the_others_are_done(
     assert virnuc_dask.resume(store.path, client=client).exit_code == 0
 
 
+@pytest.mark.slow
 def test_workers_refuse_other_weights_under_the_same_name(
     tmp_path: Path, awkward: Path, client: Any
 ) -> None:
@@ -250,6 +253,7 @@ def test_bad_input_bad_model_and_bad_target_fail_before_anything_is_written(
     assert os.listdir(tmp_path) == ["awkward.faa"]
 
 
+@pytest.mark.slow
 def test_the_plan_is_what_the_run_then_does(tmp_path: Path, client: Any) -> None:
     made = plan(VIRAL_PROTEINS, Settings("demo", rows_per_chunk=64), workers=2)
     summary = virnuc_dask.run(
@@ -334,6 +338,7 @@ def run_in_queue(store: Path, client: Client, listener: Listener) -> None:
     )
 
 
+@pytest.mark.slow
 def test_chunks_are_delayed_tasks_and_begin_with_the_longest(tmp_path: Path) -> None:
     seen: list[events.Event] = []
     with one_worker(threads=1) as client:
@@ -354,6 +359,7 @@ def _collections(dask_scheduler: Any) -> set[str]:
     }
 
 
+@pytest.mark.slow
 def test_later_chunks_do_not_overtake_those_that_queue(tmp_path: Path) -> None:
     priorities: dict[int, Any] = {}
 

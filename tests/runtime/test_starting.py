@@ -37,6 +37,7 @@ print(virnuc_dask.run("in.faa", "out.zarr", model="demo", workers=2).counts)
 
 
 @pytest.mark.parametrize("how", ["file", "standard input", "-c", "exec"])
+@pytest.mark.slow
 def test_a_script_needs_neither_a_file_nor_a_guard(how: str, tmp_path: Path) -> None:
     """Workers import nothing of it, so that none of them runs it again."""
     (tmp_path / "in.faa").write_text(">a\nMKTAYIAKQR\n>b\nMKV\n")
@@ -76,6 +77,7 @@ def test_a_script_needs_neither_a_file_nor_a_guard(how: str, tmp_path: Path) -> 
         ("DISTRIBUTED__WORKER__RESOURCES__GPU", "1"),
     ],
 )
+@pytest.mark.slow
 def test_a_sites_configuration_is_not_for_our_own_clusters(
     name: str, value: str, awkward: Path, cli: Cli
 ) -> None:
@@ -86,6 +88,7 @@ def test_a_sites_configuration_is_not_for_our_own_clusters(
 @pytest.mark.parametrize(
     "arguments", [("run", VIRAL_PROTEINS, "o.zarr", "--model=demo"), ("verify", "o.zarr")]
 )
+@pytest.mark.slow
 def test_a_broken_configuration_is_one_line(
     arguments: tuple[object, ...], cli: Cli, make_store: Maker, tmp_path: Path
 ) -> None:
@@ -102,6 +105,7 @@ def test_a_broken_configuration_is_one_line(
 # --- users and limits ---
 
 
+@pytest.mark.slow
 def test_nobody_in_particular_can_run_it(awkward: Path, tmp_path: Path) -> None:
     """No HOME, no entry among the users, and nowhere to write but here."""
     model = save_network(random_network(2, 32, 4), tmp_path / "model.pt")
@@ -133,6 +137,7 @@ def limited(soft: int, hard: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.slow
 def test_the_limit_of_open_files_is_raised_if_it_may_be(awkward: Path, cli: Cli) -> None:
     options = ("--model=demo", "--repr-layer", 0, "--workers", 4, "-q")
     done = cli("run", awkward, "out.zarr", *options, preexec_fn=lambda: limited(48, 1024))
@@ -222,6 +227,7 @@ def test_a_run_whose_cluster_never_starts_ends_when_it_is_told_to(awkward: Path)
         assert "stopping takes longer than the grace" in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_run_whose_scheduler_stands_still_ends_when_it_is_told_to(
     make_store: Maker, tmp_path: Path
 ) -> None:
@@ -241,6 +247,7 @@ def test_a_run_whose_scheduler_stands_still_ends_when_it_is_told_to(
             os.kill(scheduler, signal.SIGCONT)
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_is_a_signal_like_others(
     make_store: Maker, peptides: Path
 ) -> None:
@@ -297,6 +304,7 @@ def test_an_interrupted_demo_ends_with_the_runs_summary_and_how_to_go_on(tmp_pat
     assert "leaked" not in err
 
 
+@pytest.mark.slow
 def test_a_hangup_under_nohup_is_none(make_store: Maker, peptides: Path) -> None:
     store = make_store(peptides, embed=False)
     run = Run(

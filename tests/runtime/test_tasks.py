@@ -69,6 +69,7 @@ def attached(folder: Path) -> Iterator[Client]:
 @pytest.mark.parametrize(
     "scheduler", ["threads", "synchronous", "processes", local_cluster, attached]
 )
+@pytest.mark.slow
 def test_any_scheduler_completes_a_store(
     scheduler: Any, store: Path, uninterrupted: Store, tmp_path: Path
 ) -> None:
@@ -196,6 +197,7 @@ def test_a_path_of_weights_is_good_in_any_directory(
     assert all(report.computed for report in dask.compute(*tasks, scheduler="threads"))
 
 
+@pytest.mark.slow
 def test_two_stores_may_share_a_graph(store: Path, uninterrupted: Store, tmp_path: Path) -> None:
     other = tmp_path / "other.zarr"
     virnuc_dask.create_store(VIRAL_PROTEINS, other, **SETTINGS, pooling="max")
@@ -267,6 +269,7 @@ def armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | li
     return arm
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_costs_nothing(
     store: Path, uninterrupted: Store, armed: Callable[[str | list[str]], Path], tmp_path: Path
 ) -> None:
@@ -286,6 +289,7 @@ def test_a_worker_that_is_killed_costs_nothing(
     assert tree(store) == before
 
 
+@pytest.mark.slow
 def test_a_row_that_kills_is_found_by_resume(
     make_store: Maker, armed: Callable[[str | list[str]], Path], tmp_path: Path
 ) -> None:

@@ -23,6 +23,7 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_every_chunk_is_accounted_for_beside_the_store(
     awkward: Path, cli: Cli, tmp_path: Path
 ) -> None:
@@ -63,6 +64,7 @@ def test_every_chunk_is_accounted_for_beside_the_store(
     assert [line["chunk"] for line in again if line["event"] == "chunk_done"] == [2]
 
 
+@pytest.mark.slow
 def test_telemetry_goes_where_it_is_told_or_nowhere(
     awkward: Path, cli: Cli, tmp_path: Path
 ) -> None:

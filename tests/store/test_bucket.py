@@ -85,6 +85,7 @@ def put(url: str, key: str, content: bytes) -> None:
 # --- the main job ---
 
 
+@pytest.mark.slow
 def test_coordinator_then_worker_killed_and_nothing_is_lost(
     url: str, reference: Store, s3: Server, tmp_path: Path
 ) -> None:
@@ -150,6 +151,7 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
     assert {n for n in local if local[n][2] != after[n][2]} <= {"zarr.json"}
 
 
+@pytest.mark.slow
 def test_tasks_of_anybodys_graph_fill_a_bucket_and_hold_no_secret(url: str, s3: Server) -> None:
     virnuc_dask.create_store(VIRAL_PROTEINS, url, **QUICK)
     tasks = virnuc_dask.tasks(url)
@@ -161,6 +163,7 @@ def test_tasks_of_anybodys_graph_fill_a_bucket_and_hold_no_secret(url: str, s3: 
     assert (report.checked, report.bad) == (10, {})
 
 
+@pytest.mark.slow
 def test_maps_and_clusters_are_kept_in_a_bucket(url: str, tmp_path: Path) -> None:
     here = make(str(tmp_path / "here.zarr"))
     there = make(url)
@@ -177,6 +180,7 @@ def test_maps_and_clusters_are_kept_in_a_bucket(url: str, tmp_path: Path) -> Non
     assert there.records == 300
 
 
+@pytest.mark.slow
 def test_a_task_has_the_url_and_no_secret(url: str, s3: Server) -> None:
     from virnuc_dask.runtime.dask_cluster import connect
 
@@ -207,6 +211,7 @@ def _tasks(dask_scheduler: Any) -> list[bytes]:
 # --- ingest ---
 
 
+@pytest.mark.slow
 def test_an_upload_that_was_killed_leaves_no_store_and_the_same_command_ends_it(
     url: str, s3: Server, tmp_path: Path
 ) -> None:
@@ -236,6 +241,7 @@ def test_an_upload_that_was_killed_leaves_no_store_and_the_same_command_ends_it(
 
 
 @pytest.mark.parametrize("conditional", ["etag", "disabled"])
+@pytest.mark.slow
 def test_ingests_that_start_together_end_with_one_store(
     conditional: str, url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,6 +255,7 @@ def test_ingests_that_start_together_end_with_one_store(
     bucket._client.cache_clear()
 
 
+@pytest.mark.slow
 def test_workers_that_see_nothing_of_the_coordinators_disk_fill_the_store(
     url: str, reference: Store, blinded: tuple[str, ...], tmp_path: Path
 ) -> None:
@@ -276,6 +283,7 @@ def staged(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [one.path, other.path]
 
 
+@pytest.mark.slow
 def test_uploads_of_different_stores_that_race_never_mix(staged: list[Path]) -> None:
     def publish(url: str, start: threading.Barrier, number: int) -> str:
         start.wait()
@@ -318,6 +326,7 @@ def test_what_is_not_a_store_is_never_touched(url: str) -> None:
 
 
 @pytest.mark.parametrize("damage", ["flipped", "stunted"])
+@pytest.mark.slow
 def test_a_damaged_object_is_found_and_mended(damage: str, url: str) -> None:
     store = make(url, per_residue=True)
     whole = chunk_bytes(url)
@@ -339,6 +348,7 @@ def test_a_damaged_object_is_found_and_mended(damage: str, url: str) -> None:
 
 
 @pytest.mark.parametrize("lost", ["zarr.json", "status/zarr.json"])
+@pytest.mark.slow
 def test_lost_metadata_is_damage_and_no_free_place(lost: str, url: str) -> None:
     make(url)
     location_of(url).remove(lost)
@@ -352,6 +362,7 @@ def test_lost_metadata_is_damage_and_no_free_place(lost: str, url: str) -> None:
 # --- faults of the server and of the way there ---
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_now_and_then_costs_time_and_nothing_else(
     url: str, reference: Store, s3: Server
 ) -> None:
@@ -383,6 +394,7 @@ def test_a_server_that_fails_now_and_then_costs_time_and_nothing_else(
     assert_ledger(Store(url), reference)
 
 
+@pytest.mark.slow
 def test_a_server_that_goes_away_ends_the_run_and_the_next_one_goes_on(
     url: str, s3: Server
 ) -> None:
@@ -428,11 +440,13 @@ def test_what_the_environment_lacks_is_one_line(
     check_refusal(s3.env | change, cause, url, "status")
 
 
+@pytest.mark.slow
 def test_a_bucket_that_is_not_there_is_one_line(s3: Server) -> None:
     there, run = "s3://nowhere/out.zarr", ("run", "--model=demo", VIRAL_PROTEINS)
     check_refusal(s3.env, r".* 404 Not Found \(NoSuchBucket: .*\)", there, *run)
 
 
+@pytest.mark.slow
 def test_who_may_only_read_stops_the_run_at_once(url: str, s3: Server) -> None:
     store = make(url)
     location_of(url).probe()

@@ -35,6 +35,7 @@ def make(path: Path) -> Store:
 
 
 @pytest.mark.parametrize("leads_to", ["an empty directory", "nothing yet", "another link"])
+@pytest.mark.slow
 def test_a_link_is_followed(leads_to: str, tmp_path: Path) -> None:
     scratch, link = tmp_path / "scratch" / "here", tmp_path / "link.zarr"
     link.symlink_to(scratch)
@@ -65,6 +66,7 @@ def refused(cli: Cli, path: object, **options: Any) -> str:
     return done.stderr
 
 
+@pytest.mark.slow
 def test_the_working_directory_is_refused_before_the_input_is_read(
     cli: Cli, tmp_path: Path
 ) -> None:
@@ -72,6 +74,7 @@ def test_the_working_directory_is_refused_before_the_input_is_read(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_mount_point_is_refused_before_the_input_is_read(tmp_path: Path) -> None:
     (tmp_path / "volume").mkdir()
     script = f'cd "{tmp_path}" && mkdir m && mount --bind volume m && exec "$@"'
@@ -106,6 +109,7 @@ def test_an_empty_directory_that_gets_no_store_is_left_as_it_was(tmp_path: Path)
 
 
 @pytest.mark.parametrize("where", ["a file", "a loop", "a name that is too long"])
+@pytest.mark.slow
 def test_what_can_be_no_store_is_said_before_the_input_is_read(
     where: str, cli: Cli, tmp_path: Path
 ) -> None:
@@ -121,6 +125,7 @@ def test_what_can_be_no_store_is_said_before_the_input_is_read(
 
 
 @pytest.mark.parametrize("letter", ["x", "ü", "蛋"])
+@pytest.mark.slow
 def test_a_name_may_be_as_long_as_the_system_lets_it_be(
     letter: str, cli: Cli, tmp_path: Path
 ) -> None:
@@ -163,6 +168,7 @@ def test_a_tilde_means_the_same_everywhere(tmp_path: Path, monkeypatch: pytest.M
     assert sorted(os.listdir(work)) == ["~copy.faa.gz", "~o.zarr"]
 
 
+@pytest.mark.slow
 def test_on_the_command_line_too(cli: Cli, tmp_path: Path) -> None:
     home = tmp_path / "home"
     home.mkdir()
@@ -187,6 +193,7 @@ def test_without_a_home_a_tilde_is_an_error(monkeypatch: pytest.MonkeyPatch) -> 
 # --- who is writing ---
 
 
+@pytest.mark.slow
 def test_what_an_ingest_in_another_container_writes_is_left_alone(tmp_path: Path) -> None:
     """The same host name, the same disk, and process numbers that mean nothing to each other."""
     container = ("unshare", "--pid", "--fork", "--mount-proc")

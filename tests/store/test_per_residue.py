@@ -59,6 +59,7 @@ def by_upstream(network: Any, sequence: str, starts: list[int], size: int) -> An
 
 @pytest.mark.parametrize("policy", ["truncate", "window", "skip"])
 @pytest.mark.parametrize("pooling", ["mean", "bos", "max"])
+@pytest.mark.sweep
 def test_each_residue_is_as_upstreams(
     policy: str, pooling: str, network: Any, tmp_path: Path, make_store: Maker
 ) -> None:
@@ -93,6 +94,7 @@ def test_each_residue_is_as_upstreams(
     assert [check_chunk(store, chunk) for chunk in range(3)] == [None] * 3
 
 
+@pytest.mark.slow
 def test_pooled_rows_are_the_same_with_and_without(make_store: Maker) -> None:
     one = make_store(VIRAL_PROTEINS, "one.zarr", repr_layer=2)
     two = make_store(VIRAL_PROTEINS, "two.zarr", repr_layer=2, per_residue=True)
@@ -149,6 +151,7 @@ def small_slots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("small_slots")
+@pytest.mark.slow
 def test_each_task_writes_its_own_files_and_the_commit_last(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, embed=False, per_residue=True)
     whole = make_store(VIRAL_PROTEINS, "whole.zarr", per_residue=True)
@@ -264,6 +267,7 @@ def test_slots_of_another_store_are_found(store: Store, make_store: Maker) -> No
     assert "residue_slot" in str(check_sequences(store))
 
 
+@pytest.mark.slow
 def test_the_command_line(cli: Cli, tmp_path: Path) -> None:
     inputs = fasta(tmp_path / "some.faa", ["MKTAYIAKQR", "MKT"])
     done = cli("run", inputs, "out.zarr", "--model=demo", "--per-residue", "--workers", 1, "-q")

@@ -69,6 +69,7 @@ def test_a_mask_of_scores_selects_rows(store: Store) -> None:
     assert (high.embedding[:, 0] > 0).all()
 
 
+@pytest.mark.slow
 def test_only_what_is_missing_is_computed(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, embed=False)
     other = make_store(VIRAL_PROTEINS, "whole.zarr")
@@ -224,6 +225,7 @@ def test_a_workers_store_is_the_one_that_was_opened(
     assert tree(other.path) == before
 
 
+@pytest.mark.slow
 def test_rows_that_are_embedded_later_have_values_later(store: Store) -> None:
     whole = store.read_chunk(2)
     status, embedding = whole[0].copy(), whole[1].copy()
@@ -247,6 +249,7 @@ def test_rows_that_are_embedded_later_have_values_later(store: Store) -> None:
     assert np.flatnonzero(~result.present()).tolist() == [4]
 
 
+@pytest.mark.slow
 def test_torn_metadata_is_found_and_mended(store: Store, cli: Cli) -> None:
     filled(store)
     file = store.path / "score_x" / "zarr.json"
@@ -281,6 +284,7 @@ def test_what_a_killed_writer_leaves_is_removed(store: Store) -> None:
     assert virnuc_dask.verify(store.path).leftovers == []
 
 
+@pytest.mark.slow
 def test_exports_have_results(store: Store) -> None:
     filled(store)
     fill(keep_result(store, "map", "pca", {}), first_two)

@@ -143,6 +143,7 @@ def test_a_failed_write_leaves_neither_chunk_nor_partial_file(
 
 
 @pytest.mark.parametrize("array", ARRAYS)
+@pytest.mark.sweep
 def test_a_flipped_bit_is_found_in_every_array(array: str, make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS)
     assert verify.verify(store.path).exit_code == 0
@@ -179,6 +180,7 @@ def test_another_chunks_sequences_are_noticed(make_store: Maker) -> None:
 @pytest.mark.parametrize("array", ["status", "embedding"])
 @pytest.mark.parametrize("size", [0, 5])
 @pytest.mark.parametrize("chunk", [0, 9])
+@pytest.mark.sweep
 def test_an_empty_or_stunted_file_is_no_chunk_and_is_written_again(
     array: str, size: int, chunk: int, make_store: Maker, client: Any
 ) -> None:
@@ -237,6 +239,7 @@ def test_a_damaged_short_last_chunk_does_not_stop_its_own_repair(make_store: Mak
         (lambda status, embedding: status.__setitem__(3, Status.EMPTY), "empty"),
     ],
 )
+@pytest.mark.sweep
 def test_states_and_values_that_do_not_agree_are_found(
     change: Any, problem: str, make_store: Maker
 ) -> None:
@@ -391,6 +394,7 @@ def test_an_input_of_the_same_size_and_time_is_still_another_input(
 # --- ingest ---
 
 
+@pytest.mark.slow
 def test_an_ingest_that_was_killed_leaves_no_store_and_the_next_one_cleans_up(
     tmp_path: Path,
 ) -> None:
@@ -463,6 +467,7 @@ def test_damaged_metadata_is_a_clear_error(
         Store(store.path)
 
 
+@pytest.mark.slow
 def test_records_cross_block_and_chunk_borders_unharmed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, peptides: Path
 ) -> None:
