@@ -222,8 +222,8 @@ def _check(settings: Any) -> None:
             continue
         most = math.inf if option.most is None else option.most
         if not option.least <= value <= most:  # also NaN
-            bounds = f"at least {option.least:,}" if most == math.inf else None
-            bounds = bounds or f"{option.least:,} to {most:,}"
+            is_open = option.most is None
+            bounds = f"at least {option.least:,}" if is_open else f"{option.least:,} to {most:,}"
             raise UsageError(f"{name} must be {bounds}, not {value}")
 
 

@@ -231,7 +231,9 @@ def search(
     present = searched.present()
     is_centred = centre and metric == "cosine"
     origin = np.zeros(searched.dimension, np.float32)
-    known_mean = _kept_mean(searched, present) if is_centred else origin
+    # Before the mean, so that a mean of changed chunks is never kept as that of others.
+    key = _mean_key(searched, present) if is_centred else []
+    known_mean = _kept_mean(searched, key) if is_centred else origin
     chunks = np.flatnonzero(present if among is None else present & _any(searched, among)).tolist()
     batches = range(0, len(rows), _QUERIES_AT_ONCE)
     total = len(chunks) * len(batches) + (int(present.sum()) if known_mean is None else 0)
@@ -242,7 +244,7 @@ def search(
             # This reads all rows, so it can also return the first queries of the same store.
             is_own = vectors is None and source is searched
             first = rows[: _QUERIES_AT_ONCE if is_own else 0]
-            origin, read = _mean(searched, present, pool, count, first)
+            origin, read = _mean(searched, present, key, pool, count, first)
             of_first = read if is_own else None
         elif is_centred:
             origin = known_mean
@@ -548,6 +550,7 @@ def _padded(best: _Hits, queries: int, k: int) -> tuple[NDArray[np.float32], NDA
 def _mean(
     store: Store,
     present: NDArray[np.bool_],
+    key: list[Any],
     pool: Pool,
     count: ChunkCounter,
     rows: NDArray[np.int64],
@@ -555,13 +558,13 @@ def _mean(
     """Mean of all embedded rows, shape (D,), zeros without rows; and vectors of `rows`."""
     mean, _, vectors = mean_row(store, np.flatnonzero(present).tolist(), pool, count, rows)
     content = b64encode(mean.astype("<f4").tobytes()).decode()
-    caches.remember("mean", store.id.encode(), _mean_key(store, present), content)
+    caches.remember("mean", store.id.encode(), key, content)
     return mean, vectors
 
 
-def _kept_mean(store: Store, present: NDArray[np.bool_]) -> NDArray[np.float32] | None:
+def _kept_mean(store: Store, key: list[Any]) -> NDArray[np.float32] | None:
     """The cached mean from an earlier search of the same chunks, if any."""
-    kept = caches.recall("mean", store.id.encode(), _mean_key(store, present))
+    kept = caches.recall("mean", store.id.encode(), key)
     with suppress(TypeError, ValueError):  # the file may contain anything
         mean = np.frombuffer(b64decode(kept, validate=True), "<f4").astype(np.float32)
         if mean.shape == (store.dimension,) and np.isfinite(mean).all():
