@@ -43,11 +43,11 @@ from tests.support.models import random_network, save_network
 from virnuc_dask import resume, run
 from virnuc_dask.encoder.encoder import load_encoder
 from virnuc_dask.runtime import chunk_window, events
-from virnuc_dask.runtime.dask_cluster import CALM, MALLOC, THREADS_PER_WORKER
+from virnuc_dask.runtime.dask_cluster import LESS_PROFILING, MALLOC, THREADS_PER_WORKER
 from virnuc_dask.runtime.embed import ChunkReport, embed_chunk, embed_rows
 from virnuc_dask.runtime.embed import Rows as EmbeddedRows
 from virnuc_dask.runtime.prepare import prepare
-from virnuc_dask.runtime.workers import embed_on_worker
+from virnuc_dask.runtime.workers import run_chunk
 from virnuc_dask.settings import Identity, ModelSpec, Settings
 from virnuc_dask.store.store import Store
 
@@ -229,7 +229,7 @@ def dask_workers(count: int) -> Iterator[Client]:
     """Workers that compute with one thread, and have the model in memory before they are timed."""
     threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     with (
-        dask.config.set({**MALLOC, **CALM}),
+        dask.config.set({**MALLOC, **LESS_PROFILING}),
         LocalCluster(
             n_workers=count,
             threads_per_worker=THREADS_PER_WORKER,
@@ -256,7 +256,7 @@ def many_chunks(folder: Path, arguments: argparse.Namespace) -> Rows:
     ):
         store = one_row_chunks(folder / f"{chunks}", chunks)
         rows.append((f"{name}: chunks", f"{chunks:,}"))
-        chunk_window.embed_on_worker = partial(embed_on_worker, embed=task)  # type: ignore[assignment]
+        chunk_window.run_chunk = partial(run_chunk, embed=task)  # type: ignore[assignment]
         watch = _Watch()
         summary = resume(store.path, workers=2, listener=watch)
         assert summary.computed_chunks == store.chunk_count

@@ -17,9 +17,10 @@ from virnuc_dask.encoder import device_lock
 from virnuc_dask.encoder.device_lock import DeviceLock
 
 HOLD = """
-import fcntl, sys, time
-from virnuc_dask.encoder.device_lock import _open
-fcntl.flock(_open("card"), fcntl.LOCK_EX)
+import time
+from virnuc_dask.encoder.device_lock import _file_lock
+lock = _file_lock("card")
+lock.acquire()
 print("held", flush=True)
 time.sleep(600)
 """
@@ -30,7 +31,7 @@ def card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> DeviceLock:
     """A lock of a card that is not here: the lock's file is as it would be."""
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     lock = DeviceLock(torch.device("cpu"))
-    lock._file = device_lock._open("card")
+    lock._processes = device_lock._file_lock("card")
     return lock
 
 
@@ -99,16 +100,20 @@ def test_without_locks_of_files_only_threads_wait(
         raise OSError(errno.ENOLCK, "no locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)  # as some network file systems do
-    for _ in range(2):
-        with card:
-            assert card._threads.locked()
+    absent = DeviceLock(torch.device("cpu"))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
-    assert device_lock._open("card") is None
+    absent._processes = device_lock._file_lock("card")
+    for lock in (card, card, absent):
+        with lock:
+            assert lock._threads.locked()
+            assert lock._processes is not None
+            assert not lock._processes.is_locked
 
 
-def test_a_link_is_not_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+def test_a_link_is_not_followed(card: DeviceLock, tmp_path: Path) -> None:
     target = tmp_path / "target"
     (tmp_path / f"virnuc_dask-{os.getuid()}-card.lock").symlink_to(target)
-    assert device_lock._open("card") is None
+    with card:
+        assert card._processes is not None
+        assert not card._processes.is_locked
     assert not target.exists()

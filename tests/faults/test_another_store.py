@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import faults
 import pytest
 from clusters import started_cluster
 from clusters import worker as another_worker
@@ -19,10 +20,9 @@ from harness import Run, assert_ledger, await_end, await_workers
 from s3 import BUCKET, Server
 
 import virnuc_dask
-from virnuc_dask.encoder import faults
 from virnuc_dask.errors import NotAStoreError, StoreReplacedError
 from virnuc_dask.runtime.dask_cluster import connect
-from virnuc_dask.runtime.embed import embed_chunk, embed_here
+from virnuc_dask.runtime.embed import embed_chunk, embed_in_process
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import ModelSpec, Settings
 from virnuc_dask.store import bucket
@@ -59,7 +59,7 @@ def in_the_middle(
     if moment == "computed":
 
         def embed(*arguments: Any) -> Any:
-            rows = embed_here(*arguments)
+            rows = embed_in_process(*arguments)
             change()
             return rows
 
@@ -224,7 +224,7 @@ def slow(peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:28]))
     table = tmp_path / "faults.json"
     table.write_text(json.dumps({"": "slow"}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     return some
 
 

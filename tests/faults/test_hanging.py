@@ -12,13 +12,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 from conftest import Maker, chunk_bytes, tree
 from harness import clear_partial_files_of_the_killed
 
 import virnuc_dask
 from virnuc_dask import RunConfig
-from virnuc_dask.encoder import faults
 from virnuc_dask.runtime import events
 from virnuc_dask.store.store import Store
 
@@ -172,7 +172,7 @@ def test_a_row_that_hangs_every_worker_is_waited_for_by_none(
     whole = make_store(inputs, "whole.zarr", rows_per_chunk=4)
     store = make_store(inputs, embed=False, rows_per_chunk=4)
     table.write_text(json.dumps({hangs: ["hang", "hang"]}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     attached = request.getfixturevalue("attached")
     first = sorted(attached.run(os.getpid).values())
     seen: list[events.Event] = []
@@ -261,7 +261,7 @@ def test_chunks_that_waited_for_workers_which_are_all_gone_are_computed_by_the_n
     whole = make_store(inputs, "whole.zarr", rows_per_chunk=1)
     store = make_store(inputs, embed=False, rows_per_chunk=1)
     table.write_text(json.dumps({slow: "slow"}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     attached = request.getfixturevalue("attached")
     first = sorted(attached.run(os.getpid).values())
     seen: list[events.Event] = []

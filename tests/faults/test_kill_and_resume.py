@@ -11,6 +11,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import faults
 import numpy as np
 import psutil
 import pytest
@@ -26,7 +27,6 @@ from harness import (
 from xopen import xopen
 
 import virnuc_dask
-from virnuc_dask.encoder import faults
 from virnuc_dask.store.status import row_states
 from virnuc_dask.store.store import Store
 
@@ -158,7 +158,7 @@ def test_a_second_signal_leaves_at_once(
     table, hang = tmp_path / "faults.json", tmp_path / "hang.json"
     table.write_text("{}")
     hang.write_text(json.dumps({"": "hang"}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     run = Run("run", proteins, tmp_path / "out.zarr", *SETTINGS, "--grace", 3_600)
     workers: set[int] = set()
     for event in run:

@@ -14,6 +14,7 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import faults
 import numpy as np
 import psutil
 import pytest
@@ -28,7 +29,6 @@ from harness import (
 
 import virnuc_dask
 from virnuc_dask import RunConfig
-from virnuc_dask.encoder import faults
 from virnuc_dask.runtime import events
 from virnuc_dask.store.store import Store
 
@@ -207,30 +207,24 @@ def starting(peptides: Path, path: Path) -> Run:
     return run
 
 
-def forked(run: Run) -> Iterator[tuple[psutil.Process, bool]]:
-    """The process that workers are forked from, then workers; and whether it is a worker."""
+def started_workers(run: Run) -> Iterator[psutil.Process]:
+    """The processes of workers, from their first moment on."""
     with suppress(psutil.NoSuchProcess):
         for process in psutil.Process(run.process.pid).children(recursive=True):
             with suppress(psutil.NoSuchProcess):
-                if "forkserver" in " ".join(process.cmdline()):
-                    yield process, process.ppid() != run.process.pid
+                if "spawn_main" in " ".join(process.cmdline()):
+                    yield process
 
 
-@pytest.mark.parametrize("workers", [False, True])
 @pytest.mark.slow
-def test_a_process_killed_while_workers_start_is_started_again(
-    workers: bool, peptides: Path, reference: Uninterrupted, tmp_path: Path
+def test_a_worker_killed_while_it_starts_is_started_again(
+    peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
     path = tmp_path / "out.zarr"
     run = starting(peptides, path)
-    killed = False
-    while not killed:
+    while (victim := next(started_workers(run), None)) is None:
         assert run.process.poll() is None
-        for process, is_worker in forked(run):
-            if is_worker == workers and not killed:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-                    killed = True
+    victim.kill()
     assert run.finish() == 0
     assert_nothing_lost(Store(path), reference.store)
 
@@ -241,10 +235,9 @@ def test_an_interrupt_while_workers_start_is_answered_by_the_coordinator_alone(
 ) -> None:
     path = tmp_path / "out.zarr"
     run = starting(peptides, path)
-    while not any(ignores_interrupts(process) for process, _ in forked(run)):
+    while (worker := next(started_workers(run), None)) is None:
         assert run.process.poll() is None
-        time.sleep(0.01)
-    assert not any(is_worker for _, is_worker in forked(run)), "it has loaded everything"
+    assert blocks_interrupts(worker)
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C goes
     assert run.finish() == 128 + signal.SIGINT
     assert run.process.stderr is not None
@@ -254,12 +247,10 @@ def test_an_interrupt_while_workers_start_is_answered_by_the_coordinator_alone(
     assert_nothing_lost(Store(path), reference.store)
 
 
-def ignores_interrupts(process: psutil.Process) -> bool:
-    with suppress(OSError):
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        mask = status.partition("SigIgn:")[2].split()[0]
-        return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
-    return False
+def blocks_interrupts(process: psutil.Process) -> bool:
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    mask = status.partition("SigBlk:")[2].split()[0]
+    return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
 
 
 @pytest.mark.slow
@@ -270,11 +261,10 @@ def test_workers_that_are_always_killed_before_they_ever_ran_are_a_clear_error(
     run = starting(peptides, path)
     killed = set()
     while run.process.poll() is None:
-        for process, is_worker in forked(run):
-            if is_worker:
-                with suppress(psutil.NoSuchProcess):
-                    process.kill()
-                    killed.add(process.pid)
+        for process in started_workers(run):
+            with suppress(psutil.NoSuchProcess):
+                process.kill()
+                killed.add(process.pid)
         assert len(killed) < 100, "some ran, and were replaced"
         time.sleep(0.01)
     assert run.finish() == 4
@@ -283,25 +273,6 @@ def test_workers_that_are_always_killed_before_they_ever_ran_are_a_clear_error(
     assert "the workers did not start, 3 times" in (said := run.process.stderr.read())
     assert "Traceback" not in said
     assert Run("resume", path, *LOCAL).finish() == 0
-    assert_nothing_lost(Store(path), reference.store)
-
-
-@pytest.mark.slow
-def test_without_the_process_that_workers_are_forked_from_they_are_started_again(
-    peptides: Path, reference: Uninterrupted, tmp_path: Path
-) -> None:
-    path = tmp_path / "out.zarr"
-    run = Run("run", peptides, path, *IDENTITY, *LOCAL)
-    await_event(run, lambda _: len(run.computed()) == 10)
-    server, *workers = (process for process, _ in forked(run))
-    assert server.num_threads() == 1  # others would not be forked, but their locks
-    finished = finished_chunks(Store(path))
-    server.kill()
-    assert run.finish() == 0
-    # They cannot be watched without it, and end with it.
-    assert len(run.of("worker_lost")) == len(workers) == 2
-    await_end({worker.pid for worker in workers})
-    assert finished.items() <= finished_chunks(Store(path)).items()
     assert_nothing_lost(Store(path), reference.store)
 
 
@@ -460,7 +431,7 @@ def test_a_dask_worker_command_that_is_told_to_end_leaves_its_chunks_to_another(
     # Every row takes a second, so that the worker has begun another chunk when its time comes.
     table = tmp_path / "faults.json"
     table.write_text(json.dumps({"": "slow"}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     seen: list[events.Event] = []
     told: list[psutil.Process] = []
     both = False

@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import pytest
 from conftest import Maker, chunk_bytes, command, tree
@@ -19,13 +20,12 @@ from harness import clear_partial_files_of_the_killed
 
 import virnuc_dask
 from virnuc_dask import RunConfig
-from virnuc_dask.encoder import faults
 from virnuc_dask.encoder.weights import describe, load_checkpoint
 from virnuc_dask.errors import VirnucError
 from virnuc_dask.runtime import events
+from virnuc_dask.runtime.deadlines import Deadlines
 from virnuc_dask.runtime.embed import embed_rows, get_encoder
-from virnuc_dask.runtime.failures import Patience
-from virnuc_dask.runtime.isolate import embed_apart
+from virnuc_dask.runtime.isolate import embed_in_children
 from virnuc_dask.settings import ModelSpec, Status
 from virnuc_dask.store.store import Store
 
@@ -51,7 +51,7 @@ def armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the motifs do harm, in this process and in its children."""
     table = tmp_path / "faults.json"
     table.write_text(json.dumps(TABLE))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
 
 
 def poisoned(peptides: Path, path: Path, guilty: dict[int, str], records: int) -> Path:
@@ -193,7 +193,7 @@ def test_a_row_that_takes_all_memory_of_a_control_group_is_quarantined_alone(
     whole = make_store(inputs, "whole.zarr", rows_per_chunk=4, repr_layer=None)
     table = tmp_path / "faults.json"
     table.write_text(json.dumps({MEMORY: "memory"}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     path = tmp_path / "out.zarr"
 
     def join() -> None:
@@ -235,7 +235,7 @@ def test_a_worker_whose_device_is_lost_is_replaced(
     store = make_store(inputs, embed=False, rows_per_chunk=4)
     table = tmp_path / "faults.json"
     table.write_text(json.dumps({CUDA: ["cuda"]}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     seen: list[events.Event] = []
     config = RunConfig(backoff=0.1)
     summary = virnuc_dask.resume(store.path, workers=1, config=config, listener=seen.append)
@@ -268,7 +268,7 @@ def test_a_row_that_hangs_is_found_at_a_lesser_precision(
     store = make_store(inputs, embed=False, **settings)
     table = tmp_path / "faults.json"
     table.write_text(json.dumps({HANGS: "hang"}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     seen: list[events.Event] = []
     config = RunConfig(deadline_floor=4, deadline_first=15, in_flight=1)
     summary = virnuc_dask.resume(store.path, workers=1, config=config, listener=seen.append)
@@ -302,7 +302,7 @@ def test_children_give_what_this_process_gives(
     monkeypatch.chdir(tmp_path)
     store = make_store(awkward, embed=False, per_residue=True, repr_layer=None, max_residues=50)
     spec = describe(load_checkpoint("demo"))
-    apart = embed_apart(spec, "cpu", *rows_of(store), store.identity)
+    apart = embed_in_children(spec, "cpu", *rows_of(store), store.identity)
     here = embed_rows(get_encoder(spec), *rows_of(store), store.identity)
     assert np.array_equal(apart.status, here.status)
     assert np.array_equal(apart.embedding, here.embedding, equal_nan=True)
@@ -319,7 +319,7 @@ def test_every_row_may_be_guilty(
 ) -> None:
     inputs = poisoned(peptides, tmp_path / "some.faa", guilty, 3)
     store = make_store(inputs, embed=False, repr_layer=None)
-    rows = embed_apart(model, "cpu", *rows_of(store), store.identity)
+    rows = embed_in_children(model, "cpu", *rows_of(store), store.identity)
     assert np.flatnonzero(rows.status == Status.CRASHED_WORKER).tolist() == list(guilty)
     assert np.isnan(rows.embedding).all(axis=1).sum() == len(guilty)
 
@@ -331,8 +331,8 @@ def test_a_row_that_hangs_costs_its_neighbour_nothing(
 ) -> None:
     inputs = poisoned(peptides, tmp_path / "some.faa", {0: HANGS}, 2)
     store = make_store(inputs, embed=False, repr_layer=None)
-    patience = Patience(start=120, least=3)
-    rows = embed_apart(model, "cpu", *rows_of(store), store.identity, patience)
+    deadlines = Deadlines(start_s=120, floor_s=3)
+    rows = embed_in_children(model, "cpu", *rows_of(store), store.identity, deadlines)
     assert rows.status.tolist() == [Status.TIMED_OUT, Status.EMBEDDED]
     assert np.isfinite(rows.embedding[1]).all()
 
@@ -341,7 +341,7 @@ def test_a_child_that_raises_blames_no_row(awkward: Path, make_store: Maker) -> 
     store = make_store(awkward, embed=False, repr_layer=None)
     other = ModelSpec("demo", "0" * 64, 64, 2)
     with pytest.raises(VirnucError, match=r"ended with 70: ModelError: .*this worker has weights"):
-        embed_apart(other, "cpu", *rows_of(store), store.identity)
+        embed_in_children(other, "cpu", *rows_of(store), store.identity)
 
 
 @pytest.mark.slow

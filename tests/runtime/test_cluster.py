@@ -11,10 +11,13 @@ import sys
 import threading
 import time
 from contextlib import ExitStack
+from dataclasses import replace
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import psutil
 import pytest
@@ -33,10 +36,11 @@ from models import random_network, save_network
 
 import virnuc_dask
 from virnuc_dask import RunConfig, __version__
-from virnuc_dask.encoder import faults
+from virnuc_dask.encoder.weights import describe, load_checkpoint
 from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.runtime import dask_cluster, events, requirements
 from virnuc_dask.runtime.dask_cluster import connect, resolve
+from virnuc_dask.runtime.requirements import Requirements
 from virnuc_dask.settings import Shard
 from virnuc_dask.store import chunk_checks
 from virnuc_dask.store.store import Store
@@ -78,39 +82,20 @@ def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
         assert "MALLOC_MMAP_THRESHOLD_=33554432" in environment
 
 
-@pytest.mark.parametrize("forked", [True, False])
 @pytest.mark.slow
-def test_workers_are_forked_from_what_was_loaded_for_them_alone(
-    forked: bool, peptides: Path, tmp_path: Path
-) -> None:
+def test_workers_import_nothing_from_the_working_directory(peptides: Path, tmp_path: Path) -> None:
     folder = tmp_path / "some folder"
     folder.mkdir()
     # Whatever lies about in the working directory is nobody's module.
     for name in ("random", "esm", "zarr"):
         (folder / f"{name}.py").write_text("open('canary', 'w')")
-    # A socket's path may be too long; then they are started one by one.
-    (long := tmp_path / ("long" * 25)).mkdir()
-    temporary = {} if forked else {"TMPDIR": str(long)}
-    threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), "17")
-    usual = {name: value for name, value in os.environ.items() if "MALLOC" not in name}
-    usual["CUDA_VISIBLE_DEVICES"] = ""  # where there are GPUs, nothing is forked
     run = Run(
         *("run", peptides, tmp_path / "out.zarr"),
         *("--model=demo", "--repr-layer", 0, "--workers", 1),
         program=[str(Path(sys.executable).with_name("virnuc-dask"))],
-        env=usual | threads | temporary,
         cwd=folder,
     )
-    event = next(event for event in run if event["event"] == "chunk_done")
-    process = psutil.Process(event["pid"])
-    environment, words = process.environ(), " ".join(process.cmdline())
     assert run.finish() == 0
-    assert ("forkserver" in words) == forked
-    if forked:
-        # Of a forked process, this is what it was forked from was started with.
-        assert environment["OMP_NUM_THREADS"] == environment["MKL_NUM_THREADS"] == str(CPU_COUNT)
-    assert environment["MALLOC_TRIM_THRESHOLD_"] == "1073741824"
-    assert environment["MALLOC_MMAP_THRESHOLD_"] == "33554432"
     assert not (folder / "canary").exists()
 
 
@@ -327,7 +312,7 @@ def slow(
     store = make_store(some, embed=False, rows_per_chunk=1)
     table = tmp_path / "faults.json"
     table.write_text(json.dumps({"": "slow"}))
-    monkeypatch.setenv(faults.VARIABLE, str(table))
+    faults.arm(monkeypatch, table)
     return store, whole, table
 
 
@@ -412,6 +397,27 @@ def other_version(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(tmp_path / "other")}
 
 
+@pytest.fixture
+def other_zarr(tmp_path: Path) -> dict[str, str]:
+    """The environment of a worker with another Zarr, by name only: its code is this one's."""
+    (there := tmp_path / "other" / "zarr-3.0.1.dist-info").mkdir(parents=True)
+    (there / "METADATA").write_text("Metadata-Version: 2.1\nName: zarr\nVersion: 3.0.1\n")
+    return os.environ | {"PYTHONPATH": str(there.parent)}
+
+
+def test_with_other_versions_nothing_is_opened(
+    make_store: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(ROOT / "examples" / "esm_some_proteins.fasta", embed=False)
+    spec = describe(load_checkpoint("demo"), repr_layer=0)
+    needed = Requirements.here(store, spec, "cpu", is_local=False)
+    theirs = tuple((name, "3.0.1" if name == "zarr" else there) for name, there in needed.versions)
+    monkeypatch.delattr(requirements, "Store")
+    (lack,) = requirements.shortcomings(replace(needed, versions=theirs))
+    assert lack.startswith("zarr ")
+    assert lack.endswith(", this run 3.0.1")
+
+
 @pytest.mark.slow
 def test_all_that_workers_lack_is_said_at_once_and_before_any_chunk(
     awkward: Path,
@@ -469,6 +475,7 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
     ("kind", "lack"),
     [
         ("other_version", f"virnuc_dask 0.0.7, this run {__version__}"),
+        ("other_zarr", f"zarr 3.0.1, this run {version('zarr')}"),
         ("other_esm", "the module esm at "),
     ],
 )
@@ -516,7 +523,8 @@ def test_a_run_whose_last_fit_worker_is_gone_ends_with_a_clear_error(
                 (fit,) = (
                     process
                     for process in psutil.Process().children()
-                    if "worker" in process.cmdline() and "PYTHONPATH" not in process.environ()
+                    if "worker" in process.cmdline()
+                    and str(tmp_path) not in process.environ().get("PYTHONPATH", "")
                 )
                 os.killpg(fit.pid, signal.SIGKILL)
 

@@ -23,7 +23,9 @@ from virnuc_dask.encoder.models import Estimate
 from virnuc_dask.encoder.network import Network
 from virnuc_dask.errors import UsageError
 from virnuc_dask.runtime import embed, events, failures
+from virnuc_dask.runtime.deadlines import Deadlines, RunningDeadlines
 from virnuc_dask.runtime.embed import embed_rows
+from virnuc_dask.runtime.isolate import Halving
 from virnuc_dask.settings import Identity, Status
 
 IDENTITY = Identity(
@@ -86,31 +88,31 @@ def test_delays_double_and_spread() -> None:
 
 def test_a_deadline_follows_the_running_median() -> None:
     config = RunConfig(deadline_factor=10, deadline_floor=2, deadline_first=500)
-    pace = failures.Pace(config, Estimate(100.0, 5.0))
+    running = RunningDeadlines(config, Estimate(100.0, 5.0))
     for seconds in (1.0, 3.0):
-        pace.took(1_000, seconds)
-        assert pace.patience().allowed(1_000) == 500
-    pace.took(1_000, 1_000.0)  # one that hung does not count for much
-    assert pace.patience().start == 500
-    assert pace.patience().allowed(1_000) == pytest.approx(30)
-    assert pace.patience().allowed(10_000) == pytest.approx(300)
-    assert pace.patience().allowed(0) == 2
+        running.took(1_000, seconds)
+        assert running.now().allowed_s(1_000) == 500
+    running.took(1_000, 1_000.0)  # one that hung does not count for much
+    assert running.now().start_s == 500
+    assert running.now().allowed_s(1_000) == pytest.approx(30)
+    assert running.now().allowed_s(10_000) == pytest.approx(300)
+    assert running.now().allowed_s(0) == 2
     for _ in range(200):
-        pace.took(1_000, 0.5)
-    assert pace.patience().allowed(1_000) == pytest.approx(5)
+        running.took(1_000, 0.5)
+    assert running.now().allowed_s(1_000) == pytest.approx(5)
 
 
 def test_before_a_median_is_known_deadlines_follow_from_the_estimate() -> None:
     estimate = Estimate(residues_per_s=100.0, load_s=50.0)
-    pace = failures.Pace(RunConfig(deadline_factor=10, deadline_floor=2), estimate)
+    running = RunningDeadlines(RunConfig(deadline_factor=10, deadline_floor=2), estimate)
     # Never less than ten minutes, and a hundred times what a chunk is thought to take.
-    assert pace.patience() == failures.Patience(650.0, 600.0, 1.0)
-    assert pace.patience().allowed(10_000) == 10_000
+    assert running.now() == Deadlines(650.0, 600.0, 1.0)
+    assert running.now().allowed_s(10_000) == 10_000
     for _ in range(3):
-        pace.took(1_000, 1.0)
-    assert pace.patience() == failures.Patience(650.0, 2, 0.01)
-    patient = failures.Pace(RunConfig(deadline_floor=900), estimate).patience()
-    assert (patient.start, patient.least) == (900, 900)
+        running.took(1_000, 1.0)
+    assert running.now() == Deadlines(650.0, 2, 0.01)
+    patient = RunningDeadlines(RunConfig(deadline_floor=900), estimate).now()
+    assert (patient.start_s, patient.floor_s) == (900, 900)
 
 
 @pytest.mark.parametrize(
@@ -129,6 +131,48 @@ def test_before_a_median_is_known_deadlines_follow_from_the_estimate() -> None:
 def test_settings_that_make_no_sense_are_refused(name: str, value: float) -> None:
     with pytest.raises(UsageError, match=f"{name} must be at least"):
         RunConfig(**{name: value})
+
+
+# --- rows that kill ---
+
+CRASHED, TIMED_OUT = Status.CRASHED_WORKER, Status.TIMED_OUT
+
+
+@pytest.mark.parametrize(
+    ("rows", "deadly", "expected"),
+    [
+        (1, {}, 0),
+        (2_048, {}, 0),
+        (1, {0: CRASHED}, 2),
+        (2, {0: CRASHED, 1: TIMED_OUT}, 5),
+        (2_048, {1_000: CRASHED}, 13),  # the whole, a half of it, ..., the row alone, twice
+        (2_048, {0: TIMED_OUT, 2_047: CRASHED}, 25),
+        (5, dict.fromkeys(range(5), CRASHED), 14),
+    ],
+)
+def test_halving_finds_the_rows_that_kill(
+    rows: int, deadly: dict[int, Status], expected: int
+) -> None:
+    halving, survived, deaths = Halving(rows), set[int](), 0
+    while halving.left:
+        part = range(*halving.left[0])
+        killers = [row for row in deadly if row in part]
+        if killers:
+            halving.died(hung=deadly[killers[0]] is TIMED_OUT)
+            deaths += 1
+        else:
+            survived |= set(range(*halving.survived()))
+    assert halving.guilty == deadly
+    assert survived == set(range(rows)) - set(deadly)
+    assert deaths == expected
+
+
+def test_a_child_that_is_killed_once_condemns_no_row() -> None:
+    halving = Halving(1)
+    halving.died(hung=False)
+    assert halving.survived() == (0, 1)
+    assert not halving.guilty
+    assert not halving.left
 
 
 # --- rows that raise ---

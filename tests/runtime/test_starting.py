@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import faults
 import pytest
 from clusters import started_cluster
 from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
@@ -229,22 +230,30 @@ def test_a_run_whose_cluster_never_starts_ends_when_it_is_told_to(awkward: Path)
 
 @pytest.mark.slow
 def test_a_run_whose_scheduler_stands_still_ends_when_it_is_told_to(
-    make_store: Maker, tmp_path: Path
+    make_store: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Its chunks are overdue by then, so that it has asked the scheduler about the workers."""
     store = make_store(VIRAL_PROTEINS, embed=False, rows_per_chunk=1)
+    (tmp_path / "faults.json").write_text('{"": "slow"}')
+    faults.arm(monkeypatch, tmp_path / "faults.json")
     with started_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
         scheduler = client.run_on_scheduler(os.getpid)
-        run = Run("resume", store.path, "--cluster", file, "--grace", 1, stderr=subprocess.PIPE)
+        options = ("--grace", 8, "--deadline-first", 2, "--deadline-floor", 2)
+        run = Run("resume", store.path, "--cluster", file, *options, stderr=subprocess.PIPE)
         for event in run:
             if event["event"] == "chunk_done":
                 os.kill(scheduler, signal.SIGSTOP)
+                time.sleep(4)
                 run.process.send_signal(signal.SIGTERM)
                 break
         try:
-            assert run.process.wait(timeout=60) == 128 + signal.SIGTERM
+            assert run.finish() == 128 + signal.SIGTERM
         finally:
             os.kill(scheduler, signal.SIGCONT)
+    # It ended by itself, and was not cut off.
+    assert run.of("stopping")
+    assert run.of("run_summary")[0]["interrupted"] == signal.SIGTERM
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import dask
+import faults
 import numpy as np
 import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
@@ -22,7 +23,6 @@ from models import random_network, save_network
 from xopen import xopen
 
 import virnuc_dask
-from virnuc_dask.encoder import faults
 from virnuc_dask.errors import InputError, UnfitWorkerError, UsageError
 from virnuc_dask.runtime import requirements
 from virnuc_dask.settings import Status
@@ -263,7 +263,7 @@ def armed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | li
         motif = sequences[ROW][20:40]
         assert [row for row, sequence in enumerate(sequences) if motif in sequence] == [ROW]
         (tmp_path / "faults.json").write_text(json.dumps({motif: action}))
-        monkeypatch.setenv(faults.VARIABLE, str(tmp_path / "faults.json"))
+        faults.arm(monkeypatch, tmp_path / "faults.json")
         return tmp_path / f"{motif}.met"
 
     return arm

@@ -270,9 +270,8 @@ def verify(
     with ExitStack() as stack:
         client = None
         if cluster:
-            from virnuc_dask.runtime.dask_cluster import connect, fork_workers
+            from virnuc_dask.runtime.dask_cluster import connect
 
-            fork_workers()
             stack.enter_context(cleaning_up())
             line = f"waiting for workers: the scheduler at {cluster} has none"
             waiting = partial(print, line, file=sys.stderr)
@@ -392,7 +391,6 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary]) -> NoReturn:
     import logging
 
-    from virnuc_dask.runtime.dask_cluster import fork_workers
     from virnuc_dask.runtime.display import display, recorded
 
     kind, telemetry = shown
@@ -401,7 +399,6 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
     # the message that was lost. The second logger has its own level.
     for name in ("distributed", "distributed.client"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    fork_workers()
     with cleaning_up(), display(kind) as listener, recorded(listener, telemetry) as listener:
         summary = work(listener)
     if kind != "json":

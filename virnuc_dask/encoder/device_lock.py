@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import tempfile
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from filelock import FileLock, Timeout
 
 # The lock only improves speed. After this time a waiter proceeds: the holder may hang.
 _LONGEST_WAIT_S = 20.0
@@ -32,14 +31,15 @@ class DeviceLock:
 
     def __init__(self, device: torch.device) -> None:
         self._threads = threading.Lock()
-        self._file: int | None = None
+        self._processes: FileLock | None = None
         if device.type == "cuda":
-            self._file = _open(str(torch.cuda.get_device_properties(device).uuid))
+            self._processes = _file_lock(str(torch.cuda.get_device_properties(device).uuid))
 
     def __enter__(self) -> None:
         self._threads.acquire()
-        if self._file is not None:
-            _await(self._file)
+        if self._processes is not None:
+            with suppress(Timeout, OSError):  # some file systems have no locks
+                self._processes.acquire()
 
     def __exit__(
         self,
@@ -48,31 +48,21 @@ class DeviceLock:
         trace: TracebackType | None,
     ) -> None:
         try:
-            if self._file is not None:
-                with suppress(OSError):  # on a file system without locks, as in `_await`
-                    fcntl.flock(self._file, fcntl.LOCK_UN)
+            if self._processes is not None:
+                with suppress(OSError):
+                    self._processes.release()
         finally:
             self._threads.release()
 
 
-def _open(name: str) -> int | None:
-    """Open a lock file, or return None if that fails. A lock on it ends with its process."""
+def _file_lock(name: str) -> FileLock:
+    """A lock that ends with its process. It follows no link: the folder is everybody's."""
     path = Path(tempfile.gettempdir(), f"virnuc_dask-{os.getuid()}-{name}.lock")
-    try:
-        # O_NOFOLLOW: another user may have put a link there.
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError:
-        return None  # a full or foreign file system; the lock only improves speed
-
-
-def _await(file: int) -> None:
-    until = time.monotonic() + _LONGEST_WAIT_S
-    while time.monotonic() < until:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            time.sleep(_LOOK_EVERY_S)
-        except OSError:
-            return  # a file system without locks
-        else:
-            return
+    return FileLock(
+        path,
+        timeout=_LONGEST_WAIT_S,
+        poll_interval=_LOOK_EVERY_S,
+        mode=0o600,
+        thread_local=False,
+        fallback_to_soft=False,
+    )

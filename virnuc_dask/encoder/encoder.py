@@ -14,7 +14,6 @@ import torch.nn.functional as F  # noqa: N812
 from numpy.typing import NDArray
 from torch import Tensor
 
-from virnuc_dask.encoder import faults
 from virnuc_dask.encoder.device_lock import DeviceLock
 from virnuc_dask.encoder.memory import fitting_tokens, grown, is_out_of_memory, release_memory
 from virnuc_dask.encoder.network import Network
@@ -325,11 +324,7 @@ class Encoder:
     def _encode_batch(
         self, residues: NDArray[np.uint8], segments: Segments, batch: Batch, per_residue: bool
     ) -> _Part:
-        spoiled = faults.inject(residues, segments, batch.segments)
         hidden = self._network.represent(residues, segments.start[batch.segments], batch.runs)
-        if spoiled.any():
-            tokens = np.repeat(spoiled, segments.length[batch.segments] + 2)
-            hidden[torch.from_numpy(tokens).to(hidden.device)] = torch.nan
         lengths = segments.length[batch.segments]
         inner = to_device(residue_tokens(lengths), self._device)
         if self.spec.pooling == "mean":

@@ -28,12 +28,17 @@ from virnuc_dask.errors import (
     VirnucError,
 )
 from virnuc_dask.runtime import events, failures
+from virnuc_dask.runtime.deadlines import (
+    LOOK_EVERY_S,
+    NOBODY_LOOKED_S,
+    Deadlines,
+    RunningDeadlines,
+)
 from virnuc_dask.runtime.embed import ChunkReport
 from virnuc_dask.runtime.events import Listener
-from virnuc_dask.runtime.failures import LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
+from virnuc_dask.runtime.known_workers import KEYS, KnownWorkers
 from virnuc_dask.runtime.requirements import SCHEDULER_LOST, Requirements
-from virnuc_dask.runtime.roster import KEYS, Roster
-from virnuc_dask.runtime.workers import TOPIC, embed_on_worker
+from virnuc_dask.runtime.workers import TOPIC, run_chunk
 from virnuc_dask.settings import RunConfig, Status
 from virnuc_dask.store.store import Store
 
@@ -46,7 +51,7 @@ _TOOK = (*_TOTALS, "fill", "memory", "gpu", "pid")
 _CONNECTION_LOST = "scheduler-connection-lost"
 # Actions that the scheduler reports about workers, and that workers report about chunks.
 _WORKERS = ("add-worker", "remove-worker")
-_CHUNKS = ("started", "goes on", "done")
+_CHUNKS = ("started", "progress", "done")
 
 
 @dataclass(slots=True)
@@ -62,14 +67,14 @@ class _Attempt:
     future: Future
     since: float
     others: frozenset[str]
-    with_children: Patience | None
+    with_children: Deadlines | None
     worker: str = ""
 
 
-class Work:
+class ChunkWindow:
     """The chunks of a run and their state. One thread uses it, and one queue brings its events."""
 
-    _roster: Roster
+    _workers: KnownWorkers
 
     def __init__(
         self,
@@ -93,7 +98,7 @@ class Work:
         self._attempts: Counter[int] = Counter()
         self._deaths: Counter[int] = Counter()
         self._suspects: set[int] = set()
-        self.pace = failures.Pace(
+        self.deadlines = RunningDeadlines(
             config,
             Estimate.of(
                 requirements.spec, requirements.device, sum(costs.values()) / store.records
@@ -111,7 +116,7 @@ class Work:
         self.took = dict.fromkeys(_TOTALS, 0.0)
         self._prefix = f"{KEYS}{uuid4().hex[:8]}-"
         # Bound here and not passed as an argument, because Dask searches arguments for other tasks.
-        self._task = delayed(partial(embed_on_worker, requirements), pure=False)
+        self._task = delayed(partial(run_chunk, requirements), pure=False)
 
     def drive(self, client: Client, missing: list[int]) -> None:
         """Have chunks computed until none is left, or until the grace after a signal is over.
@@ -122,14 +127,14 @@ class Work:
             The scheduler is lost, or no worker is left that can compute chunks.
         """
         self._todo.extend(missing)
-        self._roster = Roster(client, self.config, self.emit)
+        self._workers = KnownWorkers(client, self.config, self.emit)
         for topic in ("all", TOPIC):
             client.subscribe_topic(topic, self._on_event)
         began = self._looked = time.monotonic()
         try:
             deadline: float | None = None
-            while self._running or (self._has_more() and self._goes_on()):
-                if self._goes_on():
+            while self._running or (self._has_more() and self._continues()):
+                if self._continues():
                     self._submit(client)
                 else:
                     self._take_back_unbegun(client)  # started chunks may finish
@@ -145,8 +150,8 @@ class Work:
             raise VirnucError(SCHEDULER_LOST) from error
         finally:
             self.seconds = time.monotonic() - began
-            self._roster.count_time()
-            self.worker_s = self._roster.worker_s
+            self._workers.count_time()
+            self.worker_s = self._workers.worker_s
             if client.status == "running":
                 for topic in ("all", TOPIC):
                     client.unsubscribe_topic(topic)
@@ -172,7 +177,7 @@ class Work:
         """Cancel the chunks that no worker has started, because there are not enough threads."""
         self._take(client, 0.0)
         unheard = [key for key, attempt in self._running.items() if not attempt.worker]
-        idle = self._roster.threads - (len(self._running) - len(unheard))
+        idle = self._workers.threads - (len(self._running) - len(unheard))
         # Idle threads may have started the first of them a moment ago.
         for key in unheard[max(0, idle) :]:
             self._todo.append(self._running[key].chunk)
@@ -181,33 +186,33 @@ class Work:
     def _has_more(self) -> bool:
         return bool(self._todo or self._later)
 
-    def _goes_on(self) -> bool:
+    def _continues(self) -> bool:
         return self.signal is None and self.stopped is None
 
     def _submit(self, client: Client) -> None:
         while self._later and self._later[0][0] <= time.monotonic():
             self._todo.append(heappop(self._later)[1])
-        while self._todo and (room := self._roster.window - len(self._running)) > 0:
+        while self._todo and (room := self._workers.window - len(self._running)) > 0:
             # At most one chunk per thread in a graph, because Dask chooses the order within it.
-            count = min(room, len(self._todo), max(1, self._roster.threads))
+            count = min(room, len(self._todo), max(1, self._workers.threads))
             self._compute(client, [self._todo.popleft() for _ in range(count)])
 
     def _compute(self, client: Client, chunks: list[int]) -> None:
         """Submit chunks in one call, because a call costs more than a task."""
-        patience = self.pace.patience()
-        deadlines = [patience if chunk in self._suspects else None for chunk in chunks]
+        deadlines = self.deadlines.now()
+        of_children = [deadlines if chunk in self._suspects else None for chunk in chunks]
         tasks = [
             self._task(chunk, with_children, dask_key_name=self._next_key(chunk))
-            for chunk, with_children in zip(chunks, deadlines, strict=True)
+            for chunk, with_children in zip(chunks, of_children, strict=True)
         ]
-        others = self._roster.candidates()
+        others = self._workers.candidates()
         only: dict[str, Any] = {"workers": list(others), "allow_other_workers": True}
         # With the default `fifo_timeout` of 60 s, new chunks would overtake those that queue.
         futures = client.compute(
             tasks, optimize_graph=False, traverse=False, fifo_timeout=0, **(only if others else {})
         )
         now = time.monotonic()
-        for chunk, with_children, future in zip(chunks, deadlines, futures, strict=True):
+        for chunk, with_children, future in zip(chunks, of_children, futures, strict=True):
             attempt = _Attempt(chunk, future, now, others, with_children)
             self._running[str(future.key)] = attempt
             future.add_done_callback(self._inbox.put)
@@ -222,7 +227,7 @@ class Work:
         """Handle the message of a worker that started, continues or finished a chunk."""
         worker, action = message["worker"], message["action"]
         # The worker of a suspect chunk may lack the model, because child processes load it.
-        self._roster.heard(worker, has_model=action == "started")
+        self._workers.heard(worker, has_model=action == "started")
         attempt = self._running.get(message["key"])
         if attempt is None:
             return  # cancelled
@@ -245,7 +250,7 @@ class Work:
             quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
             if report.chunk not in self._suspects:
                 # Without the time of waiting for other chunks, which may have failed slowly.
-                self.pace.took(residues, report.read_s + report.compute_s + report.write_s)
+                self.deadlines.took(residues, report.read_s + report.compute_s + report.write_s)
         took = {name: getattr(report, name) for name in _TOOK}
         self.emit(
             events.ChunkDone(
@@ -287,10 +292,10 @@ class Work:
             # Dask gives up a task after some deaths. We do not: a death alone condemns no row.
             self._suspect(chunk)
         except UnfitWorkerError as error:
-            self._roster.set_aside(error)
+            self._workers.set_aside(error)
             heappush(self._later, (time.monotonic() + max(1.0, self.config.backoff), chunk))
         except DeviceLostError as error:
-            self._roster.replace(error.worker, for_good=True)
+            self._workers.replace(error.worker, for_good=True)
             self._deaths[chunk] += 1
             if not self._suspect_if_due(chunk):
                 self._failed(chunk, error)
@@ -332,7 +337,7 @@ class Work:
     def _worker_event(self, client: Client, message: dict[str, Any]) -> None:
         worker, gone = message["worker"], message["action"] == "remove-worker"
         if gone:
-            self._roster.gone(worker)
+            self._workers.gone(worker)
             keys = self._running.keys() & map(str, message.get("processing-tasks", ()))
             if not message.get("expected", False):
                 self._lost(client, worker, keys)
@@ -340,7 +345,7 @@ class Work:
                 if key in keys or attempt.worker == worker:
                     attempt.worker, attempt.since = "", time.monotonic()
         self._wake(client)
-        self._roster.count()
+        self._workers.count()
 
     def _lost(self, client: Client, worker: str, keys: set[str]) -> None:
         chunks = sorted(self._running[key].chunk for key in keys)
@@ -358,7 +363,7 @@ class Work:
         If there was no worker when the last of them left, Dask never assigns the task again, even
         though other workers may compute it.
         """
-        candidates = self._roster.candidates() or frozenset(client.nthreads())
+        candidates = self._workers.candidates() or self._workers.present
         for key, attempt in list(self._running.items()):
             if attempt.others and not attempt.worker and attempt.others.isdisjoint(candidates):
                 self._take_back(client, key)
@@ -370,53 +375,56 @@ class Work:
         now = time.monotonic()
         if (passed := now - self._looked) < LOOK_EVERY_S:
             return
-        self._looked, patience = now, self.pace.patience()
+        self._looked, deadlines = now, self.deadlines.now()
         if passed > NOBODY_LOOKED_S:
             for attempt in self._running.values():
                 attempt.since += passed
         late = [
             key
             for key, attempt in self._running.items()
-            if now - attempt.since > self._allowed(attempt, patience)
+            if now - attempt.since > self._allowed(attempt, deadlines)
         ]
         waits = any(not self._running[key].worker for key in late)
-        queues = client.processing() if waits else {}
+        try:
+            queues = self._workers.processing() if waits else {}
+        except TimeoutError:
+            return  # the scheduler stands still, so it is not the workers' fault
         holders = {str(key): worker for worker, keys in queues.items() for key in keys}
         for key in late:
             attempt = self._running[key]
             if attempt.worker:
                 self._overdue(client, key, attempt.worker, now - attempt.since)
             elif worker := holders.get(key):
-                self._look_at_waiting(client, key, worker, queues[worker], patience)
+                self._look_at_waiting(client, key, worker, queues[worker], deadlines)
             else:  # no worker can start it
                 attempt.since = now
 
-    def _allowed(self, attempt: _Attempt, patience: Patience) -> float:
+    def _allowed(self, attempt: _Attempt, deadlines: Deadlines) -> float:
         if attempt.worker and attempt.with_children:
             # Child processes have their own deadlines. The worker sends a message when a child
             # starts and when it finishes a part, for which it may load the model twice.
-            patience = attempt.with_children
-            return 2 * patience.start + patience.allowed(self.costs[attempt.chunk])
-        return patience.allowed(self.costs[attempt.chunk])
+            deadlines = attempt.with_children
+            return 2 * deadlines.start_s + deadlines.allowed_s(self.costs[attempt.chunk])
+        return deadlines.allowed_s(self.costs[attempt.chunk])
 
     def _look_at_waiting(
-        self, client: Client, key: str, worker: str, queue: list[Any], patience: Patience
+        self, client: Client, key: str, worker: str, queue: list[Any], deadlines: Deadlines
     ) -> None:
         """Handle a chunk that was assigned to a worker long ago but has not started."""
         attempt = self._running[key]
         if any(other.worker == worker for other in self._running.values()):
             return  # it waits for another chunk, which has its own deadline
-        hangs = self._roster.is_useless(worker)
+        hangs = self._workers.is_useless(worker)
         if hangs or not all(str(other).startswith(self._prefix) for other in queue):
             # Not a suspect: it waits for a worker that is known to hang, or for tasks of others.
             if hangs:
-                self._roster.replace(worker)
+                self._workers.replace(worker)
             self._take_back(client, key)
             self._todo.append(attempt.chunk)
             return
-        seconds = self._looked - max(attempt.since, self._roster.last_heard(worker))
-        allowed = self._allowed(attempt, patience)
-        if seconds > (allowed if self._roster.is_ready(worker) else patience.start):
+        seconds = self._looked - max(attempt.since, self._workers.last_heard(worker))
+        allowed = self._allowed(attempt, deadlines)
+        if seconds > (allowed if self._workers.is_ready(worker) else deadlines.start_s):
             self._overdue(client, key, worker, seconds)
 
     def _overdue(self, client: Client, key: str, worker: str, seconds: float) -> None:
@@ -424,7 +432,7 @@ class Work:
         self._take_back(client, key)
         self._deaths[chunk] += 1
         self.retries += 1
-        replaced = self._roster.replace(worker)
+        replaced = self._workers.replace(worker)
         self.emit(events.ChunkOverdue(chunk, worker, seconds, replaced))
         if not self._suspect_if_due(chunk):
             self._todo.append(chunk)

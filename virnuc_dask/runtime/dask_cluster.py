@@ -4,27 +4,19 @@ from __future__ import annotations
 
 import json
 import logging
-import multiprocessing
 import os
-import signal
-import socket
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from multiprocessing.connection import arbitrary_address  # type: ignore[attr-defined]
 from pathlib import Path
 from typing import Any
 
 import dask
-import distributed.utils
 from dask.system import CPU_COUNT
 from distributed import Client, LocalCluster, Nanny, Security
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
-from distributed.diagnostics.plugin import WorkerPlugin
 from distributed.scheduler import KilledWorker
-from distributed.worker import Worker
 
 from virnuc_dask import __version__
 from virnuc_dask.errors import UsageError, VirnucError
@@ -42,8 +34,6 @@ _DEFAULT = RunConfig()
 # Clusters that this module starts and closes.
 OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
-# How processes of local workers start. Dask's own key is for the site's clusters.
-_METHOD = "virnuc-dask.multiprocessing-method"
 _ENVIRON = "distributed.nanny.pre-spawn-environ"
 
 
@@ -89,11 +79,10 @@ def connect(
             else partial(_start_cores, expected_workers(cluster, workers, config))
         )
         with (
-            apart({**MALLOC, **CALM, **_KEEP_PLACES, **_method()}),
+            apart({**MALLOC, **LESS_PROFILING, **_KEEP_PLACES}),
             started(start) as local,
             Client(local, set_as_default=False) as client,
         ):
-            client.register_plugin(_IgnoreInterrupt())
             _await_workers(client, len(local.worker_spec))
             with _said_if_lost():
                 yield client
@@ -163,38 +152,6 @@ def visible_gpus() -> list[str]:
     return named.split(",")[:count] if named else [str(number) for number in range(count)]
 
 
-def fork_workers() -> None:
-    """Fork local workers of this process from a server that has loaded all code, if that is safe.
-
-    Each worker then starts in a third of a second, also a replacement, and ends at once. This is
-    for a program with one run: workers see the environment of the time when the first one started.
-    It is not used with GPUs, where it is untested, nor on systems other than Linux, whose
-    libraries may not survive a fork.
-    """
-    if sys.platform == "linux" and not visible_gpus() and _sockets_can_be_made():
-        dask.config.set({_METHOD: "forkserver"})
-        # Otherwise Dask sets its own preload list, which loads pandas, in this process too.
-        distributed.utils._forkserver_preload_set = True
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["virnuc_dask.runtime.fork_preload"])
-        # Otherwise Python searches the working directory first, which may hold any module.
-        os.environ["PYTHONSAFEPATH"] = "1"
-
-
-def _method() -> dict[str, str]:
-    return {"distributed.worker.multiprocessing-method": dask.config.get(_METHOD, "spawn")}
-
-
-def _sockets_can_be_made() -> bool:
-    """Whether a Unix socket fits in the folder for temporary files; its path may be too long."""
-    try:
-        with socket.socket(socket.AF_UNIX) as probe:
-            probe.bind(arbitrary_address("AF_UNIX"))
-    except OSError:
-        return False
-    return True
-
-
 _ON_THIS_MACHINE: dict[str, Any] = {
     # Without an address, Dask listens on all interfaces.
     "host": "127.0.0.1",
@@ -207,14 +164,11 @@ _ON_THIS_MACHINE: dict[str, Any] = {
 
 def _start_cores(count: int, nanny: type[Nanny]) -> LocalCluster:
     allow_open_files(count)
-    environment = _threads_of_each(count)
-    if dask.config.get(_METHOD, None) == "forkserver":
-        os.environ.update(environment)  # the server loads torch before a worker gets its own
     return LocalCluster(
         n_workers=count,
         threads_per_worker=THREADS_PER_WORKER,
         worker_class=nanny,
-        env=environment,
+        env=_threads_of_each(count),
         **_ON_THIS_MACHINE,
     )
 
@@ -341,7 +295,7 @@ MALLOC = {
 
 # By default Dask samples each worker's threads 100 times a second, and checks 50 times a second
 # whether its event loops keep up: 0.7 % of a core per process, even while it waits.
-CALM = {
+LESS_PROFILING = {
     "distributed.worker.profile.interval": "100ms",
     "distributed.admin.tick.interval": "200ms",
 }
@@ -349,13 +303,3 @@ CALM = {
 # Dask stops replacing a worker that is still missing this long after a death, even if its
 # replacement died meanwhile: workers that die often would all be gone in the end.
 _KEEP_PLACES = {"distributed.deploy.lost-worker-timeout": "1000 days"}
-
-
-class _IgnoreInterrupt(WorkerPlugin):  # type: ignore[misc]  # distributed has no types
-    """Make workers ignore Ctrl-C and the end of the terminal; the coordinator handles both."""
-
-    name = "virnuc-dask-ignore-interrupt"
-
-    def setup(self, worker: Worker) -> None:
-        for number in (signal.SIGINT, signal.SIGHUP):
-            signal.signal(number, signal.SIG_IGN)

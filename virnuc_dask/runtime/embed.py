@@ -26,7 +26,7 @@ from virnuc_dask.settings import Identity, ModelSpec, Status
 from virnuc_dask.store.store import Store
 
 # The start of ubiquitin. An encoder that fails on this sequence fails on any sequence.
-BEYOND_DOUBT = "MQIFVKTLTGKTITLEVEPS"
+UBIQUITIN = "MQIFVKTLTGKTITLEVEPS"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class ChunkReport:
     pid: int = field(default_factory=os.getpid)
 
 
-def embed_here(
+def embed_in_process(
     model: ModelSpec,
     device: str,
     lengths: NDArray[np.int32],
@@ -87,7 +87,7 @@ def embed_chunk(
     identity: Identity,
     model: ModelSpec,
     device: str = "cpu",
-    embed: Callable[..., Rows] = embed_here,
+    embed: Callable[..., Rows] = embed_in_process,
     store_id: str | None = None,
 ) -> ChunkReport:
     """Embed one chunk of a store.
@@ -108,7 +108,7 @@ def embed_chunk(
     device : str
         A torch device.
     embed : callable
-        Function with the arguments of `embed_here`.
+        Function with the arguments of `embed_in_process`.
     store_id : str, optional
         Id of the store. Without it, any store with this identity is accepted.
 
@@ -223,17 +223,17 @@ def embed_rows(
         if not failures.is_of_the_input(error):
             raise
         # If this raises too, no row is the cause.
-        encoder.encode([BEYOND_DOUBT])
+        encoder.encode([UBIQUITIN])
         result, guilty = _encode_apart(partial(encode, encoder), segments, row_of_residue)
         status[guilty] = Status.ENCODER_ERROR
-    _doubt(encoder, result)
+    _check_memory(encoder, result)
     odd = ~_finite(result, row_of_residue, identity) & (status < Status.INVALID_RESIDUES)
     odd &= result.fits
     if odd.any() and encoder.spec.precision != "float32":
         # Values that overflow in another precision may be finite in float32.
         exact = get_encoder(replace(encoder.spec, precision="float32"), encoder.device)
         again = encode(exact, segments.select(odd[segments.row]))
-        _doubt(exact, again)
+        _check_memory(exact, again)
         _put(again, result, odd, row_of_residue)
         odd &= ~_finite(result, row_of_residue, identity)
     status[odd] = Status.NON_FINITE
@@ -245,10 +245,10 @@ def embed_rows(
     return Rows(status, result.embedding, result.residues)
 
 
-def _doubt(encoder: Encoder, result: Encoded) -> None:
+def _check_memory(encoder: Encoder, result: Encoded) -> None:
     """If rows do not fit, encode a short sequence; it raises if others use the memory."""
     if not result.fits.all():
-        encoder.encode([BEYOND_DOUBT])
+        encoder.encode([UBIQUITIN])
 
 
 def _encode_apart(

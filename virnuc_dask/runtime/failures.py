@@ -4,27 +4,14 @@ from __future__ import annotations
 
 import errno
 import random
-from collections import deque
-from dataclasses import dataclass
 from math import inf
-from statistics import median
 from typing import TypeGuard
 
-from virnuc_dask.encoder.models import Estimate
 from virnuc_dask.errors import DeviceLostError
 from virnuc_dask.settings import RunConfig
 
 # Errors that every other chunk would meet too.
 _HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENXIO}
-# Seconds between two checks for attempts that take too long. If a check comes much later, such as
-# after the process was stopped or the machine slept, that time does not count as time taken.
-LOOK_EVERY_S = 0.2
-NOBODY_LOOKED_S = 1.0
-# Chunks that are needed for a median, and the most recent chunks that it is taken over.
-_ENOUGH, _RECENT = 3, 99
-# Deadline before there is a median: seconds for any attempt, and a factor on the estimate. The
-# factor is large: a device that is shared or emulates a precision may be far slower.
-_UNKNOWN_S, _DOUBT = 600.0, 100.0
 
 
 def is_hopeless(error: BaseException) -> TypeGuard[OSError]:
@@ -67,54 +54,3 @@ def delay(attempt: int, config: RunConfig) -> float:
     The variation spreads the next attempts of chunks that failed at the same time.
     """
     return config.backoff * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """Times after which a worker counts as hanging.
-
-    Attributes
-    ----------
-    start : float
-        Seconds to load the model.
-    least : float
-        Seconds for any attempt, whatever its size.
-    per_residue : float
-        Seconds per residue; applies where the product exceeds `least`.
-    """
-
-    start: float = inf
-    least: float = inf
-    per_residue: float = 0.0
-
-    def allowed(self, residues: int) -> float:
-        """Seconds that encoding this many residues may take."""
-        return max(self.least, self.per_residue * residues)
-
-
-FOREVER = Patience()
-
-
-class Pace:
-    """Deadline of an attempt, from a running median of the time per residue of earlier attempts.
-
-    Until there are enough attempts, the deadline follows from an estimate.
-    """
-
-    def __init__(self, config: RunConfig, estimate: Estimate) -> None:
-        self._config, self._estimate = config, estimate
-        self._recent: deque[float] = deque(maxlen=_RECENT)
-
-    def took(self, residues: int, seconds: float) -> None:
-        """Record an attempt that succeeded."""
-        self._recent.append(seconds / max(1, residues))
-
-    def patience(self) -> Patience:
-        """Deadlines from now on."""
-        least, first = self._config.deadline_floor, self._config.deadline_first
-        start = max(least, _UNKNOWN_S + self._estimate.load_s if first is None else first)
-        if len(self._recent) >= _ENOUGH:
-            return Patience(start, least, self._config.deadline_factor * median(self._recent))
-        if first is not None:
-            return Patience(start, start)
-        return Patience(start, max(least, _UNKNOWN_S), _DOUBT / self._estimate.residues_per_s)

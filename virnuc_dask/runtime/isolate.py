@@ -30,15 +30,15 @@ from virnuc_dask.encoder.memory import is_starved
 from virnuc_dask.errors import VirnucError
 from virnuc_dask.inputs.lengths import encoded_lengths, residues_to_encode
 from virnuc_dask.runtime import failures
+from virnuc_dask.runtime.deadlines import LOOK_EVERY_S, NO_DEADLINES, NOBODY_LOOKED_S, Deadlines
 from virnuc_dask.runtime.embed import (
-    BEYOND_DOUBT,
+    UBIQUITIN,
     ChunkReport,
     Rows,
     embed_chunk,
     embed_rows,
     get_encoder,
 )
-from virnuc_dask.runtime.failures import FOREVER, LOOK_EVERY_S, NOBODY_LOOKED_S, Patience
 from virnuc_dask.settings import Identity, ModelSpec, Status
 
 # Exit code of a child that raised an error: no row killed it.
@@ -51,39 +51,39 @@ def _nobody() -> None:
     pass
 
 
-def embed_chunk_apart(
+def embed_chunk_in_children(
     path: str,
     chunk: int,
     identity: Identity,
     model: ModelSpec,
     device: str = "cpu",
-    patience: Patience = FOREVER,
-    goes_on: Callable[[], None] = _nobody,
+    deadlines: Deadlines = NO_DEADLINES,
+    progressed: Callable[[], None] = _nobody,
     store_id: str | None = None,
 ) -> ChunkReport:
     """Like `embed_chunk`, in child processes. Rows that kill or hang them are quarantined."""
-    embed = partial(embed_apart, patience=patience, goes_on=goes_on)
+    embed = partial(embed_in_children, deadlines=deadlines, progressed=progressed)
     return embed_chunk(path, chunk, identity, model, device, embed, store_id)
 
 
-def embed_apart(
+def embed_in_children(
     model: ModelSpec,
     device: str,
     lengths: NDArray[np.int32],
     residues: NDArray[np.uint8],
     identity: Identity,
-    patience: Patience = FOREVER,
-    goes_on: Callable[[], None] = _nobody,
+    deadlines: Deadlines = NO_DEADLINES,
+    progressed: Callable[[], None] = _nobody,
 ) -> Rows:
     """Embed rows in child processes.
 
     Parameters
     ----------
     model, device, lengths, residues, identity
-        As for `embed_here`.
-    patience : Patience
+        As for `embed_in_process`.
+    deadlines : Deadlines
         Deadlines of a child: to load the model, and to encode rows.
-    goes_on : callable
+    progressed : callable
         Called when a child starts, and when it finishes a part.
 
     Raises
@@ -104,47 +104,77 @@ def embed_apart(
     )
     # Rows that overflow in another precision are encoded in float32. A child loads the float32
     # model at the first such row.
-    twin = patience.start if identity.precision != "float32" else 0.0
-    left, died_alone = deque([(0, count)]), set[int]()
+    twin = deadlines.start_s if identity.precision != "float32" else 0.0
+    halving = Halving(count)
     with TemporaryDirectory(prefix="virnuc-dask-") as name:
         folder = Path(name)
         np.savez(folder / "rows.npz", lengths=lengths, residues=residues)
-        while left:
+        while parts_left := list(halving.left):
             job = {"model": asdict(model), "identity": asdict(identity), "device": device}
-            (folder / "job.json").write_text(json.dumps({**job, "parts": list(left)}))
+            (folder / "job.json").write_text(json.dumps({**job, "parts": parts_left}))
             (folder / "ready").unlink(missing_ok=True)
             parts = {
-                _result(folder, *part): twin + patience.allowed(int(costs[slice(*part)].sum()))
-                for part in left
+                _result(folder, *part): twin + deadlines.allowed_s(int(costs[slice(*part)].sum()))
+                for part in parts_left
             }
-            hung = _run_child(folder, {folder / "ready": patience.start, **parts}, goes_on)
-            while left and (result := _result(folder, *left[0])).exists():
-                first, last = left.popleft()
+            hung = _run_child(folder, {folder / "ready": deadlines.start_s, **parts}, progressed)
+            while halving.left and (result := _result(folder, *halving.left[0])).exists():
+                first, last = halving.survived()
                 with np.load(result, allow_pickle=False) as arrays:
                     whole.status[first:last] = arrays["status"]
                     whole.embedding[first:last] = arrays["embedding"]
                     if whole.residues is not None:
                         whole.residues[ends[first] : ends[last]] = arrays["residues"]
-            if left:
-                # The child died or hung in this part. A single row is guilty if that happens twice,
-                # because children are also killed for other reasons.
-                first, last = left.popleft()
-                if last - first > 1:
-                    middle = (first + last) // 2
-                    left.extendleft([(middle, last), (first, middle)])
-                elif first not in died_alone:
-                    died_alone.add(first)
-                    left.appendleft((first, last))
-                else:
-                    whole.status[first] = Status.TIMED_OUT if hung else Status.CRASHED_WORKER
+            if halving.left:
+                halving.died(hung=hung)
+    for row, state in halving.guilty.items():
+        whole.status[row] = state
     return whole
+
+
+class Halving:
+    """Find the rows that kill, by halving each part of a chunk in which a child died.
+
+    Parameters
+    ----------
+    rows : int
+
+    Attributes
+    ----------
+    left : deque of (int, int)
+        First row, and end, of the parts to try, in this order.
+    guilty : dict of int to Status
+        Rows with which a child died or hung twice when it had nothing else: children are also
+        killed for other reasons.
+    """
+
+    def __init__(self, rows: int) -> None:
+        self.left = deque([(0, rows)])
+        self.guilty: dict[int, Status] = {}
+        self._died_alone = set[int]()
+
+    def survived(self) -> tuple[int, int]:
+        """Remove the first part, which a child has finished, and return it."""
+        return self.left.popleft()
+
+    def died(self, *, hung: bool) -> None:
+        """Record that a child died, or hung and was killed, in the first part."""
+        first, last = self.left.popleft()
+        if last - first > 1:
+            middle = (first + last) // 2
+            self.left.extendleft([(middle, last), (first, middle)])
+        elif first not in self._died_alone:
+            self._died_alone.add(first)
+            self.left.appendleft((first, last))
+        else:
+            self.guilty[first] = Status.TIMED_OUT if hung else Status.CRASHED_WORKER
 
 
 def _result(folder: Path, first: int, last: int) -> Path:
     return folder / f"{first}-{last}.npz"
 
 
-def _run_child(folder: Path, allowed: dict[Path, float], goes_on: Callable[[], None]) -> bool:
+def _run_child(folder: Path, allowed: dict[Path, float], progressed: Callable[[], None]) -> bool:
     """Start a child that computes the parts of the job in order, and wait for its end.
 
     Parameters
@@ -153,7 +183,7 @@ def _run_child(folder: Path, allowed: dict[Path, float], goes_on: Callable[[], N
         Folder of the job.
     allowed : dict of Path to float
         Seconds for each file that the child writes, in order. The first says that it is ready.
-    goes_on : callable
+    progressed : callable
         Called at the start and for each file.
 
     Returns
@@ -173,7 +203,7 @@ def _run_child(folder: Path, allowed: dict[Path, float], goes_on: Callable[[], N
             env=os.environ | path,
         )
         with child:
-            hung = _watch(child, allowed, goes_on)
+            hung = _watch(child, allowed, progressed)
         code = child.returncode
         if code and (code == _RAISED or not ready.exists()):
             stderr.seek(0)
@@ -184,13 +214,13 @@ def _run_child(folder: Path, allowed: dict[Path, float], goes_on: Callable[[], N
 
 
 def _watch(
-    child: subprocess.Popen[bytes], allowed: dict[Path, float], goes_on: Callable[[], None]
+    child: subprocess.Popen[bytes], allowed: dict[Path, float], progressed: Callable[[], None]
 ) -> bool:
     """Wait for a child's end, and kill the child if it hangs. Return whether it hung."""
     files, seconds = list(allowed), list(allowed.values())
     made, since = 0, time.monotonic()
     looked = since
-    goes_on()
+    progressed()
     while True:
         try:
             child.wait(LOOK_EVERY_S)
@@ -202,7 +232,7 @@ def _watch(
             looked = now
             while made < len(files) and files[made].exists():
                 made, since = made + 1, now
-                goes_on()
+                progressed()
             if now - since > seconds[min(made, len(seconds) - 1)]:
                 child.kill()
                 return True
@@ -217,7 +247,7 @@ def _main(folder: Path) -> None:
     ends = np.concatenate(([0], np.cumsum(lengths)))
     encoder = get_encoder(model, job["device"])
     # If this kills the process, no row is the cause.
-    encoder.encode([BEYOND_DOUBT])
+    encoder.encode([UBIQUITIN])
     gc.freeze()  # no collection of loaded objects, so the process ends at once
     (folder / "ready").touch()
     for first, last in job["parts"]:

@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing import spawn
+from multiprocessing import resource_tracker, spawn
 from typing import Any
 
 import dask
@@ -20,8 +20,6 @@ from virnuc_dask.runtime import failures
 _STARTS = 3
 # Name that Dask gives to a process that becomes a worker.
 _WORKER = "Dask Worker process (from Nanny)"
-# Exit code that multiprocessing reports if the fork server was lost.
-_LOST = 255
 # File descriptors of a coordinator. Measured while all workers restart: 24, and 13 per worker.
 _FILES = 48
 _FILES_PER_WORKER = 14
@@ -145,7 +143,7 @@ def started(start: Callable[[type[Nanny]], LocalCluster]) -> LocalCluster:
 
 def _may_pass(cause: BaseException, ends: list[int]) -> bool:
     """Whether another try may succeed: a process was killed, or a resource was short."""
-    was_killed = _LOST in ends or min(ends, default=0) < 0 or isinstance(cause, EOFError)
+    was_killed = min(ends, default=0) < 0 or isinstance(cause, EOFError)
     return was_killed or failures.is_transient(cause)
 
 
@@ -166,6 +164,11 @@ def _nanny(ends: list[int]) -> type[Nanny]:
         ended_with = 0
 
         async def instantiate(self) -> Status:
+            # A terminal sends these to workers too, but the coordinator handles them. A process
+            # inherits what the thread that starts it blocks, so this holds from its first moment.
+            # The tracker comes first, because its start would unblock them again.
+            resource_tracker.ensure_running()
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
             status = await super().instantiate()  # raises an error that the process reported
             if status != Status.running:
                 ends.append(self.ended_with)
@@ -191,8 +194,6 @@ def _problem(error: Exception, ends: list[int]) -> str:
     if not ends:
         cause = innermost(error)
         return " ".join(f"{type(cause).__name__}: {cause}".split())
-    if _LOST in ends:
-        return "the fork server of the workers was lost"
     if min(ends) >= 0:
         return f"a worker ended with exit code {max(ends)}; any error message of it is above"
     number = -min(ends)

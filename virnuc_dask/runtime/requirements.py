@@ -46,7 +46,7 @@ class Requirements:
         Torch device that the worker must have.
     versions : tuple of (str, str)
         Packages and versions that must be the same, so that one version computes all rows.
-    is_met : bool
+    is_local : bool
         Whether workers meet the requirements without a check, since this process starts them.
     """
 
@@ -56,13 +56,13 @@ class Requirements:
     spec: ModelSpec
     device: str
     versions: tuple[tuple[str, str], ...]
-    is_met: bool
+    is_local: bool
 
     @classmethod
-    def here(cls, store: Store, spec: ModelSpec, device: str, *, is_met: bool) -> Requirements:
+    def here(cls, store: Store, spec: ModelSpec, device: str, *, is_local: bool) -> Requirements:
         """Return the requirements of a run, with the package versions of this process."""
         path = store.location.address
-        return cls(path, store.id, store.identity, spec, device, _versions(), is_met)
+        return cls(path, store.id, store.identity, spec, device, _versions(), is_local)
 
 
 def _versions() -> tuple[tuple[str, str], ...]:
@@ -89,7 +89,7 @@ def shortcomings(requirements: Requirements) -> tuple[str, ...]:
     OSError, MemoryError
         An error that may pass.
     """
-    if requirements.is_met or requirements in _met:
+    if requirements.is_local or requirements in _met:
         return ()
     here = dict(_versions())
     lacks = [
@@ -97,6 +97,8 @@ def shortcomings(requirements: Requirements) -> tuple[str, ...]:
         for name, ours in requirements.versions
         if here[name] != ours
     ]
+    if lacks:
+        return tuple(lacks)  # another Zarr may fail on the store in any way
     try:
         store = Store(requirements.path)
         if store.id != requirements.store_id:
@@ -129,7 +131,7 @@ async def _shortcomings(requirements: Requirements) -> tuple[str, ...]:
 
 
 def preflight(
-    client: Client, requirements: Requirements, patience: float, is_stopped: Callable[[], bool]
+    client: Client, requirements: Requirements, start_s: float, is_stopped: Callable[[], bool]
 ) -> list[str]:
     """Check all workers at the same time, before any of them gets a chunk.
 
@@ -140,7 +142,7 @@ def preflight(
     ----------
     client : distributed.Client
     requirements : Requirements
-    patience : float
+    start_s : float
         Seconds to wait for the first answer.
     is_stopped : callable
         Called often; ends the wait if it returns True.
@@ -163,7 +165,7 @@ def preflight(
         # Daemon threads, because a worker that hangs never answers.
         Thread(target=_ask, args=(client, worker, requirements, answers), daemon=True).start()
     began = time.monotonic()
-    until = began + patience
+    until = began + start_s
     results: dict[str, tuple[str, ...]] = {}
     short: list[MemoryError] = []
     waiting = set(asked)
@@ -190,7 +192,7 @@ def preflight(
     if asked and len(short) == len(asked):
         raise VirnucError(f"no worker has enough memory now: {short[0]}; the same command resumes")
     if waiting and not results and not is_stopped():
-        raise VirnucError(f"no worker answered within {patience:.0f} s")
+        raise VirnucError(f"no worker answered within {start_s:.0f} s")
     return list(results)
 
 

@@ -26,7 +26,7 @@ from virnuc_dask.errors import LocationError, StoreError, UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.inputs.lengths import residues_to_encode
 from virnuc_dask.runtime import events
-from virnuc_dask.runtime.chunk_window import Work
+from virnuc_dask.runtime.chunk_window import ChunkWindow
 from virnuc_dask.runtime.dask_cluster import (
     WORKERS_ELSEWHERE,
     check_scheduler,
@@ -43,8 +43,8 @@ from virnuc_dask.store.status import count_states
 from virnuc_dask.store.store import Store
 from virnuc_dask.store.verify import verify
 
-# Seconds beyond the grace that a run may take to end after a signal.
-_LATE_S = 5.0
+# A run has at least this many seconds to end after a signal.
+_LEAST_S = 5.0
 # Name of the cluster if the caller passes a client.
 _ATTACHED = "a client's"
 _lent: WeakSet[Client] = WeakSet()
@@ -221,9 +221,9 @@ def _fill(
         config.device,
         # Local CPU workers have this process's packages, disk and weights. Other workers may not,
         # and a worker may lack the device.
-        is_met=cluster == "local" and config.device == "cpu",
+        is_local=cluster == "local" and config.device == "cpu",
     )
-    work = Work(store, requirements, config, emit, costs)
+    work = ChunkWindow(store, requirements, config, emit, costs)
     if missing:
         with (
             store.location.in_use(),
@@ -231,7 +231,7 @@ def _fill(
             connection() as connected,
             _watched(connected, config, emit),
         ):
-            if not requirements.is_met:
+            if not requirements.is_local:
                 _check_workers(connected, requirements, work)
             work.drive(connected, missing)
     try:
@@ -289,15 +289,15 @@ def _dashboard(client: Client) -> str | None:
         return None
 
 
-def _check_workers(client: Client, requirements: Requirements, work: Work) -> None:
+def _check_workers(client: Client, requirements: Requirements, work: ChunkWindow) -> None:
     began = time.monotonic()
     fit = preflight(
-        client, requirements, work.pace.patience().start, lambda: work.signal is not None
+        client, requirements, work.deadlines.now().start_s, lambda: work.signal is not None
     )
     work.emit(events.WorkersChecked(len(fit), time.monotonic() - began))
 
 
-def _summarise(store: Store, work: Work, shard: Shard, seconds: float) -> RunSummary:
+def _summarise(store: Store, work: ChunkWindow, shard: Shard, seconds: float) -> RunSummary:
     """Count rows of the whole store, from reports or, for chunks without one, from `status`."""
     store.check_location()
     present = store.present()
@@ -341,7 +341,7 @@ def _residues_to_encode(store: Store) -> dict[int, int]:
 
 
 @contextmanager
-def _signals(work: Work) -> Iterator[None]:
+def _signals(work: ChunkWindow) -> Iterator[None]:
     """On a signal stop the work in order; on a second signal exit immediately.
 
     Also exit if the work has not stopped when the grace is over, because it may wait for something
@@ -358,7 +358,7 @@ def _signals(work: Work) -> Iterator[None]:
         if number is None:
             return
         try:
-            signals.get(timeout=work.config.grace + _LATE_S)
+            signals.get(timeout=max(work.config.grace, _LEAST_S))
         except Empty:
             os.write(2, b"error: stopping takes longer than the grace; the same command resumes\n")
             os._exit(128 + number)

@@ -120,7 +120,7 @@ def tasks(store: str | Path, *, model: str | None = None, device: str = "cpu") -
     check_device(device)
     opened = Store(store)
     precision_on(device, opened.identity.precision)
-    requirements = Requirements.here(opened, model_of(opened, model), device, is_met=False)
+    requirements = Requirements.here(opened, model_of(opened, model), device, is_local=False)
     # `requirements` is bound, not an argument: Dask searches a task's arguments for other tasks.
     task = delayed(partial(embed_task, requirements), pure=False)
     # A new key each time: Dask may keep the result of an old key after its chunk was removed.

@@ -17,12 +17,12 @@ from distributed import Client, Nanny, get_worker
 
 from virnuc_dask.errors import DeviceLostError, UnfitWorkerError
 from virnuc_dask.runtime import failures
+from virnuc_dask.runtime.deadlines import Deadlines
 from virnuc_dask.runtime.embed import ChunkReport, embed_chunk, get_encoder
-from virnuc_dask.runtime.failures import Patience
-from virnuc_dask.runtime.isolate import embed_chunk_apart
+from virnuc_dask.runtime.isolate import embed_chunk_in_children
 from virnuc_dask.runtime.requirements import Requirements, shortcomings
 
-# Dask topic of the workers' messages, see `embed_on_worker`.
+# Dask topic of the workers' messages, see `run_chunk`.
 TOPIC = "virnuc-dask"
 
 
@@ -54,16 +54,16 @@ def _where() -> str:
         return f"process {os.getpid()} of {socket.gethostname()}"
 
 
-def embed_on_worker(
+def run_chunk(
     requirements: Requirements,
     chunk: int,
-    patience: Patience | None = None,
+    deadlines: Deadlines | None = None,
     embed: Callable[..., ChunkReport] = embed_chunk,
 ) -> None:
     """Compute a chunk as a task of a run.
 
     The task sends its progress to the coordinator through the scheduler, as events: ``started``
-    when the model is loaded and the chunk starts, ``goes on`` repeatedly for a suspect chunk, and
+    when the model is loaded and the chunk starts, ``progress`` repeatedly for a suspect chunk, and
     ``done`` with the report. The report is not the task's result, because a result must be fetched
     from the worker, which may be gone or hang.
 
@@ -72,7 +72,7 @@ def embed_on_worker(
     requirements : Requirements
         Checked before the first chunk of the process.
     chunk : int
-    patience : Patience, optional
+    deadlines : Deadlines, optional
         Deadlines of the child processes that compute a suspect chunk.
     embed : callable
         Function with the arguments of `embed_chunk` that computes a chunk that is not suspect.
@@ -101,13 +101,13 @@ def embed_on_worker(
         requirements.device,
     )
     try:
-        if patience is None:
+        if deadlines is None:
             get_encoder(requirements.spec, requirements.device)
             tell("started")
             report = embed(*arguments, store_id=requirements.store_id)
         else:
-            on = partial(tell, "goes on")
-            report = embed_chunk_apart(*arguments, patience, on, requirements.store_id)
+            on = partial(tell, "progress")
+            report = embed_chunk_in_children(*arguments, deadlines, on, requirements.store_id)
     except RuntimeError as error:
         if failures.is_sticky(error):
             raise DeviceLostError(worker.address, str(error)) from error

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from typing import Any
 
 from distributed import Client
 
@@ -13,17 +15,21 @@ from virnuc_dask.runtime.requirements import describe_unfit
 from virnuc_dask.runtime.workers import replace_process
 from virnuc_dask.settings import RunConfig
 
+# Seconds that the scheduler may take to answer. If it does not, the run goes on with what it knows.
+_ANSWER_S = 2.0
 # Most chunks of a run per worker. More do not make a device faster; further threads are for others.
 _CHUNKS_PER_WORKER = 3
 # Prefix of the keys of chunks of all runs.
 KEYS = "virnuc-embed-"
 
 
-class Roster:
+class KnownWorkers:
     """The workers: which have the model, hang or lack something, and the time they were present.
 
     Attributes
     ----------
+    present : frozenset of str
+        Addresses of all workers.
     window : int
         Most chunks to submit at a time.
     threads : int
@@ -41,17 +47,23 @@ class Roster:
         self._useless: dict[str, bool] = {}
         # Workers that lack something, until they leave.
         self._unfit: dict[str, tuple[str, ...]] = {}
+        self._threads: Mapping[str, int] = {}
         self._workers, self._since = 0, time.monotonic()
+        self.present: frozenset[str] = frozenset()
         self.window, self.threads, self.worker_s = 1, 0, 0.0
         self.count()
 
     def count(self) -> None:
         """Update the counts from the workers that are present."""
+        try:
+            self._threads = self._ask(self._client.scheduler.ncores)
+        except TimeoutError:
+            return
         bad = {*self._useless, *self._unfit}
-        there = self._client.nthreads()
-        for worker in there:
+        self.present = frozenset(self._threads)
+        for worker in self.present:
             self._heard.setdefault(worker, time.monotonic())
-        threads = [n for worker, n in there.items() if worker not in bad]
+        threads = [n for worker, n in self._threads.items() if worker not in bad]
         # One chunk per thread: a chunk that queues on a worker is blamed when the worker dies.
         window = sum(min(n, _CHUNKS_PER_WORKER) for n in threads)
         self.window = self._config.in_flight or max(1, window)
@@ -101,8 +113,7 @@ class Roster:
         bad = {*self._useless, *self._unfit}
         if not bad:
             return frozenset()
-        there = frozenset(self._client.nthreads())
-        return there - bad or there - set(self._unfit)
+        return self.present - bad or self.present - set(self._unfit)
 
     def replace(self, worker: str, *, for_good: bool = False) -> bool:
         """End a worker's process if its nanny can start another; else stop using the worker.
@@ -120,10 +131,13 @@ class Roster:
         bool
             Whether another process replaces it.
         """
-        info = self._client.scheduler_info(n_workers=-1)["workers"].get(worker)
-        if info is None:
-            return True  # it has left already
-        ends = info["nanny"] is not None and not self._serves_others(worker)
+        try:
+            info = self._ask(self._client.scheduler.identity, n_workers=-1)["workers"].get(worker)
+            if info is None:
+                return True  # it has left already
+            ends = info["nanny"] is not None and not self._serves_others(worker)
+        except TimeoutError:
+            ends = False
         if ends:
             replace_process(self._client, worker)
         if worker not in self._useless:
@@ -133,9 +147,23 @@ class Roster:
 
     def _serves_others(self, worker: str) -> bool:
         # Ask about all workers, because Dask raises if one that has left is named.
-        there = self._client.processing(), self._client.has_what()
-        keys = [key for held in there for key in held.get(worker, ())]
+        held = self.processing(), self._ask(self._client.scheduler.has_what, workers=None)
+        keys = [key for each in held for key in each.get(worker, ())]
         return not all(str(key).startswith(KEYS) for key in keys)
+
+    def processing(self) -> Mapping[str, Any]:
+        """Keys of the tasks that each worker has, of all users of the scheduler.
+
+        Raises
+        ------
+        TimeoutError
+            The scheduler does not answer.
+        """
+        answer: Mapping[str, Any] = self._ask(self._client.scheduler.processing, workers=None)
+        return answer
+
+    def _ask(self, question: Any, **arguments: Any) -> Any:
+        return self._client.sync(question, callback_timeout=_ANSWER_S, **arguments)
 
     def set_aside(self, error: UnfitWorkerError) -> None:
         """Give no chunks to a worker that lacks something, as long as another is usable.
@@ -145,12 +173,12 @@ class Roster:
         VirnucError
             No other worker is usable.
         """
-        workers = set(self._client.nthreads())
-        if error.worker in workers - set(self._unfit):
+        self.count()
+        if error.worker in self.present - set(self._unfit):
             self._unfit[error.worker] = error.lacks
             self._emit(events.WorkerUnfit(error.worker, error.lacks))
             self.count()
-        if workers and workers <= set(self._unfit):
+        if self.present and self.present <= set(self._unfit):
             raise VirnucError(
                 "no worker is left that can do this run; the same command resumes\n"
                 + describe_unfit(self._unfit)
