@@ -183,6 +183,23 @@ def other_esm(tmp_path: Path) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": os.pathsep.join((str(package.parent), str(ROOT)))}
 
 
+@pytest.fixture
+def bench(tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A `killed_writes.Bench`."""
+    from killed_writes import make_bench
+
+    return make_bench(tmp_path, make_store, monkeypatch)
+
+
+@pytest.fixture
+def lab(tmp_path: Path, make_store: Maker) -> Iterator[Any]:
+    """A `power_cuts.Lab`, or a skip where no image can be mounted."""
+    from power_cuts import lab_in
+
+    with lab_in(tmp_path, make_store) as lab:
+        yield lab
+
+
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 

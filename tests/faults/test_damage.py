@@ -9,23 +9,20 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from conftest import VIRAL_PROTEINS, Cli, Maker, tree
+from damage import SETTINGS, check_damage, check_flipped_bits, copied, file_of, flip
 from harness import assert_ledger
 
 import virnuc_dask
 from virnuc_dask.errors import StoreError
 from virnuc_dask.runtime.recomputed import compare_recomputed
 from virnuc_dask.store import status, verify
-from virnuc_dask.store.store import INGESTED, MIN_CHUNK_BYTES, TRANSLATED, Store
+from virnuc_dask.store.store import INGESTED, TRANSLATED, Store
 
 ARRAYS = ("status", "residue_embedding", "embedding")
-# Half of the proteins are longer, here and there: no two chunks have the same status.
-SETTINGS = {"per_residue": True, "max_residues": 300}
 
 
 @pytest.fixture
@@ -35,13 +32,7 @@ def whole(make_store: Maker) -> Store:
 
 @pytest.fixture
 def store(whole: Store) -> Store:
-    """A copy, to be damaged."""
-    return Store(shutil.copytree(whole.path, whole.path.with_name("out.zarr")))
-
-
-def file_of(store: Store, array: str, chunk: int) -> Path:
-    """A chunk's file; of several, the first."""
-    return store.path / next(key for key in store.keys(chunk) if key.startswith(f"{array}/"))
+    return copied(whole)
 
 
 # --- what can be noticed ---
@@ -53,52 +44,6 @@ DAMAGE: dict[str, Callable[[bytes, random.Random], bytes]] = {
     "zeros": lambda content, dice: bytes(len(content)),
     "noise": lambda content, dice: dice.randbytes(len(content)),
 }
-
-
-def flip(content: bytes, bit: int) -> bytes:
-    return bytes(byte ^ (1 << bit % 8) * (n == bit // 8) for n, byte in enumerate(content))
-
-
-def check_damage(
-    store: Store,
-    whole: Store,
-    array: str,
-    chunk: int,
-    content: bytes,
-    client: Any,
-    *,
-    decodes: bool = False,
-) -> None:
-    """Damage a file. What is too small is no chunk; all else is for `verify` to find.
-
-    `status` counts files. So does a plain `resume`, which also decodes the states, to sum them up.
-    """
-    file = file_of(store, array, chunk)
-    assert content != file.read_bytes()
-    healthy = tree(store.path)
-    file.write_bytes(content)
-    damaged = tree(store.path)
-    stunted = len(content) < MIN_CHUNK_BYTES
-    missing = np.flatnonzero(~status.status(store.path).present).tolist()
-    assert missing == [chunk] * stunted, "a file's name alone is trusted"
-    report = verify.verify(store.path)
-    assert (list(report.bad), report.exit_code, report.sequences) == ([chunk], 4, None)
-    if not stunted:
-        if array == "status" and not decodes:
-            with pytest.raises(StoreError, match=rf"status of chunk {chunk} .* `verify --repair`"):
-                virnuc_dask.resume(store.path, client=client)
-        else:
-            assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
-        assert tree(store.path) == damaged
-        assert list(verify.verify(store.path, repair=True).bad) == [chunk]
-        assert not store.touched()[chunk]
-    assert virnuc_dask.resume(store.path, client=client).computed_chunks == 1
-    assert_ledger(store, whole)
-    mended = tree(store.path)
-    touched = set(store.keys(chunk))
-    assert {n for n in healthy if healthy[n] != mended[n]} <= touched
-    assert virnuc_dask.resume(store.path, client=client).computed_chunks == 0
-    assert tree(store.path) == mended
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -119,18 +64,6 @@ def test_a_stunted_file_of_residues_is_no_chunk(
 ) -> None:
     content = file_of(store, "residue_embedding", 9).read_bytes()[:size]
     check_damage(store, whole, "residue_embedding", 9, content, client)
-
-
-def check_flipped_bits(store: Store, array: str, bits: int) -> None:
-    """`verify` finds every one of some random bits of a file; the rest of it is healthy."""
-    file = file_of(store, array, 3)
-    content = file.read_bytes()
-    assert verify.verify(store.path).exit_code == 0
-    for bit in random.Random(array).sample(range(8 * len(content)), bits):
-        file.write_bytes(flip(content, bit))
-        assert list(verify.verify(store.path).bad) == [3], f"bit {bit} is not noticed"
-    file.write_bytes(content)
-    assert verify.verify(store.path).exit_code == 0
 
 
 @pytest.mark.parametrize("array", ARRAYS)

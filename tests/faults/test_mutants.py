@@ -4,28 +4,21 @@ from __future__ import annotations
 
 from typing import Any
 
+import damage
 import pytest
-import test_damage
-import test_power_cut
-import test_write_path
 import zarr
 from conftest import VIRAL_PROTEINS, Maker
+from damage import check_damage, check_flipped_bits, file_of
+from killed_writes import Bench, check_deaths_in_a_chunk
 from nursery import Nursery
-from test_damage import check_damage, check_flipped_bits, file_of
-from test_power_cut import (
+from power_cuts import (
     Lab,
     check_cut_after_an_ingest,
     check_cuts,
     cut_anywhere,
     cut_right_after_acknowledgements,
 )
-from test_write_path import Bench, check_deaths_in_a_chunk
 from zarr.codecs import ZstdCodec
-
-from virnuc_dask.store.store import Store
-
-bench, lab = test_write_path.bench, test_power_cut.lab
-store, whole = test_damage.store, test_damage.whole
 
 # --- in the processes that write ---
 
@@ -125,8 +118,10 @@ def test_an_ingest_that_does_not_sync_loses_its_store_to_a_power_cut(
 
 
 def test_a_store_that_trusts_any_file_is_deceived_by_an_empty_one(
-    store: Store, whole: Store, client: Any, monkeypatch: pytest.MonkeyPatch
+    make_store: Maker, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    whole = make_store(VIRAL_PROTEINS, "whole.zarr", **damage.SETTINGS)
+    store = damage.copied(whole)
     monkeypatch.setattr("virnuc_dask.store.store.MIN_CHUNK_BYTES", 0)
     with pytest.raises(AssertionError, match="a file's name alone is trusted"):
         check_damage(store, whole, "residue_embedding", 9, b"", client)
@@ -142,7 +137,7 @@ def test_a_store_without_checksums_does_not_notice_every_bit(
         return create(self, *arguments, **options | {"compressors": (ZstdCodec(level=1),)})
 
     monkeypatch.setattr(zarr.Group, "create_array", create_without)
-    unchecked = make_store(VIRAL_PROTEINS, **test_damage.SETTINGS)
+    unchecked = make_store(VIRAL_PROTEINS, **damage.SETTINGS)
     assert file_of(unchecked, array, 3).exists()
     with pytest.raises(AssertionError, match="is not noticed"):
         check_flipped_bits(unchecked, array, bits=24)

@@ -14,17 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_write_path
 from conftest import VIRAL_PROTEINS, Cli, Maker, chunk_bytes, command, tree
 from harness import Run, assert_ledger, clear_partial_files_of_the_killed, finished_chunks
-from nursery import Nursery
-from test_write_path import (
+from killed_writes import (
     Bench,
     assert_nothing_is_half_there,
     calls_of_a_chunk,
     embedding,
     finish,
 )
+from nursery import Nursery
 
 import virnuc_dask
 from virnuc_dask.errors import StoreError, UsageError
@@ -33,8 +32,6 @@ from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Settings
 from virnuc_dask.store import verify
 from virnuc_dask.store.store import Store
-
-bench = test_write_path.bench
 
 # Small files and few rows, so that a run is under way for long enough to be met by a fault.
 IDENTITY = ("--model=demo", "--rows-per-chunk", 4, "--per-residue")
