@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import json
 import os
@@ -228,6 +229,29 @@ def test_a_damaged_short_last_chunk_does_not_stop_its_own_repair(make_store: Mak
     assert check_chunk(store, 9) is None
 
 
+def test_a_chunk_is_read_alike_in_a_notebook(make_store: Maker) -> None:
+    """There the thread has a loop already, and the chunk is read in another way."""
+    store = make_store(VIRAL_PROTEINS)
+
+    async def read(chunk: int) -> Any:
+        return store.read_chunk(chunk)
+
+    for chunk in (0, 9):
+        rows = store.rows(chunk)
+        for name, *both in zip(
+            ("status", "embedding"), store.read_chunk(chunk), asyncio.run(read(chunk)), strict=True
+        ):
+            for found in both:
+                np.testing.assert_array_equal(found, store.array(name)[rows])
+    (store.path / "embedding" / "c.9.0").write_bytes(b"not a chunk, and long enough")
+    with pytest.raises(ValueError, match="checksum"):
+        asyncio.run(read(9))
+    with pytest.raises(ValueError, match="checksum"):
+        store.read_chunk(9)
+    (store.path / "embedding" / "c.9.0").unlink()
+    assert np.isnan(store.read_chunk(9)[1]).all()
+
+
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
@@ -244,7 +268,7 @@ def test_states_and_values_that_do_not_agree_are_found(
     change: Any, problem: str, make_store: Maker
 ) -> None:
     store = make_store(VIRAL_PROTEINS)
-    status, embedding = store.read_chunk(1)
+    status, embedding = map(np.copy, store.read_chunk(1))
     assert check_chunk(store, 1) is None
     change(status, embedding)
     store.write_chunk(1, status, embedding)

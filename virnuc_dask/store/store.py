@@ -8,10 +8,12 @@ embeddings, between the two. They are ragged: each chunk of rows has its own chu
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 import zarr
 from numpy.typing import NDArray
+from zarr.core.buffer import default_buffer_prototype
 
 from virnuc_dask.errors import NotAStoreError, StoreError, StoreReplacedError
 from virnuc_dask.inputs.lengths import encoded_lengths
@@ -321,17 +324,20 @@ class Store:
             array[first : first + step] = whole
 
     def read_chunk(self, chunk: int) -> tuple[NDArray[np.uint8], NDArray[np.floating[Any]]]:
-        """Read the status, shape (n,), and the embeddings, shape (n, D), of a chunk."""
-        rows = self.rows(chunk)
-        return np.asarray(self.array("status")[rows]), np.asarray(self.array("embedding")[rows])
+        """Read the status, shape (n,), and the embeddings, shape (n, D), of a chunk; read-only."""
+        return self.read_status(chunk), self._read("embedding", chunk)
 
     def read_residue_embeddings(self, chunk: int) -> NDArray[np.float16]:
         """Read the residue embeddings of a chunk, shape (slots, D); unused slots are NaN."""
         return np.asarray(self.array("residue_embedding")[self.slots(chunk)])
 
     def read_status(self, chunk: int) -> NDArray[np.uint8]:
-        """Read the status codes of a chunk, shape (n,)."""
-        return np.asarray(self.array("status")[self.rows(chunk)])
+        """Read the status codes of a chunk, shape (n,); read-only."""
+        return self._read("status", chunk)
+
+    def _read(self, name: str, chunk: int) -> NDArray[Any]:
+        rows = self.rows(chunk)
+        return _whole_chunk(self.array(name), chunk)[: rows.stop - rows.start]
 
     def read_ids(self, chunk: int) -> list[str]:
         """Read the identifiers of a chunk's rows."""
@@ -449,6 +455,48 @@ class Store:
         bounds = np.append(firsts, slots.shape[0]) // slots.chunks[0]
         before = np.append(0, np.cumsum(self._listed("residue_embedding", least)))
         return np.diff(before[bounds]), np.diff(bounds)
+
+
+class _AtOnce(ThreadPoolExecutor):
+    """Runs each call at once, in the thread that submits it."""
+
+    def submit(self, function: Any, /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(function(*arguments, **named))
+        except Exception as error:  # raised again by the loop
+            future.set_exception(error)
+        return future
+
+
+def _whole_chunk(array: Any, number: int) -> NDArray[Any]:
+    """Read a chunk of rows in this thread.
+
+    Zarr passes all reads of a process through one loop, which copies each chunk into new memory.
+    With that, two threads took twice as long, half of it for page faults.
+    """
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        loop = asyncio.new_event_loop()
+    else:  # in a notebook; a thread can run only one loop
+        return np.asarray(array.blocks[number])
+    loop.set_default_executor(_AtOnce())
+    try:
+        return loop.run_until_complete(_decoded(array.async_array, number))
+    finally:
+        loop.close()
+
+
+async def _decoded(array: Any, number: int) -> NDArray[Any]:
+    where = (number, *[0] * (array.ndim - 1))
+    prototype = default_buffer_prototype()
+    encoded = await (array.store_path / array.metadata.encode_chunk_key(where)).get(prototype)
+    spec = array.metadata.get_chunk_spec(where, array.config, prototype)
+    if encoded is None:
+        return np.full(spec.shape, spec.fill_value, array.dtype)
+    (decoded,) = await array.codec_pipeline.decode([(encoded, spec)])
+    return np.asarray(decoded.as_numpy_array())
 
 
 def listed(
