@@ -184,6 +184,7 @@ def ours(path: Path, queries: int, *, centre: bool) -> Turn:
 
     ids = [row_name(row) for row in query_rows(Store(path), queries)]
     import_module("xarray")
+    import_module("dask.array")  # the first xarray.Dataset of a process imports it
     clock = Clock()
     for turn in ("first", "second"):
         found = nearest(path, ids, k=K, centre=centre)

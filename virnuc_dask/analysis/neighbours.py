@@ -29,10 +29,10 @@ from virnuc_dask.analysis.passes import (
     open_pool,
     thread_count,
 )
-from virnuc_dask.analysis.rows import TEXTS, by_chunk, embedded_rows, mean_row, read_vectors, taken
+from virnuc_dask.analysis.rows import by_chunk, embedded_rows, mean_row, read_vectors, taken
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import METRICS, Metric, Status
-from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store
+from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
 from virnuc_dask.text import counted, printable
 
 # One pass over all rows serves this many queries.
@@ -350,6 +350,8 @@ def _check_embedded(store: Store, rows: NDArray[np.int64]) -> None:
         if store.is_present(chunk):
             with store.reading(f"status of chunk {chunk}"):
                 states[where] = store.read_status(chunk)[rows[where] - store.rows(chunk).start]
+    if is_embedded(states).all():
+        return  # names are only for a refusal, and slow to read
     names = taken(store, "sequence_id", rows)
     pending = states == Status.PENDING
     _refuse(store, "not computed yet; `virnuc-dask resume` computes it:", names[pending])
@@ -421,11 +423,12 @@ def _search_all(task: _Task, chunks: list[int], pool: Pool, count: ChunkCounter)
     """The k best hits of each query, ordered by query, best first."""
     best, floor = _NO_HITS, _floor(_NO_HITS, task)
     shared = pool.shared(task)
-    # The floor is from the time when a call is submitted. A lower one only gives more candidates.
+    # Running threads see the floor rise; workers of a cluster have that of their call's submission.
+    # A lower one only gives more candidates.
     calls = ((group, shared, floor) for group in pool.grouped(chunks))
     for hits in pool.run(_search, calls, count):
         best = _best(task.k, best, hits)
-        floor = _floor(best, task)
+        floor[:] = _floor(best, task)
     return best
 
 
@@ -435,10 +438,12 @@ def _search(store: Store, chunks: list[int], task: _Task, floor: NDArray[np.floa
     squared = np.vecdot(queries, queries)
     if task.metric == "cosine":
         queries *= _inverse(squared)[:, None]
-    best = _NO_HITS
+    best, of_all = _NO_HITS, floor
     for rows, values in _blocks(store, chunks, task.among):
+        floor = np.maximum(floor, of_all)
         block = as_float32(values)
-        block -= task.origin
+        if task.origin.any():
+            block -= task.origin
         # In float32 for all rows: the cosine, or half of the query's squared length minus half of
         # the squared distance.
         scores, squares = queries @ block.T, np.vecdot(block, block)
@@ -502,7 +507,7 @@ def _exact(
     for first in range(0, len(number), _PAIRS_AT_ONCE):
         part = slice(first, first + _PAIRS_AT_ONCE)
         query = task.vectors[number[part]].astype(np.float64)
-        row = values[column[part]].astype(np.float64)
+        row = as_float32(values[column[part]]).astype(np.float64)
         if task.metric == "cosine":
             query -= task.origin
             row -= task.origin
@@ -601,18 +606,25 @@ def _dataset(
     import xarray
 
     dims = ("query", "neighbour")
-    texts = [text for text in TEXTS if text in searched.names]
+    ids = "sequence_id"
+    if source is searched:  # read at once: text takes longer to decode than numbers
+        named = taken(searched, ids, np.column_stack([rows, neighbours]))
+        query_ids, texts = named[:, 0], {ids: named[:, 1:]}
+    else:
+        query_ids, texts = taken(source, ids, rows), {ids: taken(searched, ids, neighbours)}
+    if "description" in searched.names:
+        texts["description"] = taken(searched, "description", neighbours)
     name, values = ("similarity", scores) if metric == "cosine" else ("distance", -scores)
     return xarray.Dataset(
         {
             "row": (dims, neighbours),
-            **{text: (dims, taken(searched, text, neighbours)) for text in texts},
+            **{text: (dims, of_rows) for text, of_rows in texts.items()},
             "length": (dims, taken(searched, "length", neighbours), {"units": "residues"}),
             name: (dims, values),
         },
         {
             "query_row": ("query", rows),
-            "query_id": ("query", taken(source, "sequence_id", rows)),
+            "query_id": ("query", query_ids),
         },
         {
             "metric": metric,
