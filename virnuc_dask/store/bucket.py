@@ -72,7 +72,7 @@ class Bucket:
 
     def holds(self, is_ours: IsOurs) -> bool:
         """Whether the opened store is still at this location; `is_ours` checks its root."""
-        root = self._read(ROOT)
+        root = self.read(ROOT)
         return root is not None and is_ours(root)
 
     def arrays(self, is_ours: IsOurs | None = None) -> ObjectArrays:
@@ -100,7 +100,7 @@ class Bucket:
     def has_array(self, name: str) -> bool:
         """Whether a finished store here has this array, healthy or damaged."""
         # A GET, not a HEAD: only the answer to a GET says why a server refuses.
-        exists = self._read(f"{name}/{ROOT}") is not None or any(self._keys(f"{name}/"))
+        exists = self.read(f"{name}/{ROOT}") is not None or any(self._keys(f"{name}/"))
         return exists and not self._is_unfinished()
 
     def size(self, key: str) -> int | None:
@@ -205,7 +205,7 @@ class Bucket:
     def _create(self, key: str, content: bytes) -> bool:
         """Create an object, or find an equal one; False if a different one exists."""
         # Read first, because some servers ignore the condition of a PUT.
-        while (existing := self._read(key)) is None:
+        while (existing := self.read(key)) is None:
             if self._create_new(key, content):
                 return True
         return existing == content
@@ -224,7 +224,8 @@ class Bucket:
                 obstore.put(_client(self.path), key, content, use_multipart=False)
         return True
 
-    def _read(self, key: str) -> bytes | None:
+    def read(self, key: str) -> bytes | None:
+        """Content of an object; None if there is none."""
         obstore = _obstore()
         with _errors_of(self.path, key):
             try:
@@ -237,7 +238,7 @@ class Bucket:
         key, content = f"probe{owner_mark()}.partial", os.urandom(16)
         try:
             self._create_new(key, content)
-            read_back = self._read(key)
+            read_back = self.read(key)
             self.remove(key)
         except LocationError as error:
             if error.errno != errno.ENOSPC:

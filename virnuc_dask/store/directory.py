@@ -191,6 +191,14 @@ class Directory:
             except FileNotFoundError:
                 return None
 
+    def read(self, key: str) -> bytes | None:
+        """Content of a file; None if there is no file."""
+        with self._names():
+            try:
+                return (self._root / key).read_bytes()
+            except FileNotFoundError:
+                return None
+
     def listing(self, folder: str = "") -> dict[str, int | None]:
         """List a folder: each name, with the size in bytes of a file, or None. Opens no file."""
         sizes: dict[str, int | None] = {}
@@ -388,7 +396,8 @@ class DurableStore(LocalStore):
 
     def set_sync(self, key: str, value: Buffer) -> None:
         """Like `set`, for Zarr's synchronous path."""
-        self._check_writable()
+        if self.read_only:
+            raise ValueError(f"{self}: opened to be read only")
         with self._held.names():
             if self._is_ours and not self._is_ours((self.root / ROOT).read_bytes()):
                 raise StoreReplacedError(str(self._held.path))
