@@ -28,7 +28,7 @@ import numpy as np
 import virnuc_dask
 from benchmarks.stores import random_store
 from virnuc_dask.analysis.classifier import Classifier, save_classifier, versions
-from virnuc_dask.analysis.comparable import what_must_agree
+from virnuc_dask.analysis.compatibility import what_must_agree
 from virnuc_dask.analysis.training import new_pipeline
 from virnuc_dask.store.store import Store
 

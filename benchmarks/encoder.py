@@ -50,7 +50,7 @@ SHAPES = {
 }
 # Tokens that a turn encodes, on a CPU; a GPU gets a hundred times as many.
 TOKENS = {"8M": 16_000, "35M": 12_000, "150M": 8_000, "650M": 4_000, "3B": 2_000}
-# As `virnuc_dask.runtime.dask_cluster` starts its workers.
+# As `virnuc_dask.runtime.local` starts its workers.
 MALLOC = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**25)}
 PACKAGES = {"HF": "transformers", "esm-cpp int8": "esm_cpp"}
 DISTRIBUTIONS = ("reads", "proteins")
@@ -140,7 +140,7 @@ class Engine:
     """An engine in a process of its own, with the environment that it is run in.
 
     This package's workers have an allocator that keeps large blocks
-    (`virnuc_dask.runtime.dask_cluster`); the peers have the one that a user's shell gives them.
+    (`virnuc_dask.runtime.local`); the peers have the one that a user's shell gives them.
     """
 
     def __init__(self, name: str, model: str, weights: Path, device: str) -> None:

@@ -43,9 +43,9 @@ from tests.support.models import random_network, save_network
 from virnuc_dask import resume, run
 from virnuc_dask.encoder.encoder import load_encoder
 from virnuc_dask.runtime import chunk_window, events
-from virnuc_dask.runtime.dask_cluster import LESS_PROFILING, MALLOC, THREADS_PER_WORKER
 from virnuc_dask.runtime.embed import ChunkReport, embed_chunk, embed_rows
 from virnuc_dask.runtime.embed import Rows as EmbeddedRows
+from virnuc_dask.runtime.local import LESS_PROFILING, MALLOC, THREADS_PER_WORKER
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.runtime.workers import run_chunk
 from virnuc_dask.settings import Identity, ModelSpec, Settings

@@ -40,6 +40,8 @@ AWKWARD = (
 
 
 def pytest_configure() -> None:
+    # Before they are imported, so that a failure shows values.
+    pytest.register_assert_rewrite("damage", "harness", "killed_writes", "power_cuts")
     # In a script's background Ctrl-C is ignored, and programs that are started respect that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -33,8 +33,8 @@ if TYPE_CHECKING:
     from virnuc_dask.analysis.training import train
     from virnuc_dask.encoder.encoder import load_encoder
     from virnuc_dask.runtime.embed import ChunkReport
-    from virnuc_dask.runtime.events import RunSummary
     from virnuc_dask.runtime.run import resume, run
+    from virnuc_dask.runtime.summary import RunSummary
     from virnuc_dask.runtime.tasks import create_store, tasks
     from virnuc_dask.settings import RunConfig, Tiling, Translation
     from virnuc_dask.store.verify import verify
@@ -76,7 +76,7 @@ _HOME = {
     "Clusters": "analysis.clusters",
     "Map": "analysis.maps",
     "RunConfig": "settings",
-    "RunSummary": "runtime.events",
+    "RunSummary": "runtime.summary",
     "Tiling": "settings",
     "Translation": "settings",
     "annotate": "analysis.labels",

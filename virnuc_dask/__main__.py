@@ -11,8 +11,11 @@ def main() -> None:
 
     leave_at_interrupt()
     _signal.pthread_sigmask(_signal.SIG_SETMASK, before)
+    import os
     import sys
 
+    # Processes that this one starts look for modules in the working directory no more than it does.
+    os.environ["PYTHONSAFEPATH"] = "1"
     from virnuc_dask.standard_streams import lost_output, protect
 
     protect()

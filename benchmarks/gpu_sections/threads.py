@@ -25,7 +25,7 @@ from benchmarks.gpu_sections.runs import (
     write_reads,
 )
 from virnuc_dask import RunConfig
-from virnuc_dask.runtime import dask_cluster
+from virnuc_dask.runtime import local
 from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Settings, Translation
@@ -42,8 +42,8 @@ _MOST_ROUNDS = 3
 def main(report: Report, options: Options) -> None:
     """Take turns until the time is over."""
     # On cores a worker has fewer threads than are tried here.
-    dask_cluster.THREADS_PER_WORKER = max(CHUNKS)
-    dask_cluster.THREADS_PER_GPU = max(CHUNKS)
+    local.THREADS_PER_WORKER = max(CHUNKS)
+    local.THREADS_PER_GPU = max(CHUNKS)
     kind = "local" if options.dry_run else "local-cuda"
     with workplace(report, options) as (folder, weights):
         empty = _store(folder, weights, options)

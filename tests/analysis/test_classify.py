@@ -36,8 +36,8 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.svm import SVC
 
 import virnuc_dask
+from virnuc_dask.analysis import chunk_passes, prediction, samples, training
 from virnuc_dask.analysis import classifier as files
-from virnuc_dask.analysis import passes, prediction, samples, training
 from virnuc_dask.analysis.classifier import load_classifier, save_classifier
 from virnuc_dask.analysis.samples import Sample, groups_of
 from virnuc_dask.cli.main import main
@@ -273,9 +273,9 @@ def test_frames_of_a_read_are_on_one_side(make_store: Maker, tmp_path: Path, fit
 
 
 def drawn_from(store: Store, max_rows: int, seed: int = 0) -> Sample:
-    with passes.open_pool(store, 2, None) as pool:
+    with chunk_passes.open_pool(store, 2, None) as pool:
         counts = samples.count_embedded(store, pool)
-        counter = passes.ChunkCounter(None, 0)
+        counter = chunk_passes.ChunkCounter(None, 0)
         return samples.draw(store, counts, max_rows, [seed], pool, counter)
 
 

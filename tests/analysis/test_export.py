@@ -29,8 +29,8 @@ from xopen import xopen
 
 import virnuc_dask
 from virnuc_dask.analysis import formats
+from virnuc_dask.analysis.chunk_passes import fill
 from virnuc_dask.analysis.formats import rows_per_part
-from virnuc_dask.analysis.passes import fill
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import RANDOM_WEIGHTS, Settings, Status, Translation

@@ -20,8 +20,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_r
 from sklearn.neighbors import KNeighborsClassifier
 
 import virnuc_dask
+from virnuc_dask.analysis import chunk_passes, neighbours
 from virnuc_dask.analysis import labels as labels_module
-from virnuc_dask.analysis import neighbours, passes
 from virnuc_dask.analysis.tables import write_annotations
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import RANDOM_WEIGHTS, Tiling, Translation
@@ -32,8 +32,8 @@ from virnuc_dask.store.store import Store
 
 @pytest.fixture
 def few_rows_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passes, "_VALUES_PER_BLOCK", 64 * 7)
-    monkeypatch.setattr(passes, "_ROWS_PER_TASK", 64)
+    monkeypatch.setattr(chunk_passes, "_VALUES_PER_BLOCK", 64 * 7)
+    monkeypatch.setattr(chunk_passes, "_ROWS_PER_TASK", 64)
     monkeypatch.setattr(neighbours, "_QUERIES_AT_ONCE", 50)
 
 

@@ -20,9 +20,9 @@ from rows import all_rows, move_chunks
 from sklearn.decomposition import PCA
 
 import virnuc_dask
-from virnuc_dask.analysis import maps, passes, plots, points
+from virnuc_dask.analysis import chunk_passes, maps, plots, points
 from virnuc_dask.analysis import rows as some
-from virnuc_dask.analysis.passes import fill
+from virnuc_dask.analysis.chunk_passes import fill
 from virnuc_dask.errors import NotAStoreError, StoreError, UsageError
 from virnuc_dask.settings import RANDOM_WEIGHTS, Translation
 from virnuc_dask.store.results import keep_result, open_result
@@ -74,13 +74,13 @@ def test_no_more_products_than_fit_are_on_workers(
     store: Store, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     widths: list[int] = []
-    run = passes.Pool.run
+    run = chunk_passes.Pool.run
 
-    def seen(pool: passes.Pool, *arguments: Any) -> Any:
+    def seen(pool: chunk_passes.Pool, *arguments: Any) -> Any:
         widths.append(pool.width)
         return run(pool, *arguments)
 
-    monkeypatch.setattr(passes.Pool, "run", seen)
+    monkeypatch.setattr(chunk_passes.Pool, "run", seen)
     monkeypatch.setattr(maps, "_PRODUCT_BYTES", 2 * 8 * store.dimension**2)
     maps._fit_pca(store, 4, client, None)
     maps._fit_pca(store, 4, None, None)
@@ -510,7 +510,7 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
 def test_memory_does_not_depend_on_blocks(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     virnuc_dask.make_map(store.path)
     found = coordinates(store)
-    monkeypatch.setattr(passes, "_VALUES_PER_BLOCK", 64 * 7)
+    monkeypatch.setattr(chunk_passes, "_VALUES_PER_BLOCK", 64 * 7)
     monkeypatch.setattr(maps, "_PRODUCT_BYTES", 1)
     virnuc_dask.make_map(store.path, "other")
     np.testing.assert_allclose(coordinates(store, "map_other"), found, rtol=1e-5, atol=1e-6)

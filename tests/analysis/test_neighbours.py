@@ -21,7 +21,7 @@ from rows import NAMES, all_rows, read_tsv
 from sklearn.neighbors import NearestNeighbors
 
 import virnuc_dask
-from virnuc_dask.analysis import neighbours, passes
+from virnuc_dask.analysis import chunk_passes, neighbours
 from virnuc_dask.analysis.tables import write_table
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.settings import RANDOM_WEIGHTS, Status
@@ -31,8 +31,8 @@ from virnuc_dask.store.store import Store
 @pytest.fixture
 def few_rows_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several blocks for each chunk, several calls for each search, several batches of queries."""
-    monkeypatch.setattr(passes, "_VALUES_PER_BLOCK", 64 * 7)
-    monkeypatch.setattr(passes, "_ROWS_PER_TASK", 64)
+    monkeypatch.setattr(chunk_passes, "_VALUES_PER_BLOCK", 64 * 7)
+    monkeypatch.setattr(chunk_passes, "_ROWS_PER_TASK", 64)
     monkeypatch.setattr(neighbours, "_QUERIES_AT_ONCE", 50)
     monkeypatch.setattr(neighbours, "_PAIRS_AT_ONCE", 11)
 
@@ -100,8 +100,8 @@ def test_the_result_depends_on_no_threads_chunks_or_blocks(
     assert first.equals(virnuc_dask.nearest(store.path, ids, metric=metric, client=client))
     assert first.equals(virnuc_dask.nearest(other.path, ids, metric=metric))
     for values in (1, 64 * 5):
-        monkeypatch.setattr(passes, "_VALUES_PER_BLOCK", values)
-        monkeypatch.setattr(passes, "_ROWS_PER_TASK", values)
+        monkeypatch.setattr(chunk_passes, "_VALUES_PER_BLOCK", values)
+        monkeypatch.setattr(chunk_passes, "_ROWS_PER_TASK", values)
         assert first.equals(virnuc_dask.nearest(store.path, ids, metric=metric))
     one_by_one = [virnuc_dask.nearest(store.path, name, metric=metric) for name in ids[:5]]
     for number, found in enumerate(one_by_one):
@@ -120,7 +120,7 @@ def test_what_is_equally_near_comes_by_its_number(
     store = make_store(file, rows_per_chunk=16)
     copies = [row for row in range(60) if row % 3]
     for values in (2**19, 64 * 7):
-        monkeypatch.setattr(passes, "_VALUES_PER_BLOCK", values)
+        monkeypatch.setattr(chunk_passes, "_VALUES_PER_BLOCK", values)
         found = virnuc_dask.nearest(store.path, "copy31", k=20, metric=metric)
         assert found.row.values.tolist() == [[row for row in copies if row != 31][:20]]
         best = 1 if metric == "cosine" else 0
@@ -290,7 +290,7 @@ def test_damage_is_said(store: Store) -> None:
 def test_float16_is_converted_exactly() -> None:
     every = np.arange(65_536, dtype=np.uint16).view(np.float16)
     finite = every[np.isfinite(every)]
-    found = passes.as_float32(finite)
+    found = chunk_passes.as_float32(finite)
     assert np.array_equal(found.view(np.uint32), finite.astype(np.float32).view(np.uint32))
 
 

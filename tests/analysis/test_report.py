@@ -23,7 +23,7 @@ from sklearn.decomposition import PCA
 
 import virnuc_dask
 from virnuc_dask.analysis import report as report_module
-from virnuc_dask.analysis.passes import fill
+from virnuc_dask.analysis.chunk_passes import fill
 from virnuc_dask.errors import UsageError
 from virnuc_dask.store import bucket
 from virnuc_dask.store.location import location_of

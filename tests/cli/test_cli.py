@@ -19,7 +19,7 @@ from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
 from harness import Run
 
 from virnuc_dask.cli.main import _missing_lines, main
-from virnuc_dask.runtime.events import NOT_COMPUTED
+from virnuc_dask.runtime.summary import NOT_COMPUTED
 
 
 @pytest.mark.slow

@@ -99,15 +99,33 @@ def test_without_locks_of_files_only_threads_wait(
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no locks available")
 
+    (tmp_path / "file").touch()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "file"))  # no folder can be made there
+    nowhere = DeviceLock(torch.device("cpu"))
+    nowhere._processes = device_lock._file_lock("card")
+    assert_only_threads_wait(nowhere)
     monkeypatch.setattr("fcntl.flock", refuse)  # as some network file systems do
-    absent = DeviceLock(torch.device("cpu"))
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "absent"))
-    absent._processes = device_lock._file_lock("card")
-    for lock in (card, card, absent):
-        with lock:
-            assert lock._threads.locked()
-            assert lock._processes is not None
-            assert not lock._processes.is_locked
+    for _ in range(2):
+        assert_only_threads_wait(card)
+
+
+def assert_only_threads_wait(lock: DeviceLock) -> None:
+    assert lock._processes is not None
+    with lock:
+        assert lock._threads.locked()
+        assert not lock._processes.is_locked
+
+
+def test_an_interrupt_while_waiting_leaves_the_lock_free(
+    card: DeviceLock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(card._processes, "acquire", interrupted)
+    with pytest.raises(KeyboardInterrupt), card:
+        pass
+    assert not card._threads.locked()
 
 
 def test_a_link_is_not_followed(card: DeviceLock, tmp_path: Path) -> None:

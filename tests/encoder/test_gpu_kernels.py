@@ -17,8 +17,8 @@ from conftest import ROOT
 from models import random_network, random_sequences, save_network, upstream_mean
 
 from virnuc_dask.encoder import gpu_kernels
+from virnuc_dask.encoder.device_queue import Queue
 from virnuc_dask.encoder.encoder import load_encoder
-from virnuc_dask.encoder.queues import Queue
 
 # Features and heads whose sizes are awkward in different ways; one head of 128 features.
 SHAPES = [(64, 4), (160, 5), (72, 3), (256, 2)]

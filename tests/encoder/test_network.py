@@ -18,9 +18,9 @@ from models import (
     upstream_mean,
 )
 
+from virnuc_dask.encoder.device_queue import Mark
 from virnuc_dask.encoder.encoder import Encoder, load_encoder
 from virnuc_dask.encoder.packing import cut_segments
-from virnuc_dask.encoder.queues import Mark
 from virnuc_dask.errors import InputError, ModelError
 from virnuc_dask.settings import Pooling, Precision
 

@@ -191,7 +191,7 @@ def test_a_worker_that_is_told_to_end_has_its_chunks_computed_elsewhere(
     assert_nothing_lost(Store(tmp_path / "out.zarr"), reference.store)
 
 
-def assert_computed_elsewhere(seen: list[events.Event], summary: events.RunSummary) -> None:
+def assert_computed_elsewhere(seen: list[events.Event], summary: virnuc_dask.RunSummary) -> None:
     (lost,) = (event for event in seen if isinstance(event, events.WorkerLost))
     assert lost.chunks, "the worker was idle when it was told to end"
     done = [event.chunk for event in seen if isinstance(event, events.ChunkDone)]

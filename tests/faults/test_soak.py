@@ -172,7 +172,7 @@ class Filling(RuleBasedStateMachine):
                 interrupted = True
                 os.kill(os.getpid(), number)
 
-        def go() -> events.RunSummary:
+        def go() -> virnuc_dask.RunSummary:
             options: dict[str, Any] = {
                 "client": self.world.client,
                 "config": RunConfig(verify=verify),

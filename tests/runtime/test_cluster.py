@@ -38,7 +38,7 @@ import virnuc_dask
 from virnuc_dask import RunConfig, __version__
 from virnuc_dask.encoder.weights import describe, load_checkpoint
 from virnuc_dask.errors import UsageError, VirnucError
-from virnuc_dask.runtime import dask_cluster, events, requirements
+from virnuc_dask.runtime import events, local, requirements
 from virnuc_dask.runtime.dask_cluster import connect, resolve
 from virnuc_dask.runtime.requirements import Requirements
 from virnuc_dask.settings import Shard
@@ -87,7 +87,7 @@ def test_workers_import_nothing_from_the_working_directory(peptides: Path, tmp_p
     folder = tmp_path / "some folder"
     folder.mkdir()
     # Whatever lies about in the working directory is nobody's module.
-    for name in ("random", "esm", "zarr"):
+    for name in ("pickle", "random", "esm", "zarr"):
         (folder / f"{name}.py").write_text("open('canary', 'w')")
     run = Run(
         *("run", peptides, tmp_path / "out.zarr"),
@@ -192,7 +192,7 @@ def test_each_gpu_has_a_worker_and_a_killed_one_is_replaced(
     make_store: Maker, peptides: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """dask-cuda itself, on cores: that there are GPUs is made up, for they cannot always be had."""
-    monkeypatch.setattr(dask_cluster, "visible_gpus", lambda: ["0", "1", "2"])
+    monkeypatch.setattr(local, "visible_gpus", lambda: ["0", "1", "2"])
     # dask-cuda's own, for tests on machines that lack them.
     for name in ("DASK_CUDA_TEST_SINGLE_GPU", "DASK_CUDA_TEST_DISABLE_DEVICE_SPECIFIC"):
         monkeypatch.setenv(name, "1")
@@ -474,7 +474,6 @@ def test_a_scheduler_without_the_package_is_told_before_any_chunk(
 @pytest.mark.parametrize(
     ("kind", "lack"),
     [
-        ("other_version", f"virnuc_dask 0.0.7, this run {__version__}"),
         ("other_zarr", f"zarr 3.0.1, this run {version('zarr')}"),
         ("other_esm", "the module esm at "),
     ],

@@ -17,8 +17,7 @@ from virnuc_dask.runtime.recomputed import Comparison, compare_recomputed
 from virnuc_dask.store import verify
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("long", ["truncate", "window"])
+@pytest.mark.parametrize(("long", "dtype"), [("truncate", "float32"), ("window", "float16")])
 @pytest.mark.slow
 def test_a_good_store_shows_rounding_only(long: str, dtype: str, make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, repr_layer=None, max_residues=300, long=long, dtype=dtype)

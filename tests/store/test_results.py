@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from pyarrow import parquet
 
 import virnuc_dask
-from virnuc_dask.analysis.passes import fill
+from virnuc_dask.analysis.chunk_passes import fill
 from virnuc_dask.errors import ResultReplacedError, StoreError, StoreReplacedError, UsageError
 from virnuc_dask.settings import Status
 from virnuc_dask.store.results import Result, keep_result, open_result, result_names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import json
 import os
@@ -229,23 +228,21 @@ def test_a_damaged_short_last_chunk_does_not_stop_its_own_repair(make_store: Mak
     assert check_chunk(store, 9) is None
 
 
-def test_a_chunk_is_read_alike_in_a_notebook(make_store: Maker) -> None:
-    """There the thread has a loop already, and the chunk is read in another way."""
+def test_a_chunk_is_decoded_as_zarr_does(
+    make_store: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = make_store(VIRAL_PROTEINS)
-
-    async def read(chunk: int) -> Any:
-        return store.read_chunk(chunk)
-
-    for chunk in (0, 9):
-        rows = store.rows(chunk)
-        for name, *both in zip(
-            ("status", "embedding"), store.read_chunk(chunk), asyncio.run(read(chunk)), strict=True
-        ):
-            for found in both:
-                np.testing.assert_array_equal(found, store.array(name)[rows])
+    for decodes_here in (True, False):
+        if not decodes_here:
+            monkeypatch.setattr("virnuc_dask.store.store._CODECS", ())
+        for chunk in (0, 9):
+            rows = store.rows(chunk)
+            found = store.read_chunk(chunk)
+            for name, values in zip(("status", "embedding"), found, strict=True):
+                np.testing.assert_array_equal(values, store.array(name)[rows])
+                assert values.flags.writeable != decodes_here
+    monkeypatch.undo()
     (store.path / "embedding" / "c.9.0").write_bytes(b"not a chunk, and long enough")
-    with pytest.raises(ValueError, match="checksum"):
-        asyncio.run(read(9))
     with pytest.raises(ValueError, match="checksum"):
         store.read_chunk(9)
     (store.path / "embedding" / "c.9.0").unlink()

@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from functools import wraps
+from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,7 +43,7 @@ def arm(patch: Any, table: Path) -> None:
     path = os.environ.get("PYTHONPATH")
     patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(PRELOAD), path))))
     patch.syspath_prepend(PRELOAD)  # which is handed on to child processes
-    encoder = __import__(_ENCODER, fromlist=["Encoder"]).Encoder
+    encoder = import_module(_ENCODER).Encoder
     patch.setattr(encoder, "_encode_batch", harmful(encoder._encode_batch))
 
 

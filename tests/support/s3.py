@@ -47,7 +47,7 @@ class Server:
         self.secret = f"secret-{uuid4().hex}"
         names = ("master", "volume", "filer", "s3")
         ports = _free_ports(2 * len(names))
-        self.port = ports[-2]
+        self._ports, self.port = ports, ports[-2]
         self.env = self._user("writer", self.secret)
         self.reader = self._user("reader", uuid4().hex)
         may = {"writer": ["Admin", "Read", "Write", "List"], "reader": ["Read", "List"]}
@@ -74,7 +74,10 @@ class Server:
         self._log = folder / "log"
         with open(self._log, "wb") as log:
             self._process = subprocess.Popen(
-                [weed, "server", f"-dir={folder}", *options], stdout=log, stderr=log, cwd=folder
+                [weed, f"-logdir={folder}", "server", f"-dir={folder}", *options],
+                stdout=log,
+                stderr=log,
+                cwd=folder,
             )
         self._await_bucket()
 
@@ -107,6 +110,9 @@ class Server:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
+        for port in self._ports:  # wherever temporary files are, they are there
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink()
 
 
 def _free_ports(count: int) -> list[int]:

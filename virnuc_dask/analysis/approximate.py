@@ -17,8 +17,7 @@ from uuid import uuid4
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.fits import Space
-from virnuc_dask.analysis.passes import (
+from virnuc_dask.analysis.chunk_passes import (
     ChunkCounter,
     Progress,
     as_float32,
@@ -28,6 +27,7 @@ from virnuc_dask.analysis.passes import (
     thread_count,
 )
 from virnuc_dask.analysis.rows import embedded_rows, mean_row
+from virnuc_dask.analysis.stored_fits import Space
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded, sync, write_durably
 from virnuc_dask.store.store import Store

@@ -10,8 +10,7 @@ from typing import IO, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.fits import Space, check_seed, find_fit, note_of, packed, unpacked
-from virnuc_dask.analysis.passes import (
+from virnuc_dask.analysis.chunk_passes import (
     ChunkCounter,
     Pool,
     Progress,
@@ -23,6 +22,7 @@ from virnuc_dask.analysis.passes import (
     thread_count,
 )
 from virnuc_dask.analysis.rows import random_rows, read_vectors, taken
+from virnuc_dask.analysis.stored_fits import Space, check_seed, find_fit, note_of, packed, unpacked
 from virnuc_dask.analysis.tables import none_below_zero, write_rows
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import METRICS, Metric

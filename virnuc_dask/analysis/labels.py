@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.comparable import note_on_lengths
+from virnuc_dask.analysis.chunk_passes import Progress, thread_count
+from virnuc_dask.analysis.compatibility import note_on_lengths
 from virnuc_dask.analysis.neighbours import check_search, search
-from virnuc_dask.analysis.passes import Progress, thread_count
 from virnuc_dask.analysis.rows import embedded_rows, taken
 from virnuc_dask.analysis.samples import joined
 from virnuc_dask.errors import UsageError

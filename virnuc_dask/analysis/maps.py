@@ -13,8 +13,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.fits import Space, check_seed, find_fit, note_of, packed, unpacked
-from virnuc_dask.analysis.passes import (
+from virnuc_dask.analysis.chunk_passes import (
     ChunkCounter,
     Progress,
     as_float32,
@@ -25,6 +24,7 @@ from virnuc_dask.analysis.passes import (
     thread_count,
 )
 from virnuc_dask.analysis.rows import random_rows, read_vectors
+from virnuc_dask.analysis.stored_fits import Space, check_seed, find_fit, note_of, packed, unpacked
 from virnuc_dask.errors import UsageError
 from virnuc_dask.store.results import MAP_DIMENSIONS, keep_result
 from virnuc_dask.store.store import Store

@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from virnuc_dask import caches
 from virnuc_dask.analysis.approximate import Index, open_index
-from virnuc_dask.analysis.comparable import check_same_embeddings, note_on_lengths
-from virnuc_dask.analysis.passes import (
+from virnuc_dask.analysis.chunk_passes import (
     ChunkCounter,
     Pool,
     Progress,
@@ -29,6 +28,7 @@ from virnuc_dask.analysis.passes import (
     open_pool,
     thread_count,
 )
+from virnuc_dask.analysis.compatibility import check_same_embeddings, note_on_lengths
 from virnuc_dask.analysis.rows import by_chunk, embedded_rows, mean_row, read_vectors, taken
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import METRICS, Metric, Status

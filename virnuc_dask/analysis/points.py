@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.fits import check_seed
 from virnuc_dask.analysis.labels import SEPARATOR, read_lines
 from virnuc_dask.analysis.rows import random_rows, taken
+from virnuc_dask.analysis.stored_fits import check_seed
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import Status
 from virnuc_dask.store.results import RESULT, Result, open_result, result_names

@@ -10,15 +10,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask.analysis.chunk_passes import Progress, fill, thread_count
 from virnuc_dask.analysis.classifier import Classifier, load_classifier, version_note
-from virnuc_dask.analysis.comparable import (
+from virnuc_dask.analysis.compatibility import (
     check_comparable,
     length_note,
     median_length,
     named_model,
     what_must_agree,
 )
-from virnuc_dask.analysis.passes import Progress, fill, thread_count
 from virnuc_dask.analysis.tables import Columns, check_table, write_rows
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded

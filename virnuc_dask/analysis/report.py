@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask.analysis.chunk_passes import as_float32, check_finite
 from virnuc_dask.analysis.neighbours import nearest
 from virnuc_dask.analysis.outputs import check_out, whole_file
-from virnuc_dask.analysis.passes import as_float32, check_finite
 from virnuc_dask.analysis.rows import taken
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
@@ -475,7 +475,7 @@ def _sample(
             if result:
                 part = result.read(span)[drawn]
             else:
-                part = as_float32(np.asarray(store.array("embedding")[span])[drawn])
+                part = as_float32(store.read_chunk(chunk)[1][drawn])
         check_finite(store, part)
         rows.append(span.start + drawn)
         values.append(part)

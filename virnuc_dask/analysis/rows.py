@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.passes import ChunkCounter, Pool, as_float32, blocks, check_finite
+from virnuc_dask.analysis.chunk_passes import ChunkCounter, Pool, as_float32, blocks, check_finite
 from virnuc_dask.store.store import Store, is_embedded
 
 TEXTS = ("sequence_id", "description")

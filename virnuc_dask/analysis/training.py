@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask import __version__
+from virnuc_dask.analysis.chunk_passes import ChunkCounter, Progress, open_pool, thread_count
 from virnuc_dask.analysis.classifier import (
     SUFFIX,
     Classifier,
@@ -18,15 +19,14 @@ from virnuc_dask.analysis.classifier import (
     save_classifier,
     versions,
 )
-from virnuc_dask.analysis.comparable import (
+from virnuc_dask.analysis.compatibility import (
     check_same_embeddings,
     length_note,
     what_must_agree,
 )
-from virnuc_dask.analysis.fits import check_seed
 from virnuc_dask.analysis.outputs import check_out
-from virnuc_dask.analysis.passes import ChunkCounter, Progress, open_pool, thread_count
 from virnuc_dask.analysis.samples import Sample, count_embedded, draw, groups_of
+from virnuc_dask.analysis.stored_fits import check_seed
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import CLASSIFIERS, ClassifierKind
 from virnuc_dask.store.store import Store

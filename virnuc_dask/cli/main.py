@@ -40,7 +40,7 @@ from virnuc_dask.standard_streams import lost_output
 from virnuc_dask.text import counted, printable
 
 if TYPE_CHECKING:
-    from virnuc_dask.runtime.events import RunSummary
+    from virnuc_dask.runtime.summary import RunSummary
     from virnuc_dask.store.status import StoreStatus
 
 _DASK = ("dask", "distributed")
@@ -214,8 +214,8 @@ def status(store: str, rows: bool, as_json: bool) -> None:
 
 
 def _show_status(progress: StoreStatus, document: dict[str, Any]) -> None:
-    from virnuc_dask.runtime.display import chunk_map, table_lines
-    from virnuc_dask.runtime.events import state_table
+    from virnuc_dask.runtime.display import chunk_map
+    from virnuc_dask.runtime.summary import state_table, table_lines
 
     done = int(progress.present.sum())
     print(chunk_map(progress.present, sys.stdout.encoding))
@@ -407,7 +407,7 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
 
 
 def _show_summary(summary: RunSummary) -> None:
-    from virnuc_dask.runtime.display import table_lines
+    from virnuc_dask.runtime.summary import table_lines
     from virnuc_dask.store.status import quarantined
 
     for line in table_lines(summary.table()):
@@ -431,7 +431,7 @@ def _show_summary(summary: RunSummary) -> None:
 
 def _missing_lines(missing: dict[int, str]) -> Iterator[str]:
     """List the first chunks that failed, and count the others and the chunks not computed."""
-    from virnuc_dask.runtime.events import NOT_COMPUTED
+    from virnuc_dask.runtime.summary import NOT_COMPUTED
 
     failed = {chunk: error for chunk, error in missing.items() if error != NOT_COMPUTED}
     for chunk, error in islice(failed.items(), _LISTED):

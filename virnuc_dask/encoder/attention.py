@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from virnuc_dask.encoder import cpu_kernels, gpu_kernels
-from virnuc_dask.encoder.queues import to_device
+from virnuc_dask.encoder.device_queue import to_device
 
 Runs = list[tuple[int, int]]
 

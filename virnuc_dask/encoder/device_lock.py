@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 # The lock only improves speed. After this time a waiter proceeds: the holder may hang.
 _LONGEST_WAIT_S = 20.0
@@ -38,8 +38,13 @@ class DeviceLock:
     def __enter__(self) -> None:
         self._threads.acquire()
         if self._processes is not None:
-            with suppress(Timeout, OSError):  # some file systems have no locks
-                self._processes.acquire()
+            try:
+                self._processes.acquire(timeout=_LONGEST_WAIT_S)
+            except OSError:
+                pass  # held for too long, or a file system without locks
+            except BaseException:
+                self._threads.release()
+                raise
 
     def __exit__(
         self,
@@ -60,7 +65,6 @@ def _file_lock(name: str) -> FileLock:
     path = Path(tempfile.gettempdir(), f"virnuc_dask-{os.getuid()}-{name}.lock")
     return FileLock(
         path,
-        timeout=_LONGEST_WAIT_S,
         poll_interval=_LOOK_EVERY_S,
         mode=0o600,
         thread_local=False,

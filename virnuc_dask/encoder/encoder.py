@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from virnuc_dask.encoder.device_lock import DeviceLock
+from virnuc_dask.encoder.device_queue import Queue, to_device
 from virnuc_dask.encoder.memory import fitting_tokens, grown, is_out_of_memory, release_memory
 from virnuc_dask.encoder.network import Network
 from virnuc_dask.encoder.packing import (
@@ -26,7 +27,6 @@ from virnuc_dask.encoder.packing import (
     residue_weights,
     window_shares,
 )
-from virnuc_dask.encoder.queues import Queue, to_device
 from virnuc_dask.encoder.weights import Checkpoint, describe, load_checkpoint
 from virnuc_dask.errors import InputError
 from virnuc_dask.inputs.records import clean_sequence

@@ -27,10 +27,10 @@ from virnuc_dask.encoder.attention import (
     best_attention,
     describe_attention,
 )
+from virnuc_dask.encoder.device_queue import to_device
 from virnuc_dask.encoder.fair_esm import fair_esm
 from virnuc_dask.encoder.linear import DTYPES, Linear, make_linear
 from virnuc_dask.encoder.memory import give_back_pages, release_memory
-from virnuc_dask.encoder.queues import to_device
 from virnuc_dask.encoder.weights import Checkpoint
 from virnuc_dask.settings import ModelSpec, Precision
 

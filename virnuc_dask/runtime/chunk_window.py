@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, deque
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from heapq import heappop, heappush
@@ -160,18 +161,21 @@ class ChunkWindow:
 
     def _take(self, client: Client, seconds: float) -> None:
         """Handle all events; if there are none, wait up to this many seconds for one."""
-        while True:
-            try:
+        workers_changed = False
+        with suppress(Empty):
+            while True:
                 item = self._inbox.get(timeout=seconds)
-            except Empty:
-                return
-            seconds = 0.0
-            if isinstance(item, Future):
-                self._ended(client, item)
-            elif item["action"] in _CHUNKS:
-                self._heard(item)
-            else:
-                self._worker_event(client, item)
+                seconds = 0.0
+                if isinstance(item, Future):
+                    self._ended(client, item)
+                elif item["action"] in _CHUNKS:
+                    self._heard(item)
+                else:
+                    self._worker_event(client, item)
+                    workers_changed = True
+        if workers_changed:
+            self._workers.count()
+            self._wake(client)
 
     def _take_back_unbegun(self, client: Client) -> None:
         """Cancel the chunks that no worker has started, because there are not enough threads."""
@@ -344,8 +348,6 @@ class ChunkWindow:
             for key, attempt in self._running.items():
                 if key in keys or attempt.worker == worker:
                     attempt.worker, attempt.since = "", time.monotonic()
-        self._wake(client)
-        self._workers.count()
 
     def _lost(self, client: Client, worker: str, keys: set[str]) -> None:
         chunks = sorted(self._running[key].chunk for key in keys)
@@ -376,6 +378,7 @@ class ChunkWindow:
         if (passed := now - self._looked) < LOOK_EVERY_S:
             return
         self._looked, deadlines = now, self.deadlines.now()
+        self._workers.ask_again()
         if passed > NOBODY_LOOKED_S:
             for attempt in self._running.values():
                 attempt.since += passed

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-import dask
 from dask.system import CPU_COUNT
-from distributed import Client, LocalCluster, Nanny, Security
+from distributed import Client, Security
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
@@ -21,12 +17,9 @@ from distributed.scheduler import KilledWorker
 from virnuc_dask import __version__
 from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.files import expanded
-from virnuc_dask.runtime.local import allow_open_files, apart, have_home, started
+from virnuc_dask.runtime import local
 from virnuc_dask.settings import AUTO, RunConfig
 
-# One thread reads or writes a chunk while another computes. A GPU is too fast for one such thread.
-THREADS_PER_WORKER = 2
-THREADS_PER_GPU = 3
 _START_S = 120
 # Assumed number of workers of a running scheduler, before the run connects to it.
 WORKERS_ELSEWHERE = 16
@@ -34,7 +27,6 @@ _DEFAULT = RunConfig()
 # Clusters that this module starts and closes.
 OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
-_ENVIRON = "distributed.nanny.pre-spawn-environ"
 
 
 @contextmanager
@@ -71,19 +63,19 @@ def connect(
     if workers is not None and workers < 1:
         raise UsageError(f"workers must be at least 1, not {workers}")
     cluster = resolve(cluster)
-    have_home()
+    local.have_home()
     if cluster in OWN:
         start = (
-            partial(_start_gpus, workers)
+            partial(local.start_gpus, workers)
             if cluster == "local-cuda"
-            else partial(_start_cores, expected_workers(cluster, workers, config))
+            else partial(local.start_cores, expected_workers(cluster, workers, config))
         )
         with (
-            apart({**MALLOC, **LESS_PROFILING, **_KEEP_PLACES}),
-            started(start) as local,
-            Client(local, set_as_default=False) as client,
+            local.apart(),
+            local.started(start) as started,
+            Client(started, set_as_default=False) as client,
         ):
-            _await_workers(client, len(local.worker_spec))
+            _await_workers(client, len(started.worker_spec))
             with _said_if_lost():
                 yield client
         return
@@ -125,9 +117,9 @@ def resolve(cluster: str) -> str:
         The cluster is ``local-cuda``, but there is no GPU or no dask-cuda.
     """
     if cluster == "auto":
-        cluster = "local-cuda" if visible_gpus() else "local"
+        cluster = "local-cuda" if local.visible_gpus() else "local"
     if cluster == "local-cuda":
-        _gpu_cluster()
+        local.gpu_cluster()
     return cluster
 
 
@@ -138,86 +130,7 @@ def expected_workers(cluster: str, workers: int | None, config: RunConfig) -> in
     if cluster == "local":
         # There may be only one device other than the CPU.
         return CPU_COUNT if config.device in _CORES else 1
-    return max(1, len(visible_gpus())) if cluster == "local-cuda" else WORKERS_ELSEWHERE
-
-
-def visible_gpus() -> list[str]:
-    """GPUs of this machine, named as in CUDA_VISIBLE_DEVICES."""
-    import torch
-
-    # Asks the driver and starts nothing on a device. Torch may count GPUs that it cannot use, if it
-    # is too new for the driver; `is_available` sees that.
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return named.split(",")[:count] if named else [str(number) for number in range(count)]
-
-
-_ON_THIS_MACHINE: dict[str, Any] = {
-    # Without an address, Dask listens on all interfaces.
-    "host": "127.0.0.1",
-    "dashboard_address": "127.0.0.1:0",
-    # With a limit, Dask kills a worker that exceeds its share, however much memory is free.
-    "memory_limit": 0,
-    "silence_logs": logging.CRITICAL,
-}
-
-
-def _start_cores(count: int, nanny: type[Nanny]) -> LocalCluster:
-    allow_open_files(count)
-    return LocalCluster(
-        n_workers=count,
-        threads_per_worker=THREADS_PER_WORKER,
-        worker_class=nanny,
-        env=_threads_of_each(count),
-        **_ON_THIS_MACHINE,
-    )
-
-
-def _threads_of_each(workers: int) -> dict[str, str]:
-    """Cores per worker, as environment variables.
-
-    Torch uses the smaller of the two variables, and Dask sets both to 1 by default.
-    """
-    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-    return dict.fromkeys(names, str(max(1, CPU_COUNT // workers)))
-
-
-def _gpu_cluster() -> Callable[..., LocalCluster]:
-    """dask-cuda's cluster class; an error if dask-cuda or a GPU is missing."""
-    try:
-        from dask_cuda import LocalCUDACluster
-    except ImportError as error:
-        raise UsageError(
-            f"--cluster local-cuda needs dask-cuda ({error}): pip install 'virnuc_dask[cuda]', or"
-            " [cuda12] for CUDA 12. Without a GPU: --cluster local"
-        ) from error
-    if not visible_gpus():
-        raise UsageError(
-            "--cluster local-cuda: torch finds no GPU here. Check that torch is a CUDA build, that"
-            " there is a driver, and CUDA_VISIBLE_DEVICES. Without a GPU: --cluster local"
-        )
-    return LocalCUDACluster  # type: ignore[no-any-return]
-
-
-def _start_gpus(count: int | None, nanny: type[Nanny]) -> LocalCluster:
-    """Start one worker for each visible GPU, or for each of the first `count`."""
-    gpus = visible_gpus()
-    count = count or len(gpus)
-    if count > len(gpus):
-        raise UsageError(
-            f"--cluster local-cuda: {count} workers, but only {len(gpus)} visible GPU(s)"
-        )
-    allow_open_files(count)
-    threads = _threads_of_each(count)
-    with dask.config.set({f"{_ENVIRON}.{name}": value for name, value in threads.items()}):
-        return _gpu_cluster()(
-            CUDA_VISIBLE_DEVICES=gpus[:count],
-            threads_per_worker=THREADS_PER_GPU,
-            worker_class=nanny,
-            # Tasks do not exchange arrays, so there is nothing to spill.
-            device_memory_limit=None,
-            **_ON_THIS_MACHINE,
-        )
+    return max(1, len(local.visible_gpus())) if cluster == "local-cuda" else WORKERS_ELSEWHERE
 
 
 def _security(address: str, config: RunConfig) -> Security:
@@ -283,23 +196,3 @@ def _said_if_lost() -> Iterator[None]:
         raise VirnucError(
             f"the workers or their scheduler were lost: {error}. The same command resumes"
         ) from error
-
-
-# Dask makes workers return every freed page to the system at once. This costs the encoder a quarter
-# of its speed, because each batch faults its memory in again. glibc reads these variables when a
-# process starts, so they must be set before; 32 MiB is the largest value of the second.
-MALLOC = {
-    f"{_ENVIRON}.MALLOC_TRIM_THRESHOLD_": str(2**30),
-    f"{_ENVIRON}.MALLOC_MMAP_THRESHOLD_": str(2**25),
-}
-
-# By default Dask samples each worker's threads 100 times a second, and checks 50 times a second
-# whether its event loops keep up: 0.7 % of a core per process, even while it waits.
-LESS_PROFILING = {
-    "distributed.worker.profile.interval": "100ms",
-    "distributed.admin.tick.interval": "200ms",
-}
-
-# Dask stops replacing a worker that is still missing this long after a death, even if its
-# replacement died meanwhile: workers that die often would all be gone in the end.
-_KEEP_PLACES = {"distributed.deploy.lost-worker-timeout": "1000 days"}

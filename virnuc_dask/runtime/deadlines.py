@@ -1,4 +1,8 @@
-"""How long a chunk may take before it counts as hanging."""
+"""How long a chunk may take before it counts as hanging.
+
+The usual limits are `settings.RunConfig.deadline_factor` and `deadline_floor`. The constants here
+are for the time before there is a median.
+"""
 
 from __future__ import annotations
 

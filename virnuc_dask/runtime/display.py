@@ -21,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 
 from virnuc_dask.runtime import events
-from virnuc_dask.runtime.events import Event, Listener, RunSummary
+from virnuc_dask.runtime.events import Event, Listener
+from virnuc_dask.runtime.summary import RunSummary
 from virnuc_dask.text import counted, duration, printable
 
 # Seconds between lines of plain output, so that the log of a long run stays readable.
@@ -374,13 +375,6 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
 
 
 # --- the summary and the map ---------------------------------------------------------------------
-
-
-def table_lines(table: list[tuple[str, str]]) -> Iterator[str]:
-    """Format names and values as a table. Only the terminal may wrap its lines."""
-    width = max((len(name) for name, _ in table), default=0)
-    for name, value in table:
-        yield f"{name:<{width}}  {value}"
 
 
 def chunk_map(present: NDArray[np.bool_], encoding: str, cells: int = _MAP_CELLS) -> str:

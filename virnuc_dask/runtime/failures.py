@@ -42,7 +42,7 @@ def is_of_the_input(error: BaseException) -> bool:
 
 
 def attempts(error: BaseException, config: RunConfig) -> float:
-    """Most attempts in one run at a chunk that raises this error."""
+    """Most attempts in one run at a chunk that raises this error; see `RunConfig.attempts`."""
     if isinstance(error, DeviceLostError):
         return inf  # handled as a worker death, which makes the chunk a suspect in the end
     return config.attempts if is_transient(error) else min(2, config.attempts)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -239,7 +240,7 @@ def _watch(
 
 
 def _main(folder: Path) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
     job = json.loads((folder / "job.json").read_text())
     model, identity = ModelSpec(**job["model"]), Identity.from_json(job["identity"])
     with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
@@ -268,9 +269,10 @@ def _main(folder: Path) -> None:
         partial.rename(_result(folder, first, last))
 
 
-def _end_with_parent() -> None:
+def _end_with_parent(folder: Path) -> None:
     # Not sys.stdin: this thread would hold its lock when the child ends by itself.
     os.read(0, 1)
+    shutil.rmtree(folder, ignore_errors=True)  # the parent can no longer do it
     os._exit(1)
 
 

@@ -11,12 +11,10 @@ from distributed import Client
 from virnuc_dask.errors import UnfitWorkerError, VirnucError
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.events import Listener
-from virnuc_dask.runtime.requirements import describe_unfit
+from virnuc_dask.runtime.requirements import ask_scheduler, describe_unfit
 from virnuc_dask.runtime.workers import replace_process
 from virnuc_dask.settings import RunConfig
 
-# Seconds that the scheduler may take to answer. If it does not, the run goes on with what it knows.
-_ANSWER_S = 2.0
 # Most chunks of a run per worker. More do not make a device faster; further threads are for others.
 _CHUNKS_PER_WORKER = 3
 # Prefix of the keys of chunks of all runs.
@@ -47,7 +45,9 @@ class KnownWorkers:
         self._useless: dict[str, bool] = {}
         # Workers that lack something, until they leave.
         self._unfit: dict[str, tuple[str, ...]] = {}
-        self._threads: Mapping[str, int] = {}
+        # What the scheduler did not answer: the count, and workers to replace, as `replace` has it.
+        self._is_stale = False
+        self._to_replace: dict[str, bool] = {}
         self._workers, self._since = 0, time.monotonic()
         self.present: frozenset[str] = frozenset()
         self.window, self.threads, self.worker_s = 1, 0, 0.0
@@ -56,20 +56,30 @@ class KnownWorkers:
     def count(self) -> None:
         """Update the counts from the workers that are present."""
         try:
-            self._threads = self._ask(self._client.scheduler.ncores)
+            there: Mapping[str, int] = ask_scheduler(self._client, self._client.scheduler.ncores)
         except TimeoutError:
+            self._is_stale = True
             return
+        self._is_stale = False
         bad = {*self._useless, *self._unfit}
-        self.present = frozenset(self._threads)
+        self.present = frozenset(there)
         for worker in self.present:
             self._heard.setdefault(worker, time.monotonic())
-        threads = [n for worker, n in self._threads.items() if worker not in bad]
+        threads = [n for worker, n in there.items() if worker not in bad]
         # One chunk per thread: a chunk that queues on a worker is blamed when the worker dies.
         window = sum(min(n, _CHUNKS_PER_WORKER) for n in threads)
         self.window = self._config.in_flight or max(1, window)
         self.threads = sum(threads)
         self.count_time(len(threads))
         self._emit(events.WorkersChanged(len(threads), self.threads))
+
+    def ask_again(self) -> None:
+        """Ask what the scheduler did not answer; call this now and then."""
+        if self._is_stale:
+            self.count()
+        while self._to_replace and not self._is_stale:
+            worker, for_good = self._to_replace.popitem()
+            self.replace(worker, for_good=for_good)
 
     def count_time(self, workers: int = 0) -> None:
         """Add the time up to now, and set the number of workers from now on."""
@@ -92,6 +102,8 @@ class KnownWorkers:
         self._ready.discard(worker)
         self._useless.pop(worker, None)
         self._unfit.pop(worker, None)
+        self._to_replace.pop(worker, None)
+        self.present -= {worker}
 
     def is_ready(self, worker: str) -> bool:
         """Whether a worker has the model in memory."""
@@ -132,12 +144,13 @@ class KnownWorkers:
             Whether another process replaces it.
         """
         try:
-            info = self._ask(self._client.scheduler.identity, n_workers=-1)["workers"].get(worker)
+            answer = ask_scheduler(self._client, self._client.scheduler.identity, n_workers=-1)
+            info = answer["workers"].get(worker)
             if info is None:
                 return True  # it has left already
             ends = info["nanny"] is not None and not self._serves_others(worker)
         except TimeoutError:
-            ends = False
+            ends, self._to_replace[worker], self._is_stale = False, for_good, True
         if ends:
             replace_process(self._client, worker)
         if worker not in self._useless:
@@ -147,7 +160,10 @@ class KnownWorkers:
 
     def _serves_others(self, worker: str) -> bool:
         # Ask about all workers, because Dask raises if one that has left is named.
-        held = self.processing(), self._ask(self._client.scheduler.has_what, workers=None)
+        held = (
+            self.processing(),
+            ask_scheduler(self._client, self._client.scheduler.has_what, workers=None),
+        )
         keys = [key for each in held for key in each.get(worker, ())]
         return not all(str(key).startswith(KEYS) for key in keys)
 
@@ -159,11 +175,10 @@ class KnownWorkers:
         TimeoutError
             The scheduler does not answer.
         """
-        answer: Mapping[str, Any] = self._ask(self._client.scheduler.processing, workers=None)
+        answer: Mapping[str, Any] = ask_scheduler(
+            self._client, self._client.scheduler.processing, workers=None
+        )
         return answer
-
-    def _ask(self, question: Any, **arguments: Any) -> Any:
-        return self._client.sync(question, callback_timeout=_ANSWER_S, **arguments)
 
     def set_aside(self, error: UnfitWorkerError) -> None:
         """Give no chunks to a worker that lacks something, as long as another is usable.

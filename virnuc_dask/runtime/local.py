@@ -1,7 +1,8 @@
-"""Prepare this process and machine for a local cluster, and explain why workers do not start."""
+"""Start clusters on this machine's cores or GPUs, and explain why workers do not start."""
 
 from __future__ import annotations
 
+import logging
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ from multiprocessing import resource_tracker, spawn
 from typing import Any
 
 import dask
+from dask.system import CPU_COUNT
 from distributed import LocalCluster, Nanny, Status
 
 from virnuc_dask.errors import UsageError, VirnucError
@@ -24,6 +26,32 @@ _WORKER = "Dask Worker process (from Nanny)"
 _FILES = 48
 _FILES_PER_WORKER = 14
 
+# One thread reads or writes a chunk while another computes. A GPU is too fast for one such thread.
+THREADS_PER_WORKER = 2
+THREADS_PER_GPU = 3
+_ENVIRON = "distributed.nanny.pre-spawn-environ"
+# Dask makes workers return every freed page to the system at once. This costs the encoder a quarter
+# of its speed, because each batch faults its memory in again. glibc reads these variables when a
+# process starts, so they must be set before; 32 MiB is the largest value of the second.
+MALLOC = {
+    f"{_ENVIRON}.MALLOC_TRIM_THRESHOLD_": str(2**30),
+    f"{_ENVIRON}.MALLOC_MMAP_THRESHOLD_": str(2**25),
+}
+
+# Otherwise a new process looks for modules in the working directory first, which may hold any.
+_SAFE_PATH = {f"{_ENVIRON}.PYTHONSAFEPATH": "1"}
+
+# By default Dask samples each worker's threads 100 times a second, and checks 50 times a second
+# whether its event loops keep up: 0.7 % of a core per process, even while it waits.
+LESS_PROFILING = {
+    "distributed.worker.profile.interval": "100ms",
+    "distributed.admin.tick.interval": "200ms",
+}
+
+# Dask stops replacing a worker that is still missing this long after a death, even if its
+# replacement died meanwhile: workers that die often would all be gone in the end.
+_KEEP_PLACES = {"distributed.deploy.lost-worker-timeout": "1000 days"}
+
 # Concurrent runs share the changes of `apart`; the last run to end undoes them.
 _lock = threading.Lock()
 _users = 0
@@ -31,22 +59,17 @@ _changes = ExitStack()
 
 
 @contextmanager
-def apart(settings: dict[str, Any]) -> Iterator[None]:
+def apart() -> Iterator[None]:
     """Isolate local clusters from the site's Dask configuration and from the user's script.
 
     A site's configuration is for the site's clusters: required TLS, preloads, timeouts and
     lifetimes. Local clusters use loopback and Dask's defaults. Their workers do not import the
     main module: they do not need it, it may not be a file, and it may start a run itself.
-
-    Parameters
-    ----------
-    settings : dict
-        Dask settings that override its defaults.
     """
     global _users
     with _lock:
         if not _users:
-            _changes.enter_context(dask.config.set(_defaults(settings)))
+            _changes.enter_context(dask.config.set(_defaults()))
             _changes.enter_context(_no_main_module())
         _users += 1
     try:
@@ -58,8 +81,9 @@ def apart(settings: dict[str, Any]) -> Iterator[None]:
                 _changes.close()
 
 
-def _defaults(settings: dict[str, Any]) -> dict[str, Any]:
+def _defaults() -> dict[str, Any]:
     ours = dask.config.merge(*dask.config.defaults)["distributed"]
+    settings = {**MALLOC, **_SAFE_PATH, **LESS_PROFILING, **_KEEP_PLACES}
     dask.config.set(
         {name.removeprefix("distributed."): value for name, value in settings.items()}, config=ours
     )
@@ -167,8 +191,9 @@ def _nanny(ends: list[int]) -> type[Nanny]:
             # A terminal sends these to workers too, but the coordinator handles them. A process
             # inherits what the thread that starts it blocks, so this holds from its first moment.
             # The tracker comes first, because its start would unblock them again.
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
             resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP})
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             status = await super().instantiate()  # raises an error that the process reported
             if status != Status.running:
                 ends.append(self.ended_with)
@@ -199,3 +224,83 @@ def _problem(error: Exception, ends: list[int]) -> str:
     number = -min(ends)
     question = ". Is there too little memory?" if number == signal.SIGKILL else ""
     return f"a worker was ended by signal {number} ({signal.strsignal(number)}){question}"
+
+
+def visible_gpus() -> list[str]:
+    """GPUs of this machine, named as in CUDA_VISIBLE_DEVICES."""
+    import torch
+
+    # Asks the driver and starts nothing on a device. Torch may count GPUs that it cannot use, if it
+    # is too new for the driver; `is_available` sees that.
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return named.split(",")[:count] if named else [str(number) for number in range(count)]
+
+
+_ON_THIS_MACHINE: dict[str, Any] = {
+    # Without an address, Dask listens on all interfaces.
+    "host": "127.0.0.1",
+    "dashboard_address": "127.0.0.1:0",
+    # With a limit, Dask kills a worker that exceeds its share, however much memory is free.
+    "memory_limit": 0,
+    "silence_logs": logging.CRITICAL,
+}
+
+
+def start_cores(count: int, nanny: type[Nanny]) -> LocalCluster:
+    """Start this many workers, which share the cores."""
+    allow_open_files(count)
+    return LocalCluster(
+        n_workers=count,
+        threads_per_worker=THREADS_PER_WORKER,
+        worker_class=nanny,
+        env=_threads_of_each(count),
+        **_ON_THIS_MACHINE,
+    )
+
+
+def _threads_of_each(workers: int) -> dict[str, str]:
+    """Cores per worker, as environment variables.
+
+    Torch uses the smaller of the two variables, and Dask sets both to 1 by default.
+    """
+    names = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    return dict.fromkeys(names, str(max(1, CPU_COUNT // workers)))
+
+
+def gpu_cluster() -> Callable[..., LocalCluster]:
+    """dask-cuda's cluster class; an error if dask-cuda or a GPU is missing."""
+    try:
+        from dask_cuda import LocalCUDACluster
+    except ImportError as error:
+        raise UsageError(
+            f"--cluster local-cuda needs dask-cuda ({error}): pip install 'virnuc_dask[cuda]', or"
+            " [cuda12] for CUDA 12. Without a GPU: --cluster local"
+        ) from error
+    if not visible_gpus():
+        raise UsageError(
+            "--cluster local-cuda: torch finds no GPU here. Check that torch is a CUDA build, that"
+            " there is a driver, and CUDA_VISIBLE_DEVICES. Without a GPU: --cluster local"
+        )
+    return LocalCUDACluster  # type: ignore[no-any-return]
+
+
+def start_gpus(count: int | None, nanny: type[Nanny]) -> LocalCluster:
+    """Start one worker for each visible GPU, or for each of the first `count`."""
+    gpus = visible_gpus()
+    count = count or len(gpus)
+    if count > len(gpus):
+        raise UsageError(
+            f"--cluster local-cuda: {count} workers, but only {len(gpus)} visible GPU(s)"
+        )
+    allow_open_files(count)
+    threads = _threads_of_each(count)
+    with dask.config.set({f"{_ENVIRON}.{name}": value for name, value in threads.items()}):
+        return gpu_cluster()(
+            CUDA_VISIBLE_DEVICES=gpus[:count],
+            threads_per_worker=THREADS_PER_GPU,
+            worker_class=nanny,
+            # Tasks do not exchange arrays, so there is nothing to spill.
+            device_memory_limit=None,
+            **_ON_THIS_MACHINE,
+        )

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from queue import Empty, SimpleQueue
@@ -22,6 +23,8 @@ from virnuc_dask.settings import Identity, ModelSpec
 from virnuc_dask.store.store import Store
 
 SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
+# Seconds that the scheduler may take to answer.
+_ANSWER_S = 2.0
 # After the first answer, other workers get this many seconds plus twice the time it took.
 _STRAGGLERS_S = 30.0
 # Requirements that this process meets.
@@ -82,7 +85,7 @@ def _installed_version(package: str) -> str:
 def shortcomings(requirements: Requirements) -> tuple[str, ...]:
     """List the requirements that this process does not meet.
 
-    If it meets all, it has loaded the model.
+    If it meets all, it has loaded the model. With other versions nothing else is looked at.
 
     Raises
     ------
@@ -175,7 +178,8 @@ def preflight(
         except Empty:
             if client.status != "running":
                 raise VirnucError(SCHEDULER_LOST) from None
-            waiting &= set(client.nthreads())  # a worker that has left does not answer
+            with suppress(TimeoutError):  # a worker that has left does not answer
+                waiting &= set(ask_scheduler(client, client.scheduler.ncores))
             continue
         waiting.discard(worker)
         if isinstance(answer, MemoryError):
@@ -216,6 +220,17 @@ def _ask(
         # Most likely the worker has an old version without this check.
         answer = (f"{type(answer).__name__}: {answer}",)
     answers.put((worker, answer))
+
+
+def ask_scheduler(client: Client, question: Any, **arguments: Any) -> Any:
+    """Ask a scheduler, as the methods of `client` do, but only for a while.
+
+    Raises
+    ------
+    TimeoutError
+        It does not answer.
+    """
+    return client.sync(question, callback_timeout=_ANSWER_S, **arguments)
 
 
 def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:

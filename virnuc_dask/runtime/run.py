@@ -35,16 +35,17 @@ from virnuc_dask.runtime.dask_cluster import (
     resolve,
 )
 from virnuc_dask.runtime.display import notebook_listener
-from virnuc_dask.runtime.events import Listener, RunSummary, silence
+from virnuc_dask.runtime.events import Listener, silence
 from virnuc_dask.runtime.prepare import Inputs, model_of, prepare, warn_of_random_weights
 from virnuc_dask.runtime.requirements import Requirements, preflight
+from virnuc_dask.runtime.summary import NOT_COMPUTED, RunSummary
 from virnuc_dask.settings import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.store.status import count_states
 from virnuc_dask.store.store import Store
 from virnuc_dask.store.verify import verify
 
-# A run has at least this many seconds to end after a signal.
-_LEAST_S = 5.0
+# Seconds beyond the grace that a run may take to end after a signal.
+_LATE_S = 5.0
 # Name of the cluster if the caller passes a client.
 _ATTACHED = "a client's"
 _lent: WeakSet[Client] = WeakSet()
@@ -305,7 +306,7 @@ def _summarise(store: Store, work: ChunkWindow, shard: Shard, seconds: float) ->
     unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]
     counts.update(count_states(store, unread))
     absent = np.flatnonzero(~present).tolist()
-    missing = {c: work.errors.get(c, events.NOT_COMPUTED) for c in absent if shard.holds(c)}
+    missing = {c: work.errors.get(c, NOT_COMPUTED) for c in absent if shard.holds(c)}
     if pending := store.records - store.rows_in(np.flatnonzero(present)):
         counts[Status.PENDING.meaning] = pending
     return RunSummary(
@@ -358,7 +359,7 @@ def _signals(work: ChunkWindow) -> Iterator[None]:
         if number is None:
             return
         try:
-            signals.get(timeout=max(work.config.grace, _LEAST_S))
+            signals.get(timeout=work.config.grace + _LATE_S)
         except Empty:
             os.write(2, b"error: stopping takes longer than the grace; the same command resumes\n")
             os._exit(128 + number)

@@ -196,7 +196,7 @@ class Directory:
         with self._names():
             try:
                 return (self._root / key).read_bytes()
-            except FileNotFoundError:
+            except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
                 return None
 
     def listing(self, folder: str = "") -> dict[str, int | None]:

@@ -22,7 +22,7 @@ import numpy as np
 import zarr
 from numcodecs import zstd
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec, ZstdCodec
+from zarr.codecs import BytesCodec, Crc32cCodec, ZstdCodec
 
 from virnuc_dask.errors import NotAStoreError, StoreError, StoreReplacedError
 from virnuc_dask.inputs.lengths import encoded_lengths
@@ -39,8 +39,8 @@ RESIDUES_PER_STORED_CHUNK = 2**22
 # smaller file of a chunk that was not synced.
 MIN_CHUNK_BYTES = 13
 
-# How chunks are compressed: Zstandard, then four bytes of CRC-32C.
-_COMPRESSORS, _CHECKSUM_BYTES = (ZstdCodec, Crc32cCodec), 4
+# How chunks are encoded: bytes, Zstandard, then four bytes of CRC-32C.
+_CODECS, _CHECKSUM_BYTES = (BytesCodec, ZstdCodec, Crc32cCodec), 4
 
 ATTRIBUTE = "virnuc_dask"
 # Arrays that a task writes, in this order; the last is the commit.
@@ -341,8 +341,8 @@ class Store:
     def _read(self, name: str, chunk: int) -> NDArray[Any]:
         """Read a chunk of rows of an array. It is decoded in this thread if that can be done."""
         array, rows = self.array(name), self.rows(chunk)
-        is_ours = tuple(map(type, array.compressors)) == _COMPRESSORS
-        content = self.location.read(_key(name, chunk)) if is_ours else None
+        is_plain = tuple(map(type, array.metadata.codecs)) == _CODECS
+        content = self.location.read(_key(name, chunk)) if is_plain else None
         if content is None:
             return np.asarray(array[rows])
         whole = _decoded(content, array.chunks, array.dtype.newbyteorder("<"))

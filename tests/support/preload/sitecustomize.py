@@ -1,4 +1,7 @@
-"""Python loads this at the start of every process that `faults.arm` has prepared."""
+"""Python loads this at the start of every process that `faults.arm` has prepared.
+
+It takes the place of a `sitecustomize` that the environment may have.
+"""
 
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
