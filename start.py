@@ -85,13 +85,13 @@ def demo(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    # More than there are cores on a small machine: a fault test often waits for processes.
-    three = ("-n", "3", "--dist", "loadfile", "--no-loadscope-reorder")
-    # Several of them on few cores: more threads each would only fight.
+    # Most of a fault test is waiting for processes to start.
+    two = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
+    # Two of them on few cores: more threads each would only fight.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not arguments:
-        return show("-m", "pytest", *three, "--quick")
-    return show("-m", "pytest", *three, *(each for each in arguments if each != "--all"))
+        return show("-m", "pytest", *two, "--quick")
+    return show("-m", "pytest", *two, *(each for each in arguments if each != "--all"))
 
 
 def check(_arguments: list[str]) -> int:
