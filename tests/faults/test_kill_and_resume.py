@@ -60,7 +60,6 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, proteins: Path) -> S
     return Store(path)
 
 
-@pytest.mark.slow
 def test_coordinator_then_worker_killed_and_nothing_is_lost(
     proteins: Path, uninterrupted: Store, tmp_path: Path
 ) -> None:
@@ -221,7 +220,6 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Pa
     assert virnuc_dask.verify(path).checked == 1
 
 
-@pytest.mark.slow
 def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
     proteins: Path, uninterrupted: Store, tmp_path: Path
 ) -> None:

@@ -313,7 +313,7 @@ def test_children_give_what_this_process_gives(
 
 @pytest.mark.usefixtures("armed")
 @pytest.mark.parametrize("guilty", [{0: KILLS}, {0: ABORTS, 1: KILLS, 2: ABORTS}])
-@pytest.mark.slow
+@pytest.mark.sweep
 def test_every_row_may_be_guilty(
     guilty: dict[int, str], peptides: Path, tmp_path: Path, make_store: Maker, model: ModelSpec
 ) -> None:
