@@ -115,9 +115,9 @@ def check_deaths_in_an_ingest(nursery: Nursery, bench: Bench, aims: list[Call]) 
         assert nursery.run(making(bench, path)) == 0
         assert os.listdir(path.parent) == ["out.zarr"]
         assert content(path) == content(bench.empty.path)
-    # Nearly all died in the middle, and one when the store had just got its name.
+    # Nearly all died in the middle, and some when the store had just got its name.
     assert outcomes["ingest"] > len(aims) - 5
-    assert outcomes["zarr"] == 1
+    assert 1 <= outcomes["zarr"] <= 2
 
 
 def test_an_ingest_killed_anywhere_leaves_a_whole_store_or_none(
