@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from enum import IntEnum
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 from virnuc_dask.errors import UsageError
@@ -99,6 +100,11 @@ class ModelSpec:
     repr_layer: int
     pooling: Pooling = "mean"
     precision: Precision = "float32"
+
+    @property
+    def name(self) -> str:
+        """Last part of `reference`, which names no folder of the machine that computed."""
+        return Path(self.reference).name or self.reference
 
     @property
     def has_random_weights(self) -> bool:

@@ -541,7 +541,9 @@ def test_tables_of_rows(
         assert virnuc_dask.predict(viral.path, trained, out=tmp_path / f"t.{suffix}").lines == 130
     data = virnuc_dask.open_store(viral.path)
     lines = read_tsv(tmp_path / "t.tsv")
-    assert list(lines[0]) == ["sequence_id", "row", "score", "class", "length", "description"]
+    columns = ["sequence_id", "row", "score", "class", "length", "status", "description"]
+    assert list(lines[0]) == columns
+    assert {line["status"] for line in lines} == {"embedded"}
     assert [line["sequence_id"] for line in lines] == data.sequence_id.values.tolist()
     scores = np.array([line["score"] for line in lines], np.float32)
     assert np.array_equal(scores, data.score_virus.values)
@@ -932,7 +934,7 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     assert done.stderr.startswith(f"note: {file} was trained on most of these rows")
     assert done.stderr.endswith(f"comment: {RANDOM_WEIGHTS}\n")
     assert done.stdout.startswith("score_virus: 130 rows scored, ")
-    assert f"5 chunks computed\n130 in {table}, " in done.stdout
+    assert f"5 chunks computed now\n130 rows in {table}\n" in done.stdout
     virnuc_dask.train(viral.path, other.path, file, random_state=3, force=True)
     again = ("predict", viral.path, "--classifier", file, "--out", table)
     for one, problem in (("--force", "by another classifier"), ("--replace", "t.tsv exists")):

@@ -436,9 +436,40 @@ def test_no_colour_is_lost_on_white() -> None:
 def test_only_colours_that_a_store_has_are_named(store: Store) -> None:
     fill(keep_result(store, "cluster", "x", {}), lambda rows: np.zeros(len(rows)))
     with pytest.raises(
-        UsageError, match=r"'none': give length, status, cluster_x, or a \.tsv file"
+        UsageError, match=r"'none': give length, source, status, cluster_x, or a \.tsv file"
     ):
         points.check_colour(store, "none")
+
+
+def test_input_files_have_colours(make_store: Maker, tmp_path: Path) -> None:
+    files = [tmp_path / "x" / "a.faa", tmp_path / "b.faa"]
+    for count, file in enumerate(files, 5):
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("".join(f">{n}\nMKTAYIAKQR{'ACDEFGH'[n]}\n" for n in range(count)))
+    store = make_store(files)
+    virnuc_dask.make_map(store.path)
+    drawn = points.draw_points(store, "pca", colour="source")
+    assert drawn.values == ["a.faa"] * 5 + ["b.faa"] * 6
+    assert drawn.categories == ["b.faa", "a.faa"]
+    # Files of one name are told apart by their folders.
+    files[1] = files[1].rename(tmp_path / "a.faa")
+    store = make_store(files, "same.zarr")
+    virnuc_dask.make_map(store.path)
+    drawn = points.draw_points(store, "pca", colour="source")
+    assert set(drawn.values) == {str(file) for file in files}
+
+
+def test_scores_of_training_rows_are_warned_of(store: Store) -> None:
+    virnuc_dask.make_map(store.path)
+    about = {"was_trained_on_these": True, "held_out_auroc": 0.875}
+    for name, known in (("virus", about), ("other", about | {"was_trained_on_these": False})):
+        fill(keep_result(store, "score", name, known), lambda rows: np.full(len(rows), 0.5))
+    warning = points.draw_points(store, "pca", colour="score_virus").warning
+    assert warning
+    assert RANDOM_WEIGHTS in warning
+    assert "trained on most of these rows" in warning
+    assert "AUROC on held-out rows: 0.875" in warning
+    assert points.draw_points(store, "pca", colour="score_other").warning == RANDOM_WEIGHTS
 
 
 def test_colours_that_are_none_are_refused(store: Store, tmp_path: Path) -> None:
@@ -464,7 +495,7 @@ def test_colours_that_are_none_are_refused(store: Store, tmp_path: Path) -> None
 def test_frames_have_colours(make_store: Maker) -> None:
     genome = ROOT / "examples" / "lambda_virus.fa.gz"
     store = make_store(genome, translation=Translation("orf", min_residues=200))
-    with pytest.raises(UsageError, match="give length, frame, status, or a"):
+    with pytest.raises(UsageError, match="give length, source, frame, status, or a"):
         points.check_colour(store, "none")
     virnuc_dask.make_map(store.path)
     frames = points.draw_points(store, "pca", colour="frame")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -18,6 +19,7 @@ from conftest import VIRAL_PROTEINS, Cli, Maker
 from numpy.typing import NDArray
 from pyarrow import parquet
 from rows import NAMES, all_rows, read_tsv
+from scipy.spatial.distance import pdist
 from sklearn.neighbors import NearestNeighbors
 
 import virnuc_dask
@@ -299,10 +301,13 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     ids = all_rows(store)[0]
     found = virnuc_dask.nearest(store.path, [ids[7], ids[3]], k=3)
     done = cli("nearest", store.path, "--query", ids[7], "--query", ids[3], "--k", 3)
-    assert (done.returncode, done.stderr) == (0, f"comment: {RANDOM_WEIGHTS}\n")
+    assert done.returncode == 0
+    assert done.stderr.startswith(f"comment: {RANDOM_WEIGHTS}\nfor comparison: half of all pairs")
+    assert f"of at most {found.attrs['random_median']:.2f}, and" in done.stderr
+    assert f"has more than {found.attrs['random_99']:.2f}\n" in done.stderr
     head, *lines = done.stdout.splitlines()
     descriptions = virnuc_dask.open_store(store.path).description.values
-    assert head == "query\trank\tneighbour\trow\tsimilarity\tlength\tdescription"
+    assert head == "query\trank\tneighbour\trow\tsimilarity\tlength\tstatus\tdescription"
     assert len(lines) == 6
     for number, line in enumerate(read_tsv(done.stdout)):
         query, rank = divmod(number, 3)
@@ -313,6 +318,8 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
         assert np.float32(line["similarity"]) == found.similarity.values[query, rank]
         assert int(line["length"]) == store.lengths()[int(line["row"])]
         assert line["description"] == descriptions[int(line["row"])] != ""
+        is_long = store.lengths()[int(line["row"])] > 1022
+        assert line["status"] == ("truncated" if is_long else "embedded")
     other = make_store(awkward, "other.zarr")
     command = ["nearest", store.path, "--query-store", other.path, "--k", 2]
     done = cli(*command, "--metric", "euclidean", "--no-centre", "--out", "out.tsv")
@@ -338,8 +345,9 @@ def test_parquet(store: Store, tmp_path: Path) -> None:
     found = virnuc_dask.nearest(store.path, ids[:5], k=4)
     assert write_table(found, tmp_path / "out.parquet") == 20
     table = parquet.read_table(tmp_path / "out.parquet")
-    names = ["query", "rank", "neighbour", "row", "similarity", "length", "description"]
+    names = ["query", "rank", "neighbour", "row", "similarity", "length", "status", "description"]
     assert table.column_names == names
+    assert table["status"].to_pylist() == found.status.values.ravel().tolist()
     assert table["query"].to_pylist() == [name for name in ids[:5] for _ in range(4)]
     assert table["rank"].to_pylist() == [1, 2, 3, 4] * 5
     assert table["neighbour"].to_pylist() == found.sequence_id.values.ravel().tolist()
@@ -388,6 +396,32 @@ def test_identifiers_break_no_table(make_store: Maker, tmp_path: Path) -> None:
     assert b"owned" in shown
     assert b"\x1b" not in shown
     assert b"\x07" not in shown
+    # The columns are aligned; numbers are short.
+    head, *lines = shown.decode().splitlines()
+    assert len(lines) == len(ids) - 1
+    assert "\t" not in shown.decode()
+    end = head.index("similarity") + len("similarity")
+    assert all(re.fullmatch(r" [ -][01]\.\d{4}", line[end - 8 : end]) for line in lines)
+
+
+def test_the_similarity_of_random_rows(store: Store, make_store: Maker, awkward: Path) -> None:
+    ids, rows = all_rows(store)
+    found = virnuc_dask.nearest(store.path, ids[0])
+    pairs = 1 - pdist(rows - rows.mean(axis=0), "cosine")
+    np.testing.assert_allclose(found.attrs["random_median"], np.median(pairs), atol=1e-5)
+    np.testing.assert_allclose(found.attrs["random_99"], np.quantile(pairs, 0.99), atol=1e-5)
+    # It is of the store that is searched; other measures have none.
+    other = make_store(awkward, "queries.zarr")
+    also = virnuc_dask.nearest(store.path, query_store=other.path)
+    assert also.attrs["random_99"] == found.attrs["random_99"]
+    for options in ({"centre": False}, {"metric": "euclidean"}):
+        assert "random_99" not in virnuc_dask.nearest(store.path, ids[0], **options).attrs
+    # A single row has no pair.
+    alone = make_store(awkward.parent / "awkward.faa", "alone.zarr", rows_per_chunk=1)
+    for chunk in range(1, alone.chunk_count):
+        alone.remove_chunk(chunk)
+    attrs = virnuc_dask.nearest(alone.path, query_store=store.path).attrs
+    assert (attrs["random_median"], attrs["random_99"]) == (0, 0)
 
 
 @pytest.mark.slow

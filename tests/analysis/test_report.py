@@ -216,7 +216,11 @@ def test_results_are_shown(make_store: Maker) -> None:
     assert "share 0.1235" in section
     assert "The highest. identifier score" in section
     for row in top:
-        assert f"{ids[row]} {data.score_virus.values[row]:.3f}" in section
+        text = data.description.values[row][:120]
+        assert (
+            f"{ids[row]} {text} {data.score_virus.values[row]:.3f}".split()
+            == (section[section.index(ids[row]) :].split()[: len(text.split()) + 2])
+        )
     counts = np.histogram(data.score_virus.values, np.linspace(0, 1, 21))[0]
     assert f"0.5 to 0.55: {counts[10]}" in section
 
@@ -273,6 +277,31 @@ def test_clusters_are_shown(make_store: Maker) -> None:
         assert f"{number} {size} {size / 300:.1%}" in section
     assert "n clusters 3" in section
     assert "288 rows in 32 clusters; the 20 largest." in section
+
+
+@pytest.mark.slow
+def test_scores_of_training_rows_are_warned_of(make_store: Maker) -> None:
+    store = make_store(VIRAL_PROTEINS)
+    about = {"classes": ["viral", "other"], "held_out_auroc": 0.875, "was_trained_on_these": True}
+    fill(keep_result(store, "score", "virus", about), score)
+    page = written(store)
+    check_accessible(page)
+    warning = "the classifier was trained on most of these rows, so their scores are too good"
+    assert f"score_virus: {warning}; AUROC on held-out rows: 0.875" in page.text
+    scores = open_result(store, "score_virus").array[:]
+    assert f"{(scores >= 0.5).sum()} of them are viral (0.5 or more)" in page.text
+    best = int(np.argmax(scores))
+    assert str(store.array("description")[best]) in page.text.partition("The highest.")[2]
+    fill(keep_result(store, "score", "virus", {"held_out_auroc": None}, replace=True), score)
+    assert warning not in written(store, force=True).text
+
+
+@pytest.mark.slow
+def test_the_page_names_no_folder(make_store: Maker, tmp_path: Path) -> None:
+    page = written(make_store(VIRAL_PROTEINS))
+    assert VIRAL_PROTEINS.name in page.text
+    assert str(tmp_path) not in page.html
+    assert str(VIRAL_PROTEINS.parent) not in page.html
 
 
 def colours_of(page: Page) -> list[str]:
@@ -335,12 +364,21 @@ def test_of_many_rows_a_sample_is_drawn(make_store: Maker, monkeypatch: pytest.M
 
 def test_telemetry(make_store: Maker, tmp_path: Path) -> None:
     store = make_store(VIRAL_PROTEINS)
+    """Speed is that of the runs' own summaries; of a killed run, of what is known."""
     done = {"run": "a", "event": "chunk_done", "computed": True, "rows": 32, "residues": 3200}
     took = {"read_s": 1.0, "wait_s": 2.0, "compute_s": 6.0, "write_s": 1.0, "memory": 2**30}
     lines = [
         json.dumps(done | took | {"time": f"2026-01-01T00:0{minute}:00+00:00"})
         for minute in range(5)
     ]
+    before = {"run": "a", "event": "workers_changed", "time": "2025-12-31T23:59:20+00:00"}
+    lines.insert(0, json.dumps(before))
+    # A second run beside it, from 00:03:30 to 00:04:50.
+    second = {"run": "b", "time": "2026-01-01T00:04:40+00:00"}
+    lines.append(json.dumps(done | took | second))
+    ended = {"event": "run_summary", "seconds": 80, "busy": 0.75}
+    lines.append(json.dumps(second | ended | {"time": "2026-01-01T00:04:50+00:00"}))
+    lines.append(json.dumps(second | ended | {"seconds": "NaN"}))
     lines += ['{"run": "a", "event": "chu', "[]", json.dumps(done), "\0", "[" * 10_000]
     lines.append(json.dumps({"run": "<b>", "event": "worker_lost", "time": "now"}))
     lines.append(json.dumps(done | took | {"time": "x", "rows": "NaN"}))
@@ -348,11 +386,12 @@ def test_telemetry(make_store: Maker, tmp_path: Path) -> None:
     page = written(store)
     check_accessible(page)
     for said in (
-        "5 chunks with 160 rows, computed by 2 runs in 4 min 00 s",
-        "0.5 sequences and 53 residues a second",
+        "6 chunks with 192 rows, computed by 2 runs in 5 min 30 s",
+        "1 sequences and 58 residues a second",
+        "75 % of the workers' time was computing",
         "1,024 MiB of memory",
-        "1 workers were lost",
-        "computing: 60.0%, 30 s",
+        "1 worker was lost",
+        "computing: 60.0%, 36 s",
         "minutes since the first chunk",
     ):
         assert said in page.text

@@ -33,6 +33,8 @@ def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Pa
     assert 'open with: virnuc_dask.open_store("out.zarr")' in done.stdout
     assert "row 3  stop  invalid_residues" in done.stdout
     assert "2 records with letters that are not residues" in done.stderr
+    assert "1 row of more than 50 residues will be truncated to these" in done.stderr
+    assert "look at it: virnuc-dask report out.zarr report.html" in done.stdout
     assert "Traceback" not in done.stderr
     again = cli("run", awkward, "out.zarr", "--model=demo", "--max-residues", 50)
     assert again.returncode == 3
@@ -254,7 +256,8 @@ def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Pat
     for line in (
         r"records +300",
         r"rows +300",
-        r"long rows +29 of more than 1,022 residues; embedded, truncated to that length",
+        r"long rows +29 of more than 1,022 residues; embedded, truncated to that length, without"
+        r" 18\.0% of all residues",
     ):
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE)
     found = json.loads(cli("plan", VIRAL_PROTEINS, "--model=demo", "--json").stdout)

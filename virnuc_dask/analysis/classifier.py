@@ -85,6 +85,23 @@ class Classifier:
         first, second = self.about["classes"]
         return first, second
 
+    @property
+    def held_out_auroc(self) -> float | None:
+        """AUROC on the held-out rows; None if the file does not say."""
+        training = self.about.get("training")
+        embeddings = training.get("embeddings") if isinstance(training, dict) else None
+        found = embeddings.get("auroc") if isinstance(embeddings, dict) else None
+        return found if isinstance(found, float) and 0 <= found <= 1 else None
+
+    def was_trained_on(self, input_sha256: str) -> bool:
+        """Whether it was trained on rows of the input with this digest."""
+        training = self.about.get("training")
+        classes = training.get("classes") if isinstance(training, dict) else None
+        return any(
+            isinstance(each, dict) and each.get("input_sha256") == input_sha256
+            for each in (classes if isinstance(classes, list) else [])
+        )
+
     def described_model(self) -> str:
         """The model of its embeddings in one line, like `ModelSpec.described`.
 

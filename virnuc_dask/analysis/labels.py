@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from virnuc_dask.analysis.chunk_passes import Progress, thread_count
 from virnuc_dask.analysis.compatibility import note_on_lengths
 from virnuc_dask.analysis.neighbours import check_search, search
-from virnuc_dask.analysis.rows import embedded_rows, taken
+from virnuc_dask.analysis.rows import embedded_rows, states, taken
 from virnuc_dask.analysis.samples import joined
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
@@ -168,7 +168,7 @@ def annotate_in_parts(
         client=client,
     )
     first = 0
-    for scores, neighbours in found:
+    for scores, neighbours, _ in found:
         part = rows[first : first + len(scores)]
         first += len(scores)
         votes = _pooled(known, scores, neighbours, k, metric)
@@ -348,7 +348,7 @@ def leave_one_out(
     support, predicted, correct = (np.zeros(names, np.int64) for _ in range(3))
     reliability, is_correct = np.empty(len(rows), np.float32), np.zeros(len(rows), np.bool_)
     unanswered, first = 0, 0
-    for scores, neighbours in found:
+    for scores, neighbours, _ in found:
         span = slice(first, first + len(scores))
         first, part = span.stop, rows[span]
         best = _best(_pooled(known, scores, neighbours, k, metric), len(part))
@@ -661,6 +661,7 @@ def _dataset(
             "row": ("query", nearest),
             **{name: ("query", taken(searched, name, nearest)) for name in texts},
             "length": ("query", taken(searched, "length", nearest), {"units": "residues"}),
+            "status": ("query", states(searched, nearest)),
             **(
                 {"similarity": ("query", score)}
                 if metric == "cosine"

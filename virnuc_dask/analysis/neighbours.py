@@ -29,7 +29,15 @@ from virnuc_dask.analysis.chunk_passes import (
     thread_count,
 )
 from virnuc_dask.analysis.compatibility import check_same_embeddings, note_on_lengths
-from virnuc_dask.analysis.rows import by_chunk, embedded_rows, mean_row, read_vectors, taken
+from virnuc_dask.analysis.rows import (
+    by_chunk,
+    embedded_rows,
+    mean_row,
+    random_rows,
+    read_vectors,
+    states,
+    taken,
+)
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import METRICS, Metric, Status
 from virnuc_dask.store.store import ATTRIBUTE, SEQUENCES_PER_CHUNK, Store, is_embedded
@@ -42,8 +50,10 @@ _EPSILON = float(np.finfo(np.float32).eps)
 _NAMED = 10
 _ALIKE = 3
 
-# Increase this number when the same rows get another mean.
-_MEAN = 1
+# Increase this number when the same rows get another mean or other quantiles.
+_CENTRE = 2
+_RANDOM_ROWS = 512
+_QUANTILES = (0.5, 0.99)
 
 
 def nearest(
@@ -69,6 +79,9 @@ def nearest(
     user's cache directory keeps the mean for the next search of the same chunks; the store does
     not, because only its runs write to it. Norms are not kept: they cost 3 % of the time of the
     products, and would take 4 bytes per row.
+
+    Whether a similarity is high depends on the model and on the store. So a centred search also
+    returns the similarity of random pairs of its rows, of 512 rows at most.
 
     Parameters
     ----------
@@ -102,11 +115,12 @@ def nearest(
     xarray.Dataset
         Dimensions ``query`` and ``neighbour``, nearest first; of equally near rows, lower row
         numbers first. Variables: ``row`` (int64), ``sequence_id`` and ``description`` (str; the
-        latter if the store has it), ``length`` (int32, residues) and ``similarity`` (float32, from
-        -1 to 1) or, for euclidean, ``distance`` (float32). Missing neighbours have row and length
-        -1, empty texts and NaN. Coordinates: ``query_row`` (int64) and ``query_id``; -1 and empty
-        for vectors. The attributes ``note`` and ``comment``, if present, are reasons to doubt the
-        result.
+        latter if the store has it), ``length`` (int32, residues), ``status`` (str) and
+        ``similarity`` (float32, from -1 to 1) or, for euclidean, ``distance`` (float32). Missing
+        neighbours have row and length -1, empty texts and NaN. Coordinates: ``query_row`` (int64)
+        and ``query_id``; -1 and empty for vectors. Attributes, if present: ``note`` and ``comment``
+        are reasons to doubt the result; ``random_median`` and ``random_99`` are the median and the
+        99th percentile of the similarity of two random rows of `store`.
 
     Raises
     ------
@@ -138,7 +152,9 @@ def nearest(
                 client=client,
             )
         )
+        random = found[0].random
     else:
+        random = None
         if metric != "cosine" or not centre:
             raise UsageError("an index works only with the cosine metric and centring")
         opened = open_index(index)
@@ -146,10 +162,12 @@ def nearest(
             raise UsageError(f"{index} is an index of another store than {searched.path}")
         notes.append(_note_on_chunks(searched, opened))
         found = list(_look_up(searched, source, rows, vectors, k, opened, threads))
-    scores = np.concatenate([scores for scores, _ in found])
-    neighbours = np.concatenate([neighbours for _, neighbours in found])
+    scores = np.concatenate([each.scores for each in found])
+    neighbours = np.concatenate([each.rows for each in found])
     data = _dataset(searched, source, rows, neighbours, scores, metric, centre)
     data = data.assign_attrs(approximate=int(index is not None))
+    if random:
+        data = data.assign_attrs(random_median=random[0], random_99=random[1])
     note = "; ".join(note for note in notes if note)
     return data.assign_attrs(note=note) if note else data
 
@@ -173,7 +191,7 @@ def _look_up(
     k: int,
     index: Index,
     threads: int,
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+) -> Iterator[Found]:
     """Like `search`, with an index."""
     for start in range(0, len(rows), _QUERIES_AT_ONCE):
         part = rows[start : start + _QUERIES_AT_ONCE]
@@ -182,7 +200,25 @@ def _look_up(
         else:
             of_part = vectors[start : start + _QUERIES_AT_ONCE]
         own = part if source.id == searched.id else np.full(len(part), -1)
-        yield index.search(of_part, own, k, threads)
+        yield Found(*index.search(of_part, own, k, threads))
+
+
+class Found(NamedTuple):
+    """Neighbours of some queries.
+
+    Attributes
+    ----------
+    scores : ndarray, float32, shape (queries, k)
+        The cosine, or the distance times -1, best first; NaN if missing.
+    rows : ndarray, int64, shape (queries, k)
+        Rows of the searched store; -1 if missing.
+    random : tuple of float, optional
+        Median and 99th percentile of the centred cosine of two random rows of the searched store.
+    """
+
+    scores: NDArray[np.float32]
+    rows: NDArray[np.int64]
+    random: tuple[float, float] | None = None
 
 
 def search(
@@ -199,7 +235,7 @@ def search(
     groups: NDArray[np.int64] | None = None,
     progress: Progress | None = None,
     client: Any = None,
-) -> Iterator[tuple[NDArray[np.float32], NDArray[np.int64]]]:
+) -> Iterator[Found]:
     """Find the nearest rows for 4,096 queries at a time.
 
     Parameters
@@ -223,31 +259,27 @@ def search(
 
     Yields
     ------
-    scores : ndarray, float32, shape (queries, k)
-        The cosine, or the distance times -1, best first; NaN if missing.
-    neighbours : ndarray, int64, shape (queries, k)
-        Rows of `searched`; -1 if missing.
+    Found
     """
     present = searched.present()
     is_centred = centre and metric == "cosine"
-    origin = np.zeros(searched.dimension, np.float32)
+    origin, random = np.zeros(searched.dimension, np.float32), None
     # Before the mean, so that a mean of changed chunks is never kept as that of others.
-    key = _mean_key(searched, present) if is_centred else []
-    known_mean = _kept_mean(searched, key) if is_centred else origin
+    key = _centre_key(searched, present) if is_centred else []
+    known = _kept_centre(searched, key) if is_centred else _Centre(origin)
     chunks = np.flatnonzero(present if among is None else present & _any(searched, among)).tolist()
     batches = range(0, len(rows), _QUERIES_AT_ONCE)
-    total = len(chunks) * len(batches) + (int(present.sum()) if known_mean is None else 0)
+    total = len(chunks) * len(batches) + (int(present.sum()) if known is None else 0)
     count = ChunkCounter(progress, total)
     of_first = None
     with open_pool(searched, threads, client) as pool:
-        if known_mean is None:
+        if known is None:
             # This reads all rows, so it can also return the first queries of the same store.
             is_own = vectors is None and source is searched
             first = rows[: _QUERIES_AT_ONCE if is_own else 0]
-            origin, read = _mean(searched, present, key, pool, count, first)
+            known, read = _centre(searched, present, key, pool, count, first)
             of_first = read if is_own else None
-        elif is_centred:
-            origin = known_mean
+        origin, random = known
         for start in batches:
             part = rows[start : start + _QUERIES_AT_ONCE]
             if vectors is not None:
@@ -264,7 +296,8 @@ def search(
                 origin = of_part.mean(axis=0)  # a near origin keeps rounding errors small
             most = min(k, searched.records)
             task = _Task(of_part, own, origin, most, metric, among, groups)
-            yield _padded(_search_all(task, chunks, pool, count), len(part), k)
+            scores, neighbours = _padded(_search_all(task, chunks, pool, count), len(part), k)
+            yield Found(scores, neighbours, random)
 
 
 def _any(store: Store, rows: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -552,33 +585,51 @@ def _padded(best: _Hits, queries: int, k: int) -> tuple[NDArray[np.float32], NDA
     return scores, rows
 
 
-def _mean(
+class _Centre(NamedTuple):
+    """Mean of all embedded rows, shape (D,), and `Found.random`."""
+
+    mean: NDArray[np.float32]
+    random: tuple[float, float] | None = None
+
+
+def _centre(
     store: Store,
     present: NDArray[np.bool_],
     key: list[Any],
     pool: Pool,
     count: ChunkCounter,
     rows: NDArray[np.int64],
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean of all embedded rows, shape (D,), zeros without rows; and vectors of `rows`."""
-    mean, _, vectors = mean_row(store, np.flatnonzero(present).tolist(), pool, count, rows)
-    content = b64encode(mean.astype("<f4").tobytes()).decode()
+) -> tuple[_Centre, NDArray[np.float32]]:
+    """The centre of a store, which is kept for the next search; and vectors of `rows`."""
+    some, _ = random_rows(store, present, _RANDOM_ROWS, 0)
+    chunks = np.flatnonzero(present).tolist()
+    mean, _, vectors = mean_row(store, chunks, pool, count, np.concatenate([rows, some]))
+    median, high = _random_pairs(vectors[len(rows) :] - mean)
+    content = b64encode(np.append(mean, [median, high]).astype("<f4").tobytes()).decode()
     caches.remember("mean", store.id.encode(), key, content)
-    return mean, vectors
+    return _Centre(mean, (median, high)), vectors[: len(rows)]
 
 
-def _kept_mean(store: Store, key: list[Any]) -> NDArray[np.float32] | None:
-    """The cached mean from an earlier search of the same chunks, if any."""
+def _random_pairs(centred: NDArray[np.float32]) -> tuple[float, float]:
+    """Median and 99th percentile of the cosine of all pairs; 0 and 0 without a pair."""
+    unit = centred * _inverse(np.vecdot(centred, centred))[:, None]
+    cosines = (unit @ unit.T)[np.triu_indices(len(unit), 1)]
+    median, high = np.quantile(cosines, _QUANTILES) if len(cosines) else (0, 0)
+    return float(np.float32(median)), float(np.float32(high))
+
+
+def _kept_centre(store: Store, key: list[Any]) -> _Centre | None:
+    """The cached centre from an earlier search of the same chunks, if any."""
     kept = caches.recall("mean", store.id.encode(), key)
     with suppress(TypeError, ValueError):  # the file may contain anything
-        mean = np.frombuffer(b64decode(kept, validate=True), "<f4").astype(np.float32)
-        if mean.shape == (store.dimension,) and np.isfinite(mean).all():
-            return mean
+        numbers = np.frombuffer(b64decode(kept, validate=True), "<f4").astype(np.float32)
+        if numbers.shape == (store.dimension + 2,) and np.isfinite(numbers).all():
+            return _Centre(numbers[:-2], (float(numbers[-2]), float(numbers[-1])))
     return None
 
 
-def _mean_key(store: Store, present: NDArray[np.bool_]) -> list[Any]:
-    """All that the mean depends on: the present chunks, and which of their rows are embedded."""
+def _centre_key(store: Store, present: NDArray[np.bool_]) -> list[Any]:
+    """All that the centre depends on: the present chunks, and which of their rows are embedded."""
 
     def read(chunk: int) -> bytes:
         with store.reading(f"status of chunk {chunk}"):
@@ -588,7 +639,7 @@ def _mean_key(store: Store, present: NDArray[np.bool_]) -> list[Any]:
     with ThreadPoolExecutor(8) as pool:
         for status in pool.map(read, np.flatnonzero(present).tolist()):
             digest.update(status)
-    return [_MEAN, len(present), digest.hexdigest()]
+    return [_CENTRE, len(present), digest.hexdigest()]
 
 
 # --- the result ----------------------------------------------------------------------------------
@@ -620,6 +671,7 @@ def _dataset(
             "row": (dims, neighbours),
             **{text: (dims, of_rows) for text, of_rows in texts.items()},
             "length": (dims, taken(searched, "length", neighbours), {"units": "residues"}),
+            "status": (dims, states(searched, neighbours)),
             name: (dims, values),
         },
         {

@@ -74,10 +74,10 @@ def draw_map(
         ``.html``: one file that needs no network, with zoom, hover and search.
         ``.png``: a picture.
     colour : str
-        ``length``, ``frame``, ``status``, ``score_NAME``, ``cluster_NAME``, or a ``.tsv`` file of
-        identifiers and labels as in `annotate`. Labels are categories, unless they are all numbers
-        with more than twelve different values. Each of the eight most frequent categories has its
-        own colour; the others are grey.
+        ``length``, ``source`` (the input file), ``frame``, ``status``, ``score_NAME``,
+        ``cluster_NAME``, or a ``.tsv`` file of identifiers and labels as in `annotate`. Labels are
+        categories, unless they are all numbers with more than twelve different values. Each of the
+        eight most frequent categories has its own colour; the others are grey.
     points : int
         Most rows to draw; of more rows, a random sample.
     random_state : int

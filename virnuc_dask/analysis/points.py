@@ -11,16 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.labels import SEPARATOR, read_lines
-from virnuc_dask.analysis.rows import random_rows, taken
+from virnuc_dask.analysis.rows import file_names, random_rows, states, taken
 from virnuc_dask.analysis.stored_fits import check_seed
 from virnuc_dask.errors import UsageError
-from virnuc_dask.settings import Status
 from virnuc_dask.store.results import RESULT, Result, open_result, result_names
 from virnuc_dask.store.store import Store
 from virnuc_dask.text import printable
 
 MOST_POINTS = 20_000
-_COLUMNS = ("length", "frame", "status")
+_COLUMNS = ("length", "source", "frame", "status")
 _LABELS = ".tsv"
 _UNLABELLED = "no label"
 _LONGEST_TEXT = 200
@@ -35,7 +34,7 @@ class Points:
     title, subtitle : str
         Method, store and model; number of drawn rows and of all rows.
     warning : str, optional
-        Warning about random weights.
+        Random weights, or scores of rows that the classifier was trained on.
     axes : tuple of str
         Names of both axes.
     xy : ndarray, float32, shape (n, 2)
@@ -76,6 +75,8 @@ def check_colour(store: Store, colour: str) -> None:
     """
     if colour == "frame" and not store.identity.translation:
         raise UsageError(f"{store.path}: rows have no frame, because they were not translated")
+    if colour == "source" and colour not in store.names:
+        raise UsageError(f"{store.path}: this store does not hold which file a row is from")
     if colour in _COLUMNS:
         return
     if RESULT.fullmatch(colour) and not colour.startswith("map_"):
@@ -141,7 +142,7 @@ def draw_points(
     return Points(
         _title(store, result),
         _subtitle(store, len(rows), present, is_sample),
-        store.model.comment().get("comment"),
+        _warning(store, colour),
         _axes(result),
         _of_result(result, rows),
         texts["sequence_id"],
@@ -154,9 +155,8 @@ def draw_points(
 def _title(store: Store, result: Result) -> str:
     method = str(result.about.get("method", "map")).upper()
     name = printable(str(store.path).rstrip("/").rpartition("/")[2], _LONGEST_TEXT)
-    model = Path(store.model.reference).name or store.model.reference
     how = f"layer {store.model.repr_layer}, {store.model.pooling} pooling"
-    return f"{method} of {name}: {printable(model, _LONGEST_TEXT)}, {how}"
+    return f"{method} of {name}: {printable(store.model.name, _LONGEST_TEXT)}, {how}"
 
 
 def _subtitle(store: Store, drawn: int, present: NDArray[np.bool_], is_sample: bool) -> str:
@@ -166,6 +166,25 @@ def _subtitle(store: Store, drawn: int, present: NDArray[np.bool_], is_sample: b
         text = f"{drawn:,} of {rows:,} rows, drawn at random"
     missing = int((~present).sum())
     return text + (f"; {missing:,} of {store.chunk_count:,} chunks are missing" if missing else "")
+
+
+def _warning(store: Store, colour: str) -> str | None:
+    said = [*store.model.comment().values()]
+    if RESULT.fullmatch(colour) and colour.startswith("score_"):
+        said += training_warning(open_result(store, colour))
+    return "; ".join(said) or None
+
+
+def training_warning(score: Result) -> list[str]:
+    """A sentence, if a classifier scored rows that it was trained on."""
+    if not score.about.get("was_trained_on_these"):
+        return []
+    auroc = score.about.get("held_out_auroc")
+    held_out = f"; AUROC on held-out rows: {auroc:.3f}" if isinstance(auroc, float) else ""
+    return [
+        f"{score.name}: the classifier was trained on most of these rows, so their scores are too"
+        f" good{held_out}"
+    ]
 
 
 def _axes(result: Result) -> tuple[str, str]:
@@ -194,8 +213,10 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
     if colour == "length":
         return "length in residues", taken(store, colour, rows).astype(np.float64), [], True
     if colour == "status":
-        codes = taken(store, colour, rows)
-        return _categories(colour, [Status(int(code)).meaning for code in codes])
+        return _categories(colour, states(store, rows).tolist())
+    if colour == "source":
+        names = file_names(store)
+        return _categories("input file", [names[n] for n in taken(store, colour, rows).tolist()])
     if colour == "frame":
         numbers = taken(store, colour, rows).tolist()
         named = [f"{number:+d}" for number in numbers]

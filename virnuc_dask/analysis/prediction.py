@@ -19,6 +19,7 @@ from virnuc_dask.analysis.compatibility import (
     named_model,
     what_must_agree,
 )
+from virnuc_dask.analysis.rows import meanings
 from virnuc_dask.analysis.tables import Columns, check_table, write_rows
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
@@ -33,6 +34,7 @@ _ROW_TYPES = {
     "score": "float32",
     "class": "string",
     "length": "int32",
+    "status": "string",
     "read_id": "string",
     "window": "int32",
     "frame": "int8",
@@ -135,8 +137,8 @@ def predict(
         Name of the result. Default: the name of the classifier's file without its suffix.
     out : path, optional
         A table, ``.tsv`` or ``.parquet``, of the rows with a score: ``sequence_id``, ``row``,
-        ``score``, ``class``, ``length``, for translated rows ``read_id``, ``window``, ``frame``,
-        ``start``, and ``description``.
+        ``score``, ``class``, ``length``, ``status``, for translated rows ``read_id``, ``window``,
+        ``frame``, ``start``, and ``description``.
     consensus : {'max', 'mean', 'virnucpro'}, optional
         For a store of translated reads, or of tiles of proteins: write one line per read or protein
         with a score. Columns: ``read_id``; ``read``, its number; ``score``, the maximum or mean
@@ -186,6 +188,8 @@ def predict(
     _check_table(opened, out, consensus, force)
     about = {name: found.about[name] for name in ("kind", "classes")}
     about |= {"classifier": found.digest()}
+    about |= {"held_out_auroc": found.held_out_auroc}
+    about |= {"was_trained_on_these": found.was_trained_on(opened.identity.input_sha256)}
     result = keep_result(opened, "score", name or _name_of(classifier), about, replace=replace)
     computed = fill(result, found, workers=threads, client=client, progress=progress)
     scored, first = _counts(result)
@@ -252,15 +256,12 @@ def _notes(classifier: Classifier, store: Store, name: str) -> list[str]:
 
 
 def _training_note(classifier: Classifier, store: Store, name: str) -> str | None:
-    training = classifier.about.get("training")
-    classes = training.get("classes") if isinstance(training, dict) else None
-    for each in classes if isinstance(classes, list) else []:
-        if isinstance(each, dict) and each.get("input_sha256") == store.identity.input_sha256:
-            return (
-                f"{name} was trained on most of these rows, so their scores are too good; use the"
-                " held-out figures of `train` to judge it"
-            )
-    return None
+    if not classifier.was_trained_on(store.identity.input_sha256):
+        return None
+    return (
+        f"{name} was trained on most of these rows, so their scores are too good; use the held-out"
+        " figures of `train` to judge it"
+    )
 
 
 def _parts(result: Result) -> Iterator[tuple[slice, NDArray[np.float32]]]:
@@ -298,7 +299,7 @@ def _write(
     types = {
         name: kind
         for name, kind in _ROW_TYPES.items()
-        if name in ("row", "score", "class") or name in store.names
+        if name in ("row", "score", "class", "status") or name in store.names
     }
     parts = _of_rows(result, classifier.classes)
     if consensus is not None:
@@ -330,6 +331,7 @@ def _of_rows(result: Result, classes: tuple[str, str]) -> Iterator[Columns]:
         if has_score.any():
             with result.store.reading("metadata of rows"):
                 columns = result.store.read_columns(rows)
+                columns["status"] = meanings(np.asarray(result.store.array("status")[rows]))
             columns |= {"row": np.arange(rows.start, rows.stop), "score": score}
             columns["class"] = np.where(score >= 0.5, *classes).astype(object)
             yield {name: _listed(values[has_score]) for name, values in columns.items()}

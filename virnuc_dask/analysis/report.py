@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import islice, pairwise
@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from virnuc_dask.analysis.chunk_passes import as_float32, check_finite
 from virnuc_dask.analysis.neighbours import nearest
 from virnuc_dask.analysis.outputs import check_out, whole_file
-from virnuc_dask.analysis.rows import taken
+from virnuc_dask.analysis.points import training_warning
+from virnuc_dask.analysis.rows import file_names, taken
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.settings import Status
@@ -139,7 +140,8 @@ def _facts(
     return {
         "name": Path(str(store.path)).name,
         "store": store,
-        "model": store.model,
+        "model": store.model.name,
+        "has_random_weights": store.model.has_random_weights,
         "provenance": store.provenance,
         "about": list(_about(store)),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -167,7 +169,8 @@ def _facts(
 
 def _about(store: Store) -> Iterator[tuple[str, str]]:
     identity, provenance = store.identity, store.provenance
-    yield "Model", store.model.reference
+    # The page may be sent to others, so it names files without the folders of this machine.
+    yield "Model", store.model.name
     yield "SHA-256 of the weights", identity.weights_sha256
     yield "Layer", str(identity.repr_layer)
     yield "Pooling", identity.pooling
@@ -178,8 +181,7 @@ def _about(store: Store) -> Iterator[tuple[str, str]]:
         yield "Translation", str(identity.translation)
     if identity.tiling:
         yield "Tiling", str(identity.tiling)
-    files = store.files or [str(name) for name in provenance.get("inputs", [])]
-    yield "Input", ", ".join(files)
+    yield "Input", ", ".join(file_names(store))
     yield "SHA-256 of the input", identity.input_sha256
     yield "Made", str(provenance.get("created", "unknown")).replace("T", " ")
     versions = provenance.get("versions", {})
@@ -297,7 +299,7 @@ def _composition(store: Store) -> dict[str, Any]:
 
 _PHASES = {
     "read_s": "reading",
-    "wait_s": "waiting for the device",
+    "wait_s": "waiting for its turn",
     "compute_s": "computing",
     "write_s": "writing",
 }
@@ -312,24 +314,38 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
         path = f"{store.path}.telemetry.jsonl"
     ends: list[tuple[float, float, float]] = []
     phases = dict.fromkeys(_PHASES, 0.0)
-    memory, runs, lost = 0.0, set(), 0
+    # For each run, its last event before a chunk, and when it computed.
+    before: dict[str, float] = {}
+    spans: dict[str, tuple[float, float]] = {}
+    busy: list[tuple[float, float]] = []
+    memory, lost = 0.0, 0
     try:
         with open(expanded(path), encoding="utf-8", errors="replace") as file:
             for line in file:
                 try:
                     event = json.loads(line)
-                    runs.add(str(event["run"]))
-                    lost += event["event"] == "worker_lost"
-                    if event["event"] != "chunk_done" or not event["computed"]:
+                    run, kind = str(event["run"]), event["event"]
+                    lost += kind == "worker_lost"
+                    time = datetime.fromisoformat(event["time"]).timestamp()
+                    if kind == "run_summary" and run in spans:
+                        numbers = [float(event["seconds"]), float(event["busy"] or 0)]
+                    elif kind == "chunk_done" and event["computed"]:
+                        numbers = [float(event[name]) for name in ("rows", "residues", *_PHASES)]
+                        memory = max(memory, float(event["memory"]))
+                    else:
+                        if run not in spans:
+                            before[run] = time
                         continue
-                    end = datetime.fromisoformat(event["time"]).timestamp()
-                    numbers = [float(event[name]) for name in ("rows", "residues", *_PHASES)]
-                    memory = max(memory, float(event["memory"]))
                 except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
                     continue  # a killed run leaves an incomplete line
                 if not all(map(math.isfinite, numbers)):
                     continue
-                ends.append((end, numbers[0], numbers[1]))
+                if kind == "run_summary":
+                    spans[run] = (time - numbers[0], time)
+                    busy.append((numbers[0], numbers[1]))
+                    continue
+                ends.append((time, numbers[0], numbers[1]))
+                spans[run] = (spans[run][0] if run in spans else before.get(run, time), time)
                 for name, seconds in zip(_PHASES, numbers[2:], strict=True):
                     phases[name] += seconds
     except OSError as error:
@@ -341,25 +357,34 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
     if not ends:
         return None
     times, rows, residues = np.array(sorted(ends)).T
-    # Time from the first to the last chunk of all runs, without pauses of an hour or more.
-    gaps = np.diff(times)
-    busy = float(gaps[gaps < 3600].sum())
+    seconds = _covered(spans.values())
+    summarised = sum(seconds for seconds, _ in busy)
     spent = sum(phases.values())
     return {
-        "runs": len(runs),
+        "runs": len(spans),
         "chunks": len(ends),
         "rows": int(rows.sum()),
         "lost": lost,
         "memory": f"{memory / 2**20:,.0f} MiB",
-        "span": duration(busy) if busy else None,
-        "rate": f"{rows[1:].sum() / busy:,.1f}" if busy else None,
-        "residue_rate": f"{residues[1:].sum() / busy:,.0f}" if busy else None,
+        "span": duration(seconds) if seconds else None,
+        "rate": f"{rows.sum() / seconds:,.0f}" if seconds else None,
+        "residue_rate": f"{residues.sum() / seconds:,.0f}" if seconds else None,
+        "busy": sum(math.prod(each) for each in busy) / summarised if summarised else None,
         "line": _cumulative(times, rows),
         "phases": [
             {"name": _PHASES[name], "share": seconds / max(spent, 1e-9), "took": duration(seconds)}
             for name, seconds in phases.items()
         ],
     }
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+    """Seconds that lie in at least one of these spans, since runs may share a store."""
+    total, end = 0.0, -math.inf
+    for first, last in sorted(spans):
+        total += max(0.0, last - max(first, end))
+        end = max(end, last)
+    return total
 
 
 def _cumulative(times: NDArray[np.float64], rows: NDArray[np.float64]) -> dict[str, Any] | None:
@@ -385,7 +410,7 @@ _UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 # --- results -------------------------------------------------------------------------------------
 
 # Numbers of a fit, which are not for people.
-_NUMBERS = ("mean", "axes", "origin", "centres", "sampled_rows")
+_NUMBERS = ("mean", "axes", "origin", "centres", "sampled_rows", "was_trained_on_these")
 
 
 def _results(store: Store, kind: Kind) -> list[Result]:
@@ -405,7 +430,7 @@ def _listed(result: Result) -> list[tuple[str, str]]:
     return [
         (key.replace("_", " "), _as_text(value))
         for key, value in result.about.items()
-        if key not in _NUMBERS
+        if key not in _NUMBERS and value is not None
     ]
 
 
@@ -559,9 +584,9 @@ def _by_length(lengths: NDArray[np.int32]) -> _Groups:
 # --- neighbours, clusters and scores -------------------------------------------------------------
 
 
-def _neighbours(store: Store, query: str) -> list[dict[str, Any]]:
+def _neighbours(store: Store, query: str) -> dict[str, Any]:
     hits = nearest(store.path, query, k=_NEIGHBOURS).isel(query=0)
-    return [
+    rows = [
         {
             "id": str(hits.sequence_id.values[rank]),
             "similarity": f"{hits.similarity.values[rank]:.3f}",
@@ -570,6 +595,8 @@ def _neighbours(store: Store, query: str) -> list[dict[str, Any]]:
         }
         for rank in np.flatnonzero(hits.row.values >= 0).tolist()
     ]
+    random = hits.attrs["random_median"], hits.attrs["random_99"]
+    return {"rows": rows, "random": [f"{cosine:.2f}" for cosine in random]}
 
 
 def _clusters(store: Store, result: Result) -> dict[str, Any]:
@@ -598,7 +625,7 @@ def _score(store: Store, result: Result) -> dict[str, Any]:
 
     The score of a read, or of a tiled protein, is the mean over its rows.
     """
-    counts, total = np.zeros(_SCORE_BARS, np.int64), 0
+    counts, total, first = np.zeros(_SCORE_BARS, np.int64), 0, 0
     has_reads = "read" in store.names
     reads = store.array("read_id").shape[0] if has_reads else 0
     sums, of_read = np.zeros(reads), np.zeros(reads, np.int64)
@@ -610,6 +637,7 @@ def _score(store: Store, result: Result) -> dict[str, Any]:
         values = values[rows]
         counts += _score_counts(values)
         total += len(rows)
+        first += int((values >= 0.5).sum())
         if has_reads:
             with store.reading("`read`"):
                 read = np.asarray(store.array("read")[span])[rows]
@@ -625,11 +653,16 @@ def _score(store: Store, result: Result) -> dict[str, Any]:
         means = sums[scored] / of_read[scored]
         best = _highest(means, scored)
     names = _read_ids(store, best[1]) if has_reads else taken(store, "sequence_id", best[1])
+    has_texts = not has_reads and "description" in store.names
+    texts = taken(store, "description", best[1]) if has_texts else [""] * len(names)
     return {
         "name": result.name,
         "about": _listed(result),
         "bars": _score_bars(counts),
+        "warnings": training_warning(result),
+        "class": _first_class(result),
         "rows": total,
+        "first": first,
         "unit": ("read" if store.identity.translation else "protein") if has_reads else None,
         "read_bars": _score_bars(_score_counts(means)),
         "reads": len(means),
@@ -637,12 +670,21 @@ def _score(store: Store, result: Result) -> dict[str, Any]:
         "top": [
             {
                 "id": str(name),
+                "description": str(text),
                 "score": f"{value:.3f}",
                 "rows": int(of_read[number]) if has_reads else 1,
             }
-            for name, value, number in zip(names, best[0], best[1].tolist(), strict=True)
+            for name, text, value, number in zip(
+                names, texts, best[0], best[1].tolist(), strict=True
+            )
         ],
     }
+
+
+def _first_class(result: Result) -> str:
+    """Name of the class that high scores stand for."""
+    classes = result.about.get("classes")
+    return str(classes[0]) if isinstance(classes, list) and classes else "the first class"
 
 
 _SCORE_BARS = 20

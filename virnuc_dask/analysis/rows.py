@@ -5,17 +5,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.chunk_passes import ChunkCounter, Pool, as_float32, blocks, check_finite
+from virnuc_dask.settings import Status
 from virnuc_dask.store.store import Store, is_embedded
 
 TEXTS = ("sequence_id", "description")
 _CHUNKS_OF_A_SAMPLE = 512
 _NO_ROWS = np.zeros(0, np.int64)
+_MEANINGS = np.full(256, "", object)
+for _state in Status:
+    _MEANINGS[_state] = _state.meaning
 
 
 def embedded_rows(store: Store, chunks: Iterable[int] | None = None) -> NDArray[np.int64]:
@@ -173,3 +178,20 @@ def taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
         every[is_none] = "" if text else -1
     every[~is_none] = values.tolist() if text else values
     return every[where.reshape(rows.shape)]
+
+
+def meanings(codes: NDArray[np.uint8]) -> NDArray[np.object_]:
+    """Names of states, in the shape of their codes; empty for a code that is not known."""
+    return _MEANINGS[codes]
+
+
+def states(store: Store, rows: NDArray[np.int64]) -> NDArray[np.object_]:
+    """Names of the states of some rows, in their shape; empty for row -1."""
+    codes = taken(store, "status", np.maximum(rows, 0))
+    return np.where(rows < 0, "", meanings(codes))
+
+
+def file_names(store: Store) -> list[str]:
+    """Names of a store's inputs without their folders; whole paths if names occur twice."""
+    names = [Path(name).name or name for name in store.files]
+    return names if len(set(names)) == len(names) else list(store.files)

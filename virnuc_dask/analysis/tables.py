@@ -32,6 +32,7 @@ _TYPES = {
     "similarity": "float32",
     "distance": "float32",
     "length": "int32",
+    "status": _TEXT,
     "description": _TEXT,
     "label": _TEXT,
     "labels": _TEXT,
@@ -45,16 +46,16 @@ def write_table(
     """Write neighbours as a table, one per line.
 
     The columns are ``query``, ``rank`` from 1, ``neighbour``, ``row``, ``similarity`` or
-    ``distance``, and the neighbour's ``length`` in residues and ``description``. A query with
-    fewer than k neighbours has fewer lines.
+    ``distance``, and the neighbour's ``length`` in residues, ``status`` and ``description``. A
+    query with fewer than k neighbours has fewer lines.
 
     Parameters
     ----------
     found : xarray.Dataset
         Neighbours from `nearest`.
     out : path or text file
-        A new file, ``.tsv`` or ``.parquet``, or an open file for TSV. On a terminal, control
-        characters are replaced.
+        A new file, ``.tsv`` or ``.parquet``, or an open file for TSV. A terminal gets aligned
+        columns with four decimals, and no control characters.
     guard : bool
         In TSV, put an apostrophe before names that a spreadsheet reads as formulas.
     force : bool
@@ -83,8 +84,8 @@ def write_annotations(
     """Write annotations as a table, one row per line, part by part.
 
     The columns are ``query``, ``label``, ``reliability``, ``labels``, ``neighbour``, ``row``,
-    ``similarity`` or ``distance``, ``length`` and ``description``. A row without a neighbour has
-    reliability 0 and no other values.
+    ``similarity`` or ``distance``, ``length``, ``status`` and ``description``. A row
+    without a neighbour has reliability 0 and no other values.
 
     Parameters
     ----------
@@ -129,8 +130,8 @@ def write_rows(
     types : mapping of str to str
         Columns and their Parquet types, by pyarrow's names.
     out : path or text file
-        A file, ``.tsv`` or ``.parquet``, or an open file for TSV. On a terminal, control characters
-        are replaced.
+        A file, ``.tsv`` or ``.parquet``, or an open file for TSV. A terminal gets aligned columns
+        with four decimals, and no control characters.
     about : mapping
         Description of the table, for the metadata of Parquet's schema.
     guard : bool
@@ -156,7 +157,7 @@ def write_rows(
             path = stack.enter_context(whole_file(check_table(out, force=force)))
             write = stack.enter_context(_writer(path, types, about, guard))
         else:
-            write = _tsv_writer(out, types, guard)
+            write = _shown(out, types) if out.isatty() else _tsv_writer(out, types, guard)
         for columns in parts:
             write({name: _without_nan(columns[name], kind) for name, kind in types.items()})
             lines += len(next(iter(columns.values())))
@@ -199,6 +200,7 @@ def _columns(found: Any) -> dict[str, list[Any]]:
         # Scalars stay float32, so that they print as the shortest exact text.
         score: list(found[score].values[query, rank]),
         "length": found.length.values[query, rank].tolist(),
+        "status": found.status.values[query, rank].tolist(),
     }
     if "description" in found:
         columns["description"] = found.description.values[query, rank].tolist()
@@ -207,7 +209,8 @@ def _columns(found: Any) -> dict[str, list[Any]]:
 
 def _annotated(part: Any) -> Columns:
     score = "similarity" if "similarity" in part else "distance"
-    names = ["label", "reliability", "labels", "sequence_id", "row", score, "length", "description"]
+    names = ["label", "reliability", "labels", "sequence_id", "row"]
+    names += [score, "length", "status", "description"]
     columns = {"query": part.query_id.values.tolist()}
     for name in filter(part.__contains__, names):
         values = part[name].values
@@ -242,18 +245,44 @@ def _writer(
         )
 
 
-def _tsv_writer(file: IO[str], types: Mapping[str, str], guard: bool) -> Callable[[Columns], None]:
-    def shown(name: str) -> str:
-        name = printable(name, len(name)) if file.isatty() else name
-        return guarded(name) if guard else name
+def _shown(terminal: IO[str], types: Mapping[str, str]) -> Callable[[Columns], None]:
+    """Aligned columns for people, without control characters and with four decimals."""
+    widths = {name: len(name) for name in types}
+    is_first = True
 
+    def shown(value: Any, kind: str) -> str:
+        if value is None:
+            return ""
+        text = f"{value:.4f}" if kind in _FLOATS else str(value)
+        return printable(text, len(text))
+
+    def write(columns: Columns) -> None:
+        nonlocal is_first
+        cells = {
+            name: [shown(value, kind) for value in columns[name]] for name, kind in types.items()
+        }
+        for name, texts in cells.items():
+            widths[name] = max(widths[name], *map(len, texts)) if texts else widths[name]
+        lines = [*([tuple(types)] if is_first else []), *zip(*cells.values(), strict=True)]
+        is_first = False
+        for line in lines:
+            padded = (
+                f"{cell:<{width}}" if types[name] == _TEXT else f"{cell:>{width}}"
+                for cell, (name, width) in zip(line, widths.items(), strict=True)
+            )
+            terminal.write("  ".join(padded).rstrip() + "\n")
+
+    return write
+
+
+def _tsv_writer(file: IO[str], types: Mapping[str, str], guard: bool) -> Callable[[Columns], None]:
     # The writer quotes cells that contain a tab, a line end or a quote.
     writer = csv.writer(file, delimiter="\t", lineterminator="\n")
     writer.writerow(types)
 
     def write(columns: Columns) -> None:
         cells = (
-            map(shown, columns[name]) if kind == _TEXT else columns[name]
+            map(guarded, columns[name]) if guard and kind == _TEXT else columns[name]
             for name, kind in types.items()
         )
         writer.writerows(zip(*cells, strict=True))

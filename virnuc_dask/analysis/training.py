@@ -183,8 +183,8 @@ class TrainReport:
                 ("auprc", f"AUPRC (chance {chance:.2f})"),
                 ("sensitivity", "sensitivity at 0.5"),
                 ("specificity", "specificity at 0.5"),
-                ("brier", "Brier score"),
-                ("calibration_error", "calibration error"),
+                ("brier", "Brier score, 0 is best"),
+                ("calibration_error", "calibration error, 0 best"),
             )
         ]
         intervals = [
@@ -196,7 +196,18 @@ class TrainReport:
             f"{'AUROC, 95 % interval':<22}{intervals[0]:>14}  {intervals[1]:>17}",
             *figures[1:],
         ]
-        lines += ["", f"score         rows  mean score  share of {first}"]
+        lines += [
+            "",
+            "Similar sequences may be on both sides of the split. For figures that hold for new"
+            " families,",
+            "cluster the sequences first, for example with MMseqs2, and embed one of each cluster.",
+            "",
+            f"Calibration of the held-out rows: in each line, the share of {first} should be close"
+            " to the mean score;",
+            "the calibration error is the mean difference, weighted by rows.",
+            "",
+            f"score         rows  mean score  share of {first}",
+        ]
         for each_bin in self.embeddings.reliability:
             ends = f"{each_bin['above']:.1f} to {each_bin['to']:.1f}"
             means = [
@@ -230,7 +241,8 @@ def train(
     classifier is the tested one, fitted on the other three quarters. Rows with the same sequence,
     and rows of the same read, stay on the same side of the split. Sequences in both stores are left
     out. Similar sequences may be on both sides; then the metrics are better than for sequences
-    without known relatives. If that matters, cluster the input first.
+    without known relatives. If that matters, cluster the sequences first, for example with MMseqs2,
+    and give one sequence of each cluster.
 
     For comparison, a classifier of the same kind uses only the composition: the fractions of the 20
     amino acids and the logarithm of the length. The difference shows the gain from embeddings.
@@ -371,7 +383,7 @@ def train(
         "classes": list(classes),
         "model": model,
         # Leave out the folders of the weights, because the file may be shared.
-        "model_name": Path(stores[0].model.reference).name,
+        "model_name": stores[0].model.name,
         "median_length": float(np.median(lengths)),
         # Leave out the path of the file, because it may be shared.
         "training": {name: value for name, value in report.to_json().items() if name != "out"},

@@ -31,7 +31,7 @@ _metric = click.option("--metric", type=click.Choice(METRICS), default="cosine",
 _out_table = click.option(
     "--out",
     type=click.Path(path_type=Path),
-    help="Write a .tsv or .parquet file.  [default: TSV to standard output]",
+    help="Write a .tsv or .parquet file.  [default: standard output]",
 )
 _workers = click.option(
     "--workers", type=click.IntRange(1), help="Threads.  [default: one per core, at most 16]"
@@ -77,7 +77,9 @@ def export(store: str, out: Path, **options: bool) -> None:
     help="Identifier of a row of STORE, or of --query-store if given; repeatable.  [default: all"
     " rows of --query-store]",
 )
-@click.option("--query-store", help="Another store with the same weights, layer and pooling.")
+@click.option(
+    "--query-store", help="Another store with the same weights, layer, pooling and precision."
+)
 @click.option("--index", help="Index of STORE from `index`, for a fast approximate search.")
 @click.option(
     "--k", type=click.IntRange(1), default=10, show_default=True, help="Neighbours per query."
@@ -104,7 +106,8 @@ def nearest(
 ) -> None:
     """Find the rows of STORE with the embeddings nearest to each query.
 
-    One line per neighbour: query, rank, neighbour, row, similarity, length, description.
+    One line per neighbour: query, rank, neighbour, row, similarity, length, status,
+    description. A terminal gets aligned columns, a pipe gets TSV.
     """
     from virnuc_dask.analysis.neighbours import nearest as search
     from virnuc_dask.analysis.tables import check_table, write_table
@@ -115,6 +118,13 @@ def nearest(
     ids = list(queries) or None
     neighbours = search(store, ids, query_store=query_store, progress=progress, **options)
     _say_attrs(neighbours.attrs)
+    if "random_median" in neighbours.attrs:
+        print(
+            f"for comparison: half of all pairs of rows in {store} have a similarity of at most"
+            f" {neighbours.attrs['random_median']:.2f}, and one in a hundred has more than"
+            f" {neighbours.attrs['random_99']:.2f}",
+            file=sys.stderr,
+        )
     with cleaning_up():
         lines = write_table(neighbours, out or sys.stdout, guard=guard, force=force)
     if out:
@@ -186,7 +196,8 @@ def annotate(
     """Give each row of STORE the label of the nearest labelled row of a reference.
 
     One line per row: query, label, reliability from 0 to 1, all labels of the k neighbours. Then,
-    for the nearest neighbour with the label: identifier, row, similarity, length, description.
+    for the nearest neighbour with the label: identifier, row, similarity, length, status,
+    description. A terminal gets aligned columns, a pipe gets TSV.
     """
     from virnuc_dask.analysis import labels as analysis
     from virnuc_dask.analysis.tables import check_table, write_annotations
@@ -265,8 +276,8 @@ def _show_accuracy(found: LeaveOneOut) -> None:
     "--colour",
     default="length",
     show_default=True,
-    help="length, frame, status, score_NAME, cluster_NAME, or a .tsv file of labels as for"
-    " annotate (each line: identifier, tab, label).",
+    help="length, source (the input file), frame, status, score_NAME, cluster_NAME, or a .tsv file"
+    " of labels as for annotate (each line: identifier, tab, label).",
 )
 @click.option(
     "--points",
@@ -474,18 +485,20 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
         return
     print(
         f"{found.name}: {found.scored:,} rows scored, {found.first:,} of them {found.classes[0]}"
-        f" (0.5 or more); {found.computed_chunks:,} chunks computed"
+        f" (0.5 or more); {counted(found.computed_chunks, 'chunk')} computed now"
     )
     if found.pending or found.quarantined:
         print(
             f"no score: {found.pending:,} rows not yet embedded, {found.quarantined:,} quarantined"
         )
     if found.out:
-        of_all = "" if found.reads is None else f" of {counted(found.reads, 'record')}"
-        print(
-            f"{found.lines:,}{of_all} in {found.out}, {found.first_lines:,} of them"
-            f" {found.classes[0]}"
-        )
+        if found.reads is None:
+            print(f"{counted(found.lines or 0, 'row')} in {found.out}")
+        else:
+            print(
+                f"{found.lines:,} of {counted(found.reads, 'record')} in {found.out},"
+                f" {found.first_lines:,} of them {found.classes[0]}"
+            )
 
 
 @click.command()

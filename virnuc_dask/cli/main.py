@@ -107,8 +107,8 @@ def main() -> None:
     """Embed protein sequences with ESM-2 into a Zarr store. A killed run loses no finished chunk.
 
     Exit codes: 0 complete; 2 usage or input error; 3 complete with quarantined rows; 4 incomplete
-    or damaged; 130 and 143 interrupted. After 4, 130 or 143 of `run` or `resume` the same command
-    resumes.
+    or damaged; 129, 130 and 143 interrupted. After 4 or an interruption of `run` or `resume` the
+    same command resumes.
     """
     # Otherwise the final garbage collection of torch's objects takes most of a second.
     atexit.register(gc.freeze)
@@ -427,6 +427,7 @@ def _show_summary(summary: RunSummary) -> None:
         print(f"this shard is done; other shards still lack {counted(summary.elsewhere, 'chunk')}")
     else:
         print(f'open with: virnuc_dask.open_store("{summary.store}")')
+        print(f"look at it: virnuc-dask report {summary.store} report.html")
 
 
 def _missing_lines(missing: dict[int, str]) -> Iterator[str]:

@@ -290,6 +290,7 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
         case events.InputRead():
             if not quiet:
                 yield from input_notes(event)
+                yield from _truncation_note(event)
         case events.RunStarted() if not quiet:
             yield (
                 f"{event.store}: {counted(event.records, 'row')} in"
@@ -371,6 +372,16 @@ def input_notes(event: events.InputRead) -> Iterator[str]:
         yield (
             f"note: {event.without_row:,} of {counted(event.reads, 'record')} gave no row: no frame"
             f" is open, or long enough{event.hint}"
+        )
+
+
+def _truncation_note(event: events.InputRead) -> Iterator[str]:
+    if event.truncated:
+        yield (
+            f"note: {counted(event.truncated, 'row')} of more than {event.max_residues:,} residues"
+            f" will be truncated to these, which leaves out"
+            f" {event.residues_left_out / event.residues:.1%} of all residues (--long window"
+            " embeds whole sequences)"
         )
 
 

@@ -57,7 +57,11 @@ class ModelChosen(Event):
 
 @dataclass(frozen=True, slots=True)
 class InputRead(Event):
-    """Counts of the complete input after cleaning, as in `InputSummary`."""
+    """Counts of the complete input after cleaning, as in `InputSummary`.
+
+    `truncated` counts the rows of which only the first `max_residues` are to be encoded, and
+    `residues_left_out` the other residues of these rows.
+    """
 
     records: int
     residues: int
@@ -73,6 +77,9 @@ class InputRead(Event):
     without_row: int = 0
     contigs_without_row: int = 0
     tiled: int = 0
+    truncated: int = 0
+    residues_left_out: int = 0
+    max_residues: int = 0
 
     @property
     def hint(self) -> str:

@@ -151,7 +151,12 @@ class Plan:
             of = "tiles of records: " if self.input.tiled else ""
             yield "quarantined", f"{of}{self.input.invalid:,} invalid, {self.input.empty:,} empty"
         long = f"{self.long_records:,} of more than {self.max_residues:,} residues"
-        yield "long rows", f"{long}; {_MADE_OF_LONG[self.long]}" if self.long_records else long
+        left_out = self.input.residues_left_out / max(self.input.residues, 1)
+        share = f", without {left_out:.1%} of all residues" if left_out else ""
+        yield (
+            "long rows",
+            long + (f"; {_MADE_OF_LONG[self.long]}{share}" if self.long_records else ""),
+        )
         yield "to encode", f"{self.encoded_residues:,} residues"
         yield "chunks", f"{self.chunks:,} of {self.rows_per_chunk:,} rows"
         parts = (self.embedding_bytes, self.sequence_bytes, self.residue_embedding_bytes)
@@ -232,7 +237,7 @@ def plan(
     width = 4 if settings.dtype == "float32" else 2
     kept = encoded_lengths(lengths, settings.max_residues, settings.long)
     return Plan(
-        input_read(summary),
+        input_read(settings, summary),
         model,
         device,
         int(lengths.max()),

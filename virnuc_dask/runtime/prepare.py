@@ -129,7 +129,7 @@ def prepare(
                 rows = rows_per_chunk(settings, model, summary, device, count_workers())
                 identity = identity_of(settings, model, summary, rows)
                 with _explained(store):
-                    provenance = _provenance(files, model, summary, device)
+                    provenance = _provenance(files, model, input_read(settings, summary), device)
                     ingest.commit(identity, model.dimension, provenance, model.comment())
             # This run's store, or that of a faster run, which may have another chunk size.
             existing = Store(store)
@@ -143,7 +143,7 @@ def prepare(
     identity = identity_of(settings, model, summary, rows)
     if differences := existing.identity.differences(identity):
         raise IdentityMismatchError(str(store), differences)
-    emit(input_read(summary))
+    emit(input_read(settings, summary))
     return existing, model
 
 
@@ -248,7 +248,7 @@ def check_input(settings: Settings, summary: InputSummary, files: Sequence[str |
     if not summary.records:
         raise InputError(
             f"none of {summary.reads:,} records gives a row: no frame is open, or long enough"
-            f"{input_read(summary).hint}",
+            f"{input_read(settings, summary).hint}",
             file=", ".join(map(str, files)),
         )
 
@@ -273,8 +273,12 @@ def _check_molecule(summary: InputSummary) -> None:
         )
 
 
-def input_read(summary: InputSummary) -> events.InputRead:
+def input_read(settings: Settings, summary: InputSummary) -> events.InputRead:
     """Return the counts of an input as an event."""
+    left_out = np.zeros(0, np.int64)
+    if settings.long == "truncate":
+        lengths = summary.all_lengths()
+        left_out = lengths[lengths > settings.max_residues].astype(np.int64) - settings.max_residues
     return events.InputRead(
         summary.records,
         summary.residues,
@@ -290,11 +294,14 @@ def input_read(summary: InputSummary) -> events.InputRead:
         len(summary.without_row),
         summary.contigs_without_row,
         summary.tiled,
+        len(left_out),
+        int(left_out.sum()),
+        settings.max_residues,
     )
 
 
 def _provenance(
-    files: Sequence[str | Path], model: ModelSpec, summary: InputSummary, device: str
+    files: Sequence[str | Path], model: ModelSpec, read: events.InputRead, device: str
 ) -> dict[str, Any]:
     """Describe how the store was created. People read it; no code depends on it."""
     packages = ("fair-esm", "torch", "zarr", "dask", "numpy")
@@ -302,7 +309,7 @@ def _provenance(
         "model": model.reference,
         "device": device,
         "inputs": [str(file) for file in files],
-        "input": {k: v for k, v in input_read(summary).to_json().items() if k != "event"},
+        "input": {k: v for k, v in read.to_json().items() if k != "event"},
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "machine": platform.machine(),
