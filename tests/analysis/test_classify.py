@@ -46,7 +46,7 @@ from virnuc_dask.runtime.embed import embed_chunk
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import RANDOM_WEIGHTS, Settings, Tiling, Translation
 from virnuc_dask.store import bucket
-from virnuc_dask.store.results import open_result
+from virnuc_dask.store.results import keep_result, open_result
 from virnuc_dask.store.store import Store
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -419,7 +419,8 @@ def test_lengths_that_differ_are_noted(
     found = virnuc_dask.predict(whole.path, trained)
     assert any("median lengths are" in note for note in found.notes)
     (note,) = virnuc_dask.predict(viral.path, trained).notes
-    assert "trained on most of these rows" in note
+    assert "trained on rows of this store" in note
+    assert "AUROC on held-out rows: " in note
 
 
 # --- scores ---
@@ -553,6 +554,19 @@ def test_tables_of_rows(
     assert table["row"].to_pylist() == list(range(130))
     assert str(table["score"].type) == "float"
     assert table.schema.metadata[b"comment"].decode() == RANDOM_WEIGHTS
+
+
+def test_scores_of_an_older_version_are_completed(viral: Store, trained: Path) -> None:
+    """It kept no details. No value depends on them."""
+    whole = virnuc_dask.predict(viral.path, trained, name="whole")
+    about = open_result(viral, whole.name).about
+    old = keep_result(viral, "score", "old", about)
+    found = virnuc_dask.predict(viral.path, trained, name="old")
+    assert found.computed_chunks == viral.chunk_count
+    assert np.array_equal(old.array[:], open_result(viral, whole.name).array[:])
+    details = open_result(viral, whole.name).details
+    assert details["was_trained_on_store"] is True
+    assert 0 <= details["held_out_auroc"] <= 1
 
 
 def test_names_break_no_table(make_store: Maker, trained: Path, tmp_path: Path) -> None:
@@ -931,7 +945,7 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     table = tmp_path / "t.tsv"
     done = invoke("predict", viral.path, "--classifier", file, "--out", table)
     assert done.exit_code == 0, done.stderr
-    assert done.stderr.startswith(f"note: {file} was trained on most of these rows")
+    assert done.stderr.startswith(f"note: {file}: the classifier was trained on rows of this store")
     assert done.stderr.endswith(f"comment: {RANDOM_WEIGHTS}\n")
     assert done.stdout.startswith("score_virus: 130 rows scored, ")
     assert f"5 chunks computed now\n130 rows in {table}\n" in done.stdout

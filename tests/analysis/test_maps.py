@@ -451,24 +451,38 @@ def test_input_files_have_colours(make_store: Maker, tmp_path: Path) -> None:
     drawn = points.draw_points(store, "pca", colour="source")
     assert drawn.values == ["a.faa"] * 5 + ["b.faa"] * 6
     assert drawn.categories == ["b.faa", "a.faa"]
-    # Files of one name are told apart by their folders.
+    # Files of one name get numbers, not their folders.
     files[1] = files[1].rename(tmp_path / "a.faa")
     store = make_store(files, "same.zarr")
     virnuc_dask.make_map(store.path)
     drawn = points.draw_points(store, "pca", colour="source")
-    assert set(drawn.values) == {str(file) for file in files}
+    assert drawn.values == ["a.faa (1)"] * 5 + ["a.faa (2)"] * 6
+    store.array("source")[:] = 2
+    with pytest.raises(StoreError, match="`source` is damaged"):
+        points.draw_points(store, "pca", colour="source")
 
 
-def test_scores_of_training_rows_are_warned_of(store: Store) -> None:
+def test_a_store_that_knows_no_sources(store: Store) -> None:
+    shutil.rmtree(Path(store.path) / "source")
+    old = Store(store.path)
+    with pytest.raises(UsageError, match=r"'source': give length, status, or a \.tsv file"):
+        points.check_colour(old, "source")
+
+
+def test_scores_of_training_rows_are_warned_of(store: Store, tmp_path: Path) -> None:
     virnuc_dask.make_map(store.path)
-    about = {"was_trained_on_these": True, "held_out_auroc": 0.875}
-    for name, known in (("virus", about), ("other", about | {"was_trained_on_these": False})):
-        fill(keep_result(store, "score", name, known), lambda rows: np.full(len(rows), 0.5))
-    warning = points.draw_points(store, "pca", colour="score_virus").warning
-    assert warning
-    assert RANDOM_WEIGHTS in warning
-    assert "trained on most of these rows" in warning
-    assert "AUROC on held-out rows: 0.875" in warning
+    details = {"was_trained_on_store": True, "held_out_auroc": 0.875}
+    for name, known in (("virus", details), ("other", details | {"was_trained_on_store": False})):
+        result = keep_result(store, "score", name, {}, details=known)
+        fill(result, lambda rows: np.full(len(rows), 0.5))
+    drawn = points.draw_points(store, "pca", colour="score_virus")
+    assert (drawn.warning or "").splitlines() == [
+        RANDOM_WEIGHTS,
+        "score_virus: the classifier was trained on rows of this store, so their scores are too"
+        " good; AUROC on held-out rows: 0.875",
+    ]
+    plots.write_drawing(drawn, tmp_path / "x.html")
+    assert (tmp_path / "x.html").read_text().count("#B00000") == 2
     assert points.draw_points(store, "pca", colour="score_other").warning == RANDOM_WEIGHTS
 
 

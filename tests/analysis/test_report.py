@@ -18,6 +18,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from conftest import VIRAL_PROTEINS, Cli, Maker
+from models import random_network, save_network
 from s3 import BUCKET
 from sklearn.decomposition import PCA
 
@@ -282,26 +283,40 @@ def test_clusters_are_shown(make_store: Maker) -> None:
 @pytest.mark.slow
 def test_scores_of_training_rows_are_warned_of(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS)
-    about = {"classes": ["viral", "other"], "held_out_auroc": 0.875, "was_trained_on_these": True}
-    fill(keep_result(store, "score", "virus", about), score)
+    about = {"classes": ["viral", "other"]}
+    details = {"held_out_auroc": 0.875, "was_trained_on_store": True}
+    fill(keep_result(store, "score", "virus", about, details=details), score)
     page = written(store)
     check_accessible(page)
-    warning = "the classifier was trained on most of these rows, so their scores are too good"
+    warning = "the classifier was trained on rows of this store, so their scores are too good"
     assert f"score_virus: {warning}; AUROC on held-out rows: 0.875" in page.text
     scores = open_result(store, "score_virus").array[:]
     assert f"{(scores >= 0.5).sum()} of them are viral (0.5 or more)" in page.text
     best = int(np.argmax(scores))
     assert str(store.array("description")[best]) in page.text.partition("The highest.")[2]
-    fill(keep_result(store, "score", "virus", {"held_out_auroc": None}, replace=True), score)
+    fill(keep_result(store, "score", "virus", {}, replace=True), score)
     assert warning not in written(store, force=True).text
 
 
 @pytest.mark.slow
 def test_the_page_names_no_folder(make_store: Maker, tmp_path: Path) -> None:
-    page = written(make_store(VIRAL_PROTEINS))
-    assert VIRAL_PROTEINS.name in page.text
+    weights = tmp_path / "models" / "mine.pt"
+    weights.parent.mkdir()
+    save_network(random_network(2, 64, 4), weights)
+    inputs = [tmp_path / folder / "a.faa" for folder in ("x", "y")]
+    for number, file in enumerate(inputs):
+        file.parent.mkdir()
+        file.write_text(f">{number}\nMKTAYIAKQR\n>{number}b\nMKVLA\n")
+    store = make_store(inputs, model=str(weights))
+    page = written(store)
+    assert "embedded with mine.pt" in page.text
+    assert "Input a.faa (1), a.faa (2)" in page.text
+    assert "colours show input file" in page.text
+    assert "a.faa (2) (2)" in page.text
     assert str(tmp_path) not in page.html
-    assert str(VIRAL_PROTEINS.parent) not in page.html
+    # An older store knows its inputs only from what is said of its origin.
+    shutil.rmtree(Path(store.path) / "source")
+    assert "Input a.faa (1), a.faa (2)" in written(Store(store.path), force=True).text
 
 
 def colours_of(page: Page) -> list[str]:
@@ -363,8 +378,8 @@ def test_of_many_rows_a_sample_is_drawn(make_store: Maker, monkeypatch: pytest.M
 
 
 def test_telemetry(make_store: Maker, tmp_path: Path) -> None:
-    store = make_store(VIRAL_PROTEINS)
     """Speed is that of the runs' own summaries; of a killed run, of what is known."""
+    store = make_store(VIRAL_PROTEINS)
     done = {"run": "a", "event": "chunk_done", "computed": True, "rows": 32, "residues": 3200}
     took = {"read_s": 1.0, "wait_s": 2.0, "compute_s": 6.0, "write_s": 1.0, "memory": 2**30}
     lines = [
@@ -373,12 +388,16 @@ def test_telemetry(make_store: Maker, tmp_path: Path) -> None:
     ]
     before = {"run": "a", "event": "workers_changed", "time": "2025-12-31T23:59:20+00:00"}
     lines.insert(0, json.dumps(before))
-    # A second run beside it, from 00:03:30 to 00:04:50.
+    # What happens before the first chunk is done is no start.
+    failed = {"event": "chunk_failed", "time": "2025-12-31T23:59:50+00:00"}
+    lines.insert(1, json.dumps(before | failed))
+    # A second run beside it, from 00:03:20 to 00:04:40; its end comes later.
     second = {"run": "b", "time": "2026-01-01T00:04:40+00:00"}
     lines.append(json.dumps(done | took | second))
     ended = {"event": "run_summary", "seconds": 80, "busy": 0.75}
     lines.append(json.dumps(second | ended | {"time": "2026-01-01T00:04:50+00:00"}))
-    lines.append(json.dumps(second | ended | {"seconds": "NaN"}))
+    wrong = ({"seconds": "NaN"}, {"seconds": 1e308}, {"seconds": -1}, {"busy": 7})
+    lines += [json.dumps(second | ended | each) for each in wrong]
     lines += ['{"run": "a", "event": "chu', "[]", json.dumps(done), "\0", "[" * 10_000]
     lines.append(json.dumps({"run": "<b>", "event": "worker_lost", "time": "now"}))
     lines.append(json.dumps(done | took | {"time": "x", "rows": "NaN"}))
@@ -386,8 +405,8 @@ def test_telemetry(make_store: Maker, tmp_path: Path) -> None:
     page = written(store)
     check_accessible(page)
     for said in (
-        "6 chunks with 192 rows, computed by 2 runs in 5 min 30 s",
-        "1 sequences and 58 residues a second",
+        "6 chunks with 192 rows, computed by 2 runs in 5 min 20 s",
+        "0.6 sequences and 60 residues a second",
         "75 % of the workers' time was computing",
         "1,024 MiB of memory",
         "1 worker was lost",

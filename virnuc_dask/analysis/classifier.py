@@ -9,7 +9,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -260,6 +260,26 @@ def is_class_name(name: object) -> bool:
 def versions() -> dict[str, str]:
     """Versions of the packages that train, save and run a classifier."""
     return {name: version(name) for name in ("scikit-learn", "skops", "numpy")}
+
+
+def training_warning(name: str, details: Mapping[str, Any]) -> str | None:
+    """Warning if a classifier scored a store that it was trained on; else None.
+
+    Parameters
+    ----------
+    name : str
+        Name of the classifier or of its scores.
+    details : mapping
+        From `Result.details`: ``was_trained_on_store`` and ``held_out_auroc``.
+    """
+    if details.get("was_trained_on_store") is not True:
+        return None
+    auroc = details.get("held_out_auroc")
+    held_out = f"; AUROC on held-out rows: {auroc:.3f}" if isinstance(auroc, float) else ""
+    return (
+        f"{name}: the classifier was trained on rows of this store, so their scores are too"
+        f" good{held_out}"
+    )
 
 
 def version_note(classifier: Classifier) -> str | None:

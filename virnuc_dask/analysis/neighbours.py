@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -80,8 +80,8 @@ def nearest(
     not, because only its runs write to it. Norms are not kept: they cost 3 % of the time of the
     products, and would take 4 bytes per row.
 
-    Whether a similarity is high depends on the model and on the store. So a centred search also
-    returns the similarity of random pairs of its rows, of 512 rows at most.
+    Whether a similarity is high depends on the model and on the store. So an exact centred search
+    also returns how similar the pairs of a random sample are, of 512 rows at most.
 
     Parameters
     ----------
@@ -120,7 +120,7 @@ def nearest(
         neighbours have row and length -1, empty texts and NaN. Coordinates: ``query_row`` (int64)
         and ``query_id``; -1 and empty for vectors. Attributes, if present: ``note`` and ``comment``
         are reasons to doubt the result; ``random_median`` and ``random_99`` are the median and the
-        99th percentile of the similarity of two random rows of `store`.
+        99th percentile of the similarities in a random sample of `store`.
 
     Raises
     ------
@@ -604,18 +604,31 @@ def _centre(
     some, _ = random_rows(store, present, _RANDOM_ROWS, 0)
     chunks = np.flatnonzero(present).tolist()
     mean, _, vectors = mean_row(store, chunks, pool, count, np.concatenate([rows, some]))
-    median, high = _random_pairs(vectors[len(rows) :] - mean)
-    content = b64encode(np.append(mean, [median, high]).astype("<f4").tobytes()).decode()
-    caches.remember("mean", store.id.encode(), key, content)
-    return _Centre(mean, (median, high)), vectors[: len(rows)]
+    random = _sampled_pairs(vectors[len(rows) :] - mean)
+    kept = np.concatenate([mean, random or []]).astype("<f4")
+    caches.remember("mean", store.id.encode(), key, b64encode(kept.tobytes()).decode())
+    return _Centre(mean, random), vectors[: len(rows)]
 
 
-def _random_pairs(centred: NDArray[np.float32]) -> tuple[float, float]:
-    """Median and 99th percentile of the cosine of all pairs; 0 and 0 without a pair."""
+def _sampled_pairs(centred: NDArray[np.float32]) -> tuple[float, float] | None:
+    """Median and 99th percentile of the cosine of all pairs; None without a pair."""
     unit = centred * _inverse(np.vecdot(centred, centred))[:, None]
     cosines = (unit @ unit.T)[np.triu_indices(len(unit), 1)]
-    median, high = np.quantile(cosines, _QUANTILES) if len(cosines) else (0, 0)
+    if not len(cosines):
+        return None
+    median, high = np.quantile(cosines, _QUANTILES)
     return float(np.float32(median)), float(np.float32(high))
+
+
+def random_pairs(attrs: Mapping[str, Any]) -> str | None:
+    """How similar random pairs are, from the attributes of neighbours, for people."""
+    if "random_99" not in attrs:
+        return None
+    return (
+        "in a random sample of rows, half of all pairs have a similarity of at most"
+        f" {attrs['random_median']:z.2f}, and one pair in a hundred has more than"
+        f" {attrs['random_99']:z.2f}"
+    )
 
 
 def _kept_centre(store: Store, key: list[Any]) -> _Centre | None:
@@ -623,8 +636,9 @@ def _kept_centre(store: Store, key: list[Any]) -> _Centre | None:
     kept = caches.recall("mean", store.id.encode(), key)
     with suppress(TypeError, ValueError):  # the file may contain anything
         numbers = np.frombuffer(b64decode(kept, validate=True), "<f4").astype(np.float32)
-        if numbers.shape == (store.dimension + 2,) and np.isfinite(numbers).all():
-            return _Centre(numbers[:-2], (float(numbers[-2]), float(numbers[-1])))
+        mean, random = np.split(numbers, [store.dimension])
+        if len(mean) == store.dimension and len(random) in (0, 2) and np.isfinite(numbers).all():
+            return _Centre(mean, (float(random[0]), float(random[1])) if len(random) else None)
     return None
 
 

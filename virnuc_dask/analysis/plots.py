@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from html import escape
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import numpy as np
@@ -186,7 +187,9 @@ def scatter(points: Points) -> Any:
 def _heading(points: Points) -> str:
     lines = [f"<b style='font-size:1.2em'>{escape(points.title)}</b>", escape(points.subtitle)]
     if points.warning:
-        lines.append(f"<b style='color:#B00000'>{escape(points.warning)}</b>")
+        lines += [
+            f"<b style='color:#B00000'>{escape(line)}</b>" for line in points.warning.splitlines()
+        ]
     return "<br>".join(lines)
 
 
@@ -371,7 +374,11 @@ def _write_png(points: Points, path: Path) -> None:
     axes.set_aspect("equal", adjustable="datalim")
     texts += [axes.set_title(f"{points.title}\n{points.subtitle}", fontsize=9, wrap=True)]
     if points.warning:
-        drawing.suptitle(points.warning, color="#B00000", fontsize=10)
+        drawing.suptitle(
+            "\n".join(fill(line, 90) for line in points.warning.splitlines()),
+            color="#B00000",
+            fontsize=9,
+        )
     for text in texts:
         text.set_parse_math(False)  # names are not formulas
     with warnings.catch_warnings():

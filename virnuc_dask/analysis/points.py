@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask.analysis.classifier import training_warning
 from virnuc_dask.analysis.labels import SEPARATOR, read_lines
-from virnuc_dask.analysis.rows import file_names, random_rows, states, taken
+from virnuc_dask.analysis.rows import random_rows, sources, states, taken
 from virnuc_dask.analysis.stored_fits import check_seed
 from virnuc_dask.errors import UsageError
 from virnuc_dask.store.results import RESULT, Result, open_result, result_names
@@ -34,7 +35,7 @@ class Points:
     title, subtitle : str
         Method, store and model; number of drawn rows and of all rows.
     warning : str, optional
-        Random weights, or scores of rows that the classifier was trained on.
+        Random weights, and scores of rows that the classifier was trained on, one per line.
     axes : tuple of str
         Names of both axes.
     xy : ndarray, float32, shape (n, 2)
@@ -75,16 +76,14 @@ def check_colour(store: Store, colour: str) -> None:
     """
     if colour == "frame" and not store.identity.translation:
         raise UsageError(f"{store.path}: rows have no frame, because they were not translated")
-    if colour == "source" and colour not in store.names:
-        raise UsageError(f"{store.path}: this store does not hold which file a row is from")
-    if colour in _COLUMNS:
+    columns = [name for name in _COLUMNS if name in store.names]
+    if colour in columns:
         return
     if RESULT.fullmatch(colour) and not colour.startswith("map_"):
         open_result(store, colour)
     elif colour.lower().endswith(_LABELS):
         read_lines(colour)
     else:
-        columns = [name for name in _COLUMNS if name != "frame" or store.identity.translation]
         results = [name for name in result_names(store) if not name.startswith("map_")]
         known = ", ".join([*columns, *results])
         raise UsageError(f"cannot colour by {colour!r}: give {known}, or a {_LABELS} file")
@@ -169,22 +168,10 @@ def _subtitle(store: Store, drawn: int, present: NDArray[np.bool_], is_sample: b
 
 
 def _warning(store: Store, colour: str) -> str | None:
-    said = [*store.model.comment().values()]
+    warnings = [store.model.comment().get("comment")]
     if RESULT.fullmatch(colour) and colour.startswith("score_"):
-        said += training_warning(open_result(store, colour))
-    return "; ".join(said) or None
-
-
-def training_warning(score: Result) -> list[str]:
-    """A sentence, if a classifier scored rows that it was trained on."""
-    if not score.about.get("was_trained_on_these"):
-        return []
-    auroc = score.about.get("held_out_auroc")
-    held_out = f"; AUROC on held-out rows: {auroc:.3f}" if isinstance(auroc, float) else ""
-    return [
-        f"{score.name}: the classifier was trained on most of these rows, so their scores are too"
-        f" good{held_out}"
-    ]
+        warnings.append(training_warning(colour, open_result(store, colour).details))
+    return "\n".join(filter(None, warnings)) or None
 
 
 def _axes(result: Result) -> tuple[str, str]:
@@ -215,8 +202,7 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
     if colour == "status":
         return _categories(colour, states(store, rows).tolist())
     if colour == "source":
-        names = file_names(store)
-        return _categories("input file", [names[n] for n in taken(store, colour, rows).tolist()])
+        return _categories("input file", sources(store, rows))
     if colour == "frame":
         numbers = taken(store, colour, rows).tolist()
         named = [f"{number:+d}" for number in numbers]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.chunk_passes import Progress, fill, thread_count
-from virnuc_dask.analysis.classifier import Classifier, load_classifier, version_note
+from virnuc_dask.analysis.classifier import (
+    Classifier,
+    load_classifier,
+    training_warning,
+    version_note,
+)
 from virnuc_dask.analysis.compatibility import (
     check_comparable,
     length_note,
@@ -188,9 +193,13 @@ def predict(
     _check_table(opened, out, consensus, force)
     about = {name: found.about[name] for name in ("kind", "classes")}
     about |= {"classifier": found.digest()}
-    about |= {"held_out_auroc": found.held_out_auroc}
-    about |= {"was_trained_on_these": found.was_trained_on(opened.identity.input_sha256)}
-    result = keep_result(opened, "score", name or _name_of(classifier), about, replace=replace)
+    details = {
+        "held_out_auroc": found.held_out_auroc,
+        "was_trained_on_store": found.was_trained_on(opened.identity.input_sha256),
+    }
+    result = keep_result(
+        opened, "score", name or _name_of(classifier), about, details=details, replace=replace
+    )
     computed = fill(result, found, workers=threads, client=client, progress=progress)
     scored, first = _counts(result)
     done = opened.rows_in(np.flatnonzero(result.present()))
@@ -210,7 +219,7 @@ def predict(
         lines=lines,
         first_lines=first_lines,
         reads=opened.array("read_id").shape[0] if consensus else None,
-        notes=_notes(found, opened, str(classifier)),
+        notes=_notes(found, opened, str(classifier), details),
         **opened.model.comment(),
     )
 
@@ -241,9 +250,11 @@ def _check_table(
         check_table(out, force=force)
 
 
-def _notes(classifier: Classifier, store: Store, name: str) -> list[str]:
+def _notes(
+    classifier: Classifier, store: Store, name: str, details: Mapping[str, Any]
+) -> list[str]:
     notes = [
-        _training_note(classifier, store, name),
+        training_warning(name, details),
         length_note(
             median_length(store),
             str(store.path),
@@ -253,15 +264,6 @@ def _notes(classifier: Classifier, store: Store, name: str) -> list[str]:
         version_note(classifier),
     ]
     return [note for note in notes if note]
-
-
-def _training_note(classifier: Classifier, store: Store, name: str) -> str | None:
-    if not classifier.was_trained_on(store.identity.input_sha256):
-        return None
-    return (
-        f"{name} was trained on most of these rows, so their scores are too good; use the held-out"
-        " figures of `train` to judge it"
-    )
 
 
 def _parts(result: Result) -> Iterator[tuple[slice, NDArray[np.float32]]]:

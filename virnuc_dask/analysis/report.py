@@ -16,17 +16,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.chunk_passes import as_float32, check_finite
-from virnuc_dask.analysis.neighbours import nearest
+from virnuc_dask.analysis.classifier import training_warning
+from virnuc_dask.analysis.neighbours import nearest, random_pairs
 from virnuc_dask.analysis.outputs import check_out, whole_file
-from virnuc_dask.analysis.points import training_warning
-from virnuc_dask.analysis.rows import file_names, taken
+from virnuc_dask.analysis.rows import file_names, sources, taken
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.settings import Status
 from virnuc_dask.store.results import Kind, Result, open_result, result_names
 from virnuc_dask.store.status import quarantined, row_states
 from virnuc_dask.store.store import RESIDUES_PER_STORED_CHUNK, Store, is_embedded
-from virnuc_dask.text import duration, printable
+from virnuc_dask.text import duration, printable, rate
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -303,6 +303,8 @@ _PHASES = {
     "compute_s": "computing",
     "write_s": "writing",
 }
+_BEFORE_CHUNKS = ("run_started", "workers_changed", "workers_checked")
+_LONGEST_RUN_S = 1e9
 
 
 def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
@@ -314,7 +316,7 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
         path = f"{store.path}.telemetry.jsonl"
     ends: list[tuple[float, float, float]] = []
     phases = dict.fromkeys(_PHASES, 0.0)
-    # For each run, its last event before a chunk, and when it computed.
+    # For each run, when its workers were ready, and when it computed.
     before: dict[str, float] = {}
     spans: dict[str, tuple[float, float]] = {}
     busy: list[tuple[float, float]] = []
@@ -329,11 +331,13 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
                     time = datetime.fromisoformat(event["time"]).timestamp()
                     if kind == "run_summary" and run in spans:
                         numbers = [float(event["seconds"]), float(event["busy"] or 0)]
+                        if not (0 <= numbers[0] < _LONGEST_RUN_S and 0 <= numbers[1] <= 1):
+                            continue
                     elif kind == "chunk_done" and event["computed"]:
                         numbers = [float(event[name]) for name in ("rows", "residues", *_PHASES)]
                         memory = max(memory, float(event["memory"]))
                     else:
-                        if run not in spans:
+                        if kind in _BEFORE_CHUNKS and run not in spans:
                             before[run] = time
                         continue
                 except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
@@ -341,7 +345,7 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
                 if not all(map(math.isfinite, numbers)):
                     continue
                 if kind == "run_summary":
-                    spans[run] = (time - numbers[0], time)
+                    spans[run] = (spans[run][1] - numbers[0], spans[run][1])
                     busy.append((numbers[0], numbers[1]))
                     continue
                 ends.append((time, numbers[0], numbers[1]))
@@ -367,8 +371,8 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
         "lost": lost,
         "memory": f"{memory / 2**20:,.0f} MiB",
         "span": duration(seconds) if seconds else None,
-        "rate": f"{rows.sum() / seconds:,.0f}" if seconds else None,
-        "residue_rate": f"{residues.sum() / seconds:,.0f}" if seconds else None,
+        "rate": rate(rows.sum() / seconds) if seconds else None,
+        "residue_rate": rate(residues.sum() / seconds) if seconds else None,
         "busy": sum(math.prod(each) for each in busy) / summarised if summarised else None,
         "line": _cumulative(times, rows),
         "phases": [
@@ -410,7 +414,7 @@ _UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 # --- results -------------------------------------------------------------------------------------
 
 # Numbers of a fit, which are not for people.
-_NUMBERS = ("mean", "axes", "origin", "centres", "sampled_rows", "was_trained_on_these")
+_NUMBERS = ("mean", "axes", "origin", "centres", "sampled_rows")
 
 
 def _results(store: Store, kind: Kind) -> list[Result]:
@@ -430,7 +434,7 @@ def _listed(result: Result) -> list[tuple[str, str]]:
     return [
         (key.replace("_", " "), _as_text(value))
         for key, value in result.about.items()
-        if key not in _NUMBERS and value is not None
+        if key not in _NUMBERS
     ]
 
 
@@ -566,9 +570,8 @@ def _by_cluster(values: NDArray[np.int32]) -> _Groups:
 
 
 def _by_file(store: Store, rows: NDArray[np.int64]) -> _Groups:
-    with store.reading("`source`"):
-        group = np.asarray(store.array("source").oindex[rows], np.int64)
-    names = [Path(name).name for name in store.files]
+    names = file_names(store)
+    group = np.array([names.index(name) for name in sources(store, rows)], np.int64)
     return group, list(zip(names, _SERIES, strict=False))
 
 
@@ -595,8 +598,7 @@ def _neighbours(store: Store, query: str) -> dict[str, Any]:
         }
         for rank in np.flatnonzero(hits.row.values >= 0).tolist()
     ]
-    random = hits.attrs["random_median"], hits.attrs["random_99"]
-    return {"rows": rows, "random": [f"{cosine:.2f}" for cosine in random]}
+    return {"rows": rows, "random": random_pairs(hits.attrs)}
 
 
 def _clusters(store: Store, result: Result) -> dict[str, Any]:
@@ -659,7 +661,7 @@ def _score(store: Store, result: Result) -> dict[str, Any]:
         "name": result.name,
         "about": _listed(result),
         "bars": _score_bars(counts),
-        "warnings": training_warning(result),
+        "warning": training_warning(result.name, result.details),
         "class": _first_class(result),
         "rows": total,
         "first": first,

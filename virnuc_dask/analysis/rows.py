@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.chunk_passes import ChunkCounter, Pool, as_float32, blocks, check_finite
+from virnuc_dask.errors import StoreError
 from virnuc_dask.settings import Status
 from virnuc_dask.store.store import Store, is_embedded
 
@@ -192,6 +193,24 @@ def states(store: Store, rows: NDArray[np.int64]) -> NDArray[np.object_]:
 
 
 def file_names(store: Store) -> list[str]:
-    """Names of a store's inputs without their folders; whole paths if names occur twice."""
-    names = [Path(name).name or name for name in store.files]
-    return names if len(set(names)) == len(names) else list(store.files)
+    """Names of a store's inputs without their folders; equal names get numbers."""
+    files = store.files or list(map(str, store.provenance.get("inputs", [])))
+    names = [Path(file).name or file for file in files]
+    return [
+        f"{name} ({names[: number + 1].count(name)})" if names.count(name) > 1 else name
+        for number, name in enumerate(names)
+    ]
+
+
+def sources(store: Store, rows: NDArray[np.int64]) -> list[str]:
+    """Name of the input of each row, as from `file_names`.
+
+    Raises
+    ------
+    StoreError
+        The numbers are damaged.
+    """
+    names, numbers = file_names(store), taken(store, "source", rows)
+    if not np.isin(numbers, np.arange(len(names))).all():
+        raise StoreError(f"{store.path}: `source` is damaged")
+    return [names[number] for number in numbers.tolist()]

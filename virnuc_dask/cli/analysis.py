@@ -110,6 +110,7 @@ def nearest(
     description. A terminal gets aligned columns, a pipe gets TSV.
     """
     from virnuc_dask.analysis.neighbours import nearest as search
+    from virnuc_dask.analysis.neighbours import random_pairs
     from virnuc_dask.analysis.tables import check_table, write_table
 
     if out:
@@ -118,13 +119,8 @@ def nearest(
     ids = list(queries) or None
     neighbours = search(store, ids, query_store=query_store, progress=progress, **options)
     _say_attrs(neighbours.attrs)
-    if "random_median" in neighbours.attrs:
-        print(
-            f"for comparison: half of all pairs of rows in {store} have a similarity of at most"
-            f" {neighbours.attrs['random_median']:.2f}, and one in a hundred has more than"
-            f" {neighbours.attrs['random_99']:.2f}",
-            file=sys.stderr,
-        )
+    if random := random_pairs(neighbours.attrs):
+        print(f"for comparison: {random}", file=sys.stderr)
     with cleaning_up():
         lines = write_table(neighbours, out or sys.stdout, guard=guard, force=force)
     if out:

@@ -135,6 +135,8 @@ class InputSummary:
         Letters J read as X, gap letters removed, terminal stops removed.
     lengths : list of ndarray, int32
         Lengths of all rows, block by block.
+    invalid_lengths : list of ndarray, int32
+        Lengths of the invalid records.
     files : dict of str to int
         Inputs, numbered in order. An input that is given twice has its first number.
     empty_files : list of str
@@ -172,6 +174,7 @@ class InputSummary:
     protein_like: int = 0
     first_protein_like: Record | None = None
     lengths: list[NDArray[np.int32]] = field(default_factory=list)
+    invalid_lengths: list[NDArray[np.int32]] = field(default_factory=list)
     files: dict[str, int] = field(default_factory=dict)
     empty_files: list[str] = field(default_factory=list)
     first_invalid: InputError | None = None
@@ -343,6 +346,7 @@ def clean(records: Sequence[Record], summary: InputSummary) -> Block:
     summary.nucleotide_like += int((~protein_like & (lengths32 > 0)).sum())
     summary.empty += int((lengths32 == 0).sum())
     summary.invalid += int(invalid.sum())
+    summary.invalid_lengths += [lengths32[invalid]] if invalid.any() else []
     ids = [record.id for record in records]
     return Block(ids, lengths32, letters, headers=summary.take_headers(records))
 

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.events import Event, Listener
 from virnuc_dask.runtime.summary import RunSummary
-from virnuc_dask.text import counted, duration, printable
+from virnuc_dask.text import counted, duration, printable, share
 
 # Seconds between lines of plain output, so that the log of a long run stays readable.
 _PLAIN_EVERY_S = 10.0
@@ -380,7 +380,7 @@ def _truncation_note(event: events.InputRead) -> Iterator[str]:
         yield (
             f"note: {counted(event.truncated, 'row')} of more than {event.max_residues:,} residues"
             f" will be truncated to these, which leaves out"
-            f" {event.residues_left_out / event.residues:.1%} of all residues (--long window"
+            f" {share(event.residues_left_out, event.residues)} of all residues (--long window"
             " embeds whole sequences)"
         )
 

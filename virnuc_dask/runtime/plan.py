@@ -46,7 +46,7 @@ from virnuc_dask.settings import (
     Settings,
     precision_on,
 )
-from virnuc_dask.text import counted, duration, printable
+from virnuc_dask.text import counted, duration, printable, share
 
 # Residues to encode for measuring the speed: a second or two with a small model.
 _TRIAL_RESIDUES = 2**14
@@ -151,12 +151,10 @@ class Plan:
             of = "tiles of records: " if self.input.tiled else ""
             yield "quarantined", f"{of}{self.input.invalid:,} invalid, {self.input.empty:,} empty"
         long = f"{self.long_records:,} of more than {self.max_residues:,} residues"
-        left_out = self.input.residues_left_out / max(self.input.residues, 1)
-        share = f", without {left_out:.1%} of all residues" if left_out else ""
-        yield (
-            "long rows",
-            long + (f"; {_MADE_OF_LONG[self.long]}{share}" if self.long_records else ""),
-        )
+        left_out = share(self.input.residues_left_out, self.input.residues)
+        without = f", without {left_out} of all residues" if self.input.residues_left_out else ""
+        how = f"; {_MADE_OF_LONG[self.long]}{without}" if self.long_records else ""
+        yield "long rows", long + how
         yield "to encode", f"{self.encoded_residues:,} residues"
         yield "chunks", f"{self.chunks:,} of {self.rows_per_chunk:,} rows"
         parts = (self.embedding_bytes, self.sequence_bytes, self.residue_embedding_bytes)

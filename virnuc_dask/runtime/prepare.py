@@ -275,10 +275,15 @@ def _check_molecule(summary: InputSummary) -> None:
 
 def input_read(settings: Settings, summary: InputSummary) -> events.InputRead:
     """Return the counts of an input as an event."""
-    left_out = np.zeros(0, np.int64)
+    truncated = left_out = 0
     if settings.long == "truncate":
-        lengths = summary.all_lengths()
-        left_out = lengths[lengths > settings.max_residues].astype(np.int64) - settings.max_residues
+        # Invalid rows are quarantined. Of tiles, only those with invalid letters are.
+        invalid = [] if summary.tiled else summary.invalid_lengths
+        for sign, parts in ((1, summary.lengths), (-1, invalid)):
+            for lengths in parts:
+                beyond = lengths[lengths > settings.max_residues].astype(np.int64)
+                truncated += sign * len(beyond)
+                left_out += sign * int((beyond - settings.max_residues).sum())
     return events.InputRead(
         summary.records,
         summary.residues,
@@ -294,8 +299,8 @@ def input_read(settings: Settings, summary: InputSummary) -> events.InputRead:
         len(summary.without_row),
         summary.contigs_without_row,
         summary.tiled,
-        len(left_out),
-        int(left_out.sum()),
+        truncated,
+        left_out,
         settings.max_residues,
     )
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from virnuc_dask.runtime.events import Event
 from virnuc_dask.settings import ModelSpec, Status
-from virnuc_dask.text import counted, duration, printable
+from virnuc_dask.text import counted, duration, printable, rate
 
 # Reason for a missing chunk without a failed attempt.
 NOT_COMPUTED = "not computed"
@@ -83,8 +83,8 @@ class RunSummary(Event):
         rows.append(("chunks", f"{done:,} of {self.chunks:,}, {computed}"))
         if self.computed_rows:
             seconds = max(self.seconds, 1e-6)
-            speed = f"{self.computed_rows / seconds:,.0f} sequences/s"
-            speed += f", {self.computed_residues / seconds:,.0f} residues/s"
+            speed = f"{rate(self.computed_rows / seconds)} sequences/s"
+            speed += f", {rate(self.computed_residues / seconds)} residues/s"
             rows.append(("speed", f"{speed} over {duration(seconds)}"))
         if self.busy:
             rows.append(("busy", f"{self.busy:.0%} of the workers' time was computing"))

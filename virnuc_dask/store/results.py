@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 from uuid import uuid4
 
@@ -51,6 +51,8 @@ class Result:
         value. The shape is (records,), for maps (records, 2).
     about : dict
         How it was computed, as JSON values.
+    details : dict
+        What else is worth knowing, as JSON values. No value depends on it.
     """
 
     store: Store
@@ -58,6 +60,7 @@ class Result:
     id: str
     array: Any
     about: dict[str, Any]
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def kind(self) -> Kind:
@@ -215,6 +218,7 @@ def keep_result(
     name: str,
     about: dict[str, Any],
     *,
+    details: dict[str, Any] | None = None,
     replace: bool | str = False,
 ) -> Result:
     """Open an unfinished or finished result to fill it, or create a new one.
@@ -227,6 +231,8 @@ def keep_result(
         Letters, digits and underscores.
     about : dict
         How it is computed, as JSON values: all that its values depend on besides the embeddings.
+    details : dict, optional
+        JSON values for a new result, on which no value depends.
     replace : bool or str
         Replace a result that was computed in another way, or that has damaged metadata. A str
         replaces only the result with this id.
@@ -272,7 +278,10 @@ def keep_result(
         dtype="int32" if kind == "cluster" else "float32",
         fill_value=-1 if kind == "cluster" else float("nan"),
         dimension_names=("sequence", "axis") if is_map else ("sequence",),
-        attributes={"long_name": _LONG_NAMES[kind], ATTRIBUTE: {"id": uuid4().hex, "by": about}},
+        attributes={
+            "long_name": _LONG_NAMES[kind],
+            ATTRIBUTE: {"id": uuid4().hex, "by": about, "details": details or {}},
+        },
         chunk_key_encoding={"name": "default", "separator": "."},
         compressors=(ZstdCodec(level=1), Crc32cCodec()),
     )
@@ -309,4 +318,12 @@ def _look(store: Store, name: str) -> Result | str | _Foreign:
         and isinstance(document.get("by"), dict)
     ):
         return f"{store.path}: the metadata of `{name}` does not match this store"
-    return Result(store, name, document["id"], array, document["by"])
+    details = document.get("details")
+    return Result(
+        store,
+        name,
+        document["id"],
+        array,
+        document["by"],
+        details if isinstance(details, dict) else {},
+    )
