@@ -11,14 +11,14 @@ import socket
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from virnuc_dask.errors import UsageError
 
 # The host and process number are for people: containers may share both, so they prove nothing.
-_OWNED_NAME = re.compile(r".+~(?P<host>[^~]+)~\d+~[0-9a-f]{32}\.(?P<kind>partial|ingest|new)")
+_OWNED_NAME = re.compile(r".+~(?P<host>[^~]+)~\d+~[0-9a-f]{32}\.(partial|ingest)")
 # Where a lock proves nothing, a writer counts as dead after this many seconds without a write.
 _ABANDONED_S = 24 * 3600.0
 
@@ -93,9 +93,8 @@ def _if_abandoned(path: Path) -> Iterator[bool]:
     """Whether no process is writing a file or directory; holds its lock while the caller decides.
 
     A file whose name has no mark has no writer in this package, so it counts as abandoned. A file
-    with a mark is abandoned if its lock is free. In three cases a free lock proves nothing, and the
-    last write must be old too: the file system has no locks, the file is another host's, or its
-    writer has not locked it yet.
+    with a mark is abandoned if its lock is free. In two cases a free lock proves nothing, and the
+    last write must be old too: the file system has no locks, or the file is another host's.
     """
     match = _OWNED_NAME.fullmatch(path.name)
     if match is None:
@@ -109,7 +108,7 @@ def _if_abandoned(path: Path) -> Iterator[bool]:
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            lock_proves_it = match["host"] == socket.gethostname() and match["kind"] != "new"
+            lock_proves_it = match["host"] == socket.gethostname()
         except BlockingIOError:
             yield False
             return
@@ -138,7 +137,10 @@ def is_abandoned(path: Path) -> bool:
 def remove_orphans(folder: Path, name: str) -> None:
     """Remove the directories that killed ingests of this name left in a folder."""
     pattern = f"{glob.escape(name)}~*"
-    for orphan in (*folder.glob(f"{pattern}.ingest"), *folder.glob(f"{pattern}.new")):
+    for unlocked in folder.glob(f"{pattern}.new"):
+        with suppress(OSError):  # of a living ingest, which makes another
+            unlocked.rmdir()
+    for orphan in folder.glob(f"{pattern}.ingest"):
         with _if_abandoned(orphan) as abandoned:
             if abandoned:
                 shutil.rmtree(orphan, ignore_errors=True)  # another run may be removing it too

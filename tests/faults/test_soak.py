@@ -201,7 +201,9 @@ class Filling(RuleBasedStateMachine):
         self.put(set(chunks), File.GOOD)
         if killed:
             await_end(killed)
-            # A chunk that was begun at two deaths is not begun again once a signal has come.
+            # A signal takes back the chunk of a worker that died. Another worker may have begun it
+            # a moment before, and then still writes it after the run has ended.
+            await_workers(self.world.client, at_work=False)
             self.take_stock(todo - set(chunks))
             self.partials_may_be_left = True
         self.world.faults["workers killed"] += len(killed)

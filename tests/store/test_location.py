@@ -16,10 +16,11 @@ from nursery import wait_for
 
 import virnuc_dask
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.files import expanded, remove_orphans
+from virnuc_dask.files import expanded, lock, remove_orphans
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Settings
+from virnuc_dask.store import directory
 from virnuc_dask.store.chunk_checks import check_sequences
 from virnuc_dask.store.create import Ingest
 from virnuc_dask.store.store import Store
@@ -261,6 +262,27 @@ def test_what_killed_ingests_left_is_removed_once_that_is_certain(
         os.utime(entry, times=(time.time() - age * 86_400,) * 2)
     assert make(tmp_path / "out.zarr").records == 300
     assert left.exists() == stays
+
+
+def test_another_ingest_may_remove_a_directory_that_is_not_locked_yet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    removed: list[str] = []
+
+    def late(descriptor: int) -> bool:
+        if not removed:
+            (before,) = os.listdir(tmp_path)
+            remove_orphans(tmp_path, ".out.zarr")
+            removed.append(before)
+        return lock(descriptor)
+
+    monkeypatch.setattr(directory, "lock", late)
+    with Ingest(tmp_path / "out.zarr"):
+        (staging,) = os.listdir(tmp_path)
+        remove_orphans(tmp_path, ".out.zarr")
+        assert os.listdir(tmp_path) == [staging]
+    assert removed[0].endswith(".new")
+    assert staging.endswith(".ingest")
 
 
 def test_a_file_system_without_locks_is_judged_by_time(

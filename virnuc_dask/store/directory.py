@@ -432,13 +432,17 @@ class Staging:
     """
 
     def __init__(self, folder: Path, name: str, mode: int = 0o777) -> None:
-        # It gets its final name after it is locked. Otherwise it would look abandoned.
-        new = folder / f"{name}{owner_mark()}.new"
-        new.mkdir(mode)
-        self.held = Held(new)
-        lock(self.held.descriptor)
-        self.path = new.with_suffix(".ingest")
-        self.held.rename(self.path)
+        # It gets its final name after it is locked. Otherwise it would look abandoned. Until then
+        # it is empty, and another ingest may remove it.
+        while True:
+            new = folder / f"{name}{owner_mark()}.new"
+            new.mkdir(mode)
+            self.path = new.with_suffix(".ingest")
+            with suppress(FileNotFoundError):
+                self.held = Held(new)
+                lock(self.held.descriptor)
+                self.held.rename(self.path)
+                return
 
     def close(self) -> None:
         """Remove the directory, unless it was published, and unlock it."""
