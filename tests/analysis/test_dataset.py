@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import json
 import os
 import pickle
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import xarray
 from conftest import ROOT, VIRAL_PROTEINS, Maker, tree
+from rows import forget_headers
 
 import virnuc_dask
 from virnuc_dask.analysis.columns import named
@@ -167,15 +167,7 @@ def test_opening_reads_no_chunk(make_store: Maker) -> None:
 @pytest.mark.slow
 def test_a_store_from_before_there_were_headers_is_opened(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, embed=False)
-    root = store.path / "zarr.json"
-    document = json.loads(root.read_text())
-    del document["attributes"]["virnuc_dask"]["headers"]
-    document["attributes"]["coordinates"] = "sequence_id length status"
-    root.write_text(json.dumps(document))
-    for name in HEADERS:
-        for path in (store.path / name).iterdir():
-            path.unlink()
-        (store.path / name).rmdir()
+    forget_headers(store)
     data = virnuc_dask.open_store(store.path)
     assert list(data.coords) == ["sequence_id", "length", "status", "embedded"]
     report = virnuc_dask.verify(store.path)

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, tree
 from numpy.typing import NDArray
-from rows import all_rows, move_chunks
+from rows import all_rows, forget_headers, move_chunks
 from sklearn.decomposition import PCA
 
 import virnuc_dask
@@ -463,7 +463,7 @@ def test_input_files_have_colours(make_store: Maker, tmp_path: Path) -> None:
 
 
 def test_a_store_that_knows_no_sources(store: Store) -> None:
-    shutil.rmtree(Path(store.path) / "source")
+    forget_headers(store)
     old = Store(store.path)
     with pytest.raises(UsageError, match=r"'source': give length, status, or a \.tsv file"):
         points.check_colour(old, "source")

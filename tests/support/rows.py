@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import json
+import shutil
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import virnuc_dask
-from virnuc_dask.store.store import Store
+from virnuc_dask.store.store import HEADERS, Store
 
 # Identifiers that would do harm if they were more than data.
 NAMES = (
@@ -38,3 +40,14 @@ def read_tsv(text: str) -> list[dict[str, str]]:
 def move_chunks(store: Store, source: Store, chunks: Any) -> None:
     for chunk in chunks:
         store.write_chunk(chunk, *source.read_chunk(chunk))
+
+
+def forget_headers(store: Store) -> None:
+    """Make a store as it was before descriptions and sources were kept."""
+    root = store.path / "zarr.json"
+    document = json.loads(root.read_text())
+    del document["attributes"]["virnuc_dask"]["headers"]
+    document["attributes"]["coordinates"] = "sequence_id length status"
+    root.write_text(json.dumps(document))
+    for name in HEADERS:
+        shutil.rmtree(store.path / name)

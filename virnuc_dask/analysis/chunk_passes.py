@@ -144,7 +144,10 @@ def open_pool(store: Store, threads: int, client: Any) -> Iterator[Pool]:
     if client is not None:
         width = 2 * max(1, sum(client.nthreads().values()))
         to_client = partial(client.submit, _at, store.location.address, store.id, pure=False)
-        yield Pool(store, to_client, width, partial(client.scatter, broadcast=True))
+        # Not hashed: an equal argument of an earlier pass would have the same key, and Dask may
+        # still be releasing that.
+        shared = partial(client.scatter, broadcast=True, hash=False)
+        yield Pool(store, to_client, width, shared)
         return
     from threadpoolctl import threadpool_limits
 
