@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -147,8 +148,11 @@ def test_metrics_by_hand() -> None:
     assert found.reliability[4]["score"] == pytest.approx(0.43)
     assert found.reliability[4]["observed"] == 0.5
     assert found.reliability[1]["observed"] is None
+    # Two of three viral rows and both others are called right.
+    assert found.precision_at(0.5) == 1
     worse = training.measure(np.array([1, 0, 1, 0]), np.array([0.9, 0.8, 0.7, 0.6]))
     assert worse.auroc == 0.75
+    assert worse.precision_at(0.01) == pytest.approx(0.01)  # all are called viral
     np.testing.assert_allclose(worse.auprc, (1 / 1 + 2 / 3) / 2)
 
 
@@ -419,7 +423,7 @@ def test_lengths_that_differ_are_noted(
     found = virnuc_dask.predict(whole.path, trained)
     assert any("median lengths are" in note for note in found.notes)
     (note,) = virnuc_dask.predict(viral.path, trained).notes
-    assert "trained on rows of this store" in note
+    assert note.startswith(f"{trained.name} was trained on 98 of these 130 rows")
     assert "AUROC on held-out rows: " in note
 
 
@@ -542,8 +546,9 @@ def test_tables_of_rows(
         assert virnuc_dask.predict(viral.path, trained, out=tmp_path / f"t.{suffix}").lines == 130
     data = virnuc_dask.open_store(viral.path)
     lines = read_tsv(tmp_path / "t.tsv")
-    columns = ["sequence_id", "row", "score", "class", "length", "status", "description"]
-    assert list(lines[0]) == columns
+    columns = ["sequence_id", "row", "score", "class", "trained_on", "length", "status"]
+    assert list(lines[0]) == [*columns, "description"]
+    assert Counter(line["trained_on"] for line in lines) == {"1": 98, "0": 32}
     assert {line["status"] for line in lines} == {"embedded"}
     assert [line["sequence_id"] for line in lines] == data.sequence_id.values.tolist()
     scores = np.array([line["score"] for line in lines], np.float32)
@@ -556,6 +561,35 @@ def test_tables_of_rows(
     assert table.schema.metadata[b"comment"].decode() == RANDOM_WEIGHTS
 
 
+def test_rows_that_it_was_trained_on_are_marked_in_any_store(
+    viral: Store, other: Store, make_store: Maker, tmp_path: Path, fits: Fits
+) -> None:
+    out = tmp_path / "virus.skops"
+    virnuc_dask.train(viral.path, other.path, out)
+    seen, held_out = fits.sides()
+    mixed = tmp_path / "mixed.faa"
+    unknown = ">new\nMKTAYIAKQRMKTAYIAKQRMKTAYIAKQRMKTAYIAK\n"
+    mixed.write_text((tmp_path / "o.faa").read_text() + unknown + (tmp_path / "v.faa").read_text())
+    store = make_store(mixed, "mixed.zarr", rows_per_chunk=7)
+    table = tmp_path / "t.tsv"
+    found = virnuc_dask.predict(store.path, out, out=table)
+    data = virnuc_dask.open_store(store.path)
+    expected = [row.tobytes() in seen for row in data.embedding.values]
+    assert [line["trained_on"] == "1" for line in read_tsv(table)] == expected
+    assert not expected[data.sequence_id.values.tolist().index("new")]
+    rest = sum(row.tobytes() in held_out for row in data.embedding.values)
+    assert sum(expected) + rest + 1 == len(data.sequence)
+    trained = f"virus.skops was trained on {sum(expected)} of these {store.records} rows"
+    assert found.notes[0].startswith(f"{trained}, whose scores are too good")
+    # Also of scores that are there, without reading the sequences again; but not of others.
+    assert virnuc_dask.predict(store.path, out).notes == found.notes
+    virnuc_dask.train(viral.path, other.path, tmp_path / "next.skops", random_state=1)
+    assert virnuc_dask.predict(store.path, tmp_path / "next.skops").notes != found.notes
+    alone = tmp_path / "alone.faa"
+    alone.write_text(unknown)
+    assert virnuc_dask.predict(make_store(alone, "alone.zarr").path, out).notes == []
+
+
 def test_scores_of_an_older_version_are_completed(viral: Store, trained: Path) -> None:
     """It kept no details. No value depends on them."""
     whole = virnuc_dask.predict(viral.path, trained, name="whole")
@@ -565,7 +599,7 @@ def test_scores_of_an_older_version_are_completed(viral: Store, trained: Path) -
     assert found.computed_chunks == viral.chunk_count
     assert np.array_equal(old.array[:], open_result(viral, whole.name).array[:])
     details = open_result(viral, whole.name).details
-    assert details["was_trained_on_store"] is True
+    assert details["trained_rows"] > 0
     assert 0 <= details["held_out_auroc"] <= 1
 
 
@@ -652,12 +686,14 @@ def test_virnucpros_rule_by_hand() -> None:
         "read": np.array([0, 0, 2, 2, 7]),
         "row": np.arange(5),
         "frame": np.array([1, -1, 2, 3, 1], np.int8),
+        "trained_on": np.array([True, True, False, False, True]),
         **{name: np.array(list("abcde"), object) for name in ("read_id", "sequence_id")},
     }
     found = prediction._by_read(part, "virnucpro", ("viral", "other"))
     assert found["class"] == ["viral", "other", "viral"]  # a tie is viral
     assert found["score"] == [0.75, 0.75, 0.5]
     assert found["other_score"] == [0.75, 0.875, 0.5]
+    assert found["trained_rows"] == [2, 0, 1]
     assert found["best_row"] == [0, 2, 4]
 
 
@@ -945,7 +981,7 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
     table = tmp_path / "t.tsv"
     done = invoke("predict", viral.path, "--classifier", file, "--out", table)
     assert done.exit_code == 0, done.stderr
-    assert done.stderr.startswith(f"note: {file}: the classifier was trained on rows of this store")
+    assert done.stderr.startswith(f"note: {file.name} was trained on 98 of these 130 rows")
     assert done.stderr.endswith(f"comment: {RANDOM_WEIGHTS}\n")
     assert done.stdout.startswith("score_virus: 130 rows scored, ")
     assert f"5 chunks computed now\n130 rows in {table}\n" in done.stdout

@@ -11,10 +11,11 @@ from uuid import uuid4
 
 import numpy as np
 import pytest
+import xarray
 from conftest import VIRAL_PROTEINS, Cli, Maker
 from numpy.typing import NDArray
 from pyarrow import parquet
-from rows import read_tsv
+from rows import forget_headers, read_tsv
 from s3 import BUCKET
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, precision_recall_fscore_support
 from sklearn.neighbors import KNeighborsClassifier
@@ -257,6 +258,30 @@ def test_an_identifier_may_be_a_reads_or_a_proteins(make_store: Maker, tmp_path:
     lines = "".join(f"{name}\tx\n" for name, of in zip(ids, names, strict=True) if of == "a")
     labels.write_text(f"b\ty\na\ty\n{lines}")
     assert not labels_module._read_labels(labels, store).note
+
+
+def test_input_files_are_labels(make_store: Maker, tmp_path: Path) -> None:
+    files = [tmp_path / folder / "a.faa" for folder in "xy"]
+    for letters, file in zip(("ACD", "KLM"), files, strict=True):
+        file.parent.mkdir()
+        records = [(letter, n) for letter in letters for n in (4, 5)]
+        file.write_text("".join(f">{a}{n}\n{a * 10}{letters * n}\n" for a, n in records))
+    store = make_store(files)
+    table = tmp_path / "labels.tsv"
+    names = [f"a.faa ({number})" for number in (1, 2)]
+    ids = virnuc_dask.open_store(store.path).sequence_id.values
+    table.write_text("".join(f"{name}\t{names[n // 6]}\n" for n, name in enumerate(ids)))
+    found = virnuc_dask.annotate(store.path, "source", k=3)
+    xarray.testing.assert_equal(found, virnuc_dask.annotate(store.path, table, k=3))
+    assert set(found.label.values) == set(names)
+    counted = virnuc_dask.leave_one_out(store.path, "source")
+    assert {each.label: each.support for each in counted.labels} == dict.fromkeys(names, 6)
+    empty = make_store(files, "empty.zarr", embed=False)
+    with pytest.raises(UsageError, match="has no embedded row yet"):
+        virnuc_dask.annotate(store.path, "source", reference=empty.path)
+    forget_headers(store)
+    with pytest.raises(UsageError, match="does not know which file"):
+        virnuc_dask.annotate(store.path, "source")
 
 
 def test_only_labelled_embedded_rows_take_part(

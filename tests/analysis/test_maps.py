@@ -450,7 +450,7 @@ def test_input_files_have_colours(make_store: Maker, tmp_path: Path) -> None:
     virnuc_dask.make_map(store.path)
     drawn = points.draw_points(store, "pca", colour="source")
     assert drawn.values == ["a.faa"] * 5 + ["b.faa"] * 6
-    assert drawn.categories == ["b.faa", "a.faa"]
+    assert drawn.categories == ["a.faa", "b.faa"]
     # Files of one name get numbers, not their folders.
     files[1] = files[1].rename(tmp_path / "a.faa")
     store = make_store(files, "same.zarr")
@@ -471,19 +471,33 @@ def test_a_store_that_knows_no_sources(store: Store) -> None:
 
 def test_scores_of_training_rows_are_warned_of(store: Store, tmp_path: Path) -> None:
     virnuc_dask.make_map(store.path)
-    details = {"was_trained_on_store": True, "held_out_auroc": 0.875}
-    for name, known in (("virus", details), ("other", details | {"was_trained_on_store": False})):
-        result = keep_result(store, "score", name, {}, details=known)
+    notes = ["it was trained on these rows", "<b>it is for longer ones</b>"]
+    for name, known in (("virus", {"notes": notes}), ("other", {"notes": 7}), ("old", {})):
+        result = keep_result(store, "score", name, {}, details=lambda known=known: known)
         fill(result, lambda rows: np.full(len(rows), 0.5))
     drawn = points.draw_points(store, "pca", colour="score_virus")
-    assert (drawn.warning or "").splitlines() == [
-        RANDOM_WEIGHTS,
-        "score_virus: the classifier was trained on rows of this store, so their scores are too"
-        " good; AUROC on held-out rows: 0.875",
-    ]
+    assert (drawn.warning or "").splitlines() == [RANDOM_WEIGHTS, *notes]
     plots.write_drawing(drawn, tmp_path / "x.html")
-    assert (tmp_path / "x.html").read_text().count("#B00000") == 2
+    page = (tmp_path / "x.html").read_text()
+    assert page.count("#B00000") == 3
+    assert "<b>it is" not in page
+    assert points.draw_points(store, "pca", colour="score_old").warning == RANDOM_WEIGHTS
     assert points.draw_points(store, "pca", colour="score_other").warning == RANDOM_WEIGHTS
+
+
+def test_rows_without_a_label_are_grey_and_below(store: Store, tmp_path: Path) -> None:
+    virnuc_dask.make_map(store.path)
+    ids = virnuc_dask.open_store(store.path).sequence_id.values
+    labels = tmp_path / "labels.tsv"
+    labels.write_text(f"{ids[7]}\tE2\n")
+    groups = plots._groups(points.draw_points(store, "pca", colour=str(labels)))
+    assert [(label, colour) for label, colour, _ in groups] == [
+        ("E2 (1)", plots._COLOURS[0]),
+        ("no label (299)", plots._GREY),
+    ]
+    labels.write_text(f"{ids[7]}!\tE2\n")
+    with pytest.raises(UsageError, match=re.escape(f"the file has '{ids[7]}!' and the store '")):
+        points.draw_points(store, "pca", colour=str(labels))
 
 
 def test_colours_that_are_none_are_refused(store: Store, tmp_path: Path) -> None:
@@ -530,6 +544,7 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     assert (tmp_path / "map.html").stat().st_size > 1_000_000
     before = tree(tmp_path)
     for arguments in (
+        ("--colour", "status"),
         ("--out", "map.html"),
         ("--out", "map.pdf"),
         ("--png", "other.html"),

@@ -304,7 +304,8 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     assert done.returncode == 0
     assert done.stderr.startswith(f"comment: {RANDOM_WEIGHTS}\nfor comparison: in a random sample")
     assert f"of at most {found.attrs['random_median']:z.2f}, and" in done.stderr
-    assert f"has more than {found.attrs['random_99']:z.2f}\n" in done.stderr
+    most = f"has more than {found.attrs['random_99']:z.2f}"
+    assert f"{most}, so about 3 of the 300 rows\n" in done.stderr
     head, *lines = done.stdout.splitlines()
     descriptions = virnuc_dask.open_store(store.path).description.values
     assert head == "query\trank\tneighbour\trow\tsimilarity\tlength\tstatus\tdescription"
@@ -423,8 +424,10 @@ def test_the_similarity_of_random_rows(store: Store, make_store: Maker, awkward:
     for _ in range(2):  # also from the cache
         attrs = virnuc_dask.nearest(alone.path, query_store=store.path).attrs
         assert neighbours.random_pairs(attrs) is None
-    tiny = {"random_median": -0.001, "random_99": 0.5}
-    assert "at most 0.00, and" in str(neighbours.random_pairs(tiny))
+    tiny = {"random_median": -0.001, "random_99": 0.5, "searched_rows": 3}
+    said = str(neighbours.random_pairs(tiny))
+    assert "at most 0.00, and" in said
+    assert said.endswith("more than 0.50")
 
 
 @pytest.mark.slow

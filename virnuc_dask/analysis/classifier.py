@@ -9,7 +9,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -25,7 +25,7 @@ from virnuc_dask.files import expanded
 from virnuc_dask.text import printable
 
 SUFFIX = ".skops"
-FORMAT = 1
+FORMAT = 2
 
 # All types that a file may contain. The list in skops has all of scikit-learn and more.
 _TRUSTED = {
@@ -70,10 +70,13 @@ class Classifier:
         dimension of its embeddings), ``model_name`` (for display only; older files lack it),
         ``median_length`` (residues of the training rows), ``versions``, and ``training`` (a
         report).
+    training_sequences : ndarray, uint64, shape (n,)
+        Sorted digests of the sequences of the training rows; see `shortened`.
     """
 
     pipeline: Any
     about: dict[str, Any]
+    training_sequences: NDArray[np.uint64]
 
     def __call__(self, embedding: NDArray[np.float32]) -> NDArray[np.float32]:
         """Probability of the first class, float32, shape (n,), for embeddings of shape (n, D)."""
@@ -93,14 +96,11 @@ class Classifier:
         found = embeddings.get("auroc") if isinstance(embeddings, dict) else None
         return found if isinstance(found, float) and 0 <= found <= 1 else None
 
-    def was_trained_on(self, input_sha256: str) -> bool:
-        """Whether it was trained on rows of the input with this digest."""
-        training = self.about.get("training")
-        classes = training.get("classes") if isinstance(training, dict) else None
-        return any(
-            isinstance(each, dict) and each.get("input_sha256") == input_sha256
-            for each in (classes if isinstance(classes, list) else [])
-        )
+    def was_trained_on(self, digests: list[bytes]) -> NDArray[np.bool_]:
+        """Whether training rows had the sequences with these digests, shape (n,)."""
+        numbers, known = shortened(digests), self.training_sequences
+        at = np.minimum(np.searchsorted(known, numbers), len(known) - 1)
+        return np.asarray(known[at] == numbers) if len(known) else np.zeros(len(numbers), np.bool_)
 
     def described_model(self) -> str:
         """The model of its embeddings in one line, like `ModelSpec.described`.
@@ -148,7 +148,13 @@ def save_classifier(classifier: Classifier, path: Path) -> None:
     from skops.io import dumps
 
     about = json.dumps({"format": FORMAT, **classifier.about})
-    content = dumps({"classifier": classifier.pipeline, "about": about})
+    content = dumps(
+        {
+            "classifier": classifier.pipeline,
+            "about": about,
+            "training_sequences": classifier.training_sequences,
+        }
+    )
     with whole_file(path) as unfinished:
         unfinished.write_bytes(content)
 
@@ -237,7 +243,10 @@ def _checked(content: bytes) -> Classifier:
     about = json.loads(found["about"])
     if about.pop("format") != FORMAT:
         raise ValueError("it comes from another version of this program")
-    classifier = Classifier(found["classifier"], about)
+    sequences = found["training_sequences"]
+    if sequences.dtype != np.uint64 or sequences.ndim != 1:
+        raise ValueError("the digests of its training sequences are of another kind")
+    classifier = Classifier(found["classifier"], about, np.unique(sequences))
     names = [type(step).__name__ for _, step in classifier.pipeline.steps]
     if names[0] != "StandardScaler" or names[1:] not in (["LogisticRegression"], ["MLPClassifier"]):
         raise ValueError(f"steps {names}")
@@ -262,24 +271,9 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in ("scikit-learn", "skops", "numpy")}
 
 
-def training_warning(name: str, details: Mapping[str, Any]) -> str | None:
-    """Warning if a classifier scored a store that it was trained on; else None.
-
-    Parameters
-    ----------
-    name : str
-        Name of the classifier or of its scores.
-    details : mapping
-        From `Result.details`: ``was_trained_on_store`` and ``held_out_auroc``.
-    """
-    if details.get("was_trained_on_store") is not True:
-        return None
-    auroc = details.get("held_out_auroc")
-    held_out = f"; AUROC on held-out rows: {auroc:.3f}" if isinstance(auroc, float) else ""
-    return (
-        f"{name}: the classifier was trained on rows of this store, so their scores are too"
-        f" good{held_out}"
-    )
+def shortened(digests: list[bytes]) -> NDArray[np.uint64]:
+    """First eight bytes of digests as numbers, uint64, shape (n,)."""
+    return np.frombuffer(b"".join(digest[:8] for digest in digests), "<u8").astype(np.uint64)
 
 
 def version_note(classifier: Classifier) -> str | None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,14 @@ from numpy.typing import NDArray
 from virnuc_dask.analysis.chunk_passes import Progress, thread_count
 from virnuc_dask.analysis.compatibility import note_on_lengths
 from virnuc_dask.analysis.neighbours import check_search, search
-from virnuc_dask.analysis.rows import embedded_rows, states, taken
+from virnuc_dask.analysis.rows import (
+    embedded_rows,
+    file_names,
+    sequence_digests,
+    source_numbers,
+    states,
+    taken,
+)
 from virnuc_dask.analysis.samples import joined
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
@@ -29,6 +35,8 @@ from virnuc_dask.text import counted, printable
 
 # Separates the labels of one row, as in GO annotation files.
 SEPARATOR = "|"
+# Instead of a file: the input file of each row is its label.
+SOURCE = "source"
 _RELIABILITY_SCALE = 0.5
 _SHARES = (0.5, 0.25, 0.1)
 _NAMED = 3
@@ -61,8 +69,9 @@ def annotate(
     ----------
     store : path
         Its rows get labels.
-    labels : path
-        A text file. Each line has an identifier, a tab and a label; more columns are ignored. An
+    labels : path or 'source'
+        The word ``source``: the input file of each row of the reference is its label. Or a text
+        file. Each line has an identifier, a tab and a label; more columns are ignored. An
         identifier on several lines has several labels. The first line is a header if the reference
         lacks its identifier. For translated reads and tiles, an identifier may also be the
         ``read_id`` of a read or protein. All its rows then get its labels, except rows with their
@@ -91,11 +100,11 @@ def annotate(
         ``reliability`` (float32, from 0 to 1). ``labels`` (str): all labels of the k neighbours,
         separated by ``|``, the most reliable first. For the nearest neighbour with ``label``:
         ``row`` (int64), ``sequence_id``, ``description`` (if the reference has it), ``length``
-        (int32, residues) and ``similarity`` or ``distance`` (float32). A query without a labelled
-        neighbour has empty texts, reliability 0, row and length -1, and NaN. Coordinates:
-        ``query_row`` (int64) and ``query_id``. The attributes ``note`` and ``comment``, if present,
-        are reasons to doubt the result. The Dataset is in memory; use `annotate_in_parts` if it
-        does not fit.
+        (int32, residues), ``status`` (str) and ``similarity`` or ``distance`` (float32). A query
+        without a labelled neighbour has empty texts, reliability 0, row and length -1, and NaN.
+        Coordinates: ``query_row`` (int64) and ``query_id``. The attributes ``note`` and
+        ``comment``, if present, are reasons to doubt the result. The Dataset is in memory; use
+        `annotate_in_parts` if it does not fit.
 
     Raises
     ------
@@ -400,18 +409,12 @@ def _groups(store: Store, rows: NDArray[np.int64]) -> NDArray[np.int64]:
     reads = np.full(len(rows), -1)
     chunks, positions = np.unique(rows // store.identity.rows_per_chunk, return_index=True)
     for chunk, part in zip(chunks.tolist(), np.split(rows, positions[1:]), strict=True):
-        lengths, residues = store.read_rows(chunk)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        encoded = store.encoded(lengths)
         start = store.rows(chunk).start
         if "read" in store.names:
             here = slice(len(sequences), len(sequences) + len(part))
             with store.reading("`read`"):
                 reads[here] = np.asarray(store.array("read")[store.rows(chunk)])[part - start]
-        for row in part.tolist():
-            begin = int(ends[row - start] - lengths[row - start])
-            sequence = residues[begin : begin + int(encoded[row - start])].tobytes()
-            sequences.append(blake2b(sequence, digest_size=16).digest())
+        sequences += sequence_digests(store, chunk, (part - start).tolist())
     groups = np.full(store.records, -1, np.int64)
     groups[rows] = joined(sequences, reads)
     return groups
@@ -453,7 +456,23 @@ class _Labels:
         return where, self.codes[self.bounds[rows[where]] + within]
 
 
+def _input_files(store: Store) -> _Labels:
+    """The input file of each row as its label."""
+    if "source" not in store.names:
+        raise UsageError(f"{store.path}: this store does not know which file a row is from")
+    files = file_names(store)
+    names = sorted(files)
+    codes = np.array([names.index(file) for file in files])[source_numbers(store)]
+    is_labelled = np.zeros(store.records, np.bool_)
+    is_labelled[embedded_rows(store)] = True
+    if not is_labelled.any():
+        raise UsageError(f"{store.path} has no embedded row yet")
+    return _Labels(names, np.arange(store.records + 1), codes, is_labelled, "")
+
+
 def _read_labels(path: str | Path, store: Store) -> _Labels:
+    if str(path) == SOURCE:
+        return _input_files(store)
     lines = read_lines(path)
     numbers = {name: code for code, name in enumerate(sorted({label for _, label in lines}))}
     labels: dict[str, list[int]] = {}

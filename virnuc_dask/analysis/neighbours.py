@@ -120,7 +120,8 @@ def nearest(
         neighbours have row and length -1, empty texts and NaN. Coordinates: ``query_row`` (int64)
         and ``query_id``; -1 and empty for vectors. Attributes, if present: ``note`` and ``comment``
         are reasons to doubt the result; ``random_median`` and ``random_99`` are the median and the
-        99th percentile of the similarities in a random sample of `store`.
+        99th percentile of the similarities in a random sample of `store`; ``searched_rows`` is
+        the number of its finished rows.
 
     Raises
     ------
@@ -167,7 +168,11 @@ def nearest(
     data = _dataset(searched, source, rows, neighbours, scores, metric, centre)
     data = data.assign_attrs(approximate=int(index is not None))
     if random:
-        data = data.assign_attrs(random_median=random[0], random_99=random[1])
+        data = data.assign_attrs(
+            random_median=random[0],
+            random_99=random[1],
+            searched_rows=searched.rows_in(np.flatnonzero(searched.present())),
+        )
     note = "; ".join(note for note in notes if note)
     return data.assign_attrs(note=note) if note else data
 
@@ -343,7 +348,10 @@ def _queries(
     if not len(rows):
         if query is None and has_query_store:
             raise UsageError(f"{source.path} has no embedded row yet")
-        raise UsageError("no query: give rows with --query, or another store with --query-store")
+        raise UsageError(
+            "no query: give rows with --query, or a store with --query-store; the same store again"
+            " makes each of its rows a query"
+        )
     if vectors is None and query is not None:
         _check_embedded(source, rows)
     return rows, vectors
@@ -624,10 +632,12 @@ def random_pairs(attrs: Mapping[str, Any]) -> str | None:
     """How similar random pairs are, from the attributes of neighbours, for people."""
     if "random_99" not in attrs:
         return None
+    rows = attrs["searched_rows"]
+    often = f", so about {rows / 100:,.0f} of the {rows:,} rows" if rows >= 200 else ""
     return (
         "in a random sample of rows, half of all pairs have a similarity of at most"
         f" {attrs['random_median']:z.2f}, and one pair in a hundred has more than"
-        f" {attrs['random_99']:z.2f}"
+        f" {attrs['random_99']:z.2f}{often}"
     )
 
 

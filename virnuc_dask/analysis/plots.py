@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.outputs import check_out, whole_file
-from virnuc_dask.analysis.points import MOST_POINTS, Points, draw_points
+from virnuc_dask.analysis.points import MOST_POINTS, NONE, Points, draw_points
 from virnuc_dask.store.store import Store
 
 DRAWINGS = (".html", ".png")
@@ -269,7 +269,7 @@ def _categories(plot: Any, source: Any, points: Points) -> list[Any]:
 def _groups(points: Points) -> list[tuple[str, str, NDArray[np.intp]]]:
     """Label, colour and points of each category; the last, in grey, has all the others."""
     values = np.array(points.values, object)
-    own = points.categories
+    own = [each for each in points.categories if each not in NONE]
     if len(own) > len(_COLOURS):
         counts = {each: int((values == each).sum()) for each in own}
         most = set(sorted(own, key=lambda each: -counts[each])[: len(_COLOURS)])
@@ -281,8 +281,9 @@ def _groups(points: Points) -> list[tuple[str, str, NDArray[np.intp]]]:
         rest &= ~is_this
         groups.append((f"{_plain(label)} ({is_this.sum():,})", colour, np.flatnonzero(is_this)))
     if rest.any():
-        number = len(points.categories) - len(own)
-        groups.append((f"{number:,} others ({rest.sum():,})", _GREY, np.flatnonzero(rest)))
+        left = [each for each in points.categories if each not in own]
+        name = left[0] if len(left) == 1 else f"{len(left):,} others"
+        groups.append((f"{_plain(name)} ({rest.sum():,})", _GREY, np.flatnonzero(rest)))
     return groups
 
 

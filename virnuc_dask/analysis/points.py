@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.analysis.classifier import training_warning
 from virnuc_dask.analysis.labels import SEPARATOR, read_lines
-from virnuc_dask.analysis.rows import random_rows, sources, states, taken
+from virnuc_dask.analysis.prediction import doubts
+from virnuc_dask.analysis.rows import file_names, random_rows, source_numbers, states, taken
 from virnuc_dask.analysis.stored_fits import check_seed
 from virnuc_dask.errors import UsageError
 from virnuc_dask.store.results import RESULT, Result, open_result, result_names
@@ -22,7 +22,9 @@ from virnuc_dask.text import printable
 MOST_POINTS = 20_000
 _COLUMNS = ("length", "source", "frame", "status")
 _LABELS = ".tsv"
-_UNLABELLED = "no label"
+_UNLABELLED, _UNCLUSTERED = "no label", "no cluster yet"
+# Categories that are the absence of one.
+NONE = (_UNLABELLED, _UNCLUSTERED)
 _LONGEST_TEXT = 200
 
 
@@ -35,7 +37,7 @@ class Points:
     title, subtitle : str
         Method, store and model; number of drawn rows and of all rows.
     warning : str, optional
-        Random weights, and scores of rows that the classifier was trained on, one per line.
+        Random weights, and reasons to doubt scores, one per line.
     axes : tuple of str
         Names of both axes.
     xy : ndarray, float32, shape (n, 2)
@@ -142,7 +144,7 @@ def draw_points(
         _title(store, result),
         _subtitle(store, len(rows), present, is_sample),
         _warning(store, colour),
-        _axes(result),
+        axes(result),
         _of_result(result, rows),
         texts["sequence_id"],
         texts.get("description", [""] * len(rows)),
@@ -170,11 +172,12 @@ def _subtitle(store: Store, drawn: int, present: NDArray[np.bool_], is_sample: b
 def _warning(store: Store, colour: str) -> str | None:
     warnings = [store.model.comment().get("comment")]
     if RESULT.fullmatch(colour) and colour.startswith("score_"):
-        warnings.append(training_warning(colour, open_result(store, colour).details))
+        warnings += doubts(open_result(store, colour))
     return "\n".join(filter(None, warnings)) or None
 
 
-def _axes(result: Result) -> tuple[str, str]:
+def axes(result: Result) -> tuple[str, str]:
+    """Names of the axes of a map."""
     ratio = result.about.get("explained_variance_ratio")
     if isinstance(ratio, list) and len(ratio) == 2:
         first, second = (
@@ -202,7 +205,8 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
     if colour == "status":
         return _categories(colour, states(store, rows).tolist())
     if colour == "source":
-        return _categories("input file", sources(store, rows))
+        names = file_names(store)  # in the order of the input
+        return "input file", [names[n] for n in source_numbers(store, rows)], names, False
     if colour == "frame":
         numbers = taken(store, colour, rows).tolist()
         named = [f"{number:+d}" for number in numbers]
@@ -216,11 +220,16 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
         return colour, named, [_cluster(number) for number in sorted(set(numbers))], False
     ids = taken(store, "sequence_id", rows).tolist()
     labels: dict[str, str] = {}
-    for name, label in read_lines(colour):
+    lines = read_lines(colour)
+    for name, label in lines:
         labels[name] = f"{labels[name]}{SEPARATOR}{label}" if name in labels else label
     labels = {name: labels[name] for name in ids if name in labels}
     if not labels:
-        raise UsageError(f"{colour}: none of its identifiers belongs to a drawn row")
+        file_has, store_has = printable(lines[-1][0]), printable(str(ids[0]))
+        raise UsageError(
+            f"{colour}: none of its identifiers belongs to a drawn row; for example, the file has"
+            f" {file_has!r} and the store {store_has!r}"
+        )
     name = Path(colour).stem[:_LONGEST_TEXT]
     named = [labels.get(each, "") for each in ids]
     numbers = [_number(label) for label in named]
@@ -241,7 +250,7 @@ def _categories(name: str, values: list[str]) -> _Colours:
 
 
 def _cluster(number: int) -> str:
-    return str(number) if number >= 0 else "not labelled yet"
+    return str(number) if number >= 0 else _UNCLUSTERED
 
 
 def _number(label: str) -> float | None:

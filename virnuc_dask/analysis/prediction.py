@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,6 @@ from virnuc_dask.analysis.chunk_passes import Progress, fill, thread_count
 from virnuc_dask.analysis.classifier import (
     Classifier,
     load_classifier,
-    training_warning,
     version_note,
 )
 from virnuc_dask.analysis.compatibility import (
@@ -24,7 +23,7 @@ from virnuc_dask.analysis.compatibility import (
     named_model,
     what_must_agree,
 )
-from virnuc_dask.analysis.rows import meanings
+from virnuc_dask.analysis.rows import meanings, sequence_digests
 from virnuc_dask.analysis.tables import Columns, check_table, write_rows
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
@@ -38,6 +37,7 @@ _ROW_TYPES = {
     "row": "int64",
     "score": "float32",
     "class": "string",
+    "trained_on": "int8",
     "length": "int32",
     "status": "string",
     "read_id": "string",
@@ -52,6 +52,7 @@ _READ_TYPES = {
     "score": "float32",
     "class": "string",
     "rows": "int64",
+    "trained_rows": "int64",
     "best_row": "int64",
     "best_sequence_id": "string",
     "best_frame": "int8",
@@ -142,12 +143,14 @@ def predict(
         Name of the result. Default: the name of the classifier's file without its suffix.
     out : path, optional
         A table, ``.tsv`` or ``.parquet``, of the rows with a score: ``sequence_id``, ``row``,
-        ``score``, ``class``, ``length``, ``status``, for translated rows ``read_id``, ``window``,
+        ``score``, ``class``, ``trained_on`` (1 if the classifier was trained on the same sequence,
+        else 0), ``length``, ``status``, for translated rows ``read_id``, ``window``,
         ``frame``, ``start``, and ``description``.
     consensus : {'max', 'mean', 'virnucpro'}, optional
         For a store of translated reads, or of tiles of proteins: write one line per read or protein
         with a score. Columns: ``read_id``; ``read``, its number; ``score``, the maximum or mean
-        over its rows; ``class``; ``rows``, their number; and, for the row with the largest score,
+        over its rows; ``class``; ``rows``, their number; ``trained_rows``, the number of those
+        with a sequence that the classifier was trained on; and, for the row with the largest score,
         ``best_row``, ``best_sequence_id`` and, for translated reads, ``best_frame``.
         ``virnucpro`` is the rule of that program. A read belongs to the first class if the largest
         probability of this class, over frames and windows, is at least the largest probability of
@@ -193,12 +196,13 @@ def predict(
     _check_table(opened, out, consensus, force)
     about = {name: found.about[name] for name in ("kind", "classes")}
     about |= {"classifier": found.digest()}
-    details = {
-        "held_out_auroc": found.held_out_auroc,
-        "was_trained_on_store": found.was_trained_on(opened.identity.input_sha256),
-    }
     result = keep_result(
-        opened, "score", name or _name_of(classifier), about, details=details, replace=replace
+        opened,
+        "score",
+        name or _name_of(classifier),
+        about,
+        details=lambda: _details(found, opened, Path(expanded(classifier)).name),
+        replace=replace,
     )
     computed = fill(result, found, workers=threads, client=client, progress=progress)
     scored, first = _counts(result)
@@ -219,7 +223,7 @@ def predict(
         lines=lines,
         first_lines=first_lines,
         reads=opened.array("read_id").shape[0] if consensus else None,
-        notes=_notes(found, opened, str(classifier), details),
+        notes=[*doubts(result), *filter(None, [version_note(found)])],
         **opened.model.comment(),
     )
 
@@ -250,20 +254,39 @@ def _check_table(
         check_table(out, force=force)
 
 
-def _notes(
-    classifier: Classifier, store: Store, name: str, details: Mapping[str, Any]
-) -> list[str]:
-    notes = [
-        training_warning(name, details),
-        length_note(
-            median_length(store),
-            str(store.path),
-            float(classifier.about["median_length"]),
-            f"the training data of {name}",
-        ),
-        version_note(classifier),
-    ]
-    return [note for note in notes if note]
+def _details(classifier: Classifier, store: Store, name: str) -> dict[str, Any]:
+    """Details of new scores: reasons for doubt, without the folders of this machine."""
+    trained = sum(int(_trained_on(classifier, store, n).sum()) for n in range(store.chunk_count))
+    auroc = classifier.held_out_auroc
+    notes = []
+    if trained:
+        held_out = "" if auroc is None else f"; AUROC on held-out rows: {auroc:.3f}"
+        notes.append(
+            f"{name} was trained on {trained:,} of these {store.records:,} rows, whose scores are"
+            f" too good{held_out}"
+        )
+    note = length_note(
+        median_length(store),
+        Path(str(store.path)).name,
+        float(classifier.about["median_length"]),
+        f"the training data of {name}",
+    )
+    if note:
+        notes.append(f"{note}, and train a classifier on them")
+    return {"held_out_auroc": auroc, "trained_rows": trained, "notes": notes}
+
+
+def doubts(score: Result) -> list[str]:
+    """Reasons to doubt scores, which were kept with them."""
+    notes = score.details.get("notes")
+    return [note for note in notes if isinstance(note, str)] if isinstance(notes, list) else []
+
+
+def _trained_on(classifier: Classifier, store: Store, chunk: int) -> NDArray[np.bool_]:
+    """Which rows of a chunk have a sequence that the classifier was trained on."""
+    span = store.rows(chunk)
+    digests = sequence_digests(store, chunk, range(span.stop - span.start))
+    return classifier.was_trained_on(digests)
 
 
 def _parts(result: Result) -> Iterator[tuple[slice, NDArray[np.float32]]]:
@@ -301,14 +324,14 @@ def _write(
     types = {
         name: kind
         for name, kind in _ROW_TYPES.items()
-        if name in ("row", "score", "class", "status") or name in store.names
+        if name in ("row", "score", "class", "trained_on", "status") or name in store.names
     }
-    parts = _of_rows(result, classifier.classes)
+    parts = _of_rows(result, classifier)
     if consensus is not None:
         types = _READ_TYPES | (_BY_RULE if consensus == "virnucpro" else {})
         if "frame" not in store.names:
             del types["best_frame"]
-        parts = _of_reads(result, consensus, classifier.classes)
+        parts = _of_reads(result, consensus, classifier)
     about = {
         "name": result.name,
         "consensus": consensus or "none",
@@ -327,7 +350,7 @@ def _write(
     return write_rows(counted(), types, out, about=about, guard=guard, force=force), first
 
 
-def _of_rows(result: Result, classes: tuple[str, str]) -> Iterator[Columns]:
+def _of_rows(result: Result, classifier: Classifier) -> Iterator[Columns]:
     for rows, score in _parts(result):
         has_score = np.isfinite(score)
         if has_score.any():
@@ -335,8 +358,16 @@ def _of_rows(result: Result, classes: tuple[str, str]) -> Iterator[Columns]:
                 columns = result.store.read_columns(rows)
                 columns["status"] = meanings(np.asarray(result.store.array("status")[rows]))
             columns |= {"row": np.arange(rows.start, rows.stop), "score": score}
-            columns["class"] = np.where(score >= 0.5, *classes).astype(object)
+            columns["class"] = np.where(score >= 0.5, *classifier.classes).astype(object)
+            columns["trained_on"] = _trained_rows(classifier, result.store, rows).astype(np.int8)
             yield {name: _listed(values[has_score]) for name, values in columns.items()}
+
+
+def _trained_rows(classifier: Classifier, store: Store, rows: slice) -> NDArray[np.bool_]:
+    """Like `_trained_on`, for rows of whole chunks."""
+    per_chunk = store.identity.rows_per_chunk
+    chunks = range(rows.start // per_chunk, -(-rows.stop // per_chunk))
+    return np.concatenate([_trained_on(classifier, store, chunk) for chunk in chunks])
 
 
 def _listed(values: NDArray[Any]) -> list[Any]:
@@ -347,7 +378,7 @@ def _listed(values: NDArray[Any]) -> list[Any]:
 _OF_A_READ = ("read", "read_id", "sequence_id", "frame")
 
 
-def _of_reads(result: Result, consensus: Consensus, classes: tuple[str, str]) -> Iterator[Columns]:
+def _of_reads(result: Result, consensus: Consensus, classifier: Classifier) -> Iterator[Columns]:
     """Lines of whole reads; the last read of a part may continue in the next part."""
     carried: dict[str, NDArray[Any]] | None = None
     for rows, score in _parts(result):
@@ -358,15 +389,16 @@ def _of_reads(result: Result, consensus: Consensus, classes: tuple[str, str]) ->
             known = result.store.read_columns(rows)
         part = {name: known[name][has_score] for name in _OF_A_READ if name in known}
         part |= {"row": np.arange(rows.start, rows.stop)[has_score], "score": score[has_score]}
+        part["trained_on"] = _trained_rows(classifier, result.store, rows)[has_score]
         if carried is not None:
             part = {name: np.concatenate([carried[name], part[name]]) for name in part}
         last = int(np.searchsorted(part["read"], part["read"][-1]))
         carried = {name: values[last:] for name, values in part.items()}
         if last:
             whole = {name: values[:last] for name, values in part.items()}
-            yield _by_read(whole, consensus, classes)
+            yield _by_read(whole, consensus, classifier.classes)
     if carried is not None:
-        yield _by_read(carried, consensus, classes)
+        yield _by_read(carried, consensus, classifier.classes)
 
 
 def _by_read(
@@ -386,6 +418,7 @@ def _by_read(
         "read": read[best],
         "score": found,
         "rows": counts,
+        "trained_rows": np.add.reduceat(part["trained_on"].astype(np.int64), firsts),
         "best_row": part["row"][best],
         "best_sequence_id": part["sequence_id"][best],
     }

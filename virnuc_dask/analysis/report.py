@@ -16,10 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.chunk_passes import as_float32, check_finite
-from virnuc_dask.analysis.classifier import training_warning
 from virnuc_dask.analysis.neighbours import nearest, random_pairs
 from virnuc_dask.analysis.outputs import check_out, whole_file
-from virnuc_dask.analysis.rows import file_names, sources, taken
+from virnuc_dask.analysis.points import axes
+from virnuc_dask.analysis.prediction import doubts
+from virnuc_dask.analysis.rows import file_names, source_numbers, taken
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.settings import Status
@@ -415,6 +416,10 @@ _UNITS = ((3600, "hours"), (60, "minutes"), (1, "seconds"))
 
 # Numbers of a fit, which are not for people.
 _NUMBERS = ("mean", "axes", "origin", "centres", "sampled_rows")
+_TITLES = {
+    "classifier": "SHA-256 of the classifier",
+    "explained_variance_ratio": "shares of the variance",
+}
 
 
 def _results(store: Store, kind: Kind) -> list[Result]:
@@ -432,7 +437,7 @@ def _fullest(store: Store, kind: Kind, present: NDArray[np.bool_]) -> Result | N
 def _listed(result: Result) -> list[tuple[str, str]]:
     """Settings of a result, for people."""
     return [
-        (key.replace("_", " "), _as_text(value))
+        (_TITLES.get(key, key.replace("_", " ")), _as_text(value))
         for key, value in result.about.items()
         if key not in _NUMBERS
     ]
@@ -461,13 +466,12 @@ def _map(
     if result:
         points = values.astype(np.float64)
         facts["about"] = _listed(result)
-        facts["axes"] = ("first axis", "second axis")
+        facts["axes"] = axes(result)
     else:
         points, explained = _principal(values)
         facts["about"] = []
         facts["axes"] = tuple(
-            f"component {number} ({share:.1%} of the variance)"
-            for number, share in enumerate(explained, 1)
+            f"PC {number} ({share:.1%} of variance)" for number, share in enumerate(explained, 1)
         )
     low, high = points.min(axis=0), points.max(axis=0)
     scaled = (points - low) / np.where(high > low, high - low, 1)
@@ -570,9 +574,7 @@ def _by_cluster(values: NDArray[np.int32]) -> _Groups:
 
 
 def _by_file(store: Store, rows: NDArray[np.int64]) -> _Groups:
-    names = file_names(store)
-    group = np.array([names.index(name) for name in sources(store, rows)], np.int64)
-    return group, list(zip(names, _SERIES, strict=False))
+    return source_numbers(store, rows), list(zip(file_names(store), _SERIES, strict=False))
 
 
 def _by_length(lengths: NDArray[np.int32]) -> _Groups:
@@ -661,7 +663,7 @@ def _score(store: Store, result: Result) -> dict[str, Any]:
         "name": result.name,
         "about": _listed(result),
         "bars": _score_bars(counts),
-        "warning": training_warning(result.name, result.details),
+        "warnings": doubts(result),
         "class": _first_class(result),
         "rows": total,
         "first": first,

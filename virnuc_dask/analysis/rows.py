@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,29 @@ def _sum_and_take(
     return total, number, np.concatenate(positions), np.concatenate(vectors)
 
 
+def sequence_digest(residues: NDArray[np.uint8]) -> bytes:
+    """Digest of the encoded residues of a row, 16 bytes; equal sequences have equal digests."""
+    return blake2b(residues.tobytes(), digest_size=16).digest()
+
+
+def sequence_digests(store: Store, chunk: int, which: Iterable[int]) -> list[bytes]:
+    """Digests of the sequences of some rows of a chunk.
+
+    Only encoded residues count: truncated rows that differ in the rest are one sequence.
+
+    Parameters
+    ----------
+    store : Store
+    chunk : int
+    which : iterable of int
+        Positions of the rows in the chunk.
+    """
+    lengths, residues = store.read_rows(chunk)
+    starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    encoded = store.encoded(lengths)
+    return [sequence_digest(residues[starts[row] : starts[row] + encoded[row]]) for row in which]
+
+
 def by_chunk(store: Store, rows: NDArray[np.int64]) -> Iterator[tuple[int, NDArray[np.int64]]]:
     """Each chunk with some of the rows, and the positions of these in `rows`."""
     if not len(rows):
@@ -202,15 +226,18 @@ def file_names(store: Store) -> list[str]:
     ]
 
 
-def sources(store: Store, rows: NDArray[np.int64]) -> list[str]:
-    """Name of the input of each row, as from `file_names`.
+def source_numbers(
+    store: Store, rows: NDArray[np.int64] | slice = slice(None)
+) -> NDArray[np.int64]:
+    """Number of the input of some rows, an index into `file_names`.
 
     Raises
     ------
     StoreError
         The numbers are damaged.
     """
-    names, numbers = file_names(store), taken(store, "source", rows)
-    if not np.isin(numbers, np.arange(len(names))).all():
-        raise StoreError(f"{store.path}: `source` is damaged")
-    return [names[number] for number in numbers.tolist()]
+    with store.reading("`source`"):
+        numbers = np.asarray(store.array("source").oindex[rows], np.int64)
+    if len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(store.files):
+        raise StoreError(f"{store.path}: `source` is damaged; `verify` finds it")
+    return numbers

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from hashlib import blake2b
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.chunk_passes import ChunkCounter, Pool, as_float32, check_finite
+from virnuc_dask.analysis.rows import sequence_digest
 from virnuc_dask.store.store import Store, is_embedded
 
 AMINO_ACIDS = "ACDEFGHIKLMNPQRSTVWY"
@@ -158,9 +158,8 @@ def _read_chunk(store: Store, chunk: int, which: NDArray[np.int64]) -> Sample:
     composition = np.empty((len(rows), _OTHER + 1), np.float32)
     sequence = []
     for number, row in enumerate(rows.tolist()):
-        # Only encoded residues count: truncated rows that differ in the rest are one sequence.
         part = residues[starts[row] : starts[row] + encoded[row]]
-        sequence.append(blake2b(part.tobytes(), digest_size=16).digest())
+        sequence.append(sequence_digest(part))
         shares = np.bincount(_LETTERS[part], minlength=_OTHER + 1)[:_OTHER] / len(part)
         composition[number, :_OTHER] = shares
     composition[:, _OTHER] = np.log(encoded[rows])

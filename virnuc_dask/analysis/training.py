@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from virnuc_dask.analysis.classifier import (
     Classifier,
     is_class_name,
     save_classifier,
+    shortened,
     versions,
 )
 from virnuc_dask.analysis.compatibility import (
@@ -35,6 +37,8 @@ _BINS = 10
 _RESAMPLES = 1000
 _INTERVAL = (0.025, 0.975)
 _FEW = 100
+# Fraction of viral rows in an example of a metagenome.
+_RARE = 0.01
 _HIDDEN_UNITS = 512
 # Inverse strength of the penalty, scikit-learn's C.
 _INVERSE_PENALTY = 0.1
@@ -86,6 +90,18 @@ class Metrics:
     brier: float
     calibration_error: float
     reliability: list[dict[str, float | int | None]]
+
+    def precision_at(self, prevalence: float) -> float | None:
+        """Fraction of the rows with a score of 0.5 or more that are of the first class.
+
+        Parameters
+        ----------
+        prevalence : float
+            Fraction of all rows that are of the first class.
+        """
+        right = self.sensitivity * prevalence
+        called = right + (1 - self.specificity) * (1 - prevalence)
+        return right / called if called else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +214,7 @@ class TrainReport:
         ]
         lines += [
             "",
+            *self._rare(first),
             "Similar sequences may be on both sides of the split. For figures that hold for new"
             " families,",
             "cluster the sequences first, for example with MMseqs2, and embed one of each cluster.",
@@ -218,6 +235,16 @@ class TrainReport:
                 f"{ends:<10} {each_bin['rows']:>7,}  {means[0]:>10}  {means[1]:>9}".rstrip()
             )
         return lines
+
+    def _rare(self, first: str) -> Iterator[str]:
+        """What the figures mean where the first class is rare."""
+        precision = self.embeddings.precision_at(_RARE)
+        if precision is not None:
+            yield (
+                f"Scores are probabilities for these class proportions. If {_RARE:.0%} of the rows"
+                f" were {first},"
+            )
+            yield f"{precision:.1%} of the rows with a score of 0.5 or more would be {first}."
 
 
 def train(
@@ -390,7 +417,9 @@ def train(
         "versions": {"virnuc_dask": __version__, **versions()},
         **stores[0].model.comment(),
     }
-    save_classifier(Classifier(pipeline, about), check_out(path, (SUFFIX,), force=force))
+    sequences = [digest for sample in samples for digest in sample.sequence]
+    used = np.unique(shortened(sequences)[~is_test])
+    save_classifier(Classifier(pipeline, about, used), check_out(path, (SUFFIX,), force=force))
     return report
 
 

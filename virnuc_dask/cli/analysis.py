@@ -152,7 +152,8 @@ def index_(store: str, out: str | None, **options: Any) -> None:
     "--labels",
     required=True,
     metavar="FILE",
-    help="Text file; each line: identifier, tab, label. Several lines give several labels.",
+    help="Text file; each line: identifier, tab, label. Several lines give several labels. Or the"
+    " word source: each row has the name of its input file.",
 )
 @click.option(
     "--reference", help="Store with the labelled rows and the same weights.  [default: STORE]"
@@ -191,15 +192,18 @@ def annotate(
 ) -> None:
     """Give each row of STORE the label of the nearest labelled row of a reference.
 
-    One line per row: query, label, reliability from 0 to 1, all labels of the k neighbours. Then,
-    for the nearest neighbour with the label: identifier, row, similarity, length, status,
-    description. A terminal gets aligned columns, a pipe gets TSV.
+    A row is not its own neighbour. One line per row: query, label, reliability from 0 to 1, all
+    labels of the k neighbours. Then, for the nearest neighbour with the label: identifier, row,
+    similarity, length, status, description. A terminal gets aligned columns, a pipe gets TSV.
     """
     from virnuc_dask.analysis import labels as analysis
     from virnuc_dask.analysis.tables import check_table, write_annotations
 
     if is_leave_one_out and out:
-        raise click.UsageError("--leave-one-out prints a table and takes no --out")
+        raise click.UsageError(
+            "--leave-one-out prints counts and takes no --out; without it, annotate writes the"
+            " label of each row, which is not a neighbour of itself"
+        )
     if as_json and not is_leave_one_out:
         raise click.UsageError("--json works only with --leave-one-out; --out can write Parquet")
     if out:
@@ -270,10 +274,8 @@ def _show_accuracy(found: LeaveOneOut) -> None:
 @click.option("--png", type=click.Path(path_type=Path), help="Also draw the map in a .png file.")
 @click.option(
     "--colour",
-    default="length",
-    show_default=True,
     help="length, source (the input file), frame, status, score_NAME, cluster_NAME, or a .tsv file"
-    " of labels as for annotate (each line: identifier, tab, label).",
+    " of labels as for annotate (each line: identifier, tab, label).  [default: length]",
 )
 @click.option(
     "--points",
@@ -294,7 +296,7 @@ def map_(
     store: str,
     out: Path | None,
     png: Path | None,
-    colour: str,
+    colour: str | None,
     points: int,
     force: bool,
     random_state: int,
@@ -318,6 +320,9 @@ def map_(
         raise click.UsageError(
             f"--out and --png name the same file, {drawings[0]}; leave out --png"
         )
+    if colour and not drawings:
+        raise click.UsageError("--colour needs a drawing: give --out or --png")
+    colour = colour or "length"
     check_colour(Store(store), colour)
     progress = chunk_counter("mapped", "chunks")
     made = make_map(store, random_state=random_state, progress=progress, **options)
@@ -384,7 +389,8 @@ def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: A
     _say_doubts([clusters.note] if clusters.note else [], clusters.comment)
     print(
         f"{clusters.name} in {store}, fitted to {clusters.fitted_rows:,} rows; silhouette"
-        f" {clusters.silhouette:.2f}; {counted(clusters.computed_chunks, 'chunk')} labelled now",
+        f" {clusters.silhouette:.2f} (1: well separated, 0: not at all);"
+        f" {counted(clusters.computed_chunks, 'chunk')} labelled now",
         file=sys.stderr,
     )
     with cleaning_up():

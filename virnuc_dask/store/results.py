@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast, get_args
 from uuid import uuid4
@@ -218,7 +219,7 @@ def keep_result(
     name: str,
     about: dict[str, Any],
     *,
-    details: dict[str, Any] | None = None,
+    details: Callable[[], dict[str, Any]] | None = None,
     replace: bool | str = False,
 ) -> Result:
     """Open an unfinished or finished result to fill it, or create a new one.
@@ -231,8 +232,8 @@ def keep_result(
         Letters, digits and underscores.
     about : dict
         How it is computed, as JSON values: all that its values depend on besides the embeddings.
-    details : dict, optional
-        JSON values for a new result, on which no value depends.
+    details : callable, optional
+        Called for a new result. Returns JSON values on which no value of the result depends.
     replace : bool or str
         Replace a result that was computed in another way, or that has damaged metadata. A str
         replaces only the result with this id.
@@ -280,7 +281,7 @@ def keep_result(
         dimension_names=("sequence", "axis") if is_map else ("sequence",),
         attributes={
             "long_name": _LONG_NAMES[kind],
-            ATTRIBUTE: {"id": uuid4().hex, "by": about, "details": details or {}},
+            ATTRIBUTE: {"id": uuid4().hex, "by": about, "details": details() if details else {}},
         },
         chunk_key_encoding={"name": "default", "separator": "."},
         compressors=(ZstdCodec(level=1), Crc32cCodec()),
