@@ -90,7 +90,9 @@ def measure_predict(folder: Path, rows: int, dimension: int, kind: str = "logist
     pipeline = new_pipeline(kind, 0, early_stopping=False).fit(features, features[:, 0] > 0)
     model = what_must_agree(store.identity) | {"dimension": dimension}
     about = {"kind": kind, "classes": ["viral", "other"], "model": model, "median_length": 30.0}
-    save_classifier(Classifier(pipeline, about | {"versions": versions()}), folder / "c.skops")
+    digests = np.sort(random.integers(2**64, size=200_000, dtype=np.uint64))
+    classifier = Classifier(pipeline, about | {"versions": versions()}, digests)
+    save_classifier(classifier, folder / "c.skops")
     size = sum(file.stat().st_size for file in store.path.rglob("*") if file.is_file())
     print(f"store of {size / 1e9:.2f} GB")
     with timed(f"predict, {kind}"):
