@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from virnuc_dask.analysis.report import report
     from virnuc_dask.analysis.training import train
     from virnuc_dask.encoder.encoder import load_encoder
-    from virnuc_dask.runtime.embed import ChunkReport
+    from virnuc_dask.runtime.chunk_report import ChunkReport
     from virnuc_dask.runtime.run import resume, run
     from virnuc_dask.runtime.summary import RunSummary
     from virnuc_dask.runtime.tasks import create_store, tasks
@@ -72,7 +72,7 @@ __all__ = [
 ]
 
 _HOME = {
-    "ChunkReport": "runtime.embed",
+    "ChunkReport": "runtime.chunk_report",
     "Clusters": "analysis.clusters",
     "Map": "analysis.maps",
     "RunConfig": "settings",

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -23,22 +24,25 @@ from conftest import Cli
 from models import random_network, save_huggingface, save_network
 from safetensors.torch import load_file, save_file
 
-from virnuc_dask.encoder import digests
-from virnuc_dask.encoder.digests import FileStates
+from virnuc_dask.encoder import digests, weight_files
+from virnuc_dask.encoder.digests import KnownWeights, known_weights
+from virnuc_dask.encoder.weight_files import FileStates
 from virnuc_dask.encoder.weights import Checkpoint, hashing, known_sha256, load_checkpoint
+from virnuc_dask.errors import VirnucError
 from virnuc_dask.runtime.plan import plan
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Settings
 from virnuc_dask.store.store import Store
 
 WRONG = "0" * 64
+KEPT = asdict(KnownWeights(WRONG, 2, 32))
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The directory of digests, of which there is none yet; files may be as young as they like."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(digests, "_SETTLED_NS", 0)
+    monkeypatch.setattr(weight_files, "_SETTLED_NS", 0)
     return tmp_path / "cache" / "virnuc_dask"
 
 
@@ -58,7 +62,7 @@ def hashed(reference: Path | str) -> str:
 def forge(reference: Path | str, digest: str = WRONG) -> None:
     files = load_checkpoint(str(reference)).files
     assert files is not None
-    digests.remember(files, digest)
+    digests.remember(files, KnownWeights(digest, 2, 32))
 
 
 def published(folder: Path) -> Path:
@@ -141,6 +145,40 @@ def test_commands_hash_weights_once(
         assert again.identity == store.identity
         assert found == spec
     assert plan(inputs, settings).model == spec
+
+
+@pytest.mark.parametrize("make", LAYOUTS)
+def test_what_is_known_is_what_is_read(
+    make: Callable[[Path], Path], cache: Path, tmp_path: Path
+) -> None:
+    """Whether a model was read or is known, a run says and does the same."""
+    reference = make(tmp_path)
+    inputs = tmp_path / "in.faa"
+    inputs.write_text(">a\nMKV\n")
+    settings = Settings(str(reference))
+    assert known_weights(str(reference)) is None
+    said: list[list[Any]] = [[], []]
+    for events in said:
+        prepare(inputs, tmp_path / "a.zarr", settings, events.append)
+    assert said[0] == said[1]
+    kept = known_weights(str(reference))
+    assert kept is not None
+    assert kept.has_adapter == (make is adapter)
+    wrong = Settings(str(reference), repr_layer=3)
+    with pytest.raises(VirnucError) as known_error:
+        prepare(inputs, tmp_path / "b.zarr", wrong, lambda _event: None)
+    for entry in cache.iterdir():
+        entry.unlink()
+    with pytest.raises(VirnucError, match="layer 3 of a model with 2") as read_error:
+        prepare(inputs, tmp_path / "b.zarr", wrong, lambda _event: None)
+    assert str(known_error.value) == str(read_error.value)
+
+
+def test_the_demo_model_is_what_is_said_of_it() -> None:
+    checkpoint = load_checkpoint("demo")
+    assert known_weights("demo") == KnownWeights(
+        checkpoint.sha256(), checkpoint.layers, checkpoint.dimension
+    )
 
 
 def resident(file: Path) -> float:
@@ -226,7 +264,7 @@ def test_a_changed_file_is_hashed_again(
 def test_a_file_that_has_just_changed_may_change_again_unseen(
     cache: Path, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(digests, "_SETTLED_NS", 2 * 10**9)
+    monkeypatch.setattr(weight_files, "_SETTLED_NS", 2 * 10**9)
     os.utime(model, ns=(0, 0))  # of which ctime tells
     assert known(model) == hashed(model)
     assert not cache.exists()
@@ -252,7 +290,7 @@ def test_a_file_that_is_replaced_after_it_was_read_is_hashed_as_it_was(
     first, checkpoint = known(model), load_checkpoint(str(model))
     replaced(model, b"something else")
     assert checkpoint.files is not None
-    digests.remember(checkpoint.files, WRONG)
+    digests.remember(checkpoint.files, KnownWeights(WRONG, 2, 32))
     assert known_sha256(checkpoint) == first
 
 
@@ -276,14 +314,24 @@ def test_a_digest_that_was_given_up_is_not_kept(cache: Path, model: Path) -> Non
         b"[]",
         b"null",
         b"{}",
-        {"value": WRONG[1:]},
-        {"value": WRONG + "\n"},
-        {"value": "G" * 64},
+        {"value": KEPT | {"sha256": WRONG[1:]}},
+        {"value": KEPT | {"sha256": WRONG + "\n"}},
+        {"value": KEPT | {"sha256": "G" * 64}},
+        {"value": KEPT | {"sha256": 7}},
+        {"value": KEPT | {"layers": 0}},
+        {"value": KEPT | {"layers": "2"}},
+        {"value": KEPT | {"dimension": 10**9}},
+        {"value": KEPT | {"has_adapter": 1}},
+        {"value": KEPT | {"left_out": None}},
+        {"value": KEPT | {"left_out": [7]}},
+        {"value": KEPT | {"more": 7}},
+        {"value": {}},
         {"value": 7},
+        {"value": WRONG},
         {"value": None},
-        {"value": WRONG, "key": None},
-        {"value": WRONG, "key": []},
-        {"value": WRONG, "key": [0]},
+        {"value": KEPT, "key": None},
+        {"value": KEPT, "key": []},
+        {"value": KEPT, "key": [0]},
     ],
     ids=lambda content: str(content)[:30],
 )
@@ -351,9 +399,9 @@ def test_what_others_may_have_written_is_not_believed(cache: Path, model: Path) 
 
 AT_ONCE = """
 import sys
-from virnuc_dask.encoder import digests
+from virnuc_dask.encoder import digests, weight_files
 from virnuc_dask.encoder.weights import known_sha256, load_checkpoint
-digests._SETTLED_NS = 0
+weight_files._SETTLED_NS = 0
 print("ready", flush=True)
 sys.stdin.readline()
 for _ in range(20):

@@ -25,7 +25,8 @@ from safetensors.torch import load, save_file
 
 import virnuc_dask
 from virnuc_dask.encoder.encoder import load_encoder
-from virnuc_dask.encoder.weights import load_checkpoint, weights_at_hand
+from virnuc_dask.encoder.weight_files import weights_at_hand
+from virnuc_dask.encoder.weights import load_checkpoint
 from virnuc_dask.errors import ModelError, UsageError
 
 SEQUENCES = random_sequences([1, 17, 60, 60, 200])

@@ -24,7 +24,8 @@ from safetensors.torch import load, save_file
 
 import virnuc_dask
 from virnuc_dask.encoder.encoder import load_encoder
-from virnuc_dask.encoder.weights import load_checkpoint, published_part
+from virnuc_dask.encoder.weight_files import published_part
+from virnuc_dask.encoder.weights import load_checkpoint
 from virnuc_dask.errors import ModelError
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.display import _notice

@@ -23,14 +23,14 @@ from models import (
     upstream_mean,
 )
 
-from virnuc_dask.encoder import weights
+from virnuc_dask.encoder import digests, weights
 from virnuc_dask.encoder.encoder import load_encoder
+from virnuc_dask.encoder.weight_files import weights_at_hand
 from virnuc_dask.encoder.weights import (
     Checkpoint,
     describe,
     hashing,
     load_checkpoint,
-    weights_at_hand,
 )
 from virnuc_dask.errors import InputError, ModelError
 from virnuc_dask.runtime import events, prepare
@@ -239,6 +239,9 @@ def test_input_is_read_while_weights_are_hashed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of the largest models that takes minutes: what is wrong with an input is said before."""
+    model = save_network(random_network(2, 32, 4), tmp_path / "model.pt")
+    expected = load_checkpoint(model).sha256()
+    monkeypatch.setattr(digests, "recall", lambda _files: None)
     monkeypatch.setattr(prepare, "_PROMPT_S", 0.0)
     has_read, own_sha256 = threading.Event(), Checkpoint.sha256
     seen: list[events.Event] = []
@@ -256,17 +259,17 @@ def test_input_is_read_while_weights_are_hashed(
     for _ in range(2):  # making the store, and comparing it
         has_read.clear()
         seen.clear()
-        store, spec = prepare.prepare(VIRAL_PROTEINS, tmp_path / "a.zarr", Settings("demo"), listen)
+        store, spec = prepare.prepare(VIRAL_PROTEINS, tmp_path / "a.zarr", Settings(model), listen)
         kinds = [type(event) for event in seen]
         assert kinds == [events.Reading, events.ModelChosen, events.InputRead]
-        assert store.identity.weights_sha256 == spec.weights_sha256 == DEMO_SHA256
+        assert store.identity.weights_sha256 == spec.weights_sha256 == expected
         (chosen,) = (event for event in seen if isinstance(event, events.ModelChosen))
         assert chosen.model == spec
     bad = tmp_path / "bad.faa"
     bad.write_text("no header\n")
     monkeypatch.setattr(Checkpoint, "sha256", _Endless.sha256)
     with pytest.raises(InputError):
-        prepare.prepare(bad, tmp_path / "b.zarr", Settings("demo"), listen)
+        prepare.prepare(bad, tmp_path / "b.zarr", Settings(model), listen)
     assert not (tmp_path / "b.zarr").exists()
 
 

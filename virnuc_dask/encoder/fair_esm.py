@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from virnuc_dask.errors import UsageError
@@ -25,6 +26,19 @@ def fair_esm() -> tuple[Any, Any]:
     except (Exception, SystemExit) as error:  # another esm.py may raise anything
         raise UsageError(_problem(error)) from error
     return Alphabet, ESM2
+
+
+def check_fair_esm() -> None:
+    """Refuse an environment without fair-esm, without importing it, since it needs torch.
+
+    Raises
+    ------
+    UsageError
+        It is missing, or hidden by another module ``esm``.
+    """
+    spec = find_spec("esm")
+    if spec is None or spec.origin is None or not Path(spec.origin).with_name("model").is_dir():
+        fair_esm()  # says what is wrong
 
 
 def _problem(error: BaseException) -> str:

@@ -13,15 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from virnuc_dask.encoder.fair_esm import fair_esm
+from virnuc_dask.encoder.weight_files import huggingface_weights
 
-# In the order of transformers: a directory may still hold files of an earlier save.
-_WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-_SUFFIXES = (".safetensors", ".bin")
 # Tokens of ESM-2's alphabet. A fine-tuned model may have more, to reach a multiple of 8 to 128.
 TOKENS, _MOST_TOKENS = 33, 128
 
@@ -55,32 +48,6 @@ EMBEDDING = "embed_tokens.weight"
 _PLAIN_ROTATION = {"rope_theta": 10_000, "rope_type": "default", "type": "default"}
 
 
-def is_huggingface(path: Path) -> bool:
-    """Whether a path is a directory or a file in Hugging Face's layout."""
-    if path.suffix in _SUFFIXES and path.is_file():
-        return (path.parent / "config.json").is_file()
-    return (path / "config.json").is_file()
-
-
-def has_weights(folder: Path) -> bool:
-    """Whether a directory holds weights under one of their usual names."""
-    return any((folder / name).is_file() for name in _WEIGHTS)
-
-
-def huggingface_files(path: Path) -> list[Path]:
-    """All files from which `read_huggingface` takes values or names.
-
-    Raises
-    ------
-    ValueError, OSError, KeyError
-        Files are missing or damaged.
-    """
-    if path.is_file():
-        return [path.parent / "config.json", path]
-    index = [path / name for name in _WEIGHTS if (path / name).is_file()][:1]
-    return list(dict.fromkeys([path / "config.json", *index, *_files(path)]))
-
-
 def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     """Read an ESM-2 from a directory, or from a file of weights beside its ``config.json``.
 
@@ -107,7 +74,7 @@ def read_huggingface(path: Path) -> tuple[dict[str, Any], tuple[str, ...]]:
     _check(config, folder)
     layers, heads = config["num_hidden_layers"], config["num_attention_heads"]
     stored: dict[str, Tensor] = {}
-    for file in [path] if path.is_file() else _files(folder):
+    for file in [path] if path.is_file() else huggingface_weights(folder):
         stored |= read_tensors(file)
     prefix = _prefix(stored)
     tensors: dict[str, Tensor] = {}
@@ -205,18 +172,6 @@ def _check(config: dict[str, Any], folder: Path) -> None:
     # The 32nd token is a filler with another name in Hugging Face's files.
     if vocabulary.is_file() and vocabulary.read_text().split()[:31] != letters[:31]:
         raise ValueError("vocab.txt is not ESM-2's alphabet")
-
-
-def _files(folder: Path) -> list[Path]:
-    here = [folder / name for name in _WEIGHTS if (folder / name).is_file()]
-    if not here:
-        raise ValueError(f"found none of {', '.join(_WEIGHTS)}")
-    if here[0].suffix != ".json":
-        return here[:1]
-    names = sorted(set(json.loads(here[0].read_text())["weight_map"].values()))
-    if any(Path(name).name != name for name in names):
-        raise ValueError(f"{here[0].name} names files outside its directory")
-    return [folder / name for name in names]
 
 
 def fair_esm_name(short: str) -> str | None:

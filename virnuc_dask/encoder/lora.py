@@ -17,9 +17,8 @@ from torch import Tensor
 
 from virnuc_dask.encoder.huggingface import EMBEDDING, TOKENS, UNUSED, fair_esm_name, read_tensors
 from virnuc_dask.encoder.memory import give_back_pages
+from virnuc_dask.encoder.weight_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, adapter_files
 
-_CONFIG = "adapter_config.json"
-_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 # The group is a tensor's name within the base model's trunk.
 _TRUNK = re.compile(r"(?:^|\.)((?:encoder|embeddings)\..+)$")
 _PARTS = re.compile(r"(.+)\.(lora_A|lora_B|lora_magnitude_vector)(?:\.weight)?")
@@ -144,22 +143,6 @@ class Adapter:
         return parts
 
 
-def is_adapter(path: Path) -> bool:
-    """Whether a directory holds an adapter, with or without its base model."""
-    return (path / _CONFIG).is_file()
-
-
-def base_of(folder: Path) -> str:
-    """Name of the base model in an adapter's configuration."""
-    return str(json.loads((folder / _CONFIG).read_text()).get("base_model_name_or_path"))
-
-
-def adapter_files(folder: Path) -> list[Path]:
-    """All files that `read_adapter` may read."""
-    names = (_CONFIG, *_WEIGHTS)
-    return [folder / name for name in names if (folder / name).is_file()]
-
-
 def read_adapter(folder: Path) -> Adapter:
     """Read an adapter. No code from it is run.
 
@@ -170,11 +153,11 @@ def read_adapter(folder: Path) -> Adapter:
     OSError, safetensors.SafetensorError, KeyError
         Files are missing or damaged.
     """
-    config = json.loads((folder / _CONFIG).read_text())
+    config = json.loads((folder / ADAPTER_CONFIG).read_text())
     _check_config(config)
     files = adapter_files(folder)[1:]
     if not files:
-        raise ValueError(f"the adapter has neither {' nor '.join(_WEIGHTS)}")
+        raise ValueError(f"the adapter has neither {' nor '.join(ADAPTER_WEIGHTS)}")
     parts: dict[str, dict[str, Tensor]] = {}
     modules: dict[str, str] = {}
     replaced: dict[str, Tensor] = {}
@@ -222,11 +205,13 @@ def _check_config(config: dict[str, Any]) -> None:
         raise ValueError(f"the adapter is of the kind {kind!r}; only LoRA can be merged")
     for name in config.keys() - _KNOWN:
         if config[name]:
-            raise ValueError(f"{_CONFIG} has {name} {config[name]!r}, which cannot be merged")
+            raise ValueError(
+                f"{ADAPTER_CONFIG} has {name} {config[name]!r}, which cannot be merged"
+            )
     if config.get("init_lora_weights") not in _INITIALISATIONS:
         raise ValueError(
-            f"{_CONFIG} has init_lora_weights {config['init_lora_weights']!r}, which changes the"
-            " base model; merge the adapter with PEFT, and save the result"
+            f"{ADAPTER_CONFIG} has init_lora_weights {config['init_lora_weights']!r}, which changes"
+            " the base model; merge the adapter with PEFT, and save the result"
         )
 
 
@@ -235,7 +220,9 @@ def _scale(config: dict[str, Any], module: str, rank: int) -> float:
     for pattern, other in (config.get("alpha_pattern") or {}).items():
         # PEFT accepts any regular expression. One from an untrusted file may run for ever.
         if not re.fullmatch(r"\^?[\w.]+", pattern):
-            raise ValueError(f"{_CONFIG} has the alpha_pattern {pattern!r}, not a module's name")
+            raise ValueError(
+                f"{ADAPTER_CONFIG} has the alpha_pattern {pattern!r}, not a module's name"
+            )
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = other
             break

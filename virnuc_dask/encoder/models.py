@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.settings import ModelSpec, Precision
+from virnuc_dask.errors import ModelError, UsageError
+from virnuc_dask.settings import POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
 
 # Approximate operations per second of one worker. A CPU core reaches 50e9 (AVX2) to 220e9 (AVX-512)
 # in float32. In 16 bits an RTX 4090 reaches 90e12, an A100 180e12, an H200 590e12: see RESULTS.md.
@@ -55,6 +56,42 @@ PUBLISHED = {
     "esm2_t36_3B_UR50D": Published(36, 2560, 5_680),
     "esm2_t48_15B_UR50D": Published(48, 5120, 30_300),
 }
+
+
+def model_spec(
+    reference: str,
+    layers: int,
+    dimension: int,
+    precision: Precision = "float32",
+    repr_layer: int | None = None,
+    pooling: Pooling = "mean",
+) -> ModelSpec:
+    """Specification of a model, still without the digest of its weights.
+
+    Parameters
+    ----------
+    reference : str
+    layers, dimension : int
+        Of the model.
+    precision : str
+    repr_layer : int, optional
+        Default: the last.
+    pooling : str
+
+    Raises
+    ------
+    ModelError
+        The model has no such layer.
+    UsageError
+        The pooling or precision does not exist.
+    """
+    for value, allowed in ((pooling, POOLINGS), (precision, PRECISIONS)):
+        if value not in allowed:
+            raise UsageError(f"{value!r}: must be one of {', '.join(allowed)}")
+    layer = layers if repr_layer is None else repr_layer
+    if not 0 <= layer <= layers:
+        raise ModelError(f"model {reference}: layer {layer} of a model with {layers}")
+    return ModelSpec(reference, "", dimension, layer, pooling, precision)
 
 
 def parameters(layers: int, dimension: int) -> int:

@@ -21,20 +21,24 @@ import torch
 from torch import Tensor
 
 from virnuc_dask.encoder import digests
-from virnuc_dask.encoder.digests import FileStates
-from virnuc_dask.encoder.huggingface import (
-    has_weights,
-    huggingface_files,
-    is_huggingface,
-    read_huggingface,
-    torch_load,
-)
-from virnuc_dask.encoder.lora import Adapter, adapter_files, base_of, is_adapter, read_adapter
+from virnuc_dask.encoder.digests import KnownWeights
+from virnuc_dask.encoder.huggingface import read_huggingface, torch_load
+from virnuc_dask.encoder.lora import Adapter, read_adapter
 from virnuc_dask.encoder.memory import give_back_pages
-from virnuc_dask.encoder.models import PUBLISHED
+from virnuc_dask.encoder.models import PUBLISHED, model_spec
+from virnuc_dask.encoder.weight_files import (
+    FileStates,
+    exists,
+    file_of,
+    has_weights,
+    is_adapter,
+    is_huggingface,
+    published_base,
+    resolved,
+    states_of,
+)
 from virnuc_dask.errors import ModelError, UsageError
-from virnuc_dask.files import expanded
-from virnuc_dask.settings import DEMO, POOLINGS, PRECISIONS, ModelSpec, Pooling, Precision
+from virnuc_dask.settings import DEMO, ModelSpec, Pooling, Precision
 from virnuc_dask.text import printable
 
 # Prefixes of the names of fair-esm's other models.
@@ -141,11 +145,18 @@ def known_sha256(checkpoint: Checkpoint, given_up: threading.Event | None = None
     """
     files = checkpoint.files
     # If the files are unchanged since they were mapped, their digest is that of the mapped values.
-    if files and files.is_same(_states(checkpoint.reference)) and (kept := digests.recall(files)):
-        return kept
+    if files and files.is_same(states_of(checkpoint.reference)) and (kept := digests.recall(files)):
+        return kept.sha256
     digest = checkpoint.sha256(given_up)
-    if digest and files and files.is_same(_states(checkpoint.reference)):
-        digests.remember(files, digest)
+    if digest and files and files.is_same(states_of(checkpoint.reference)):
+        known = KnownWeights(
+            digest,
+            checkpoint.layers,
+            checkpoint.dimension,
+            checkpoint.adapter is not None,
+            checkpoint.left_out,
+        )
+        digests.remember(files, known)
     return digest
 
 
@@ -206,12 +217,12 @@ def load_checkpoint(reference: str) -> Checkpoint:
     """
     if reference == DEMO:
         return Checkpoint(DEMO, _demo_weights())
-    file = _file_of(reference)
+    file = file_of(reference)
     if reference in PUBLISHED:
         if not file.is_file():
             _download(reference, file)
         return _read(reference, file)
-    if not _exists(file):
+    if not exists(file):
         if reference.startswith(_OTHER_MODELS):
             raise ModelError(
                 f"model {reference!r}: only ESM-2 is supported: {', '.join(PUBLISHED)}, and models"
@@ -222,34 +233,6 @@ def load_checkpoint(reference: str) -> Checkpoint:
             f" {DEMO}, {', '.join(PUBLISHED)}"
         )
     return _read(resolved(reference), file)
-
-
-def resolved(reference: str) -> str:
-    """A model reference that is valid in any working directory: a path becomes absolute."""
-    if reference == DEMO or reference in PUBLISHED:
-        return reference
-    # Links are kept: the name that a link leads to may not show the kind of the file.
-    return str(Path(expanded(reference)).absolute())
-
-
-def weights_at_hand(reference: str) -> bool:
-    """Whether a model can be read without a download."""
-    if reference in PUBLISHED:
-        return _file_of(reference).is_file()
-    return reference == DEMO or _exists(_file_of(reference))
-
-
-def published_part(reference: str) -> str | None:
-    """Name of the fair-esm model to download if needed: the model itself, or its base."""
-    folder = Path(expanded(reference))
-    if reference in PUBLISHED:
-        return reference
-    if not _exists(folder) or not is_adapter(folder) or has_weights(folder):
-        return None
-    try:
-        return _published_base(folder)
-    except (ModelError, ValueError, AttributeError):
-        return None  # reading it reports the problem
 
 
 def describe(
@@ -279,46 +262,15 @@ def describe(
     UsageError
         The pooling or precision does not exist.
     """
-    for value, allowed in ((pooling, POOLINGS), (precision, PRECISIONS)):
-        if value not in allowed:
-            raise UsageError(f"{value!r}: must be one of {', '.join(allowed)}")
-    layer = checkpoint.layers if repr_layer is None else repr_layer
-    if not 0 <= layer <= checkpoint.layers:
-        raise ModelError(
-            f"model {checkpoint.reference}: layer {layer} of a model with {checkpoint.layers}"
-        )
-    digest = checkpoint.sha256() if hashed else ""
-    return ModelSpec(checkpoint.reference, digest, checkpoint.dimension, layer, pooling, precision)
-
-
-def _file_of(reference: str) -> Path:
-    """The file or directory of a model other than ``demo``."""
-    if reference in PUBLISHED:
-        # Where fair-esm's own loader keeps its downloads.
-        return Path(torch.hub.get_dir(), "checkpoints", f"{reference}.pt")
-    return Path(expanded(reference))
-
-
-def _states(reference: str) -> FileStates | None:
-    """State of all files that a model's digest depends on, or None if it cannot be read."""
-    try:
-        return FileStates.of([file.absolute() for file in _files_of(_file_of(reference))])
-    except Exception:  # files missing, or damaged in any way; reading reports the problem
-        return None
-
-
-def _files_of(file: Path) -> list[Path]:
-    if not is_adapter(file):
-        return huggingface_files(file) if is_huggingface(file) else [file]
-    base = file if has_weights(file) else _file_of(_published_base(file))
-    return adapter_files(file) + (huggingface_files(base) if base == file else [base])
-
-
-def _exists(file: Path) -> bool:
-    try:
-        return file.is_file() or is_huggingface(file) or is_adapter(file)
-    except (OSError, ValueError):  # a name that is too long, or has a NUL byte
-        return False
+    spec = model_spec(
+        checkpoint.reference,
+        checkpoint.layers,
+        checkpoint.dimension,
+        precision,
+        repr_layer,
+        pooling,
+    )
+    return replace(spec, weights_sha256=checkpoint.sha256()) if hashed else spec
 
 
 # torch's allow-list is global: a thread that leaves its context clears it for other threads.
@@ -326,7 +278,7 @@ _reading = threading.Lock()
 
 
 def _read(reference: str, file: Path) -> Checkpoint:
-    files = _states(reference)
+    files = states_of(reference)
     try:
         checkpoint = replace(_parse(reference, file), files=files)
         problem = _problem(checkpoint)
@@ -357,29 +309,11 @@ def _parse(reference: str, file: Path) -> Checkpoint:
     if has_weights(file):  # its base is in the same directory
         data, left_out = read_huggingface(file)
     else:
-        base = load_checkpoint(_published_base(file))
+        base = load_checkpoint(published_base(file))
         data, left_out = base.data, base.left_out
     checkpoint = Checkpoint(reference, data, adapter, (*left_out, *adapter.left_out))
     adapter.check(checkpoint.base())
     return checkpoint
-
-
-def _published_base(folder: Path) -> str:
-    """Base model of an adapter without a base beside it. The name is data, never a path.
-
-    Raises
-    ------
-    ModelError
-        The base is not a published model.
-    """
-    base = base_of(folder)
-    name = base.removeprefix("facebook/")
-    if name not in PUBLISHED:
-        raise ModelError(
-            f"model {folder}: the adapter's base model, {base!r}, is not one of fair-esm's; put the"
-            " base's config.json and weights beside it"
-        )
-    return name
 
 
 def _unpickle(file: Path) -> Any:

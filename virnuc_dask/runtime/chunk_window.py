@@ -29,13 +29,13 @@ from virnuc_dask.errors import (
     VirnucError,
 )
 from virnuc_dask.runtime import events, failures
+from virnuc_dask.runtime.chunk_report import ChunkReport
 from virnuc_dask.runtime.deadlines import (
     LOOK_EVERY_S,
     NOBODY_LOOKED_S,
     Deadlines,
     RunningDeadlines,
 )
-from virnuc_dask.runtime.embed import ChunkReport
 from virnuc_dask.runtime.events import Listener
 from virnuc_dask.runtime.known_workers import KEYS, KnownWorkers
 from virnuc_dask.runtime.requirements import SCHEDULER_LOST, Requirements

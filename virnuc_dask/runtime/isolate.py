@@ -31,10 +31,10 @@ from virnuc_dask.encoder.memory import is_starved
 from virnuc_dask.errors import VirnucError
 from virnuc_dask.inputs.lengths import encoded_lengths, residues_to_encode
 from virnuc_dask.runtime import failures
+from virnuc_dask.runtime.chunk_report import ChunkReport
 from virnuc_dask.runtime.deadlines import LOOK_EVERY_S, NO_DEADLINES, NOBODY_LOOKED_S, Deadlines
 from virnuc_dask.runtime.embed import (
     UBIQUITIN,
-    ChunkReport,
     Rows,
     embed_chunk,
     embed_rows,

@@ -13,14 +13,8 @@ from dask.system import CPU_COUNT
 
 from virnuc_dask.encoder.fair_esm import fair_esm
 from virnuc_dask.encoder.models import PUBLISHED, Estimate, costliest, operations, parameters
-from virnuc_dask.encoder.weights import (
-    Checkpoint,
-    describe,
-    known_sha256,
-    load_checkpoint,
-    published_part,
-    weights_at_hand,
-)
+from virnuc_dask.encoder.weight_files import published_part, weights_at_hand
+from virnuc_dask.encoder.weights import Checkpoint, describe, known_sha256, load_checkpoint
 from virnuc_dask.errors import ModelError
 from virnuc_dask.inputs.lengths import encoded_lengths
 from virnuc_dask.inputs.reader import read_blocks

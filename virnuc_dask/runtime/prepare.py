@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask import __version__
-from virnuc_dask.encoder.models import Estimate
-from virnuc_dask.encoder.weights import describe, hashing, load_checkpoint, resolved
+from virnuc_dask.encoder.digests import known_weights
+from virnuc_dask.encoder.models import Estimate, model_spec
+from virnuc_dask.encoder.weight_files import resolved
 from virnuc_dask.errors import (
     IdentityMismatchError,
     InputError,
@@ -53,6 +54,7 @@ Inputs = str | Path | Sequence[str | Path]
 
 # From this share of similar records on, the whole input is taken as protein or nucleotide.
 _MOST = 0.9
+_PLAIN_DEVICES = ("cpu", "cuda")
 # Most weights are hashed within this time. Reading starts after it at the latest.
 _PROMPT_S = 1.0
 
@@ -96,10 +98,6 @@ def prepare(
     precision = precision_on(device, settings.precision)
     if existing and settings.precision == AUTO:
         precision = _precision_of(existing)
-    checkpoint = load_checkpoint(settings.model)
-    model = describe(checkpoint, precision, settings.repr_layer, settings.pooling, hashed=False)
-    event = events.ModelChosen(model, device, checkpoint.adapter is not None, checkpoint.left_out)
-    warn_of_random_weights(model, stacklevel=4)
     files, summary = listed(inputs), InputSummary()
     blocks = read_blocks(
         files,
@@ -108,9 +106,8 @@ def prepare(
         translation=settings.translation,
         tiling=settings.tiling,
     )
-    with hashing(checkpoint, or_known=True) as digest:
-        del checkpoint  # the weights may be large, and reading takes long
-        announced = _Announced(event, digest, emit)
+    with _announced(settings, precision, device, emit) as announced:
+        warn_of_random_weights(announced.model, stacklevel=4)
         if existing is None:
             with _explained(store):
                 ingest = Ingest(
@@ -147,6 +144,31 @@ def prepare(
     return existing, model
 
 
+@contextmanager
+def _announced(
+    settings: Settings, precision: Precision, device: str, emit: Listener
+) -> Iterator[_Announced]:
+    """Announce the model. Weights that an earlier run has read are not read again."""
+    reference, layer, pooling = settings.model, settings.repr_layer, settings.pooling
+    if known := known_weights(reference):
+        model = model_spec(
+            resolved(reference), known.layers, known.dimension, precision, layer, pooling
+        )
+        digest = Future[str]()
+        digest.set_result(known.sha256)
+        event = events.ModelChosen(model, device, known.has_adapter, known.left_out)
+        yield _Announced(event, digest, emit)
+        return
+    from virnuc_dask.encoder.weights import describe, hashing, load_checkpoint
+
+    checkpoint = load_checkpoint(reference)
+    model = describe(checkpoint, precision, layer, pooling, hashed=False)
+    event = events.ModelChosen(model, device, checkpoint.adapter is not None, checkpoint.left_out)
+    with hashing(checkpoint, or_known=True) as digest:
+        del checkpoint  # the weights may be large, and reading the input takes long
+        yield _Announced(event, digest, emit)
+
+
 class _Announced:
     """A model whose digest is still being computed; its event is emitted once that is known."""
 
@@ -155,6 +177,11 @@ class _Announced:
         self._is_told = False
         wait([digest], timeout=_PROMPT_S)
         self.tell_if_known()
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model, without its digest as long as that is not known."""
+        return self._event.model
 
     def tell_if_known(self) -> None:
         """Emit the event if the digest is known. It is emitted only once."""
@@ -178,6 +205,8 @@ def check_device(device: str) -> None:
     ------
     UsageError
     """
+    if device in _PLAIN_DEVICES:
+        return  # without waiting for torch
     import torch
 
     try:

@@ -18,7 +18,6 @@ from distributed import Client
 from virnuc_dask import __version__
 from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.runtime import failures
-from virnuc_dask.runtime.embed import get_encoder
 from virnuc_dask.settings import Identity, ModelSpec
 from virnuc_dask.store.store import Store
 
@@ -113,6 +112,8 @@ def shortcomings(requirements: Requirements) -> tuple[str, ...]:
         plain = isinstance(error, VirnucError)
         lacks.append(str(error) if plain else f"{requirements.path}: cannot be used: {error}")
     try:
+        from virnuc_dask.runtime.embed import get_encoder
+
         get_encoder(requirements.spec, requirements.device)
     except VirnucError as error:
         lacks.append(str(error))

@@ -21,7 +21,7 @@ from weakref import WeakSet
 import numpy as np
 from distributed import Client, performance_report
 
-from virnuc_dask.encoder.fair_esm import fair_esm
+from virnuc_dask.encoder.fair_esm import check_fair_esm
 from virnuc_dask.errors import LocationError, StoreError, UsageError
 from virnuc_dask.files import expanded
 from virnuc_dask.inputs.lengths import residues_to_encode
@@ -154,7 +154,7 @@ def resume(
 
 def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:
     """Resolve ``auto`` to a cluster and a device, and raise errors before any work starts."""
-    fair_esm()
+    check_fair_esm()
     cluster = resolve(cluster) if client is None else _ATTACHED
     config = config or RunConfig()
     Shard.parse(config.shard, os.environ)

@@ -1,4 +1,7 @@
-"""Code that runs on workers: the task of a chunk, and the end of a worker's process."""
+"""Code that runs on workers: the task of a chunk, and the end of a worker's process.
+
+The coordinator imports this too, so only the functions for workers import what needs torch.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,8 @@ from distributed import Client, Nanny, get_worker
 
 from virnuc_dask.errors import DeviceLostError, UnfitWorkerError
 from virnuc_dask.runtime import failures
+from virnuc_dask.runtime.chunk_report import ChunkReport
 from virnuc_dask.runtime.deadlines import Deadlines
-from virnuc_dask.runtime.embed import ChunkReport, embed_chunk, get_encoder
-from virnuc_dask.runtime.isolate import embed_chunk_in_children
 from virnuc_dask.runtime.requirements import Requirements, shortcomings
 
 # Dask topic of the workers' messages, see `run_chunk`.
@@ -36,6 +38,8 @@ def embed_task(requirements: Requirements, chunk: int) -> ChunkReport:
     """
     if lacks := shortcomings(requirements):
         raise UnfitWorkerError(_where(), lacks)
+    from virnuc_dask.runtime.embed import embed_chunk
+
     path, identity = requirements.path, requirements.identity
     return embed_chunk(
         path,
@@ -58,7 +62,7 @@ def run_chunk(
     requirements: Requirements,
     chunk: int,
     deadlines: Deadlines | None = None,
-    embed: Callable[..., ChunkReport] = embed_chunk,
+    embed: Callable[..., ChunkReport] | None = None,
 ) -> None:
     """Compute a chunk as a task of a run.
 
@@ -74,8 +78,8 @@ def run_chunk(
     chunk : int
     deadlines : Deadlines, optional
         Deadlines of the child processes that compute a suspect chunk.
-    embed : callable
-        Function with the arguments of `embed_chunk` that computes a chunk that is not suspect.
+    embed : callable, optional
+        Function that computes a chunk that is not suspect. Default: `embed_chunk`.
 
     Raises
     ------
@@ -93,6 +97,9 @@ def run_chunk(
 
     if lacks := shortcomings(requirements):
         raise UnfitWorkerError(worker.address, lacks)
+    from virnuc_dask.runtime.embed import embed_chunk, get_encoder
+    from virnuc_dask.runtime.isolate import embed_chunk_in_children
+
     arguments = (
         requirements.path,
         chunk,
@@ -104,7 +111,7 @@ def run_chunk(
         if deadlines is None:
             get_encoder(requirements.spec, requirements.device)
             tell("started")
-            report = embed(*arguments, store_id=requirements.store_id)
+            report = (embed or embed_chunk)(*arguments, store_id=requirements.store_id)
         else:
             on = partial(tell, "progress")
             report = embed_chunk_in_children(*arguments, deadlines, on, requirements.store_id)
