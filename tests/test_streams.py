@@ -388,7 +388,7 @@ def interrupted(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str
         ("import click", ("--help",)),
         ("import virnuc_dask.cli.options", ("--version",)),
         ("import numpy", ("status", "none.zarr")),
-        ("import torch", ("run", VIRAL_PROTEINS, "out.zarr", "--model=demo")),
+        ("import torch", ("plan", VIRAL_PROTEINS, "--model=demo")),
         ("import virnuc_dask.runtime.display", ("resume", "none.zarr")),
         ("end .", ("--help",)),
         ("end .", ("status", "none.zarr")),
