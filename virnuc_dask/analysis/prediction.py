@@ -11,11 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from virnuc_dask.analysis.chunk_passes import Progress, fill, thread_count
-from virnuc_dask.analysis.classifier import (
-    Classifier,
-    load_classifier,
-    version_note,
-)
+from virnuc_dask.analysis.classifier import Classifier, load_classifier, version_note
 from virnuc_dask.analysis.compatibility import (
     check_comparable,
     length_note,
