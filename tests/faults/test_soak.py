@@ -188,7 +188,9 @@ class Filling(RuleBasedStateMachine):
                 go()
         else:
             summary = go()
-            assert summary.complete == (len(done) == len(todo))
+            # A chunk that is taken back while a worker begins it is written, but not reported.
+            assert summary.complete == (len(done) == len(todo)) or (interrupted and killed)
+            assert summary.complete or len(done) < len(todo)
             assert summary.exit_code == (self.world.exit_code if summary.complete else 128 + number)
             assert sum(summary.counts.values()) == self.world.reference.records
             assert summary.workers_lost <= len(killed)
