@@ -164,8 +164,8 @@ class Plan:
         )
         yield (
             "time",
-            f"about {duration(self.seconds)} with {counted(self.workers, 'worker')}"
-            f" ({self.residues_per_s:,.0f} residues/s each, {how})",
+            f"about {duration(self.seconds)} with {counted(self.workers, 'worker')}, and some"
+            f" seconds to start ({self.residues_per_s:,.0f} residues/s each, {how})",
         )
         yield (
             "a chunk",
