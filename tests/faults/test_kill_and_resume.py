@@ -164,8 +164,7 @@ def test_a_second_signal_leaves_at_once(
         if event["event"] == "chunk_done" and not workers:
             hang.replace(table)  # at once: workers read it
             workers.add(event["pid"])
-            while not (tmp_path / ".met").exists():
-                time.sleep(0.02)
+            faults.await_met(table, "")
             run.process.send_signal(signal.SIGTERM)
         if event["event"] == "stopping":
             assert event["running"] >= 1  # an hour of work, for all the user knows
@@ -200,15 +199,18 @@ def test_a_coordinator_that_stood_still_blames_nobody(
 
 
 @pytest.mark.slow
-def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "out.zarr"
-    # One chunk of several seconds, so that it is under way when the signal comes on any machine.
-    inputs = [VIRAL_PROTEINS] * 3
+def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, table = tmp_path / "out.zarr", tmp_path / "faults.json"
     settings = ("--model=demo", "--rows-per-chunk", 900, "--workers", 1)
-    first = Run("run", *inputs, path, *settings, "--grace", 2)
+    table.write_text('{"": "hang"}')
+    with monkeypatch.context() as patch:
+        faults.arm(patch, table)
+        first = Run("run", *[VIRAL_PROTEINS] * 3, path, *settings, "--grace", 2)
     for event in first:
         if event["event"] == "workers_changed":
-            time.sleep(1)  # the chunk is handed out right after
+            faults.await_met(table, "")  # the one chunk is under way, and will not end
             first.process.send_signal(signal.SIGTERM)
             break
     assert first.finish() == 128 + signal.SIGTERM

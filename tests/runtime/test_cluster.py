@@ -47,21 +47,34 @@ from virnuc_dask.store.store import Store
 
 
 @pytest.mark.slow
-def test_a_scheduler_without_workers_is_said_at_once(make_store: Maker, tmp_path: Path) -> None:
+def test_a_run_waits_for_its_scheduler_and_for_a_worker_and_says_so_at_once(
+    make_store: Maker, tmp_path: Path
+) -> None:
+    """As in a job that starts all three with ``&``: the run may well be the first to be ready."""
     store = make_store(ROOT / "examples" / "esm_some_proteins.fasta", embed=False)
     file = tmp_path / "scheduler.json"
     scheduler = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
     with ExitStack() as stack:
-        stack.enter_context(started(file, *scheduler))
-        while not file.exists() or not file.read_text():
-            time.sleep(0.1)
+        # Without a word of each there would be no scheduler or no worker.
+        needed = [worker(file), started(file, *scheduler)]
         run = Run("resume", store.path, "--cluster", file)
         for event in run:
             if event["event"] == "waiting_for_workers":
-                # Without a word there would be no worker, and the run would give up.
-                stack.enter_context(worker(file))
+                stack.enter_context(needed.pop())
         assert run.process.wait(timeout=60) == 0
-    assert len(run.of("waiting_for_workers")) == 1
+    reasons = [event["reason"] for event in run.of("waiting_for_workers")]
+    assert reasons == [f"there is no {file} yet", f"the scheduler at {file} has none"]
+
+
+def test_a_run_that_waits_for_its_scheduler_can_be_interrupted(
+    make_store: Maker, tmp_path: Path
+) -> None:
+    store = make_store(ROOT / "examples" / "esm_some_proteins.fasta", embed=False)
+    run = Run("resume", store.path, "--cluster", tmp_path / "scheduler.json")
+    for event in run:
+        if event["event"] == "waiting_for_workers":
+            run.process.send_signal(signal.SIGINT)
+    assert run.process.wait(timeout=60) == 128 + signal.SIGINT
 
 
 @pytest.mark.parametrize("workers", [1, 2])

@@ -47,6 +47,14 @@ def arm(patch: Any, table: Path) -> None:
     patch.setattr(encoder, "_encode_batch", harmful(encoder._encode_batch))
 
 
+def await_met(table: Path, motif: str, times: int = 1) -> None:
+    """Wait until sequences with a motif have been met so often: the harm has begun."""
+    met, deadline = table.with_name(f"{motif}.met"), time.monotonic() + 120
+    while not met.exists() or met.stat().st_size < times:
+        assert time.monotonic() < deadline, f"{motif!r} was not met {times} times"
+        time.sleep(0.02)
+
+
 def install_with_the_encoder() -> None:
     """Have the encoder's class changed when its module is imported, if it ever is."""
 

@@ -273,8 +273,7 @@ def verify(
             from virnuc_dask.runtime.dask_cluster import connect
 
             stack.enter_context(cleaning_up())
-            line = f"waiting for workers: the scheduler at {cluster} has none"
-            waiting = partial(print, line, file=sys.stderr)
+            waiting = partial(print, "waiting for workers:", file=sys.stderr)
             client = stack.enter_context(connect(cluster, config=RunConfig(**tls), waiting=waiting))
         progress = None if as_json else chunk_counter("checked", "chunks")
         report = check(store, repair=repair, progress=progress, client=client)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,6 +22,8 @@ from virnuc_dask.runtime import local
 from virnuc_dask.settings import AUTO, RunConfig
 
 _START_S = 120
+# Dask writes a scheduler file in place: a moment long it is there, and empty.
+_WRITING_S = 2
 # Assumed number of workers of a running scheduler, before the run connects to it.
 WORKERS_ELSEWHERE = 16
 _DEFAULT = RunConfig()
@@ -34,7 +37,7 @@ def connect(
     cluster: str,
     workers: int | None = None,
     config: RunConfig = _DEFAULT,
-    waiting: Callable[[], None] = lambda: None,
+    waiting: Callable[[str], None] = lambda reason: None,
 ) -> Iterator[Client]:
     """Yield a client of a cluster; start and close a local cluster.
 
@@ -50,13 +53,13 @@ def connect(
     config : RunConfig, optional
         Its TLS files are for a running scheduler.
     waiting : callable
-        Called if a running scheduler has no worker yet, before the first one is awaited.
+        Called with the reason before a scheduler file or the first worker is awaited.
 
     Raises
     ------
     UsageError
-        The name means nothing, the scheduler does not answer, there is no GPU, or the workers
-        cannot start.
+        The name means nothing, the scheduler file does not appear, the scheduler does not answer,
+        there is no GPU, or the workers cannot start.
     VirnucError
         The workers do not connect in time.
     """
@@ -84,24 +87,15 @@ def connect(
             "the number of workers can be set only for --cluster local and --cluster local-cuda"
         )
     cluster = expanded(cluster)
-    is_file = Path(cluster).is_file()
-    if not (is_file or "://" in cluster):
-        raise UsageError(
-            f"cluster {cluster!r}: give {', '.join(OWN)} or auto, an address such as"
-            " tcp://host:8786, or a scheduler file"
-        )
     try:
-        # Dask's `scheduler_file` would retry for a minute, even if the file can never work.
-        address = json.loads(Path(cluster).read_text())["address"] if is_file else cluster
+        address = cluster if "://" in cluster else _scheduler_address(Path(cluster), waiting)
         client = Client(address, security=_security(address, config), set_as_default=False)
-    except KeyError as error:
-        raise UsageError(f"cluster {cluster}: not a scheduler file: no {error}") from error
     except (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         # Dask has no specific error for an invalid address or TLS files that do not match.
         raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
     with client:
         if not client.nthreads():
-            waiting()
+            waiting(f"the scheduler at {cluster} has none")
         _await_workers(client, 1)
         with _said_if_lost():
             check_scheduler(client)
@@ -131,6 +125,36 @@ def expected_workers(cluster: str, workers: int | None, config: RunConfig) -> in
         # There may be only one device other than the CPU.
         return CPU_COUNT if config.device in _CORES else 1
     return max(1, len(local.visible_gpus())) if cluster == "local-cuda" else WORKERS_ELSEWHERE
+
+
+def _scheduler_address(file: Path, waiting: Callable[[str], None]) -> str:
+    """Read a scheduler file, once it is there: its scheduler may have been started with the run.
+
+    Dask's own reader would wait for ever for a file that never appears, and retry for a minute
+    with one that can never work.
+    """
+    if not file.is_file():
+        if file.exists() or file.suffix != ".json" or not file.parent.is_dir():
+            raise UsageError(
+                f"cluster {str(file)!r}: give {', '.join(OWN)} or auto, an address such as"
+                " tcp://host:8786, or a scheduler file"
+            )
+        waiting(f"there is no {file} yet")
+    until = time.monotonic() + _START_S
+    while not file.exists():
+        if time.monotonic() > until:
+            raise UsageError(f"cluster {file}: no such file within {_START_S} s")
+        time.sleep(0.1)
+    until = time.monotonic() + _WRITING_S
+    while True:
+        try:
+            return str(json.loads(file.read_text())["address"])
+        except json.JSONDecodeError as error:
+            if time.monotonic() > until:
+                raise UsageError(f"cluster {file}: not a scheduler file: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"cluster {file}: not a scheduler file: no {error}") from error
+        time.sleep(0.1)
 
 
 def _security(address: str, config: RunConfig) -> Security:

@@ -300,7 +300,7 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
         case events.Connected() if not quiet:
             yield f"dashboard: {event.dashboard}"
         case events.WaitingForWorkers():
-            yield f"waiting for workers: the scheduler at {event.cluster} has none"
+            yield f"waiting for workers: {event.reason}"
         case events.WorkersChecked() if not quiet:
             yield (
                 f"{counted(event.workers, 'worker')} checked in {duration(event.seconds)}:"

@@ -119,9 +119,10 @@ class WorkersChanged(Event):
 
 @dataclass(frozen=True, slots=True)
 class WaitingForWorkers(Event):
-    """The scheduler of this cluster has no worker yet."""
+    """The scheduler of this cluster has no worker yet, or its file is not there yet."""
 
     cluster: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,8 +186,8 @@ def _fill(
     """Compute the missing chunks of the store or, if the run has a shard, of the shard."""
     shard = Shard.parse(config.shard, os.environ)
 
-    def wait() -> None:
-        emit(events.WaitingForWorkers(cluster))
+    def wait(reason: str) -> None:
+        emit(events.WaitingForWorkers(cluster, reason))
 
     def connection() -> AbstractContextManager[Client]:
         if client is not None:
