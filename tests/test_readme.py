@@ -69,6 +69,7 @@ def check_attached(folder: Path) -> None:
     assert tree(folder / "attached.zarr") == before
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(("language", "code"), [block for block in BLOCKS if block[1] not in BY_CI])
 def test_block_runs(language: str, code: str, folder: Path, request: pytest.FixtureRequest) -> None:
     environment = request.getfixturevalue("s3").env if "s3://" in code else os.environ
@@ -87,7 +88,7 @@ def test_block_runs(language: str, code: str, folder: Path, request: pytest.Fixt
         start_new_session=True,
     )
     try:
-        assert process.wait(timeout=200) == 0
+        assert process.wait(timeout=800) == 0
         if "--cluster scheduler.json" in code:
             check_attached(folder)
     finally:

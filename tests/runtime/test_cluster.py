@@ -46,7 +46,6 @@ from virnuc_dask.store import chunk_checks
 from virnuc_dask.store.store import Store
 
 
-@pytest.mark.slow
 def test_a_run_waits_for_its_scheduler_and_for_a_worker_and_says_so_at_once(
     make_store: Maker, tmp_path: Path
 ) -> None:
@@ -66,15 +65,25 @@ def test_a_run_waits_for_its_scheduler_and_for_a_worker_and_says_so_at_once(
     assert reasons == [f"there is no {file} yet", f"the scheduler at {file} has none"]
 
 
-def test_a_run_that_waits_for_its_scheduler_can_be_interrupted(
-    make_store: Maker, tmp_path: Path
+@pytest.mark.parametrize("for_what", ["a scheduler", "a worker"])
+@pytest.mark.slow
+def test_a_run_that_waits_ends_when_it_is_told_to(
+    for_what: str, make_store: Maker, tmp_path: Path
 ) -> None:
     store = make_store(ROOT / "examples" / "esm_some_proteins.fasta", embed=False)
-    run = Run("resume", store.path, "--cluster", tmp_path / "scheduler.json")
-    for event in run:
-        if event["event"] == "waiting_for_workers":
-            run.process.send_signal(signal.SIGINT)
-    assert run.process.wait(timeout=60) == 128 + signal.SIGINT
+    file = tmp_path / "scheduler.json"
+    with ExitStack() as stack:
+        if for_what == "a worker":
+            scheduler = ("scheduler", "--host", "127.0.0.1", "--port", "0", "--no-dashboard")
+            stack.enter_context(started(file, *scheduler))
+        run = Run("resume", store.path, "--cluster", file, "--grace", 3_600)
+        reason = "there is no" if for_what == "a scheduler" else "the scheduler at"
+        for event in run:
+            if event["event"] == "waiting_for_workers" and event["reason"].startswith(reason):
+                run.process.send_signal(signal.SIGTERM)
+        assert run.process.wait(timeout=60) == 128 + signal.SIGTERM
+    (summary,) = run.of("run_summary")
+    assert (summary["interrupted"], summary["computed_chunks"]) == (signal.SIGTERM, 0)
 
 
 @pytest.mark.parametrize("workers", [1, 2])

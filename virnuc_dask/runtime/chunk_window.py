@@ -1,13 +1,12 @@
-"""Submit chunks to a cluster, follow them, and try failed ones again."""
+"""Submit chunks to a cluster, follow them, and do what `chunk_policy` says about failed ones."""
 
 from __future__ import annotations
 
 import time
-from collections import Counter, deque
+from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from heapq import heappop, heappush
 from queue import Empty, SimpleQueue
 from typing import Any
 from uuid import uuid4
@@ -29,13 +28,9 @@ from virnuc_dask.errors import (
     VirnucError,
 )
 from virnuc_dask.runtime import events, failures
+from virnuc_dask.runtime.chunk_policy import Attempt, ChunkQueue, Holder, Verdict, judge_late
 from virnuc_dask.runtime.chunk_report import ChunkReport
-from virnuc_dask.runtime.deadlines import (
-    LOOK_EVERY_S,
-    NOBODY_LOOKED_S,
-    Deadlines,
-    RunningDeadlines,
-)
+from virnuc_dask.runtime.deadlines import LOOK_EVERY_S, NOBODY_LOOKED_S, RunningDeadlines
 from virnuc_dask.runtime.events import Listener
 from virnuc_dask.runtime.known_workers import KEYS, KnownWorkers
 from virnuc_dask.runtime.requirements import SCHEDULER_LOST, Requirements
@@ -55,21 +50,9 @@ _WORKERS = ("add-worker", "remove-worker")
 _CHUNKS = ("started", "progress", "done")
 
 
-@dataclass(slots=True)
-class _Attempt:
-    """A submitted chunk.
-
-    `since` is the time of its submission or of the worker's last message. `others` are the workers
-    that should compute it, or empty for any worker. `with_children` holds the deadlines of child
-    processes for a suspect chunk. `worker` is empty until a worker starts the chunk.
-    """
-
-    chunk: int
+@dataclass(slots=True, kw_only=True)
+class _Submitted(Attempt):
     future: Future
-    since: float
-    others: frozenset[str]
-    with_children: Deadlines | None
-    worker: str = ""
 
 
 class ChunkWindow:
@@ -90,15 +73,11 @@ class ChunkWindow:
         self.reports: Counter[str] = Counter()
         self.counts: Counter[str] = Counter()
         self.counted: set[int] = set()
-        self.errors: dict[int, str] = {}
+        self.queue = ChunkQueue(config)
         self.workers_lost = 0
-        self.retries = 0
         self.seconds = 0.0
         self.signal: int | None = None
         self.stopped: str | None = None
-        self._attempts: Counter[int] = Counter()
-        self._deaths: Counter[int] = Counter()
-        self._suspects: set[int] = set()
         self.deadlines = RunningDeadlines(
             config,
             Estimate.of(
@@ -107,10 +86,7 @@ class ChunkWindow:
         )
         self._looked = 0.0
         self._submitted = 0
-        self._todo: deque[int] = deque()
-        # Failed chunks, with the time of their next attempt. Other chunks do not wait for them.
-        self._later: list[tuple[float, int]] = []
-        self._running: dict[str, _Attempt] = {}
+        self._running: dict[str, _Submitted] = {}
         # Completed futures, and events about workers and chunks, in the order of arrival.
         self._inbox: SimpleQueue[Future | dict[str, Any]] = SimpleQueue()
         self.worker_s, self.memory = 0.0, 0
@@ -127,14 +103,14 @@ class ChunkWindow:
         VirnucError
             The scheduler is lost, or no worker is left that can compute chunks.
         """
-        self._todo.extend(missing)
+        self.queue.add(missing)
         self._workers = KnownWorkers(client, self.config, self.emit)
         for topic in ("all", TOPIC):
             client.subscribe_topic(topic, self._on_event)
         began = self._looked = time.monotonic()
         try:
             deadline: float | None = None
-            while self._running or (self._has_more() and self._continues()):
+            while self._running or (self.queue and self._continues()):
                 if self._continues():
                     self._submit(client)
                 else:
@@ -184,27 +160,23 @@ class ChunkWindow:
         idle = self._workers.threads - (len(self._running) - len(unheard))
         # Idle threads may have started the first of them a moment ago.
         for key in unheard[max(0, idle) :]:
-            self._todo.append(self._running[key].chunk)
-            self._take_back(client, key)
-
-    def _has_more(self) -> bool:
-        return bool(self._todo or self._later)
+            self.queue.add([self._take_back(client, key)])
 
     def _continues(self) -> bool:
         return self.signal is None and self.stopped is None
 
     def _submit(self, client: Client) -> None:
-        while self._later and self._later[0][0] <= time.monotonic():
-            self._todo.append(heappop(self._later)[1])
-        while self._todo and (room := self._workers.window - len(self._running)) > 0:
+        while (room := self._workers.window - len(self._running)) > 0:
             # At most one chunk per thread in a graph, because Dask chooses the order within it.
-            count = min(room, len(self._todo), max(1, self._workers.threads))
-            self._compute(client, [self._todo.popleft() for _ in range(count)])
+            most = min(room, max(1, self._workers.threads))
+            if not (chunks := self.queue.take(most, time.monotonic())):
+                break
+            self._compute(client, chunks)
 
     def _compute(self, client: Client, chunks: list[int]) -> None:
         """Submit chunks in one call, because a call costs more than a task."""
         deadlines = self.deadlines.now()
-        of_children = [deadlines if chunk in self._suspects else None for chunk in chunks]
+        of_children = [deadlines if chunk in self.queue.suspects else None for chunk in chunks]
         tasks = [
             self._task(chunk, with_children, dask_key_name=self._next_key(chunk))
             for chunk, with_children in zip(chunks, of_children, strict=True)
@@ -217,8 +189,9 @@ class ChunkWindow:
         )
         now = time.monotonic()
         for chunk, with_children, future in zip(chunks, of_children, futures, strict=True):
-            attempt = _Attempt(chunk, future, now, others, with_children)
-            self._running[str(future.key)] = attempt
+            self._running[str(future.key)] = _Submitted(
+                chunk=chunk, since=now, others=others, with_children=with_children, future=future
+            )
             future.add_done_callback(self._inbox.put)
 
     def _next_key(self, chunk: int) -> str:
@@ -241,7 +214,7 @@ class ChunkWindow:
             self._running.pop(message["key"]).future.release()
 
     def _done(self, report: ChunkReport, worker: str) -> None:
-        self.errors.pop(report.chunk, None)
+        self.queue.done(report.chunk)
         residues = self.costs[report.chunk]
         quarantined = 0
         if report.computed:
@@ -252,7 +225,7 @@ class ChunkWindow:
                 self.took[name] += getattr(report, name)
             self.reports.update(chunks=1, rows=report.rows, residues=residues)
             quarantined = sum(n for s, n in report.counts.items() if Status[s.upper()].quarantined)
-            if report.chunk not in self._suspects:
+            if report.chunk not in self.queue.suspects:
                 # Without the time of waiting for other chunks, which may have failed slowly.
                 self.deadlines.took(residues, report.read_s + report.compute_s + report.write_s)
         took = {name: getattr(report, name) for name in _TOOK}
@@ -290,18 +263,19 @@ class ChunkWindow:
             if error.reason == _CONNECTION_LOST or client.status != "running":
                 raise VirnucError(SCHEDULER_LOST) from error
             # Others cancelled it, for example with `client.restart()`.
-            self.retries += 1
-            self._todo.append(chunk)
+            self.queue.retries += 1
+            self.queue.add([chunk])
         except KilledWorker:
             # Dask gives up a task after some deaths. We do not: a death alone condemns no row.
-            self._suspect(chunk)
+            if self.queue.suspect(chunk):
+                self.emit(events.ChunkSuspected(chunk, self.queue.deaths[chunk]))
+            self.queue.add_first(chunk)
         except UnfitWorkerError as error:
             self._workers.set_aside(error)
-            heappush(self._later, (time.monotonic() + max(1.0, self.config.backoff), chunk))
+            self.queue.refused(chunk, time.monotonic())
         except DeviceLostError as error:
             self._workers.replace(error.worker, for_good=True)
-            self._deaths[chunk] += 1
-            if not self._suspect_if_due(chunk):
+            if not self._died(chunk):
                 self._failed(chunk, error)
         except Exception as error:
             if client.status != "running":
@@ -314,14 +288,8 @@ class ChunkWindow:
         future.release()
 
     def _failed(self, chunk: int, error: Exception) -> None:
-        self._attempts[chunk] += 1
-        attempt = self._attempts[chunk]
-        final = failures.is_hopeless(error) or attempt >= failures.attempts(error, self.config)
-        self.errors[chunk] = f"{type(error).__name__}: {error}"
-        if not final:
-            heappush(self._later, (time.monotonic() + failures.delay(attempt, self.config), chunk))
-            self.retries += 1
-        self.emit(events.ChunkFailed(chunk, attempt, self.errors[chunk], final))
+        attempt, is_final = self.queue.failed(chunk, error, time.monotonic())
+        self.emit(events.ChunkFailed(chunk, attempt, self.queue.errors[chunk], is_final))
         if failures.is_hopeless(error) and self.stopped is None:
             self.stopped = self.store.location.explain(error)
             self.emit(events.CannotGoOn(self.stopped, len(self._running) - 1))
@@ -352,12 +320,18 @@ class ChunkWindow:
     def _lost(self, client: Client, worker: str, keys: set[str]) -> None:
         chunks = sorted(self._running[key].chunk for key in keys)
         self.workers_lost += 1
-        self.retries += len(chunks)
+        self.queue.retries += len(chunks)
         self.emit(events.WorkerLost(worker, tuple(chunks)))
-        self._deaths.update(chunks)
-        for key, attempt in list(self._running.items()):
-            if self._suspect_if_due(attempt.chunk):
+        for key in [key for key in self._running if key in keys]:
+            if self._died(self._running[key].chunk):
                 self._take_back(client, key)
+
+    def _died(self, chunk: int) -> bool:
+        """Count a worker that died with a chunk; return whether it is tried next, as a suspect."""
+        if is_suspect := self.queue.died(chunk):
+            self.emit(events.ChunkSuspected(chunk, self.queue.deaths[chunk]))
+            self.queue.add_first(chunk)
+        return is_suspect
 
     def _wake(self, client: Client) -> None:
         """Submit chunks again whose preferred workers are all gone or hang.
@@ -368,8 +342,7 @@ class ChunkWindow:
         candidates = self._workers.candidates() or self._workers.present
         for key, attempt in list(self._running.items()):
             if attempt.others and not attempt.worker and attempt.others.isdisjoint(candidates):
-                self._take_back(client, key)
-                self._todo.appendleft(attempt.chunk)
+                self.queue.add_first(self._take_back(client, key))
 
     # --- deadlines ---
 
@@ -385,7 +358,7 @@ class ChunkWindow:
         late = [
             key
             for key, attempt in self._running.items()
-            if now - attempt.since > self._allowed(attempt, deadlines)
+            if now - attempt.since > attempt.allowed_s(self.costs[attempt.chunk], deadlines)
         ]
         waits = any(not self._running[key].worker for key in late)
         try:
@@ -395,65 +368,41 @@ class ChunkWindow:
         holders = {str(key): worker for worker, keys in queues.items() for key in keys}
         for key in late:
             attempt = self._running[key]
-            if attempt.worker:
-                self._overdue(client, key, attempt.worker, now - attempt.since)
-            elif worker := holders.get(key):
-                self._look_at_waiting(client, key, worker, queues[worker], deadlines)
-            else:  # no worker can start it
+            worker = attempt.worker or holders.get(key, "")
+            holder = self._holder(worker, queues[worker]) if worker in queues else None
+            residues = self.costs[attempt.chunk]
+            verdict, seconds = judge_late(attempt, holder, residues, deadlines, now)
+            if verdict is Verdict.OVERDUE:
+                self._overdue(client, key, worker, seconds)
+            elif verdict is Verdict.BEGIN_AGAIN:
                 attempt.since = now
+            elif verdict is Verdict.MOVE:
+                if self._workers.is_useless(worker):
+                    self._workers.replace(worker)
+                self.queue.add([self._take_back(client, key)])
 
-    def _allowed(self, attempt: _Attempt, deadlines: Deadlines) -> float:
-        if attempt.worker and attempt.with_children:
-            # Child processes have their own deadlines. The worker sends a message when a child
-            # starts and when it finishes a part, for which it may load the model twice.
-            deadlines = attempt.with_children
-            return 2 * deadlines.start_s + deadlines.allowed_s(self.costs[attempt.chunk])
-        return deadlines.allowed_s(self.costs[attempt.chunk])
-
-    def _look_at_waiting(
-        self, client: Client, key: str, worker: str, queue: list[Any], deadlines: Deadlines
-    ) -> None:
-        """Handle a chunk that was assigned to a worker long ago but has not started."""
-        attempt = self._running[key]
-        if any(other.worker == worker for other in self._running.values()):
-            return  # it waits for another chunk, which has its own deadline
-        hangs = self._workers.is_useless(worker)
-        if hangs or not all(str(other).startswith(self._prefix) for other in queue):
-            # Not a suspect: it waits for a worker that is known to hang, or for tasks of others.
-            if hangs:
-                self._workers.replace(worker)
-            self._take_back(client, key)
-            self._todo.append(attempt.chunk)
-            return
-        seconds = self._looked - max(attempt.since, self._workers.last_heard(worker))
-        allowed = self._allowed(attempt, deadlines)
-        if seconds > (allowed if self._workers.is_ready(worker) else deadlines.start_s):
-            self._overdue(client, key, worker, seconds)
+    def _holder(self, worker: str, queue: list[Any]) -> Holder:
+        return Holder(
+            is_busy=any(attempt.worker == worker for attempt in self._running.values()),
+            is_useless=self._workers.is_useless(worker),
+            has_tasks_of_others=not all(str(key).startswith(self._prefix) for key in queue),
+            is_ready=self._workers.is_ready(worker),
+            heard=self._workers.last_heard(worker),
+        )
 
     def _overdue(self, client: Client, key: str, worker: str, seconds: float) -> None:
-        chunk = self._running[key].chunk
-        self._take_back(client, key)
-        self._deaths[chunk] += 1
-        self.retries += 1
+        chunk = self._take_back(client, key)
+        self.queue.retries += 1
         replaced = self._workers.replace(worker)
         self.emit(events.ChunkOverdue(chunk, worker, seconds, replaced))
-        if not self._suspect_if_due(chunk):
-            self._todo.append(chunk)
+        if not self._died(chunk):
+            self.queue.add([chunk])
 
-    def _take_back(self, client: Client, key: str) -> None:
-        client.cancel([self._running.pop(key).future], force=True)
-
-    def _suspect_if_due(self, chunk: int) -> bool:
-        due = self._deaths[chunk] >= self.config.suspect_after and chunk not in self._suspects
-        if due:
-            self._suspect(chunk)
-        return due
-
-    def _suspect(self, chunk: int) -> None:
-        if chunk not in self._suspects:
-            self._suspects.add(chunk)
-            self.emit(events.ChunkSuspected(chunk, self._deaths[chunk]))
-        self._todo.appendleft(chunk)
+    def _take_back(self, client: Client, key: str) -> int:
+        """Cancel an attempt and return its chunk."""
+        attempt = self._running.pop(key)
+        client.cancel([attempt.future], force=True)
+        return attempt.chunk
 
     @property
     def busy(self) -> float | None:

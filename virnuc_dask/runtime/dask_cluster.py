@@ -22,6 +22,8 @@ from virnuc_dask.runtime import local
 from virnuc_dask.settings import AUTO, RunConfig
 
 _START_S = 120
+# Seconds between two looks at what is awaited.
+_LOOK_S = 0.2
 # Dask writes a scheduler file in place: a moment long it is there, and empty.
 _WRITING_S = 2
 # Assumed number of workers of a running scheduler, before the run connects to it.
@@ -32,12 +34,17 @@ OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
 
 
+class StoppedWaiting(Exception):  # noqa: N818  # no error
+    """The caller was told to stop while it waited for a scheduler or its workers."""
+
+
 @contextmanager
 def connect(
     cluster: str,
     workers: int | None = None,
     config: RunConfig = _DEFAULT,
     waiting: Callable[[str], None] = lambda reason: None,
+    is_stopped: Callable[[], bool] = lambda: False,
 ) -> Iterator[Client]:
     """Yield a client of a cluster; start and close a local cluster.
 
@@ -54,9 +61,12 @@ def connect(
         Its TLS files are for a running scheduler.
     waiting : callable
         Called with the reason before a scheduler file or the first worker is awaited.
+    is_stopped : callable
+        Whether to wait no longer; it is called several times a second.
 
     Raises
     ------
+    StoppedWaiting
     UsageError
         The name means nothing, the scheduler file does not appear, the scheduler does not answer,
         there is no GPU, or the workers cannot start.
@@ -78,7 +88,7 @@ def connect(
             local.started(start) as started,
             Client(started, set_as_default=False) as client,
         ):
-            _await_workers(client, len(started.worker_spec))
+            _await_workers(client, len(started.worker_spec), is_stopped)
             with _said_if_lost():
                 yield client
         return
@@ -88,7 +98,10 @@ def connect(
         )
     cluster = expanded(cluster)
     try:
-        address = cluster if "://" in cluster else _scheduler_address(Path(cluster), waiting)
+        if "://" in cluster:
+            address = cluster
+        else:
+            address = _scheduler_address(Path(cluster), waiting, is_stopped)
         client = Client(address, security=_security(address, config), set_as_default=False)
     except (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         # Dask has no specific error for an invalid address or TLS files that do not match.
@@ -96,7 +109,7 @@ def connect(
     with client:
         if not client.nthreads():
             waiting(f"the scheduler at {cluster} has none")
-        _await_workers(client, 1)
+        _await_workers(client, 1, is_stopped)
         with _said_if_lost():
             check_scheduler(client)
             yield client
@@ -127,7 +140,9 @@ def expected_workers(cluster: str, workers: int | None, config: RunConfig) -> in
     return max(1, len(local.visible_gpus())) if cluster == "local-cuda" else WORKERS_ELSEWHERE
 
 
-def _scheduler_address(file: Path, waiting: Callable[[str], None]) -> str:
+def _scheduler_address(
+    file: Path, waiting: Callable[[str], None], is_stopped: Callable[[], bool]
+) -> str:
     """Read a scheduler file, once it is there: its scheduler may have been started with the run.
 
     Dask's own reader would wait for ever for a file that never appears, and retry for a minute
@@ -144,7 +159,9 @@ def _scheduler_address(file: Path, waiting: Callable[[str], None]) -> str:
     while not file.exists():
         if time.monotonic() > until:
             raise UsageError(f"cluster {file}: no such file within {_START_S} s")
-        time.sleep(0.1)
+        if is_stopped():
+            raise StoppedWaiting
+        time.sleep(_LOOK_S)
     until = time.monotonic() + _WRITING_S
     while True:
         try:
@@ -154,7 +171,7 @@ def _scheduler_address(file: Path, waiting: Callable[[str], None]) -> str:
                 raise UsageError(f"cluster {file}: not a scheduler file: {error}") from error
         except (KeyError, TypeError) as error:
             raise UsageError(f"cluster {file}: not a scheduler file: no {error}") from error
-        time.sleep(0.1)
+        time.sleep(_LOOK_S)
 
 
 def _security(address: str, config: RunConfig) -> Security:
@@ -178,11 +195,20 @@ def _security(address: str, config: RunConfig) -> Security:
     return security
 
 
-def _await_workers(client: Client, count: int) -> None:
-    try:
-        client.wait_for_workers(count, timeout=_START_S)
-    except TimeoutError as error:
-        raise VirnucError(f"{count} worker(s) did not connect within {_START_S} s") from error
+def _await_workers(client: Client, count: int, is_stopped: Callable[[], bool]) -> None:
+    until = time.monotonic() + _START_S
+    while True:
+        try:
+            client.wait_for_workers(count, timeout=_LOOK_S)
+        except TimeoutError as error:
+            if is_stopped():
+                raise StoppedWaiting from error
+            if time.monotonic() > until:
+                raise VirnucError(
+                    f"{count} worker(s) did not connect within {_START_S} s"
+                ) from error
+        else:
+            return
 
 
 def check_scheduler(client: Client) -> None:

@@ -7,8 +7,8 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -29,6 +29,7 @@ from virnuc_dask.runtime import events
 from virnuc_dask.runtime.chunk_window import ChunkWindow
 from virnuc_dask.runtime.dask_cluster import (
     WORKERS_ELSEWHERE,
+    StoppedWaiting,
     check_scheduler,
     connect,
     expected_workers,
@@ -189,10 +190,12 @@ def _fill(
     def wait(reason: str) -> None:
         emit(events.WaitingForWorkers(cluster, reason))
 
-    def connection() -> AbstractContextManager[Client]:
+    def connection(
+        is_stopped: Callable[[], bool] = lambda: False,
+    ) -> AbstractContextManager[Client]:
         if client is not None:
             return _borrow(client)
-        return connect(cluster, workers, config, waiting=wait)
+        return connect(cluster, workers, config, wait, is_stopped)
 
     if config.verify:
         with connection() as connected:
@@ -227,9 +230,10 @@ def _fill(
     work = ChunkWindow(store, requirements, config, emit, costs)
     if missing:
         with (
+            suppress(StoppedWaiting),
             store.location.in_use(),
             _signals(work),
-            connection() as connected,
+            connection(lambda: work.signal is not None) as connected,
             _watched(connected, config, emit),
         ):
             if not requirements.is_local:
@@ -306,7 +310,7 @@ def _summarise(store: Store, work: ChunkWindow, shard: Shard, seconds: float) ->
     unread = [int(c) for c in np.flatnonzero(present) if int(c) not in work.counted]
     counts.update(count_states(store, unread))
     absent = np.flatnonzero(~present).tolist()
-    missing = {c: work.errors.get(c, NOT_COMPUTED) for c in absent if shard.holds(c)}
+    missing = {c: work.queue.errors.get(c, NOT_COMPUTED) for c in absent if shard.holds(c)}
     if pending := store.records - store.rows_in(np.flatnonzero(present)):
         counts[Status.PENDING.meaning] = pending
     return RunSummary(
@@ -321,7 +325,7 @@ def _summarise(store: Store, work: ChunkWindow, shard: Shard, seconds: float) ->
         work.reports["residues"],
         missing,
         len(absent) - len(missing),
-        work.retries,
+        work.queue.retries,
         work.workers_lost,
         work.busy,
         work.took,
