@@ -1,4 +1,4 @@
-"""The benchmarks of analysis still run, on few rows: a figure can be measured again."""
+"""The benchmarks still run, on few rows: a figure can be measured again."""
 
 from __future__ import annotations
 
@@ -28,3 +28,11 @@ def test_nearest() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("100.0000%") == 2
+
+
+@pytest.mark.slow
+def test_host() -> None:
+    command = [sys.executable, "-m", "benchmarks.host", "--features", "64", "--turns", "5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| 139,357 |") == 4

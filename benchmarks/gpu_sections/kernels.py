@@ -163,7 +163,6 @@ def attention(
     values, counts = np.unique(lengths, return_counts=True)
     runs = [(int(n), int(v) - 2) for n, v in zip(counts, values, strict=True)]
     ends = np.cumsum(lengths)
-    positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
     size = features // heads
     half = torch.arange(size // 2, device=device) / (size // 2)
     angles = torch.arange(max(lengths), device=device)[:, None] * 10_000**-half
@@ -172,7 +171,6 @@ def attention(
         return Layout(
             runs,
             torch.from_numpy(np.concatenate([[0], ends]).astype(np.int32)).to(device),
-            torch.from_numpy(positions).to(device),
             angles,
         )
 

@@ -62,11 +62,10 @@ def test_they_are_built_where_there_is_a_compiler() -> None:
 
 
 def a_layout(lengths: list[int], features: int) -> Layout:
-    places = [torch.arange(length + 2) for length in lengths]
-    bounds = torch.tensor([0, *(len(place) for place in places)]).cumsum(0).to(torch.int32)
+    bounds = torch.tensor([0, *(length + 2 for length in lengths)]).cumsum(0).to(torch.int32)
     runs = [(1, length) for length in lengths]
     angles = torch.arange(max(lengths) + 2)[:, None] * noise(features // 2, seed=9).abs()
-    return Layout(runs, bounds, torch.cat(places), angles)
+    return Layout(runs, bounds, angles)
 
 
 def heads_first(qkv: Tensor, heads: int) -> Tensor:
@@ -86,7 +85,7 @@ def test_attention(
     library: ctypes.CDLL, threads: int, heads: int, d: int, dtype: torch.dtype
 ) -> None:
     layout = a_layout(LENGTHS, d)
-    qkv = noise(len(layout.positions), 3 * heads * d).to(dtype)
+    qkv = noise(layout.tokens, 3 * heads * d).to(dtype)
     expected = attend(heads_first(qkv, heads), heads, layout)
     found = attend_natively(qkv, heads, layout)
     assert found.dtype == dtype
@@ -108,10 +107,10 @@ def test_a_sequence_gives_the_same_bits_alone(
     library: ctypes.CDLL, threads: int, dtype: torch.dtype
 ) -> None:
     layout = a_layout(LENGTHS, 16)
-    qkv = noise(len(layout.positions), 3 * 80).to(dtype)
+    qkv = noise(layout.tokens, 3 * 80).to(dtype)
     together = attend_natively(qkv, 5, layout)
     for first, last in zip(layout.bounds[:-1].tolist(), layout.bounds[1:].tolist(), strict=True):
-        alone = Layout([], torch.tensor([0, last - first], dtype=torch.int32), None, layout.angles)  # type: ignore[arg-type]
+        alone = Layout([], torch.tensor([0, last - first], dtype=torch.int32), layout.angles)
         found = attend_natively(qkv[first:last], 5, alone)
         assert torch.equal(found, together[first:last])
 
@@ -121,7 +120,7 @@ def test_what_is_not_finite_stays_so_and_with_its_sequence(
     library: ctypes.CDLL, bad: float
 ) -> None:
     layout = a_layout([5, 20, 40], 16)
-    qkv = noise(len(layout.positions), 3 * 80)
+    qkv = noise(layout.tokens, 3 * 80)
     clean = attend_natively(qkv, 5, layout)
     for feature in (3, 80 + 3, 160 + 3):  # of the first head's query, key and value
         spoilt = qkv.clone()
@@ -171,7 +170,7 @@ def test_memory_that_cannot_be_had_is_an_error(library: ctypes.CDLL) -> None:
 
 def test_tokens_beyond_the_last_sequence_are_nothing(library: ctypes.CDLL, threads: int) -> None:
     layout = a_layout(LENGTHS, 16)
-    qkv = noise(len(layout.positions), 3 * 80)
+    qkv = noise(layout.tokens, 3 * 80)
     more = torch.cat([qkv, torch.full((5, 3 * 80), torch.nan)])
     expected = F.pad(attend_natively(qkv, 5, layout), (0, 0, 0, 5))
     assert torch.equal(attend_natively(more, 5, layout), expected)
@@ -179,7 +178,7 @@ def test_tokens_beyond_the_last_sequence_are_nothing(library: ctypes.CDLL, threa
 
 def test_several_threads_at_once(library: ctypes.CDLL) -> None:
     layout = a_layout(LENGTHS, 16)
-    inputs = [noise(len(layout.positions), 3 * 80, seed=seed) for seed in range(8)]
+    inputs = [noise(layout.tokens, 3 * 80, seed=seed) for seed in range(8)]
     expected = [attend_natively(qkv, 5, layout) for qkv in inputs]
     with ThreadPoolExecutor(8) as pool:
         for _ in range(10):
@@ -232,7 +231,7 @@ def test_what_a_thread_writes_to_outlives_who_waits_for_it(
 
 def test_defaults_of_torch_that_others_have_set(library: ctypes.CDLL) -> None:
     layout = a_layout(LENGTHS, 16)
-    qkv, values = noise(len(layout.positions), 3 * 80), noise(61, 64)
+    qkv, values = noise(layout.tokens, 3 * 80), noise(61, 64)
     turns = layout.turns
 
     def both() -> list[Tensor]:

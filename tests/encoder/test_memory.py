@@ -47,7 +47,7 @@ def small_device(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     refused: list[int] = []
 
     def limited(self: Network, filled: torch.Tensor, layout: Layout) -> torch.Tensor:
-        if (tokens := len(layout.positions)) > 500:
+        if (tokens := layout.tokens) > 500:
             refused.append(tokens)
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, filled, layout)

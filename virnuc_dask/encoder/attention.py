@@ -30,16 +30,18 @@ class Layout:
         to each sequence.
     bounds : Tensor, int32, shape (sequences + 1,)
         First token of each sequence, then the end of the last sequence.
-    positions : Tensor, int64, shape (tokens,)
-        Position of each token in its sequence. Padding after the last sequence has none.
     angles : Tensor, float32, shape (longest, d / 2)
         Rotary embedding: angle for each position and each pair of features of a head.
     """
 
     runs: Runs
     bounds: Tensor
-    positions: Tensor
     angles: Tensor
+
+    @cached_property
+    def tokens(self) -> int:
+        """Number of tokens, without padding after the last sequence."""
+        return sum(count * (length + 2) for count, length in self.runs)
 
     @cached_property
     def turns(self) -> Tensor:
@@ -58,7 +60,8 @@ class Layout:
     def rotation(self) -> Tensor:
         """Rotation of each token as complex numbers of modulus 1, shape (tokens, 1, 1, d / 2)."""
         turned = torch.polar(torch.ones_like(self.angles), self.angles)
-        return turned[self.positions][:, None, None]
+        parts = [turned[: length + 2].repeat(count, 1) for count, length in self.runs]
+        return torch.cat(parts)[:, None, None]
 
 
 # Takes queries, keys and values, shape (tokens, 3 * D), the number of heads and the layout.
@@ -96,7 +99,7 @@ def attend_fused(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
 
 def _rotate(qkv: Tensor, heads: int, layout: Layout) -> Tensor:
     """Rotate queries and keys, not values. Returns float32, shape (tokens, 3, heads, d)."""
-    tokens = len(layout.positions)
+    tokens = layout.tokens
     pairs = qkv[:tokens].to(torch.float32).view(tokens, 3, heads, -1, 2)
     torch.view_as_complex(pairs[:, :2]).mul_(layout.rotation)
     return pairs.flatten(-2)
@@ -136,9 +139,8 @@ def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> A
     try:
         kernel = PackedKernel(dtype)
         bounds = torch.tensor([0, 3, 6, 13], dtype=torch.int32, device=device)
-        positions = torch.tensor([0, 1, 2, 0, 1, 2, *range(7)], device=device)
         angles = torch.linspace(0, 3, 7 * features // 2, device=device).view(7, -1)
-        layout = Layout([(2, 1), (1, 5)], bounds, positions, angles)
+        layout = Layout([(2, 1), (1, 5)], bounds, angles)
         qkv = torch.linspace(-2, 2, 13 * 3 * 2 * features, device=device).sin().view(13, -1)
         with torch.inference_mode():
             actual = kernel(qkv.clone(), 2, layout)
@@ -160,7 +162,7 @@ class PackedKernel:
         """Attention as in `attend`, in the kernel's dtype."""
         longest = max(length for _, length in layout.runs) + 2
         query, key, value = _rotate(qkv, heads, layout).to(self._dtype).unbind(1)
-        # torch 2.10 to 2.13 share these arguments, by position.
+        # torch 2.10 to 2.14 share these arguments, by position.
         attended: Tensor = self._varlen_attn(
             query, key, value, layout.bounds, layout.bounds, longest, longest
         )

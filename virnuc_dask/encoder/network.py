@@ -116,10 +116,10 @@ class Network:
         """
         lengths = np.repeat([n + 2 for _, n in runs], [count for count, _ in runs])
         ends = np.cumsum(lengths)
-        positions = np.arange(ends[-1]) - np.repeat(ends - lengths, lengths)
         # BOS precedes the first residue of a sequence, EOS follows the last.
-        sources = np.repeat(starts - 1, lengths) + positions
-        tokens = self._token_of[residues[sources.clip(0, len(residues) - 1)]]
+        sources = np.repeat(starts - 1 - (ends - lengths), lengths)
+        sources += np.arange(len(sources))
+        tokens = self._token_of.take(residues.take(sources, mode="clip"))
         tokens[ends - lengths], tokens[ends - 1] = self._bos, self._eos
         # No token attends to these fillers, and their results are cut off.
         filled = np.pad(tokens, (0, -len(tokens) % self._multiple), constant_values=self._eos)
@@ -129,7 +129,6 @@ class Network:
         layout = Layout(
             runs,
             to_device(bounds, self._device),
-            to_device(positions, self._device),
             indices[:, None] * self._inverse_frequencies,
         )
         return self._forward(to_device(filled, self._device), layout)[: len(tokens)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,7 +13,7 @@ from virnuc_dask.inputs.lengths import segment_counts
 from virnuc_dask.settings import LongPolicy
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Segments:
     """Stretches of residues to encode. Each belongs to one row.
 
@@ -35,6 +36,19 @@ class Segments:
 
     def __len__(self) -> int:
         return len(self.row)
+
+    @cached_property
+    def shares(self) -> NDArray[np.float32]:
+        """1/k for each residue that k windows of its row cover, from the first start on."""
+        bounds = np.concatenate((self.start, self.start + self.length)) - self.start[0]
+        steps = np.repeat(np.array([1, -1]), len(self))
+        covered = np.cumsum(np.bincount(bounds, steps)[:-1])
+        return np.divide(1, covered, np.ones(len(covered), np.float32), where=covered > 0)
+
+    def shares_of(self, number: int) -> NDArray[np.float32]:
+        """`shares` of the residues of one segment, shape (length,)."""
+        first = self.start[number] - self.start[0]
+        return self.shares[first : first + self.length[number]]
 
     def select(self, chosen: NDArray[np.bool_]) -> Segments:
         """Select segments by a mask, which must keep all windows of a row or none."""
@@ -86,34 +100,22 @@ def cut_segments(lengths: NDArray[np.integer], max_residues: int, policy: LongPo
     return Segments(row, offsets[row] + shift, length, count)
 
 
-def window_shares(segments: Segments, number: int) -> NDArray[np.float32]:
-    """1/k for each residue of a segment, if k windows of its row cover it, shape (length,)."""
-    row, length = segments.row[number], int(segments.length[number])
-    first, last = np.searchsorted(segments.row, [row, row + 1])
-    starts = segments.start[first:last]  # of all windows of the row; they are equally long
-    residues = segments.start[number] + np.arange(length)
-    begun = np.searchsorted(starts, residues, side="right")
-    ended = np.searchsorted(starts + length, residues, side="right")
-    return np.asarray(1.0 / (begun - ended), np.float32)
-
-
 def residue_weights(segments: Segments, members: NDArray[np.int64]) -> NDArray[np.float32]:
     """Weight of each residue of some segments in the mean of its row, end to end.
 
     Each residue of a row counts once: if k windows cover it, each window contributes 1/k.
     """
     lengths = segments.length[members]
-    weights = np.repeat(1 / lengths, lengths).astype(np.float32)
-    ends = np.cumsum(lengths)
-    for index in np.flatnonzero(segments.windows[members] > 1):
-        number = int(members[index])
-        first, last = np.searchsorted(
-            segments.row, [segments.row[number], segments.row[number] + 1]
-        )
-        covered = segments.start[last - 1] + segments.length[number] - segments.start[first]
-        shares = window_shares(segments, number) / covered
-        weights[ends[index] - lengths[index] : ends[index]] = shares
-    return weights
+    if not (segments.windows[members] > 1).any():
+        return np.repeat((1 / lengths).astype(np.float32), lengths)
+    row = segments.row[members]
+    first, after = (np.searchsorted(segments.row, row, side) for side in ("left", "right"))
+    covered = segments.start[after - 1] + lengths - segments.start[first]
+    begins = np.cumsum(lengths) - lengths
+    offsets = segments.start[members] - segments.start[0] - begins
+    residues = np.arange(lengths.sum()) + np.repeat(offsets, lengths)
+    weights = segments.shares[residues] / np.repeat(covered, lengths)
+    return np.asarray(weights, np.float32)
 
 
 def residue_tokens(lengths: NDArray[np.int64]) -> NDArray[np.int64]:
