@@ -90,6 +90,7 @@ SECTIONS = {
     "cluster": _module("cluster", 190),
     "large": _module("large", 80),
     "memory": _module("memory", 20),
+    "host": _module("host", 20),
     "tests": _module("tests", 160),
     "threads": _module("threads", 45),
 }

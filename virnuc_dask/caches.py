@@ -85,13 +85,17 @@ def forget(kind: str, name: bytes) -> None:
 
 def _entry(kind: str, name: bytes) -> Path | None:
     """File of an entry, or None if the user has no home directory."""
+    place = folder()
+    return place and place / f"{kind}-{sha256(name).hexdigest()[:32]}.json"
+
+
+def folder() -> Path | None:
+    """Directory of the entries, or None if the user has no home directory."""
     # Follows the XDG Base Directory Specification; torch.hub keeps weights in the same directory.
-    folder = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if not folder.is_absolute():
-        folder = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # pathlib raises without HOME
-    if not folder.is_absolute():
-        return None
-    return folder / "virnuc_dask" / f"{kind}-{sha256(name).hexdigest()[:32]}.json"
+    cache = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if not cache.is_absolute():
+        cache = Path(os.path.expanduser("~/.cache"))  # noqa: PTH111  # pathlib raises without HOME
+    return cache / "virnuc_dask" if cache.is_absolute() else None
 
 
 def _is_private(folder: Path) -> bool:

@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 _DASK = ("dask", "distributed")
 _LISTED = 10
-_SPEAKERS = ("plan", "status", "nearest", "annotate")
+_SPEAKERS = ("plan", "status", "nearest", "annotate", "doctor")
 
 
 # Names that other programs use for our commands, and words for their tasks.
@@ -181,6 +181,29 @@ def plan(
         print(f"  without frame: {printable(name)}")
     if len(cost.without_row) > _LISTED:
         print(f"  all {len(cost.without_row):,}: --json")
+
+
+@main.command()
+@click.option("--json", "as_json", is_flag=True)
+def doctor(as_json: bool) -> None:
+    """Look at what a run needs here: packages, processor, GPUs, folders, models.
+
+    Each line begins with ok; with -- for what is slower or not possible, and what to do about it;
+    or with no for what every run needs. Exit codes: 0; 4 if there is such a line.
+    """
+    from virnuc_dask.runtime.doctor import examine
+
+    is_well = True
+    for finding in examine():
+        is_well &= finding.mark != "no"
+        if as_json:
+            print(json.dumps(finding.to_json()), flush=True)
+            continue
+        print(f"{finding.mark}  {finding.name:<17} {finding.found}", flush=True)
+        if finding.advice:
+            print(f"    {'':<17} {finding.advice}", flush=True)
+    if not is_well:
+        sys.exit(VirnucError.exit_code)
 
 
 @main.command()
