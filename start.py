@@ -3,6 +3,7 @@
 python3 start.py demo    embed real viral proteins, show what came out
 python3 start.py test    run the quick tests; with --all, or as pytest is told, all of them
 python3 start.py check   lint, types, and who may import whom
+python3 start.py docs    build the pages of docs/ into site/
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ INSTALLED = ENVIRONMENT / "installed"
 
 
 def main() -> int:
-    commands = {"demo": demo, "test": test, "check": check}
+    commands = {"demo": demo, "test": test, "check": check, "docs": docs}
     if len(sys.argv) < 2 or sys.argv[1] not in commands:
         print(__doc__)
         return 2
@@ -101,6 +102,11 @@ def check(_arguments: list[str]) -> int:
     rooms = [PYTHON.with_name("lint-imports"), "--no-logo"]
     codes.append(subprocess.run(rooms, check=False).returncode)
     return int(any(codes))  # one that was killed has a code below zero
+
+
+def docs(arguments: list[str]) -> int:
+    os.environ["NO_MKDOCS_2_WARNING"] = "1"
+    return show("-m", "mkdocs", "build", "--strict", *arguments)
 
 
 def show(*command: str) -> int:

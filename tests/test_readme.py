@@ -1,4 +1,4 @@
-"""Every command and every line of Python in the README, as a reader would run them."""
+"""Every command and every line of Python in the README and in docs/, as a reader would run them."""
 
 from __future__ import annotations
 
@@ -22,21 +22,32 @@ from virnuc_dask.store.store import Store
 
 pytestmark = pytest.mark.slow  # blocks need what earlier ones have made
 
-README = (ROOT / "README.md").read_text()
-BLOCKS = re.findall(r"^```(sh|python)\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+# In the order in which the site has them: README first, whose stores the pages use.
+NAV = re.findall(r"- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+PAGES = [ROOT / "README.md", *(ROOT / "docs" / name for name in NAV if name != "results.md")]
+BLOCKS = [
+    block
+    for page in PAGES
+    for block in re.findall(r"^```(sh|python)\n(.*?)^```$", page.read_text(), re.M | re.DOTALL)
+]
 # These set up an environment and are what CI itself consists of (.ci/run).
 BY_CI = {f"python3 start.py {task}\n" for task in ("demo", "test", "check")}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A reader's directory, with random weights where a download would put them."""
+    """A reader's directory, with random weights of a small model where a download would be."""
     path = tmp_path_factory.mktemp("reader")
     (path / "examples").symlink_to(ROOT / "examples")
     cache = path / "torch" / "hub" / "checkpoints"
     cache.mkdir(parents=True)
-    save_network(random_network(6, 320, 20), cache / "esm2_t6_8M_UR50D.pt")
+    save_network(random_network(2, 64, 4), cache / "esm2_t6_8M_UR50D.pt")
     return path
+
+
+def test_every_page_is_in_the_order() -> None:
+    pages = {file.relative_to(ROOT / "docs").as_posix() for file in (ROOT / "docs").rglob("*.md")}
+    assert pages == set(NAV)
 
 
 def test_ci_runs_what_is_not_run_here() -> None:
@@ -96,4 +107,5 @@ def test_block_runs(language: str, code: str, folder: Path, request: pytest.Fixt
             os.killpg(process.pid, signal.SIGTERM)  # the scheduler and workers it left behind
     if language == "python":
         assert process.stdout is not None
-        assert "(2, 64)" in process.stdout.read()
+        said = process.stdout.read()
+        assert "(2, 64)" in said if "demo" in code else said

@@ -568,13 +568,13 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
 
 
 def test_pandas_reads_identifiers_as_they_are(make_store: Maker, tmp_path: Path) -> None:
-    """Neuraminidase is NA; and what is said in README is what reads it."""
+    """Neuraminidase is NA; and what is said in docs is what reads it."""
     source = tmp_path / "flu.faa"
     source.write_text(">NA\nMKT\n>0012\nMKV\n>1e5\nMLK\n>nan\nM*K\n")
     store = make_store(source, "flu.zarr")
     virnuc_dask.export(store.path, tmp_path / "flu.csv")
     how = 'dtype={"sequence_id": str}, keep_default_na=False, na_values=[""]'
-    assert how in (ROOT / "README.md").read_text()
+    assert how in (ROOT / "docs" / "howto" / "exports.md").read_text()
     table = pandas.read_csv(
         tmp_path / "flu.csv", dtype={"sequence_id": str}, keep_default_na=False, na_values=[""]
     )

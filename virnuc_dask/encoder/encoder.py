@@ -158,7 +158,7 @@ class Encoder:
         Parameters
         ----------
         sequences : sequence of str
-            Proteins. Letters are treated as in a run (see "Letters" in the README).
+            Proteins. Letters are treated as in a run (see "Letters" in `docs/reference/input.md`).
 
         Returns
         -------

@@ -275,7 +275,7 @@ def invalid_rows(residues: NDArray[np.uint8], lengths: NDArray[np.int32]) -> NDA
 
 
 def clean_sequence(sequence: str) -> str:
-    """Clean one sequence by the rules of a run (see "Letters" in the README).
+    """Clean one sequence by the rules of a run (see "Letters" in `docs/reference/input.md`).
 
     Raises
     ------
