@@ -2,7 +2,7 @@
 
 python3 start.py demo    embed real viral proteins, show what came out
 python3 start.py test    run the quick tests; with --all, or as pytest is told, all of them
-python3 start.py check   lint, types, and who may import whom
+python3 start.py check   lint, types, and who may import whom; also the Dockerfile, workflows
 python3 start.py docs    build the pages of docs/ into site/
 """
 
@@ -98,9 +98,14 @@ def test(arguments: list[str]) -> int:
 def check(_arguments: list[str]) -> int:
     commands = (("ruff", "check", "."), ("ruff", "format", "--check", "."), ("mypy",))
     codes = [show("-m", *command) for command in commands]
-    # Who may import whom: the contracts in pyproject.toml.
-    rooms = [PYTHON.with_name("lint-imports"), "--no-logo"]
-    codes.append(subprocess.run(rooms, check=False).returncode)
+    programs = (
+        ("lint-imports", "--no-logo"),  # who may import whom: the contracts in pyproject.toml
+        ("hadolint", "Dockerfile"),
+        ("zizmor", "--offline", "--quiet", ".github/workflows"),
+    )
+    for name, *arguments in programs:
+        program = [PYTHON.with_name(name), *arguments]
+        codes.append(subprocess.run(program, check=False).returncode)
     return int(any(codes))  # one that was killed has a code below zero
 
 
