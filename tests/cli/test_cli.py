@@ -200,6 +200,26 @@ def test_status_sees_a_run_as_long_as_its_process_lives(
 
 
 @pytest.mark.slow
+def test_status_can_be_watched_until_a_store_is_complete(
+    make_store: Maker, cli: Cli, tmp_path: Path
+) -> None:
+    store = make_store(ROOT / "examples" / "esm_some_proteins.fasta", embed=False, rows_per_chunk=4)
+    watch = subprocess.Popen(
+        command("status", store.path, "--watch"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert watch.stderr is not None
+    assert watch.stderr.readline() == "0 of 4 chunks, 0 rows\n"  # it waits
+    assert cli("resume", store.path, "--workers", 1, "-q").returncode == 0
+    out, err = watch.communicate(timeout=60)
+    assert watch.returncode == 0
+    assert err.splitlines()[-1] == "4 of 4 chunks, 15 rows"
+    assert "4 of 4 chunks, 15 of 15 rows (100.0%)" in out
+
+
+@pytest.mark.slow
 def test_an_interrupted_run_counts_what_it_has_not_computed(
     make_store: Maker, peptides: Path
 ) -> None:

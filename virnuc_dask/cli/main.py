@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import sys
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -37,7 +38,7 @@ from virnuc_dask.cli.options import (
 from virnuc_dask.errors import RandomWeightsWarning, UsageError, VirnucError
 from virnuc_dask.settings import RunConfig, Settings
 from virnuc_dask.standard_streams import lost_output
-from virnuc_dask.text import counted, printable
+from virnuc_dask.text import counted, duration, printable
 
 if TYPE_CHECKING:
     from virnuc_dask.runtime.summary import RunSummary
@@ -45,6 +46,8 @@ if TYPE_CHECKING:
 
 _DASK = ("dask", "distributed")
 _LISTED = 10
+# Seconds between two looks of `status --watch`.
+_WATCH_S = 2.0
 _SPEAKERS = ("plan", "status", "nearest", "annotate", "doctor")
 
 
@@ -209,8 +212,9 @@ def doctor(as_json: bool) -> None:
 @main.command()
 @click.argument("store")
 @click.option("--rows", is_flag=True, help="Also count rows by state, and list quarantined rows.")
+@click.option("--watch", is_flag=True, help="First show progress until all chunks are present.")
 @click.option("--json", "as_json", is_flag=True)
-def status(store: str, rows: bool, as_json: bool) -> None:
+def status(store: str, rows: bool, watch: bool, as_json: bool) -> None:
     """Show how many chunks of STORE are present. This also works during a run.
 
     Exit codes: 0 complete; 4 incomplete; with --rows also 3, complete with quarantined rows.
@@ -218,7 +222,7 @@ def status(store: str, rows: bool, as_json: bool) -> None:
     from virnuc_dask.store import status
     from virnuc_dask.store.location import location_of
 
-    progress = status.status(store)
+    progress = _watched(store) if watch else status.status(store)
     document = progress.to_json() | {"run_seen": location_of(store).is_in_use}
     code = progress.exit_code
     if rows:
@@ -234,6 +238,29 @@ def status(store: str, rows: bool, as_json: bool) -> None:
         _show_status(progress, document)
     if not lost_output():  # otherwise the exit code reports the lost output
         sys.exit(code)
+
+
+def _watched(store: str) -> StoreStatus:
+    """Show the progress of a store on standard error until it is complete, and return it."""
+    from virnuc_dask.store.status import status
+
+    began, before, shown = time.monotonic(), status(store), -1
+    while True:
+        progress = status(store)
+        done = int(progress.present.sum())
+        gained = progress.rows_done - before.rows_done
+        left = progress.records - progress.rows_done
+        text = f"{done:,} of {progress.chunks:,} chunks, {progress.rows_done:,} rows"
+        if gained and left:
+            text += f", ETA {duration(left * (time.monotonic() - began) / gained)}"
+        if sys.stderr.isatty():
+            print(f"\r{text:<60}", end="" if left else "\n", file=sys.stderr, flush=True)
+        elif done != shown:
+            print(text, file=sys.stderr, flush=True)
+        if not left:
+            return progress
+        shown = done
+        time.sleep(_WATCH_S)
 
 
 def _show_status(progress: StoreStatus, document: dict[str, Any]) -> None:
