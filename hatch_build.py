@@ -11,6 +11,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import sys
 import sysconfig
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class KernelsHook(BuildHookInterface[Any]):
                 library.unlink(missing_ok=True)
         build_data["artifacts"].append("virnuc_dask/encoder/_kernels_*.so")
         build_data["pure_python"] = False
-        # Loaded by ctypes, so they serve every Python, but only this kind of machine.
-        kind = sysconfig.get_platform().replace("-", "_").replace(".", "_")
-        build_data["tag"] = f"py3-none-{kind}"
+        if sys.platform == "linux":
+            # Loaded by ctypes, so they serve every Python, but only this kind of machine.
+            kind = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+            build_data["tag"] = f"py3-none-{kind}"
+        else:
+            build_data["infer_tag"] = True

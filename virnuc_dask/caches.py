@@ -41,7 +41,7 @@ def recall(kind: str, name: bytes, key: Any) -> Any:
     # The file may hold anything, even JSON that is nested too deeply.
     with suppress(OSError, ValueError, RecursionError):
         entry = _entry(kind, name)
-        if entry is None or not _is_private(entry.parent):
+        if entry is None or not is_private(entry.parent):
             return None
         document = json.loads(entry.read_bytes())
         if isinstance(document, dict) and document.get("key") == key:
@@ -63,7 +63,7 @@ def remember(kind: str, name: bytes, key: Any, value: Any) -> None:
         return
     with suppress(OSError):
         entry.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if _is_private(entry.parent):
+        if is_private(entry.parent):
             write_durably(entry, json.dumps({"key": key, "value": value}, indent=1).encode())
             others = sorted(entry.parent.glob(f"{kind}-*.json"), key=lambda e: e.stat().st_mtime)
             for old in others[:-_MOST_ENTRIES]:
@@ -98,7 +98,7 @@ def folder() -> Path | None:
     return cache / "virnuc_dask" if cache.is_absolute() else None
 
 
-def _is_private(folder: Path) -> bool:
-    """Whether only this user can write into a directory."""
+def is_private(folder: Path) -> bool:
+    """Whether only this user can write into a directory. Entries of another are not used."""
     state = folder.stat()
     return state.st_uid == os.geteuid() and not state.st_mode & 0o022

@@ -19,7 +19,7 @@ from models import (
 )
 
 from virnuc_dask.encoder.device_queue import Mark
-from virnuc_dask.encoder.encoder import Encoder, load_encoder
+from virnuc_dask.encoder.encoder import Encoder, largest, largest_by_run, load_encoder
 from virnuc_dask.encoder.packing import cut_segments
 from virnuc_dask.errors import InputError, ModelError
 from virnuc_dask.settings import Pooling, Precision
@@ -204,6 +204,18 @@ def test_results_that_arrive_in_the_end_are_the_same(pooling: Pooling) -> None:
     assert np.isfinite(usual.embedding).all()
     assert np.array_equal(usual.embedding, late.embedding)
     assert np.array_equal(usual.residues, late.residues)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_the_maximum_of_all_lengths_at_once_is_the_same(device: str) -> None:
+    runs = [(2, 1), (1, 7), (3, 40)]
+    hidden = torch.randn(sum(count * (length + 2) for count, length in runs), 8, device=device)
+    hidden[7, 3] = hidden[60, 5] = torch.nan  # within sequences
+    hidden[0] = 99  # a BOS
+    expected = largest_by_run(hidden, runs)
+    assert int(expected.isnan().sum()) == 2
+    found = largest(hidden.clone(), runs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
 
 
 @pytest.mark.gpu

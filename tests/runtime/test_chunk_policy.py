@@ -84,8 +84,6 @@ def test_deaths_make_a_suspect_once_and_first(suspect_after: int, became: list[b
     queue.add([0, 1])
     for is_suspect in became:
         assert queue.died(5) == is_suspect
-        if is_suspect:
-            queue.add_first(5)
     assert queue.suspects == {5}
     assert queue.deaths == {5: 3}
     assert queue.take(3, 0.0) == [5, 0, 1]
@@ -95,9 +93,13 @@ def test_deaths_make_a_suspect_once_and_first(suspect_after: int, became: list[b
 
 def test_a_task_that_dask_gives_up_is_a_suspect_whatever_its_deaths() -> None:
     queue = ChunkQueue(RunConfig(suspect_after=100))
+    queue.add([0])
     assert queue.suspect(3)
-    assert not queue.suspect(3)
+    assert queue.take(1, 0.0) == [3]
+    assert not queue.suspect(3)  # its task was given up once more
+    assert queue.take(2, 0.0) == [3, 0]
     assert not queue.died(3)
+    assert not queue
 
 
 # --- attempts that are late ---

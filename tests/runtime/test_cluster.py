@@ -293,13 +293,23 @@ def test_tls_works_and_nothing_goes_without_it(
 
 
 @pytest.mark.parametrize(
-    "content",
-    ["[]", '{"address": 5}', "{}", "no json", '{"address": "tcp://127.0.0.1:abc"}'],
+    ("content", "problem"),
+    [
+        (b"[]", "not a scheduler file: no address in it"),
+        (b"null", "not a scheduler file: no address in it"),
+        (b"{}", "not a scheduler file: no address in it"),
+        (b"no json", "not a scheduler file: Expecting value"),
+        (b"\xff\xfe", "not a scheduler file: 'utf-8' codec"),
+        (b'{"address": 5}', "no scheduler answers"),
+        (b'{"address": "tcp://127.0.0.1:abc"}', "no scheduler answers"),
+    ],
 )
-def test_a_scheduler_file_that_is_none_is_a_clear_error(content: str, tmp_path: Path) -> None:
+def test_a_scheduler_file_that_is_none_is_a_clear_error(
+    content: bytes, problem: str, tmp_path: Path
+) -> None:
     file = tmp_path / "scheduler.json"
-    file.write_text(content)
-    with pytest.raises(UsageError, match=r"scheduler\.json"), connect(str(file)):
+    file.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"scheduler\.json: {problem}"), connect(str(file)):
         pass
 
 

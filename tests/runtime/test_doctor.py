@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from conftest import ROOT, Cli
 from models import random_network, save_network
 
 from virnuc_dask import __version__
+from virnuc_dask.runtime import doctor
 from virnuc_dask.runtime.doctor import Finding, examine
 
 
@@ -49,7 +51,7 @@ def test_it_says_what_is_missing_and_what_to_do(cli: Cli, tmp_path: Path) -> Non
     assert said["fair-esm"]["mark"] == "no"
     assert "rename it" in said["fair-esm"]["advice"]
     assert said["cache"]["mark"] == "--"
-    assert "Not a directory" in said["cache"]["found"]
+    assert "cannot be written" in said["cache"]["found"]
     assert "XDG_CACHE_HOME" in said["cache"]["advice"]
     assert "\nno  fair-esm          cannot be used\n" in cli("doctor", env=os.environ | more).stdout
 
@@ -74,6 +76,30 @@ def test_little_room_and_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) ->
     assert "0.0 GiB free" in said["this folder"].found
     assert said["this folder"].mark == "--"
     assert said["temporary folder"].mark == "no"
+
+
+def test_packages_that_are_missing_or_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        doctor, "requires", lambda name: ["zarr>=3", "absent>=1", "no; extra == 'x'"]
+    )
+    monkeypatch.setitem(sys.modules, "torch", None)
+    said = {finding.name: finding for finding in examine()}
+    assert said["packages"].advice == "missing: absent; pip install absent"
+    assert said["packages"].mark == said["torch and dask"].mark == "no"
+    assert "import of torch halted" in said["torch and dask"].found
+
+
+def test_a_cache_into_which_others_can_write_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    said = {finding.name: finding for finding in examine()}
+    assert (said["cache"].mark, list(tmp_path.iterdir())) == ("ok", [])  # and none was made
+    (tmp_path / "virnuc_dask").mkdir()
+    (tmp_path / "virnuc_dask").chmod(0o775)
+    said = {finding.name: finding for finding in examine()}
+    assert said["cache"].mark == "--"
+    assert "chmod 700" in said["cache"].advice
 
 
 @pytest.mark.parametrize(

@@ -47,11 +47,11 @@ def arm(patch: Any, table: Path) -> None:
     patch.setattr(encoder, "_encode_batch", harmful(encoder._encode_batch))
 
 
-def await_met(table: Path, motif: str, times: int = 1) -> None:
-    """Wait until sequences with a motif have been met so often: the harm has begun."""
+def await_met(table: Path, motif: str) -> None:
+    """Wait until a sequence with a motif has been met: the harm has begun."""
     met, deadline = table.with_name(f"{motif}.met"), time.monotonic() + 120
-    while not met.exists() or met.stat().st_size < times:
-        assert time.monotonic() < deadline, f"{motif!r} was not met {times} times"
+    while not met.exists():
+        assert time.monotonic() < deadline, f"{motif!r} was not met"
         time.sleep(0.02)
 
 

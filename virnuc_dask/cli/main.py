@@ -251,7 +251,7 @@ def _watched(store: str) -> StoreStatus:
         gained = progress.rows_done - before.rows_done
         left = progress.records - progress.rows_done
         text = f"{done:,} of {progress.chunks:,} chunks, {progress.rows_done:,} rows"
-        if gained and left:
+        if gained > 0 and left:
             text += f", ETA {duration(left * (time.monotonic() - began) / gained)}"
         if sys.stderr.isatty():
             print(f"\r{text:<60}", end="" if left else "\n", file=sys.stderr, flush=True)

@@ -370,7 +370,7 @@ def largest_by_run(hidden: Tensor, runs: Runs) -> Tensor:
 
 
 def largest(hidden: Tensor, runs: Runs) -> Tensor:
-    """Like `largest_by_run`, by one operation for all lengths: for a GPU, which waits for each.
+    """Like `largest_by_run`, by one operation for all lengths: on a GPU each costs time.
 
     It changes BOS and EOS of `hidden`. On a CPU it takes twenty times as long.
     """
@@ -378,7 +378,7 @@ def largest(hidden: Tensor, runs: Runs) -> Tensor:
     ends = np.cumsum(lengths)
     outer = to_device(np.concatenate((ends - lengths, ends - 1)), hidden.device)
     hidden.index_fill_(0, outer, -torch.inf)
-    # unsafe: the lengths are not checked, for which a GPU would be waited for.
+    # unsafe: lengths are not checked. A check would wait for the GPU.
     return torch.segment_reduce(
         hidden, "max", lengths=to_device(lengths, hidden.device), axis=0, unsafe=True
     )

@@ -57,7 +57,7 @@ class ChunkQueue:
         return bool(self._todo or self._later)
 
     def add(self, chunks: Iterable[int]) -> None:
-        """Append chunks; an earlier attempt at them, if there was one, counts for nothing."""
+        """Append chunks."""
         self._todo.extend(chunks)
 
     def add_first(self, chunk: int) -> None:
@@ -90,14 +90,22 @@ class ChunkQueue:
         heappush(self._later, (now + max(_UNFIT_S, self._config.backoff), chunk))
 
     def died(self, chunk: int) -> bool:
-        """Count a worker that died or hung with a chunk; return whether it is a suspect by that."""
+        """Count a worker that died or hung with a chunk.
+
+        Returns
+        -------
+        bool
+            Whether that makes the chunk a suspect; it is then the next to be submitted.
+        """
         self.deaths[chunk] += 1
-        return self.deaths[chunk] >= self._config.suspect_after and self.suspect(chunk)
+        is_due = self.deaths[chunk] >= self._config.suspect_after
+        return is_due and chunk not in self.suspects and self.suspect(chunk)
 
     def suspect(self, chunk: int) -> bool:
-        """Make a chunk a suspect; return whether it was none before."""
+        """Make a chunk a suspect, submitted next; return whether it was none before."""
         is_new = chunk not in self.suspects
         self.suspects.add(chunk)
+        self.add_first(chunk)
         return is_new
 
 

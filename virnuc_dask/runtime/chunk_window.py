@@ -269,7 +269,6 @@ class ChunkWindow:
             # Dask gives up a task after some deaths. We do not: a death alone condemns no row.
             if self.queue.suspect(chunk):
                 self.emit(events.ChunkSuspected(chunk, self.queue.deaths[chunk]))
-            self.queue.add_first(chunk)
         except UnfitWorkerError as error:
             self._workers.set_aside(error)
             self.queue.refused(chunk, time.monotonic())
@@ -330,7 +329,6 @@ class ChunkWindow:
         """Count a worker that died with a chunk; return whether it is tried next, as a suspect."""
         if is_suspect := self.queue.died(chunk):
             self.emit(events.ChunkSuspected(chunk, self.queue.deaths[chunk]))
-            self.queue.add_first(chunk)
         return is_suspect
 
     def _wake(self, client: Client) -> None:

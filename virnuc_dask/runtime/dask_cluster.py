@@ -62,7 +62,7 @@ def connect(
     waiting : callable
         Called with the reason before a scheduler file or the first worker is awaited.
     is_stopped : callable
-        Whether to wait no longer; it is called several times a second.
+        Whether to wait no longer. It is called several times a second while something is awaited.
 
     Raises
     ------
@@ -104,6 +104,8 @@ def connect(
             address = _scheduler_address(Path(cluster), waiting, is_stopped)
         client = Client(address, security=_security(address, config), set_as_default=False)
     except (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
+        if is_stopped():
+            raise StoppedWaiting from error
         # Dask has no specific error for an invalid address or TLS files that do not match.
         raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
     with client:
@@ -166,11 +168,11 @@ def _scheduler_address(
     while True:
         try:
             return str(json.loads(file.read_text())["address"])
-        except json.JSONDecodeError as error:
+        except (KeyError, TypeError) as error:
+            raise UsageError(f"cluster {file}: not a scheduler file: no address in it") from error
+        except ValueError as error:
             if time.monotonic() > until:
                 raise UsageError(f"cluster {file}: not a scheduler file: {error}") from error
-        except (KeyError, TypeError) as error:
-            raise UsageError(f"cluster {file}: not a scheduler file: no {error}") from error
         time.sleep(_LOOK_S)
 
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import platform
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-from dask.system import CPU_COUNT
 
 from virnuc_dask import __version__, caches
 from virnuc_dask.encoder.fair_esm import check_fair_esm
 from virnuc_dask.encoder.models import PUBLISHED
 from virnuc_dask.encoder.weight_files import file_of
 from virnuc_dask.errors import UsageError
-from virnuc_dask.runtime import local
 
 _SHOWN = ("torch", "dask", "distributed", "zarr", "xarray", "numpy")
 # Extra, a module of it, and what it is for.
@@ -70,22 +69,41 @@ def examine() -> Iterator[Finding]:
         f"virnuc-dask {__version__}, Python {platform.python_version()},"
         f" {platform.system()} {platform.machine()}",
     )
-    yield Finding("packages", ", ".join(f"{name} {_version(name)}" for name in _SHOWN))
+    yield _packages()
     yield _fair_esm()
-    yield _processor()
-    yield from _gpus()
+    try:
+        yield _processor()
+        yield from _gpus()
+    except ImportError as error:
+        advice = "install virnuc-dask again, with all that it needs"
+        yield Finding("torch and dask", f"cannot be imported: {error}", advice, is_needed=True)
     yield _extras()
     yield _temporary_folder()
-    yield _folder("this folder", Path(), "a store of a million rows takes about 5 GiB", _FREE)
+    yield _this_folder()
     yield _cache()
     yield _models()
+
+
+def _packages() -> Finding:
+    found = ", ".join(f"{name} {installed}" for name in _SHOWN if (installed := _version(name)))
+    names = [
+        re.split(r"[^\w.-]", text)[0] for text in requires("virnuc-dask") or () if _is_plain(text)
+    ]
+    if missing := [name for name in names if not _version(name)]:
+        advice = f"missing: {', '.join(missing)}; pip install {' '.join(missing)}"
+        return Finding("packages", found, advice, is_needed=True)
+    return Finding("packages", found)
+
+
+def _is_plain(requirement: str) -> bool:
+    return "extra ==" not in requirement
 
 
 def _version(name: str) -> str:
     try:
         return version(name)
     except PackageNotFoundError:
-        return "is missing"
+        return ""
 
 
 def _fair_esm() -> Finding:
@@ -98,24 +116,27 @@ def _fair_esm() -> Finding:
 
 def _processor() -> Finding:
     import torch
+    from dask.system import CPU_COUNT
 
     from virnuc_dask.encoder import cpu_kernels
 
-    found = f"{CPU_COUNT} cores, {torch.backends.cpu.get_cpu_capability()}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    found = f"{CPU_COUNT} cores, {capability}"
     if cpu_kernels.is_usable(torch.device("cpu"), "float32", 1280):
         return Finding("processor", f"{found}, compiled kernels")
-    return Finding(
-        "processor",
-        f"{found}, no compiled kernels",
-        "encoding on cores takes 1.2 to 1.6 times as long: install a C++ compiler (g++), then"
-        " virnuc-dask again",
-    )
+    advice = "encoding on cores takes 1.2 to 1.6 times as long"
+    if platform.machine() == "x86_64" and not capability.startswith("AVX"):
+        advice += "; there are none for a processor without AVX2"
+    else:
+        advice += ": install a C++ compiler (g++), then virnuc-dask again"
+    return Finding("processor", f"{found}, no compiled kernels", advice)
 
 
 def _gpus() -> Iterator[Finding]:
     import torch
 
     from virnuc_dask.encoder import gpu_kernels
+    from virnuc_dask.runtime import local
 
     gpus = local.visible_gpus()
     if not gpus and torch.version.cuda is None:
@@ -129,12 +150,11 @@ def _gpus() -> Iterator[Finding]:
         about = torch.cuda.get_device_properties(device)
         found = f"{about.name}, {about.total_memory / 2**30:.0f} GiB, CUDA {torch.version.cuda}"
         try:
-            is_fast = gpu_kernels.is_usable(device, torch.float16, 1280, 20)
-        except RuntimeError as error:
-            yield Finding("GPU", found, f"it does not work now: {error}")
-        else:
-            advice = "" if is_fast else "encoding is slower without Triton's kernels: see above"
-            yield Finding("GPU", found, advice)
+            problem = gpu_kernels.differs(device, torch.float16, 1280, 20)
+        except Exception as error:  # no Triton, no C compiler, a device that is lost, …
+            problem = f"{type(error).__name__}: {error}"
+        advice = f"encoding is slower without Triton's kernels: {problem}" if problem else ""
+        yield Finding("GPU", found, advice)
     if gpus:
         try:
             local.gpu_cluster()
@@ -155,31 +175,39 @@ def _extras() -> Finding:
 
 
 def _temporary_folder() -> Finding:
-    advice = "set TMPDIR to a folder that can be written"
     try:
         folder = Path(tempfile.gettempdir())
     except FileNotFoundError as error:  # tried all that may be one
+        advice = "set TMPDIR to a folder that can be written"
         return Finding("temporary folder", str(error), advice, is_needed=True)
-    return _folder("temporary folder", folder, advice)
+    return Finding("temporary folder", f"{folder}, {_free(folder) / 2**30:.1f} GiB free")
 
 
-def _folder(name: str, path: Path, advice: str, needs: int = 0) -> Finding:
-    path = path.absolute()
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-        free = shutil.disk_usage(path).free
-    except OSError as error:
-        return Finding(name, f"{path}: {error.strerror or error}", advice)
-    found = f"{path}, {free / 2**30:.1f} GiB free"
-    return Finding(name, found, advice if free < needs else "")
+def _this_folder() -> Finding:
+    folder = Path().absolute()
+    if not os.access(folder, os.W_OK):
+        return Finding("this folder", f"{folder}, cannot be written", "name a store elsewhere")
+    free = _free(folder)
+    advice = "" if free > _FREE else "a store of a million rows takes about 5 GiB"
+    return Finding("this folder", f"{folder}, {free / 2**30:.1f} GiB free", advice)
+
+
+def _free(folder: Path) -> int:
+    return shutil.disk_usage(folder).free
 
 
 def _cache() -> Finding:
-    advice = "set XDG_CACHE_HOME; until then weights are read whole at each start"
+    """Find out whether digests of weights can be kept; nothing is created for that."""
+    slow = "until then weights are read whole at each start"
     folder = caches.folder()
-    return _folder("cache", folder, advice) if folder else Finding("cache", "none", advice)
+    if folder is None:
+        return Finding("cache", "no home directory", f"set XDG_CACHE_HOME; {slow}")
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):
+        return Finding("cache", f"{folder}, cannot be written", f"set XDG_CACHE_HOME; {slow}")
+    if existing == folder and not caches.is_private(folder):
+        return Finding("cache", f"{folder}, others can write", f"chmod 700 {folder}; {slow}")
+    return Finding("cache", str(folder))
 
 
 def _models() -> Finding:
