@@ -86,13 +86,13 @@ def demo(arguments: list[str]) -> int:
 
 
 def test(arguments: list[str]) -> int:
-    # Most of a fault test is waiting for processes to start.
-    two = ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")
-    # Two of them on few cores: more threads each would only fight.
+    # Most of a fault test is waiting for processes to start. More threads each would only fight.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    several = ("-n", "3" if "--all" in arguments else "2", "--dist", "loadfile")
+    several += ("--no-loadscope-reorder",)
     if not arguments:
-        return show("-m", "pytest", *two, "--quick")
-    return show("-m", "pytest", *two, *(each for each in arguments if each != "--all"))
+        return show("-m", "pytest", *several, "--quick")
+    return show("-m", "pytest", *several, *(each for each in arguments if each != "--all"))
 
 
 def check(_arguments: list[str]) -> int:
