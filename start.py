@@ -82,6 +82,7 @@ def demo(arguments: list[str]) -> int:
     print("\nNearest neighbours; of random weights, so by composition only:", flush=True)
     shown |= show("-m", "virnuc_dask", "nearest", store.name, "--query", QUERY, "--k", "5")
     print(f"\nKill it half-way and type it again; to start afresh: rm -r {store.name}")
+    print("For the commands of the README: . .venv/bin/activate")
     return code or shown
 
 

@@ -564,7 +564,8 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     done = cli("export", store.path, "more.csv")
     assert done.returncode == 4
     assert "--partial" in done.stderr
-    assert cli("export", store.path, "more.csv", "--partial").returncode == 0
+    partial = cli("export", store.path, "more.csv", "--partial")
+    assert (partial.returncode, partial.stderr) == (0, f"comment: {RANDOM_WEIGHTS}\n")
 
 
 def test_pandas_reads_identifiers_as_they_are(make_store: Maker, tmp_path: Path) -> None:
@@ -846,4 +847,4 @@ def test_a_terminal_shows_how_far_it_is(store: Store, tmp_path: Path) -> None:
     shown = os.read(terminal, 1000).decode()
     os.close(terminal)
     assert (done.returncode, done.stdout) == (0, b"21 rows in out.csv\n")
-    assert shown == "\rwrote 21 of 21 rows\r\n"
+    assert shown == f"\rwrote 21 of 21 rows\r\ncomment: {RANDOM_WEIGHTS}\r\n"
