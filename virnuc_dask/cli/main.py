@@ -244,11 +244,11 @@ def _watched(store: str) -> StoreStatus:
     """Show the progress of a store on standard error until it is complete, and return it."""
     from virnuc_dask.store.status import status
 
-    began, before, shown = time.monotonic(), status(store), -1
+    began, progress, shown = time.monotonic(), status(store), -1
+    before = progress.rows_done
     while True:
-        progress = status(store)
         done = int(progress.present.sum())
-        gained = progress.rows_done - before.rows_done
+        gained = progress.rows_done - before
         left = progress.records - progress.rows_done
         text = f"{done:,} of {progress.chunks:,} chunks, {progress.rows_done:,} rows"
         if gained > 0 and left:
@@ -261,6 +261,7 @@ def _watched(store: str) -> StoreStatus:
             return progress
         shown = done
         time.sleep(_WATCH_S)
+        progress = status(store)
 
 
 def _show_status(progress: StoreStatus, document: dict[str, Any]) -> None:

@@ -86,17 +86,12 @@ def examine() -> Iterator[Finding]:
 
 def _packages() -> Finding:
     found = ", ".join(f"{name} {installed}" for name in _SHOWN if (installed := _version(name)))
-    names = [
-        re.split(r"[^\w.-]", text)[0] for text in requires("virnuc-dask") or () if _is_plain(text)
-    ]
+    needed = [text for text in requires("virnuc-dask") or () if "extra ==" not in text]
+    names = [re.split(r"[^\w.-]", text)[0] for text in needed]
     if missing := [name for name in names if not _version(name)]:
         advice = f"missing: {', '.join(missing)}; pip install {' '.join(missing)}"
         return Finding("packages", found, advice, is_needed=True)
     return Finding("packages", found)
-
-
-def _is_plain(requirement: str) -> bool:
-    return "extra ==" not in requirement
 
 
 def _version(name: str) -> str:
