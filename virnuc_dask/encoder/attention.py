@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,12 +11,15 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.attention
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from virnuc_dask.encoder import cpu_kernels, gpu_kernels
 from virnuc_dask.encoder.device_queue import to_device
+from virnuc_dask.encoder.memory import is_out_of_memory
 
+_log = logging.getLogger(__name__)
 Runs = list[tuple[int, int]]
 
 
@@ -113,9 +117,12 @@ def _filled_up(attended: Tensor, qkv: Tensor) -> Tensor:
 
 
 def describe_attention(attention: Attention) -> str:
-    """``compiled``, ``triton``, ``varlen`` (a single launch) or ``sdpa`` (one for each length)."""
+    """``compiled``, ``triton``, ``varlen`` (a single launch) or ``sdpa`` (one for each length).
+
+    ``varlen FA4`` is ``varlen`` by FlashAttention 4.
+    """
     if isinstance(attention, PackedKernel):
-        return "varlen"
+        return " ".join(filter(None, ["varlen", attention.flash_attention]))
     names: dict[Attention, str] = {attend_natively: "compiled", attend_fused: "triton"}
     return names.get(attention, "sdpa")
 
@@ -123,9 +130,7 @@ def describe_attention(attention: Attention) -> str:
 def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> Attention:
     """`PackedKernel` where it works, otherwise `attend`.
 
-    ``torch.nn.attention.varlen.varlen_attn`` serves sequences of any lengths with a single launch.
-    It needs a GPU and half precision. It is new, so its results are compared with `attend` before
-    it is used.
+    It needs a GPU and half precision.
 
     Parameters
     ----------
@@ -136,27 +141,76 @@ def best_attention(device: torch.device, dtype: torch.dtype, features: int) -> A
     """
     if device.type != "cuda" or dtype == torch.float32:
         return attend
-    try:
-        kernel = PackedKernel(dtype)
-        bounds = torch.tensor([0, 3, 6, 13], dtype=torch.int32, device=device)
-        angles = torch.linspace(0, 3, 7 * features // 2, device=device).view(7, -1)
-        layout = Layout([(2, 1), (1, 5)], bounds, angles)
-        qkv = torch.linspace(-2, 2, 13 * 3 * 2 * features, device=device).sin().view(13, -1)
-        with torch.inference_mode():
-            actual = kernel(qkv.clone(), 2, layout)
-            expected = attend(qkv, 2, layout)
-        return kernel if torch.allclose(actual.float(), expected, atol=0.02) else attend
-    except (ImportError, AttributeError, RuntimeError, TypeError, ValueError):
-        return attend
+    return usable_packed_kernel(device, dtype, features) or attend
+
+
+def usable_packed_kernel(
+    device: torch.device, dtype: torch.dtype, features: int
+) -> PackedKernel | None:
+    """Packed attention that agrees with `attend`, with FlashAttention 4 if that can be had.
+
+    torch's function is new, and FlashAttention 4 more so. The reason why one of them is not used is
+    logged.
+
+    Raises
+    ------
+    RuntimeError
+        The device is out of memory, or no longer usable.
+    """
+    for flash_attention in ("FA4", None):
+        try:
+            kernel = PackedKernel(dtype, flash_attention)
+            if _agrees(kernel, device, features):
+                return kernel
+            problem = "it differs from scaled-dot-product attention"
+        except Exception as error:  # not installed, an old torch or GPU, a failed compilation, …
+            if is_out_of_memory(error) or "CUDA error" in str(error):
+                raise  # not a fault of the kernel, and it may not happen again
+            problem = f"{type(error).__name__}: {error}"
+        _log.info("no packed attention by %s: %s", flash_attention or "torch", problem)
+        if flash_attention and flash_attention == _switched_on():
+            torch.nn.attention.restore_flash_attention_impl()
+    return None
+
+
+def _agrees(kernel: Attention, device: torch.device, features: int) -> bool:
+    """Whether a kernel's attention is that of `attend` but for rounding."""
+    bounds = torch.tensor([0, 3, 6, 208], dtype=torch.int32, device=device)
+    angles = torch.linspace(0, 3, 202 * features // 2, device=device).view(202, -1)
+    layout = Layout([(2, 1), (1, 200)], bounds, angles)
+    qkv = torch.linspace(-2, 2, 208 * 3 * 2 * features, device=device).mul(50).sin().view(208, -1)
+    with torch.inference_mode():
+        actual = kernel(qkv.clone(), 2, layout)
+        expected = attend(qkv, 2, layout)
+    return torch.allclose(actual.float(), expected, atol=0.02)
+
+
+def _switched_on() -> str | None:
+    """Which FlashAttention torch uses in this process; None for its own, or with torch < 2.11."""
+    current = getattr(torch.nn.attention, "current_flash_attention_impl", lambda: None)
+    name: str | None = current()
+    return name
 
 
 class PackedKernel:
-    """Attention as in `attend`, by a single launch of torch's kernel for any lengths."""
+    """Attention as in `attend`, by a single launch of torch's kernel for any lengths.
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    Parameters
+    ----------
+    dtype : torch.dtype
+        Half precision.
+    flash_attention : str or None, optional
+        Which FlashAttention torch is to use, as ``FA4``. It is switched on for the whole process,
+        unless this process has chosen one already. By default torch's choice stays.
+    """
+
+    def __init__(self, dtype: torch.dtype, flash_attention: str | None = None) -> None:
         self._dtype = dtype
         module = import_module("torch.nn.attention.varlen")
         self._varlen_attn: Callable[..., Any] = module.varlen_attn
+        if flash_attention and _switched_on() is None:
+            torch.nn.attention.activate_flash_attention_impl(flash_attention)
+        self.flash_attention = _switched_on()
 
     def __call__(self, qkv: Tensor, heads: int, layout: Layout) -> Tensor:
         """Attention as in `attend`, in the kernel's dtype."""
