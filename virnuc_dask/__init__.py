@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from virnuc_dask.encoder.encoder import load_encoder
     from virnuc_dask.runtime.chunk_report import ChunkReport
     from virnuc_dask.runtime.run import resume, run
-    from virnuc_dask.runtime.summary import RunSummary
+    from virnuc_dask.runtime.summary import IncompleteRunError, RunSummary
     from virnuc_dask.runtime.tasks import create_store, tasks
     from virnuc_dask.settings import RunConfig, Tiling, Translation
     from virnuc_dask.store.verify import verify
@@ -43,6 +43,7 @@ __version__ = "0.1.0"
 __all__ = [
     "ChunkReport",
     "Clusters",
+    "IncompleteRunError",
     "Map",
     "RunConfig",
     "RunSummary",
@@ -74,6 +75,7 @@ __all__ = [
 _HOME = {
     "ChunkReport": "runtime.chunk_report",
     "Clusters": "analysis.clusters",
+    "IncompleteRunError": "runtime.summary",
     "Map": "analysis.maps",
     "RunConfig": "settings",
     "RunSummary": "runtime.summary",

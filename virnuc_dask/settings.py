@@ -335,6 +335,18 @@ class Tiling:
         return f"{self.size} residues, step {self.stride}"
 
 
+SIX_FRAME = "six-frame"
+# Options, as on the command line, that make a `Translation` and a `Tiling`, with their fields.
+TRANSLATION_OPTIONS = {
+    "frames": "rule",
+    "window": "window",
+    "genetic_code": "genetic_code",
+    "min_residues": "min_residues",
+    "max_unknown": "max_unknown",
+}
+TILING_OPTIONS = {"tile": "size", "tile_step": "step"}
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """Settings that change row values or the division of rows into chunks.
@@ -417,6 +429,43 @@ class Settings:
         if self.tiling and self.translation and self.translation.rule == "virnucpro":
             # This rule leaves out codons, so a tile would have no exact position in its record.
             raise UsageError("tiles work with frames open and orf, not with frames virnucpro")
+
+    @classmethod
+    def of(cls, **options: Any) -> Settings:
+        """Make settings from fields, or from options named as on the command line.
+
+        Parameters
+        ----------
+        **options
+            Fields of this class. Instead of `translation`: ``translate="six-frame"``, with
+            ``frames``, ``window``, ``genetic_code``, ``min_residues`` and ``max_unknown``, if they
+            are not to have their defaults. Instead of `tiling`: ``tile``, with ``tile_step``.
+
+        Raises
+        ------
+        UsageError
+            An option does not exist, lacks the one that it belongs to, or has a wrong value.
+        """
+        translate = options.pop("translate", None)
+        for_translation = {n: options.pop(n) for n in TRANSLATION_OPTIONS if n in options}
+        for_tiling = {n: options.pop(n) for n in TILING_OPTIONS if n in options}
+        if unknown := sorted(options.keys() - {each.name for each in fields(cls)}):
+            raise UsageError(f"there is no setting {', '.join(unknown)}")
+        if translate not in (None, SIX_FRAME):
+            raise UsageError(f"translate must be {SIX_FRAME}, not {translate!r}")
+        if for_translation and not translate:
+            raise UsageError(f"{next(iter(for_translation))} requires translate {SIX_FRAME}")
+        if "tile_step" in for_tiling and "tile" not in for_tiling:
+            raise UsageError("tile_step requires tile")
+        for name, flat in (("translation", translate), ("tiling", for_tiling)):
+            if flat and options.get(name):
+                raise UsageError(f"give {name}, or the options that make one, not both")
+        if translate:
+            values = {TRANSLATION_OPTIONS[name]: v for name, v in for_translation.items()}
+            options["translation"] = Translation(**values)
+        if for_tiling:
+            options["tiling"] = Tiling(**{TILING_OPTIONS[n]: v for n, v in for_tiling.items()})
+        return cls(**options)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -177,6 +177,8 @@ class Filling(RuleBasedStateMachine):
                 "client": self.world.client,
                 "config": RunConfig(verify=verify),
                 "listener": listen,
+                "progress": False,
+                "allow_incomplete": True,
             }
             if from_input:
                 return virnuc_dask.run(self.world.inputs, self.path, **options, **SETTINGS)

@@ -354,7 +354,7 @@ def test_tiles_on_the_command_line(cli: Cli) -> None:
     common = (VIRAL_PROTEINS, "--model=demo")
     alone = cli("plan", *common, "--tile-step", 3)
     assert alone.returncode == 2
-    assert "--tile-step requires --tile" in alone.stderr
+    assert "tile_step requires tile" in alone.stderr
     wide = cli("plan", *common, "--tile", 24, "--tile-step", 25)
     assert wide.returncode == 2
     assert "must be 1 to 24 residues" in wide.stderr

@@ -359,7 +359,7 @@ def test_a_run_of_reads_with_virnucpros_rule(cli: Cli, tmp_path: Path) -> None:
     assert "without_row_ids" not in store.provenance["input"]  # `read_id` has them
     alone = cli("run", VIRAL_PROTEINS, "b.zarr", *quick, "--frames", "orf")
     assert alone.returncode == 2
-    assert "--frames requires --translate six-frame" in alone.stderr
+    assert "frames requires translate six-frame" in alone.stderr
     wrong = cli("run", genome, "b.zarr", *quick, "--translate", "six-frame", "--window", "many")
     assert wrong.returncode == 2
     assert "is neither a number nor none" in wrong.stderr

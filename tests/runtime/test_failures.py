@@ -16,7 +16,7 @@ from distributed.comm import CommClosedError
 from models import random_network, random_sequences, save_network
 
 import virnuc_dask
-from virnuc_dask import RunConfig
+from virnuc_dask import IncompleteRunError, RunConfig
 from virnuc_dask.encoder.encoder import Encoder, load_encoder
 from virnuc_dask.encoder.memory import is_out_of_memory
 from virnuc_dask.encoder.models import Estimate
@@ -330,7 +330,9 @@ def test_an_error_that_stays_is_tried_three_times(make_store: Maker, client: Any
     (store.path / "embedding" / "c.3.0").mkdir()
     seen: list[events.Event] = []
     config = RunConfig(backoff=0.01)
-    summary = virnuc_dask.resume(store.path, client=client, config=config, listener=seen.append)
+    with pytest.raises(IncompleteRunError) as raised:
+        virnuc_dask.resume(store.path, client=client, config=config, listener=seen.append)
+    summary = raised.value.summary
     failures = [event for event in seen if isinstance(event, events.ChunkFailed)]
     assert [(event.chunk, event.attempt, event.final) for event in failures] == [
         (3, 1, False),

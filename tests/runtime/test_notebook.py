@@ -12,6 +12,9 @@ import nbformat
 import pytest
 from conftest import EXAMPLES
 
+import virnuc_dask
+from virnuc_dask.errors import RandomWeightsWarning
+
 CODE = f"""
 import asyncio, warnings, virnuc_dask
 warnings.simplefilter("ignore")
@@ -43,12 +46,18 @@ def test_its_summary_is_a_table(outputs: list[Any]) -> None:
     assert "<td>&lt;b&gt;.zarr</td>" in summary["text/html"]
 
 
-def test_elsewhere_nothing_is_shown(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    import virnuc_dask
-
-    proteins = EXAMPLES / "esm_some_proteins.fasta"
-    with pytest.warns(virnuc_dask.errors.RandomWeightsWarning):
-        virnuc_dask.run(proteins, tmp_path / "out.zarr", model="demo", workers=1)
+def test_elsewhere_lines_are_shown_unless_they_are_not_wanted(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, client: Any
+) -> None:
+    proteins, store, seen = EXAMPLES / "esm_some_proteins.fasta", tmp_path / "out.zarr", []
+    with pytest.warns(RandomWeightsWarning):
+        virnuc_dask.run(proteins, store, model="demo", client=client, listener=seen.append)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert f"{store}: 15 rows in 1 chunk, 0 done, 1 to compute" in shown.err
+    assert isinstance(seen[-1], virnuc_dask.RunSummary)
+    with pytest.warns(RandomWeightsWarning):
+        virnuc_dask.resume(store, client=client, progress=False)
     assert capfd.readouterr() == ("", "")
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from conftest import AWKWARD, VIRAL_PROTEINS, Maker, tree
 from distributed import Client, LocalCluster
 
 import virnuc_dask
+from virnuc_dask import IncompleteRunError, Tiling, Translation
 from virnuc_dask.encoder.weights import load_checkpoint
 from virnuc_dask.errors import InputError, ModelError, UsageError
 from virnuc_dask.runtime import events
@@ -140,9 +143,13 @@ def test_a_chunk_that_keeps_failing_is_left_missing_and_the_others_are_done(
     obstacle = store.path / "embedding" / "c.3.0"
     obstacle.mkdir()
     seen: list[events.Event] = []
-    summary = virnuc_dask.resume(
-        store.path, client=client, config=RunConfig(attempts=2), listener=seen.append
-    )
+    with pytest.raises(IncompleteRunError) as raised:
+        virnuc_dask.resume(
+            store.path, client=client, config=RunConfig(attempts=2), listener=seen.append
+        )
+    error, summary = raised.value, raised.value.summary
+    assert "out.zarr: 1 of 10 chunks missing; chunk 3: IsADirectoryError" in str(error)
+    assert error.exit_code == pickle.loads(pickle.dumps(error)).exit_code == 4
     failures = [event for event in seen if isinstance(event, events.ChunkFailed)]
     assert [(event.chunk, event.attempt, event.final) for event in failures] == [
         (3, 1, False),
@@ -154,6 +161,28 @@ def test_a_chunk_that_keeps_failing_is_left_missing_and_the_others_are_done(
     assert summary.exit_code == 4
     obstacle.rmdir()
     assert virnuc_dask.resume(store.path, client=client).exit_code == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_is_an_error_and_goes_on(
+    number: signal.Signals, make_store: Maker, client: Any
+) -> None:
+    store = make_store(VIRAL_PROTEINS, embed=False)
+
+    def interrupt_once(event: events.Event) -> None:
+        if isinstance(event, events.ChunkDone) and not interrupted:
+            interrupted.append(event.chunk)
+            signal.raise_signal(number)
+
+    interrupted: list[int] = []
+    config = RunConfig(in_flight=1)
+    with pytest.raises(IncompleteRunError, match=f"interrupted by signal {number}") as raised:
+        virnuc_dask.resume(store.path, client=client, config=config, listener=interrupt_once)
+    summary = raised.value.summary
+    assert summary.interrupted == number
+    assert len(summary.missing) == store.chunk_count - summary.computed_chunks > 0
+    again = virnuc_dask.resume(store.path, client=client)
+    assert again.computed_chunks == len(summary.missing)
 
 
 @pytest.mark.slow
@@ -237,6 +266,52 @@ def test_nonsense_settings_are_refused(
     with pytest.raises(UsageError, match=message):
         virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", **settings)
     assert not (tmp_path / "a.zarr").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "same"),
+    [
+        ({}, {}),
+        ({"translate": "six-frame"}, {"translation": Translation()}),
+        (
+            {"translate": "six-frame", "frames": "orf", "genetic_code": 11, "min_residues": 9},
+            {"translation": Translation("orf", genetic_code=11, min_residues=9)},
+        ),
+        (
+            {"translate": "six-frame", "frames": "virnucpro", "window": 300},
+            {"translation": Translation("virnucpro", 300)},
+        ),
+        ({"tile": 24}, {"tiling": Tiling(24)}),
+        (
+            {"tile": 24, "tile_step": 6, "pooling": "max"},
+            {"tiling": Tiling(24, 6), "pooling": "max"},
+        ),
+    ],
+)
+def test_settings_are_named_as_on_the_command_line(
+    options: dict[str, Any], same: dict[str, Any]
+) -> None:
+    assert Settings.of(model="demo", **options) == Settings("demo", **same)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"pool": "max", "frame": 1}, "there is no setting frame, pool"),
+        ({"translate": "three-frame"}, "translate must be six-frame, not 'three-frame'"),
+        ({"translate": True}, "translate must be six-frame, not True"),
+        ({"window": 300}, "window requires translate six-frame"),
+        ({"tile_step": 6}, "tile_step requires tile"),
+        ({"tile": 24, "tiling": Tiling(24)}, "give tiling, or the options that make one"),
+        ({"translate": "six-frame", "translation": Translation()}, "give translation, or the"),
+        ({"translate": "six-frame", "frames": "all"}, "rule must be one of open, orf, virnucpro"),
+    ],
+)
+def test_settings_that_make_no_sense_together_are_refused(
+    options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        Settings.of(model="demo", **options)
 
 
 def test_bad_input_bad_model_and_bad_target_fail_before_anything_is_written(

@@ -28,10 +28,10 @@ from virnuc_dask.cli.options import (
     WHERE,
     GroupedCommand,
     display_options,
+    given_settings,
     grouped,
     identity_options,
     setting,
-    settings_of,
     tls_options,
     work_options,
 )
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 _DASK = ("dask", "distributed")
 _LISTED = 10
+# The commands show progress and the summary themselves.
+_AS_COMMAND: dict[str, Any] = {"progress": False, "allow_incomplete": True}
 # Seconds between two looks of `status --watch`.
 _WATCH_S = 2.0
 _SPEAKERS = ("plan", "status", "nearest", "annotate", "doctor")
@@ -134,7 +136,9 @@ def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
 
     _show_run(
         shown,
-        lambda listener: start(inputs, store, config=config, listener=listener, **settings),
+        lambda listener: start(
+            inputs, store, config=config, listener=listener, **_AS_COMMAND, **options, **settings
+        ),
     )
 
 
@@ -148,7 +152,10 @@ def resume(store: str, **options: Any) -> None:
     from virnuc_dask.runtime.run import resume as start
 
     shown, config = _display(store, options), _run_config(options)
-    _show_run(shown, lambda listener: start(store, config=config, listener=listener, **options))
+    _show_run(
+        shown,
+        lambda listener: start(store, config=config, listener=listener, **_AS_COMMAND, **options),
+    )
 
 
 @main.command(cls=GroupedCommand)
@@ -167,7 +174,7 @@ def plan(
     inputs: tuple[str, ...], device: str, workers: int | None, as_json: bool, **options: Any
 ) -> None:
     """Estimate the cost of embedding INPUTS: records, rows, residues, chunks, bytes, time."""
-    settings = Settings(**_settings(options))
+    settings = Settings.of(**_settings(options))
     from virnuc_dask.runtime.plan import plan as estimate
 
     cost = estimate(inputs, settings, device=device, workers=workers)
@@ -429,8 +436,9 @@ def _run_config(options: dict[str, Any]) -> RunConfig:
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options as fields of `Settings`. No default model is right for everyone."""
-    settings = settings_of(options)
+    """Return the arguments of `Settings.of`. No default model is right for everyone."""
+    settings = {"model": None} | given_settings(options)
+    Settings.of(**settings)
     if not settings["model"]:
         from virnuc_dask.runtime.plan import model_choices
 

@@ -9,7 +9,18 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from virnuc_dask.settings import Option, RunConfig, Settings, Tiling, Translation, options_of
+from virnuc_dask.settings import (
+    MIN_WINDOW,
+    SIX_FRAME,
+    TILING_OPTIONS,
+    TRANSLATION_OPTIONS,
+    Option,
+    RunConfig,
+    Settings,
+    Tiling,
+    Translation,
+    options_of,
+)
 
 EMBED, WHERE, SHOWN, RARE = (
     "What to embed",
@@ -98,17 +109,28 @@ def _type(option: Option, kind: str) -> click.ParamType[Any]:
     return click.STRING
 
 
+class _OrNone(click.IntRange):
+    """A number, or ``none``."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        if value == "none":
+            return None
+        if not str(value).isdecimal():
+            self.fail(f"{value!r} is neither a number nor none", param, ctx)
+        return super().convert(value, param, ctx)
+
+
 _PROTEINS = ("model", "pooling", "repr_layer", "precision", "dtype", "long", "max_residues")
 identity_options = _options(
     *(setting(Settings, name) for name in (*_PROTEINS, "rows_per_chunk", "per_residue")),
     grouped(
         EMBED,
         "--translate",
-        type=click.Choice(["six-frame"]),
+        type=click.Choice([SIX_FRAME]),
         help="The input is nucleotides: embed the proteins of all six reading frames.",
     ),
     setting(Translation, "rule", "--frames"),
-    setting(Translation, "window", type=str, metavar="N", default="none", show_default=True),
+    setting(Translation, "window", type=_OrNone(MIN_WINDOW), default="none", show_default=True),
     *(setting(Translation, name) for name in ("genetic_code", "min_residues", "max_unknown")),
     setting(Tiling, "size", "--tile"),
     setting(Tiling, "step", "--tile-step"),
@@ -116,25 +138,16 @@ identity_options = _options(
 )
 
 
-def settings_of(options: dict[str, Any]) -> dict[str, Any]:
-    """Return options as fields of `Settings`; translation and tiling are one field each."""
-    tile, step = options.pop("tile"), options.pop("tile_step")
-    if step is not None and tile is None:
-        raise click.UsageError("--tile-step requires --tile")
-    options = options | {"tiling": tile and Tiling(tile, step)}
-    names = ("frames", "window", "genetic_code", "min_residues", "max_unknown")
-    given = {name: options.pop(name) for name in names}
-    if options.pop("translate") is None:
-        context = click.get_current_context()
-        for name in names:
-            if context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
-                raise click.UsageError(f"--{name.replace('_', '-')} requires --translate six-frame")
-        return options
-    rule, window = given.pop("frames"), given.pop("window")
-    if window != "none" and not window.isdecimal():
-        raise click.BadParameter(f"{window!r} is neither a number nor none", param_hint="--window")
-    size = None if window == "none" else int(window)
-    return options | {"translation": Translation(rule=rule, window=size, **given)}
+def given_settings(options: dict[str, Any]) -> dict[str, Any]:
+    """Take all settings out of the options, and return those that the command line gives."""
+    names = {"translate", *TRANSLATION_OPTIONS, *TILING_OPTIONS, *options_of(Settings)}
+    taken = {name: options.pop(name) for name in names & options.keys()}
+    context = click.get_current_context()
+    return {
+        name: value
+        for name, value in taken.items()
+        if context.get_parameter_source(name) is ParameterSource.COMMANDLINE
+    }
 
 
 tls_options = _options(

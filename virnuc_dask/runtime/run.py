@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
@@ -35,11 +35,11 @@ from virnuc_dask.runtime.dask_cluster import (
     expected_workers,
     resolve,
 )
-from virnuc_dask.runtime.display import notebook_listener
-from virnuc_dask.runtime.events import Listener, silence
+from virnuc_dask.runtime.display import display, notebook_listener
+from virnuc_dask.runtime.events import Listener
 from virnuc_dask.runtime.prepare import Inputs, model_of, prepare, warn_of_random_weights
 from virnuc_dask.runtime.requirements import Requirements, preflight
-from virnuc_dask.runtime.summary import NOT_COMPUTED, RunSummary
+from virnuc_dask.runtime.summary import NOT_COMPUTED, IncompleteRunError, RunSummary
 from virnuc_dask.settings import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
 from virnuc_dask.store.status import count_states
 from virnuc_dask.store.store import Store
@@ -61,7 +61,9 @@ def run(
     cluster: str = "local",
     workers: int | None = None,
     config: RunConfig | None = None,
+    progress: bool = True,
     listener: Listener | None = None,
+    allow_incomplete: bool = False,
     **settings: Any,
 ) -> RunSummary:
     """Embed sequences into a store. The same call again resumes an unfinished store.
@@ -84,12 +86,15 @@ def run(
         Processes of a local cluster; default: one per core, or one per GPU.
     config : RunConfig, optional
         Operational settings.
+    progress : bool
+        Show progress: a live bar in a notebook or on a terminal, else lines on standard error.
     listener : callable, optional
-        Called with every event, in this thread. Default: a live bar in a notebook, else none.
+        Called with every event (`virnuc_dask.runtime.events`), in this thread.
+    allow_incomplete : bool
+        Return the summary of an interrupted or incomplete run. By default it is an error.
     **settings
-        Fields of `Settings` other than `model`: ``pooling``, ``repr_layer``, ``precision``,
-        ``dtype``, ``max_residues``, ``long``, ``rows_per_chunk``, ``per_residue``,
-        ``translation``, ``tiling``, ``molecule``, ``strict``.
+        Fields of `Settings` other than `model`, as ``pooling`` or ``long``; or options of the
+        command line, as ``translate="six-frame"`` or ``tile=24``; see `Settings.of`.
 
     Returns
     -------
@@ -109,14 +114,17 @@ def run(
         The model cannot be read.
     StoreError
         The store is damaged.
+    IncompleteRunError
+        The run was interrupted, or chunks failed. Its `summary` says which.
     """
     started = time.monotonic()
-    emit = listener or notebook_listener() or silence
-    all_settings = Settings(model=model, **settings)
+    all_settings = Settings.of(model=model, **settings)
     cluster, config = _settle(client, cluster, config)
     expected = partial(_expected_workers, client, cluster, workers, config)
-    opened, spec = prepare(inputs, store, all_settings, emit, config.device, expected)
-    return _fill(opened, spec, client, cluster, workers, config, emit, started)
+    with _shown(progress, listener) as emit:
+        opened, spec = prepare(inputs, store, all_settings, emit, config.device, expected)
+        summary = _fill(opened, spec, client, cluster, workers, config, emit, started)
+    return _checked(summary, allow_incomplete)
 
 
 def resume(
@@ -127,7 +135,9 @@ def resume(
     cluster: str = "local",
     workers: int | None = None,
     config: RunConfig | None = None,
+    progress: bool = True,
     listener: Listener | None = None,
+    allow_incomplete: bool = False,
 ) -> RunSummary:
     """Compute the missing chunks of a store. It holds the sequences and the settings.
 
@@ -136,21 +146,48 @@ def resume(
     store : path
     model : str, optional
         Current location of the weights, if they were moved; workers refuse other weights.
-    client, cluster, workers, config, listener
+    client, cluster, workers, config, progress, listener, allow_incomplete
         As for `run`.
 
     Returns
     -------
     RunSummary
+
+    Raises
+    ------
+    IncompleteRunError, UsageError, ModelError, NotAStoreError, StoreError
+        As for `run`.
     """
     started = time.monotonic()
     opened = Store(store)
     spec = model_of(opened, model)
     cluster, config = _settle(client, cluster, config)
-    emit = listener or notebook_listener() or silence
     warn_of_random_weights(spec, stacklevel=3)
-    emit(events.ModelChosen(spec, config.device))
-    return _fill(opened, spec, client, cluster, workers, config, emit, started)
+    with _shown(progress, listener) as emit:
+        emit(events.ModelChosen(spec, config.device))
+        summary = _fill(opened, spec, client, cluster, workers, config, emit, started)
+    return _checked(summary, allow_incomplete)
+
+
+@contextmanager
+def _shown(progress: bool, listener: Listener | None) -> Iterator[Listener]:
+    """Yield a listener that shows progress, if it is to be shown, and calls the caller's."""
+    with ExitStack() as stack:
+        listeners = [listener] if listener else []
+        if progress:
+            listeners.append(notebook_listener() or stack.enter_context(display("auto")))
+
+        def emit(event: events.Event) -> None:
+            for each in listeners:
+                each(event)
+
+        yield emit
+
+
+def _checked(summary: RunSummary, allow_incomplete: bool) -> RunSummary:
+    if not (summary.complete or allow_incomplete):
+        raise IncompleteRunError(summary)
+    return summary
 
 
 def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:

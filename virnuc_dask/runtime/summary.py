@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
+from itertools import islice
 from typing import Any
 
+from virnuc_dask.errors import VirnucError
 from virnuc_dask.runtime.events import Event
 from virnuc_dask.settings import ModelSpec, Status
 from virnuc_dask.text import counted, duration, printable, rate
@@ -125,6 +127,33 @@ class RunSummary(Event):
         """Return the summary as JSON values, with its exit code."""
         # Not super(): a dataclass with slots is a new class, and super() refers to the old one.
         return {**Event.to_json(self), **self.model.comment(), "exit_code": self.exit_code}
+
+
+class IncompleteRunError(VirnucError):
+    """A run ended before every row of the store, or of its shard, had its final state.
+
+    Finished chunks are safe. The same call, or `resume`, computes the others.
+
+    Parameters
+    ----------
+    summary : RunSummary
+        What the run did, and why chunks are missing.
+    """
+
+    def __init__(self, summary: RunSummary) -> None:
+        self.summary, self.exit_code = summary, summary.exit_code
+        ended = summary.stopped
+        if summary.interrupted is not None:
+            ended = f"interrupted by signal {summary.interrupted}"
+        text = f"{len(summary.missing):,} of {counted(summary.chunks, 'chunk')} missing"
+        text += f" ({ended})" if ended else ""
+        failed = {c: error for c, error in summary.missing.items() if error != NOT_COMPUTED}
+        for chunk, error in islice(failed.items(), 1):
+            text += f"; chunk {chunk}: {error}"
+        super().__init__(f"{summary.store}: {text}; the same call, or `resume`, computes them")
+
+    def __reduce__(self) -> tuple[type[IncompleteRunError], tuple[RunSummary]]:
+        return type(self), (self.summary,)
 
 
 def state_table(counts: Mapping[str, int]) -> list[tuple[str, str]]:

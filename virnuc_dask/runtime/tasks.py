@@ -59,7 +59,7 @@ def create_store(
     ModelError
         The model cannot be read.
     """
-    checked = Settings(model=model, **settings)
+    checked = Settings.of(model=model, **settings)
     prepare(inputs, store, checked, listener or silence, device, lambda: workers)
 
 
