@@ -87,6 +87,24 @@ class ResultReplacedError(StoreError):
         return type(self), (self.path, self.name)
 
 
+class StoreInUseError(UsageError):
+    """A run is filling the store that is to be replaced.
+
+    Parameters
+    ----------
+    path : str
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        super().__init__(
+            f"{path}: a run is filling this store; end it before you replace the store"
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.path,)
+
+
 class StoreReplacedError(StoreError):
     """The store that was opened is no longer at its location.
 

@@ -28,7 +28,13 @@ from harness import Run, assert_ledger, await_end, finished_chunks
 from s3 import BUCKET, Fault, Proxy, Server, client
 
 import virnuc_dask
-from virnuc_dask.errors import LocationError, NotAStoreError, StoreError, UsageError
+from virnuc_dask.errors import (
+    LocationError,
+    NotAStoreError,
+    StoreError,
+    StoreReplacedError,
+    UsageError,
+)
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.runtime.embed import embed_chunk
@@ -238,6 +244,46 @@ def test_an_upload_that_was_killed_leaves_no_store_and_the_same_command_ends_it(
     assert not [name for name in os.listdir(tmp_path) if name.endswith(".ingest")]
     report = virnuc_dask.verify(url)
     assert (report.exit_code, report.missing, report.leftovers) == (0, 0, [])
+
+
+@pytest.mark.slow
+def test_a_store_in_a_bucket_is_replaced_and_a_killed_removal_goes_on(
+    url: str, s3: Server, tmp_path: Path
+) -> None:
+    old = make(url, rows_per_chunk=4)
+    options = ("--model=demo", "--repr-layer", 0, "--rows-per-chunk", 32, "--workers", 1, "-q")
+    arguments = ("run", VIRAL_PROTEINS, url, *options)
+    refused = subprocess.run(command(*arguments), env=s3.env, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "rows_per_chunk: the store has 4, this run asks for 32" in refused.stderr
+    with Proxy(s3, [Fault("hold", "(POST|DELETE)", r"\?delete|/embedding/", 9)]) as proxy:
+        run = subprocess.Popen(command(*arguments, "--overwrite"), env=proxy.env())
+        assert proxy.held.wait(60)
+        run.send_signal(signal.SIGKILL)
+        assert run.wait() == -signal.SIGKILL
+        assert proxy.fired["hold"] >= 1
+    left = set(tree(url))
+    assert "unfinished" in left
+    assert "zarr.json" not in left
+    assert any(key.startswith("embedding/c.") for key in left)
+    refused = subprocess.run(command(*arguments), env=s3.env, capture_output=True, text=True)
+    assert refused.returncode == 2
+    assert "a run with --overwrite was ended while it removed a store there" in refused.stderr
+    assert set(tree(url)) == left
+    done = subprocess.run(command(*arguments, "--overwrite"), env=s3.env, check=False)
+    assert done.returncode == 0
+    assert_ledger(Store(url), make(str(tmp_path / "reference.zarr")))
+    with pytest.raises(StoreReplacedError):
+        old.check_location()
+
+
+@pytest.mark.slow
+def test_nothing_else_in_a_bucket_is_replaced(url: str) -> None:
+    put(url, "thesis.tex", b"mine")
+    before = tree(url)
+    with pytest.raises(NotAStoreError, match="not a store of this program"):
+        virnuc_dask.run(VIRAL_PROTEINS, url, overwrite=True, **QUICK)
+    assert tree(url) == before
 
 
 @pytest.mark.parametrize("conditional", ["etag", "disabled"])

@@ -203,7 +203,11 @@ class Proxy:
         with self._lock:
             self.seen.append(f"{method} {path}")
             for fault in self.faults:
-                if fault.times and fault.method == method and re.search(fault.path, path):
+                if (
+                    fault.times
+                    and re.fullmatch(fault.method, method)
+                    and re.search(fault.path, path)
+                ):
                     fault.times -= 1
                     self.fired[fault.kind] += 1
                     return fault.kind

@@ -123,12 +123,13 @@ def main() -> None:
 @click.argument("inputs", nargs=-1, required=True)
 @click.argument("store")
 @identity_options
+@grouped(EMBED, "--overwrite", is_flag=True, help="Begin afresh: replace a store that is at STORE.")
 @work_options
 @display_options
 def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
     """Embed INPUTS (FASTA or FASTQ, plain or compressed; - is stdin) into STORE.
 
-    The same command resumes an unfinished store.
+    The same command resumes an unfinished store, unless it has --overwrite.
     """
     shown, config = _display(store, options), _run_config(options)
     settings = _settings(options)

@@ -287,6 +287,11 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
     match event:
         case events.ModelChosen() if not quiet:
             yield from _model_notes(event)
+        case events.StoreToBeReplaced():
+            yield (
+                f"{event.store}: {counted(event.records, 'row')}, {event.present_chunks:,} of"
+                f" {counted(event.chunks, 'chunk')} done; this store is replaced once the input is read"
+            )
         case events.InputRead():
             if not quiet:
                 yield from input_notes(event)

@@ -56,6 +56,16 @@ class ModelChosen(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class StoreToBeReplaced(Event):
+    """The run begins afresh: this store is removed once the input is read."""
+
+    store: str
+    records: int
+    chunks: int
+    present_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
 class InputRead(Event):
     """Counts of the complete input after cleaning, as in `InputSummary`.
 

@@ -26,6 +26,7 @@ from virnuc_dask.errors import (
     LocationError,
     RandomWeightsWarning,
     StoreError,
+    StoreInUseError,
     UsageError,
 )
 from virnuc_dask.files import expanded
@@ -66,6 +67,7 @@ def prepare(
     emit: Listener,
     device: str = "cpu",
     count_workers: Callable[[], int] = lambda: 1,
+    overwrite: bool = False,
 ) -> tuple[Store, ModelSpec]:
     """Create a store from an input, or check that an existing store was created from it.
 
@@ -81,6 +83,8 @@ def prepare(
     count_workers : callable
         Returns about how many workers there will be, so that each gets several chunks. Called only
         before a store is created.
+    overwrite : bool
+        Replace a store of this program. It stays as it is if the input cannot be read.
 
     Raises
     ------
@@ -95,6 +99,9 @@ def prepare(
     # Checks that need no input come first.
     check_device(device)
     existing = None if can_create(store) else Store(store)
+    if existing and overwrite:
+        emit(_to_be_replaced(existing))
+        existing = None
     precision = precision_on(device, settings.precision)
     if existing and settings.precision == AUTO:
         precision = _precision_of(existing)
@@ -114,6 +121,7 @@ def prepare(
                     store,
                     translated=settings.translation is not None,
                     tiled=settings.tiling is not None,
+                    overwrite=overwrite,
                 )
             with ingest:
                 for block in blocks:
@@ -142,6 +150,13 @@ def prepare(
         raise IdentityMismatchError(str(store), differences)
     emit(input_read(settings, summary))
     return existing, model
+
+
+def _to_be_replaced(store: Store) -> events.StoreToBeReplaced:
+    if store.location.is_in_use:
+        raise StoreInUseError(str(store.path))
+    present = int(store.present().sum())
+    return events.StoreToBeReplaced(str(store.path), store.records, store.chunk_count, present)
 
 
 @contextmanager

@@ -61,6 +61,7 @@ def run(
     cluster: str = "local",
     workers: int | None = None,
     config: RunConfig | None = None,
+    overwrite: bool = False,
     progress: bool = True,
     listener: Listener | None = None,
     allow_incomplete: bool = False,
@@ -86,6 +87,9 @@ def run(
         Processes of a local cluster; default: one per core, or one per GPU.
     config : RunConfig, optional
         Operational settings.
+    overwrite : bool
+        Begin afresh: replace a store of this program, once the input is read. Anything else at the
+        path is an error, and so is a store that another run on this machine is filling.
     progress : bool
         Show progress: a live bar in a notebook or on a terminal, else lines on standard error.
     listener : callable, optional
@@ -120,9 +124,13 @@ def run(
     started = time.monotonic()
     all_settings = Settings.of(model=model, **settings)
     cluster, config = _settle(client, cluster, config)
+    if overwrite and config.shard:
+        raise UsageError("overwrite with a shard: each run would replace the store of the others")
     expected = partial(_expected_workers, client, cluster, workers, config)
     with _shown(progress, listener) as emit:
-        opened, spec = prepare(inputs, store, all_settings, emit, config.device, expected)
+        opened, spec = prepare(
+            inputs, store, all_settings, emit, config.device, expected, overwrite
+        )
         summary = _fill(opened, spec, client, cluster, workers, config, emit, started)
     return _checked(summary, allow_incomplete)
 

@@ -31,6 +31,8 @@ from virnuc_dask.store.directory import ROOT, Directory, IsOurs, Staging
 
 # Object with a digest of the content that is being uploaded; removed once the root exists.
 CLAIM = "unfinished"
+# Content of a claim while a store is being removed.
+_REMOVAL = b"removal"
 # About three seconds in all; `runtime.failures` handles longer failures.
 _RETRIES = {
     "max_retries": 5,
@@ -156,6 +158,36 @@ class Bucket:
         remove_orphans(folder, "virnuc-dask")
         return Staging(folder, "virnuc-dask", mode=0o700)
 
+    @contextmanager
+    def emptied(self, is_ours: IsOurs | None) -> Iterator[None]:
+        """Remove the store at this location, so that this block can publish another one.
+
+        A run that is killed here leaves a mark, and the next one that calls this goes on. Two at
+        the same time could remove each other's objects, because nothing here can be locked.
+
+        Parameters
+        ----------
+        is_ours : callable or None
+            Whether the metadata of a root belong to the store that is to be removed. If another
+            store is at the location, nothing is removed. None if there was no store.
+        """
+        if is_ours is not None and self.holds(is_ours):
+            obstore = _obstore()
+            with _errors_of(self.path, CLAIM):
+                obstore.put(_client(self.path), CLAIM, _REMOVAL, use_multipart=False)
+            self.remove(ROOT)  # first, so that no run writes into this store any more
+        if self.read(CLAIM) == _REMOVAL and self.size(ROOT) is None:
+            self._remove_all()
+        yield
+
+    def _remove_all(self) -> None:
+        obstore = _obstore()
+        # Again, for what a run wrote meanwhile.
+        while keys := [key for key in self._keys("") if key != CLAIM]:
+            with _errors_of(self.path):
+                obstore.delete(_client(self.path), keys)
+        self.remove(CLAIM)
+
     def publish(self, staging: Path) -> bool:
         """Upload a finished store: first a claim, last the metadata of the root.
 
@@ -188,6 +220,11 @@ class Bucket:
         keys = {file.relative_to(staging).as_posix(): file for file in files}
         root = keys.pop(ROOT)
         claimed = self._create(CLAIM, _digest(keys).encode())
+        if not claimed and self.read(CLAIM) == _REMOVAL:
+            raise NotAStoreError(
+                f"{self.path}: a run with --overwrite was ended while it removed a store there;"
+                " nothing was changed; such a run goes on"
+            )
         if self.size(ROOT) is None and not (claimed and self._upload(keys)):
             raise NotAStoreError(
                 f"{self.path}: an ingest of another input, or with other settings, is unfinished"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from math import log2
 from pathlib import Path
 from types import TracebackType
@@ -27,6 +28,7 @@ from virnuc_dask.store.store import (
     SEQUENCES_PER_CHUNK,
     TILED,
     TRANSLATED,
+    Store,
     can_create,
     is_store,
     residue_slots,
@@ -53,6 +55,8 @@ class Ingest:
         Location of the store, a path or a URL. An empty directory there is replaced.
     translated, tiled : bool
         Rows are translated from nucleotide records, or are tiles; blocks then have an origin.
+    overwrite : bool
+        Replace a store of this program, once the new one is complete.
 
     Raises
     ------
@@ -60,10 +64,19 @@ class Ingest:
         Something else is at the location.
     """
 
-    def __init__(self, path: str | Path, *, translated: bool = False, tiled: bool = False) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        translated: bool = False,
+        tiled: bool = False,
+        overwrite: bool = False,
+    ) -> None:
         self._origin_arrays = TRANSLATED if translated else TILED if tiled else ()
         self._first = _FIRST_NUCLEOTIDE if translated else _FIRST_RESIDUE
         self.location = location_of(path)
+        self._old = Store(path) if overwrite and not can_create(path) else None
+        self._overwrite = overwrite
         # Another run may have created the store in the meantime; `commit` does not change it.
         if not (can_create(path) or is_store(path)):
             raise NotAStoreError(f"{path}: exists and is not empty; nothing was changed")
@@ -235,11 +248,17 @@ class Ingest:
         )
         path = self.location.path
         self._check_all_is_there()
-        if self.location.publish(self._staging.path):
-            return True
+        with self._emptied():
+            if self.location.publish(self._staging.path):
+                return True
         if not is_store(path):
             raise StoreError(f"{path}: cannot create the store: something else is there now")
         return False
+
+    def _emptied(self) -> AbstractContextManager[None]:
+        if self._old is not None:
+            return self._old.location.emptied(self._old.is_root)
+        return self.location.emptied(None) if self._overwrite else nullcontext()
 
     def _check_all_is_there(self) -> None:
         """Check that all files exist: Zarr reads a missing chunk as zeros, without an error."""

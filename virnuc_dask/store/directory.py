@@ -18,7 +18,7 @@ from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
 from zarr.storage import LocalStore
 
-from virnuc_dask.errors import StoreError, StoreReplacedError, UsageError
+from virnuc_dask.errors import StoreError, StoreInUseError, StoreReplacedError, UsageError
 from virnuc_dask.files import (
     is_abandoned,
     lock,
@@ -236,20 +236,62 @@ class Directory:
     @property
     def is_in_use(self) -> bool:
         """Whether a run holds the lock. A run on another machine may go unnoticed."""
+        with self._if_unused() as is_unused:
+            return not is_unused
+
+    @contextmanager
+    def _if_unused(self) -> Iterator[bool]:
+        """Whether no run holds the lock; meanwhile no run gets it."""
         descriptor = self._open_root()
         try:
+            is_unused = False
             for _ in range(_LOOKS):
                 try:
                     fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 except BlockingIOError:
                     time.sleep(_BETWEEN_LOOKS_S)  # perhaps only another process that looks
-                except OSError:
-                    return False
-                else:
-                    return False
-            return True
+                    continue
+                except OSError:  # a file system without such locks
+                    pass
+                is_unused = True
+                break
+            yield is_unused
         finally:
             os.close(descriptor)
+
+    @contextmanager
+    def emptied(self, is_ours: IsOurs | None) -> Iterator[None]:
+        """Remove the store that `hold` holds, so that this block can publish another one.
+
+        The store is renamed, and its files are removed after the block. After an error it gets its
+        name back. If it is no longer at its location, nothing is removed.
+
+        Parameters
+        ----------
+        is_ours : callable or None
+            None if there was no store.
+
+        Raises
+        ------
+        StoreInUseError
+        """
+        if is_ours is None or not self.holds(is_ours):
+            yield
+            return
+        target = Path(self.address)
+        with self._if_unused() as is_unused:
+            if not is_unused:
+                raise StoreInUseError(str(self.path))
+            # An ingest removes what has such a name, if this process is killed.
+            aside = target.with_name(f"{_hidden(target)}{owner_mark()}.ingest")
+            os.rename(target, aside)
+            try:
+                yield
+            except BaseException:
+                with suppress(OSError):
+                    os.rename(aside, target)
+                raise
+        shutil.rmtree(aside, ignore_errors=True)
 
     def _open_root(self) -> int:
         root = self._root / ROOT
@@ -278,7 +320,8 @@ class Directory:
                 advice = f"; name a directory within it, such as {self.path / 'out.zarr'}"
                 if target.samefile(Path()):
                     raise UsageError(f"{self.path}: this is the working directory{advice}")
-                _check_rename(target)
+                if self.is_free():
+                    _check_rename(target)
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_orphans(target.parent, _hidden(target))
             return Staging(target.parent, _hidden(target))

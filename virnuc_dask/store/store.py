@@ -126,7 +126,7 @@ class Store:
             raise StoreError(
                 f"{path}: the metadata (zarr.json) is missing or damaged: {error!r}"
             ) from error
-        self.zarr_store = self.location.arrays(self._is_ours)
+        self.zarr_store = self.location.arrays(self.is_root)
         self.names = {*INGESTED, *CHUNK_FILE}
         if not document.get("headers"):  # a store from before headers were kept
             self.names.difference_update(HEADERS)
@@ -145,10 +145,11 @@ class Store:
         StoreReplacedError
             It was removed, moved, or replaced.
         """
-        if not self.location.holds(self._is_ours):
+        if not self.location.holds(self.is_root):
             raise StoreReplacedError(str(self.path))
 
-    def _is_ours(self, root: bytes) -> bool:
+    def is_root(self, root: bytes) -> bool:
+        """Whether a root's metadata are this store's."""
         try:
             return _id_of(json.loads(root)["attributes"][ATTRIBUTE]) == self.id
         except _DAMAGED:
