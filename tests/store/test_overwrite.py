@@ -91,7 +91,7 @@ def test_bad_input_leaves_the_old_store(make_store: Maker, client: Any, tmp_path
     before = tree(tmp_path)
     bad = tmp_path / "bad.faa"
     bad.write_text(">a\nMKV\n>b\nMK*V\n")
-    with pytest.raises(InputError, match="line 3, record .b."):
+    with pytest.raises(InputError, match=r"line 3, record .b."):
         replace(old, bad, client, strict=True)
     bad.unlink()
     assert tree(tmp_path) == before

@@ -290,7 +290,7 @@ def _notice(event: Event, *, quiet: bool = False) -> Iterator[str]:
         case events.StoreToBeReplaced():
             yield (
                 f"{event.store}: {counted(event.records, 'row')}, {event.present_chunks:,} of"
-                f" {counted(event.chunks, 'chunk')} done; this store is replaced once the input is read"
+                f" {counted(event.chunks, 'chunk')} done; replaced once the input is read"
             )
         case events.InputRead():
             if not quiet:
