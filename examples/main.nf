@@ -1,0 +1,58 @@
+// Proteins into a store and a table:
+//
+//     nextflow run examples/main.nf --proteins some.faa --model esm2_t6_8M_UR50D
+//
+// Each attempt at a task begins in an empty folder. So the store is no output: it is named by a
+// value, a path that is absolute or a bucket's URL, and a task that was killed goes on from it,
+// by itself or by -resume. The output is a summary that is written when the store is complete.
+//
+// The project's tests do not run Nextflow, only the commands of the processes.
+
+params.proteins = null
+params.model = null
+params.store = "${launchDir}/embeddings.zarr"
+params.outdir = "${launchDir}"
+
+process EMBED {
+    cpus 4
+    // Incomplete, interrupted, or killed, as by a queue: another attempt goes on.
+    errorStrategy { task.exitStatus in [4, 129, 130, 137, 143] ? 'retry' : 'terminate' }
+    maxRetries 3
+    publishDir params.outdir, mode: 'copy'
+
+    input:
+    path proteins
+    val store
+    val model
+
+    output:
+    tuple val(store), path('embeddings.json')
+
+    // Code 3: complete, but some rows could not be embedded. The summary lists them.
+    script:
+    """
+    virnuc-dask run ${proteins} ${store} --model ${model} --workers ${task.cpus} \\
+        --no-progress || [ \$? -eq 3 ]
+    virnuc-dask status ${store} --rows --json > embeddings.json || [ \$? -eq 3 ]
+    """
+}
+
+process TABLE {
+    publishDir params.outdir, mode: 'copy'
+
+    input:
+    tuple val(store), path(summary)
+
+    output:
+    path 'embeddings.parquet'
+
+    script:
+    """
+    virnuc-dask export ${store} embeddings.parquet
+    """
+}
+
+workflow {
+    EMBED(file(params.proteins), params.store, params.model)
+    TABLE(EMBED.out)
+}

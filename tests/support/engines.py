@@ -1,0 +1,33 @@
+"""Programs whose packages do not fit into the project's own environment.
+
+Each gets an environment of its own under pytest's cache, which is made once and kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+SNAKEMAKE = "snakemake==9.27.1"
+CWLTOOL = "cwltool==3.3.20260925135507"
+RATTLER_BUILD = "py-rattler-build==0.73.0"
+
+
+def programs_of(package: str, cache: pytest.Cache) -> Path:
+    """The folder of an environment's programs, or a skip where pip's index cannot be reached."""
+    home = cache.mkdir("engines") / package
+    with FileLock(f"{home}.lock"):
+        if not (home / "installed").exists():
+            shutil.rmtree(home, ignore_errors=True)
+            subprocess.run([sys.executable, "-m", "venv", home], check=True)
+            pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet", "--retries", "1"]
+            done = subprocess.run([*pip, package], stderr=subprocess.PIPE, text=True, check=False)
+            if done.returncode:
+                pytest.skip(f"{package} cannot be installed: {done.stderr.splitlines()[-1]}")
+            (home / "installed").touch()
+    return home / "bin"
