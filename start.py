@@ -81,7 +81,9 @@ def demo(arguments: list[str]) -> int:
     shown |= show("-c", f"import virnuc_dask; print(virnuc_dask.open_store({store.name!r}))")
     print("\nNearest neighbours; of random weights, so by composition only:", flush=True)
     shown |= show("-m", "virnuc_dask", "nearest", store.name, "--query", QUERY, "--k", "5")
-    print(f"\nKill it half-way and type it again; to start afresh: rm -r {store.name}")
+    print(
+        "\nKill it half-way and type it again; to start afresh: python3 start.py demo --overwrite"
+    )
     print("For the commands of the README: . .venv/bin/activate")
     return code or shown
 

@@ -71,7 +71,7 @@ def leave_out_long_tests(config: pytest.Config, items: list[pytest.Item]) -> Non
 # Files that take longest come first, so that no process is left with one of them at the end.
 LONGEST = ("test_poison", "test_kill_and_resume", "test_cluster", "test_many_kills", "test_bucket")
 LONGEST += ("test_cli", "test_readme", "test_hanging", "test_another_store", "test_starting")
-LONGEST += ("test_workflows",)
+LONGEST += ("test_workflows", "test_wheel")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import EXAMPLES
+from conftest import EXAMPLES, ROOT
+from engines import SPYTHON, programs_of
 
 from virnuc_dask.cli.main import main
 
@@ -36,6 +38,29 @@ def test_kubernetes_runs_commands_that_exist() -> None:
     context = main.commands["run"].make_context("run", words[2 : words.index("&")])
     assert context.params["cluster"] == "tcp://virnuc-scheduler:8786"
     assert context.params["inputs"] == ("/data/reads.faa",)
+
+
+# What a Dockerfile should do otherwise, and a definition cannot.
+LAX = ("DL3008", "DL3020", "DL3025")
+
+
+@pytest.mark.slow
+def test_the_apptainer_definition_is_read_and_its_shell_is_sound(
+    pytestconfig: pytest.Config,
+) -> None:
+    """It cannot be built here: a Dockerfile is made of it, which hadolint checks."""
+    definition = EXAMPLES / "apptainer.def"
+    spython = programs_of(SPYTHON, pytestconfig.cache) / "spython"
+    convert = ("recipe", "--parser", "singularity", "--writer", "docker", definition)
+    dockerfile = subprocess.check_output([spython, *map(str, convert)], text=True)
+    assert "FROM python:3.12-slim-bookworm" in dockerfile
+    copied = re.findall(r"^ADD (\S+) (\S+)$", dockerfile, re.MULTILINE)
+    assert len(copied) == 5
+    assert all((ROOT / source).exists() for source, _ in copied)
+    hadolint = Path(sys.executable).with_name("hadolint")
+    lax = [option for rule in LAX for option in ("--ignore", rule)]
+    command = [hadolint, "--failure-threshold", "warning", *lax, "-"]
+    subprocess.run(command, input=dockerfile, text=True, check=True)
 
 
 STAND_IN = """#!/bin/bash

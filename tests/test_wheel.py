@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,7 @@ pytestmark = [
     ),
 ]
 TAG = "manylinux_2_28_x86_64"
+QUERY = "sp|P36782|VE2_HPV12"
 
 
 def python(*arguments: object, folder: Path = ROOT, **environment: str) -> str:
@@ -86,15 +88,42 @@ def test_one_wheel_serves_every_python(wheel: Path, version: str, tmp_path: Path
     assert (tmp_path / "virnuc_dask" / "__init__.py").is_file()
 
 
-def test_the_installed_wheel_embeds(wheel: Path, tmp_path: Path) -> None:
-    """With the packages of this environment, but nothing of the working tree."""
-    installed = tmp_path / "installed"
-    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps")
-    python(*pip, "--target", installed, wheel)
-    ours = {"PYTHONPATH": str(installed)}
-    where = python("-c", "import virnuc_dask; print(virnuc_dask.__file__)", folder=tmp_path, **ours)
-    assert where.strip() == str(installed / "virnuc_dask" / "__init__.py")
-    assert ", compiled kernels" in python("-m", "virnuc_dask", "doctor", folder=tmp_path, **ours)
-    inputs = EXAMPLES / "esm_some_proteins.fasta"
-    run = ("-m", "virnuc_dask", "run", inputs, "a.zarr", "--model", "demo", "--workers", 1)
-    assert "rows      15\n" in python(*run, folder=tmp_path, **ours)
+@pytest.fixture
+def empty(tmp_path: Path) -> Iterator[Path]:
+    """An environment with nothing in it. Its gigabyte does not outlive the test."""
+    home = tmp_path / "environment"
+    python("-m", "venv", home)
+    yield home / "bin"
+    shutil.rmtree(home)
+
+
+@pytest.mark.timeout(900)
+def test_the_wheel_in_an_empty_environment_does_what_the_demo_does(
+    wheel: Path, empty: Path, tmp_path: Path
+) -> None:
+    bare = os.environ | {"PATH": os.defpath}
+    bare.pop("PYTHONPATH", None)
+
+    def call(program: str, *arguments: object, code: int = 0) -> str:
+        done = subprocess.run(
+            [empty / program, *map(str, arguments)],
+            cwd=tmp_path,
+            env=bare,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == code, done.stdout + done.stderr
+        return done.stdout
+
+    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    call("python", *pip, "--constraint", ROOT / "constraints.txt", wheel)
+    script = (EXAMPLES / "lambda_orfs.py", EXAMPLES / "lambda_virus.fa.gz")
+    (tmp_path / "orfs.faa").write_text(call("python", *script))
+    proteins = EXAMPLES / "viral_proteins.faa.gz"
+    said = call("virnuc-dask", "run", "orfs.faa", proteins, "a.zarr", "--model", "demo")
+    assert "look at it: virnuc-dask report a.zarr report.html" in said
+    assert call("virnuc-dask", "status", "a.zarr")
+    assert QUERY in call("virnuc-dask", "nearest", "a.zarr", "--query", QUERY)
+    call("virnuc-dask", "report", "a.zarr", "report.html")
+    assert ", compiled kernels" in call("virnuc-dask", "doctor")

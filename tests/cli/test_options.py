@@ -40,6 +40,16 @@ def test_run_has_each_setting_with_its_default_and_bounds(of: Any, name: str) ->
         assert (made.type.min, made.type.max) == (option.least, option.most)
 
 
+def test_every_option_of_every_command_says_what_it_does() -> None:
+    silent = [
+        f"{name} {option.opts[0]}"
+        for name, command in main.commands.items()
+        for option in command.params
+        if isinstance(option, click.Option) and not option.help
+    ]
+    assert silent == []
+
+
 def test_the_defaults_that_people_rely_on() -> None:
     """Written once more on purpose: a change of one of them is a change for everybody."""
     expected = {

@@ -15,6 +15,7 @@ from filelock import FileLock
 
 SNAKEMAKE = "snakemake==9.27.1"
 CWLTOOL = "cwltool==3.3.20260925135507"
+SPYTHON = "spython==0.3.14"
 RATTLER_BUILD = "py-rattler-build==0.73.0"
 
 

@@ -27,7 +27,13 @@ _guard = click.option(
     help="In CSV and TSV, put an apostrophe before names that a spreadsheet reads as formulas.",
     show_default=True,
 )
-_metric = click.option("--metric", type=click.Choice(METRICS), default="cosine", show_default=True)
+_metric = click.option(
+    "--metric",
+    type=click.Choice(METRICS),
+    default="cosine",
+    show_default=True,
+    help="Compare directions of embeddings, or their distances.",
+)
 _out_table = click.option(
     "--out",
     type=click.Path(path_type=Path),
@@ -37,7 +43,11 @@ _workers = click.option(
     "--workers", type=click.IntRange(1), help="Threads.  [default: one per core, at most 16]"
 )
 _seed = click.option(
-    "--random-state", type=click.IntRange(0, 2**32 - 1), default=0, show_default=True
+    "--random-state",
+    type=click.IntRange(0, 2**32 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of random choices: the same seed, the same result.",
 )
 _refit = click.option("--refit", is_flag=True, help="Fit again to all rows embedded now.")
 
@@ -360,7 +370,13 @@ def map_(
     show_default=True,
     help="Save the clusters in STORE as cluster_NAME.",
 )
-@click.option("--n-clusters", type=click.IntRange(2), default=8, show_default=True)
+@click.option(
+    "--n-clusters",
+    type=click.IntRange(2),
+    default=8,
+    show_default=True,
+    help="Number of clusters.",
+)
 @_metric
 @_seed
 @_out_table
@@ -410,7 +426,13 @@ def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: A
     type=click.Path(path_type=Path),
     help="Write the classifier to this .skops file.",
 )
-@click.option("--kind", type=click.Choice(CLASSIFIERS), default="logistic", show_default=True)
+@click.option(
+    "--kind",
+    type=click.Choice(CLASSIFIERS),
+    default="logistic",
+    show_default=True,
+    help="Logistic regression, or a network with a hidden layer.",
+)
 @click.option(
     "--test-size",
     type=click.FloatRange(0, 1, min_open=True, max_open=True),

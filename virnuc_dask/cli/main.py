@@ -170,7 +170,7 @@ def resume(store: str, **options: Any) -> None:
     metavar="N",
     help="Workers in the estimate.  [default: one per core on a CPU, one on another device]",
 )
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the estimate as JSON.")
 def plan(
     inputs: tuple[str, ...], device: str, workers: int | None, as_json: bool, **options: Any
 ) -> None:
@@ -195,7 +195,7 @@ def plan(
 
 
 @main.command()
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print each line as a JSON object.")
 def doctor(as_json: bool) -> None:
     """Look at what a run needs here: packages, processor, GPUs, folders, models.
 
@@ -221,7 +221,7 @@ def doctor(as_json: bool) -> None:
 @click.argument("store")
 @click.option("--rows", is_flag=True, help="Also count rows by state, and list quarantined rows.")
 @click.option("--watch", is_flag=True, help="First show progress until all chunks are present.")
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the status as JSON.")
 def status(store: str, rows: bool, watch: bool, as_json: bool) -> None:
     """Show how many chunks of STORE are present. This also works during a run.
 
@@ -308,7 +308,7 @@ def _show_status(progress: StoreStatus, document: dict[str, Any]) -> None:
     " process]",
 )
 @tls_options
-@click.option("--json", "as_json", is_flag=True)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def verify(
     store: str,
     repair: bool,
