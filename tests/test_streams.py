@@ -71,7 +71,7 @@ def test_what_only_speaks_fails_if_it_is_not_heard(
         through(">/dev/full", *arguments), cwd=tmp_path, stderr=subprocess.PIPE, text=True
     )
     assert done.returncode == 4
-    assert done.stderr == f"standard output: {FULL}; not all that was said is there\n"
+    assert done.stderr == f"standard output: {FULL}; some of it is lost\n"
 
 
 @pytest.mark.parametrize("redirections", [">&-", "<&- >&- 2>&-", "2>&-"])
@@ -153,7 +153,7 @@ def test_a_run_goes_on_when_its_json_cannot_be_written(awkward: Path, tmp_path: 
     )
     done = subprocess.run(shell, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 3
-    assert done.stderr == f"standard output: {FULL}; not all that was said is there\n"
+    assert done.stderr == f"standard output: {FULL}; some of it is lost\n"
     assert_whole(tmp_path / "out.zarr")
 
 
@@ -357,7 +357,7 @@ elif wanted == "end":
             atexit.register(interrupt)
 sys.addaudithook(hook)
 """
-INTERRUPTED = "interrupted; run the same command again to resume\n"
+INTERRUPTED = "interrupted; nothing is lost: run the same command again\n"
 
 
 @pytest.fixture

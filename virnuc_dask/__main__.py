@@ -25,7 +25,7 @@ def main() -> None:
         command()
     finally:
         if reason := lost_output():
-            print(f"standard output: {reason}; not all that was said is there", file=sys.stderr)
+            print(f"standard output: {reason}; some of it is lost", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ class Translation:
 
     Attributes
     ----------
-    rule : {'open', 'orf', 'virnucpro'}
+    frames : {'open', 'orf', 'virnucpro'}
         ``open``: frames whose only stop codon, if any, is the last codon. ``orf``: each stretch
         between stop codons. ``virnucpro``: the same bytes as the program VirNucPro.
     window : int, optional
@@ -252,8 +252,9 @@ class Translation:
         Proteins with a larger fraction of X are left out; no effect with ``virnucpro``.
     """
 
-    rule: FrameRule = _option(
-        "Frames without a stop before their end; every stretch between stops; or as VirNucPro.",
+    frames: FrameRule = _option(
+        "open: frames without a stop before their end; orf: every stretch between stops;"
+        " virnucpro: as VirNucPro does.",
         "open",
         choices=FRAME_RULES,
     )
@@ -276,20 +277,20 @@ class Translation:
 
     def __post_init__(self) -> None:
         _check(self)
-        if self.rule == "virnucpro" and self.window is None:
+        if self.frames == "virnucpro" and self.window is None:
             raise UsageError("frames virnucpro needs a window; VirNucPro uses 300 or 500")
-        if self.rule == "orf" and self.window is not None:
+        if self.frames == "orf" and self.window is not None:
             # Two windows would contain the same stretch, and a third would cut it.
             raise UsageError("frames orf needs whole records; leave out the window")
-        if self.rule == "virnucpro" and self.genetic_code != 1:
+        if self.frames == "virnucpro" and self.genetic_code != 1:
             raise UsageError(f"frames virnucpro needs genetic code 1, not {self.genetic_code}")
 
     def __str__(self) -> str:
         """All values that change rows, as text for a store's identity."""
-        if self.rule == "virnucpro":
+        if self.frames == "virnucpro":
             return f"six-frame; virnucpro; window {self.window}"
         return (
-            f"six-frame; {self.rule}; window {self.window or 'none'}; code {self.genetic_code};"
+            f"six-frame; {self.frames}; window {self.window or 'none'}; code {self.genetic_code};"
             f" at least {self.min_residues} residues; at most {self.max_unknown:g} unknown"
         )
 
@@ -336,14 +337,8 @@ class Tiling:
 
 
 SIX_FRAME = "six-frame"
-# Options, as on the command line, that make a `Translation` and a `Tiling`, with their fields.
-TRANSLATION_OPTIONS = {
-    "frames": "rule",
-    "window": "window",
-    "genetic_code": "genetic_code",
-    "min_residues": "min_residues",
-    "max_unknown": "max_unknown",
-}
+# Options that make a `Translation`, and those that make a `Tiling`, with its fields.
+TRANSLATION_OPTIONS = ("frames", "window", "genetic_code", "min_residues", "max_unknown")
 TILING_OPTIONS = {"tile": "size", "tile_step": "step"}
 
 
@@ -392,11 +387,14 @@ class Settings:
     )
     repr_layer: int | None = _option("Layer to pool, from 1.", None, unset="the last")
     precision: Precision | Literal["auto"] = _option(
-        "Of the matrix products. auto: the store's; else float32 on a CPU, float16 on a GPU.",
+        "Precision of the matrix products. auto: the store's; else float32 on a CPU, float16 on a"
+        " GPU.",
         AUTO,
         choices=(AUTO, *PRECISIONS),
     )
-    dtype: StoredDtype = _option("Of the stored embeddings.", "float32", choices=STORED_DTYPES)
+    dtype: StoredDtype = _option(
+        "Data type of the stored embeddings.", "float32", choices=STORED_DTYPES
+    )
     max_residues: int = _option(
         "Most residues that the encoder takes at once.", 1022, least=1, is_rare=True
     )
@@ -426,7 +424,7 @@ class Settings:
         _check(self)
         if self.strict and self.translation:
             raise UsageError("strict is for proteins; nucleotide letters are never refused")
-        if self.tiling and self.translation and self.translation.rule == "virnucpro":
+        if self.tiling and self.translation and self.translation.frames == "virnucpro":
             # This rule leaves out codons, so a tile would have no exact position in its record.
             raise UsageError("tiles work with frames open and orf, not with frames virnucpro")
 
@@ -461,8 +459,7 @@ class Settings:
             if flat and options.get(name):
                 raise UsageError(f"give {name}, or the options that make one, not both")
         if translate:
-            values = {TRANSLATION_OPTIONS[name]: v for name, v in for_translation.items()}
-            options["translation"] = Translation(**values)
+            options["translation"] = Translation(**for_translation)
         if for_tiling:
             options["tiling"] = Tiling(**{TILING_OPTIONS[n]: v for n, v in for_tiling.items()})
         return cls(**options)
@@ -562,7 +559,7 @@ class RunConfig:
         "For tls:// addresses: the authority to trust, PEM.", None, is_rare=True
     )
     tls_cert: str | None = _option("This client's certificate, PEM.", None, is_rare=True)
-    tls_key: str | None = _option("Its key, PEM.", None, is_rare=True)
+    tls_key: str | None = _option("The key of --tls-cert, PEM.", None, is_rare=True)
 
     def __post_init__(self) -> None:
         _check(self)

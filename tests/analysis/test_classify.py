@@ -257,7 +257,7 @@ def reads(path: Path, count: int, seed: int) -> Path:
     return path
 
 
-ORF = Translation(rule="orf", min_residues=15)
+ORF = Translation(frames="orf", min_residues=15)
 
 
 @pytest.mark.slow

@@ -233,7 +233,7 @@ def test_rows_of_one_protein_or_read_do_not_answer_for_each_other(
     assert [np.unique(groups[protein == number]).size for number in range(4)] == [1, 1, 1, 1]
     assert np.unique(groups).size == 3
     (reads := tmp_path / "r.fa").write_text(">r1\n" + "ATGGCTAAAGGTCTGA" * 6 + "\n>r2\nATGAAAC\n")
-    frames = make_store(reads, "r.zarr", translation=Translation(rule="orf", min_residues=5))
+    frames = make_store(reads, "r.zarr", translation=Translation(frames="orf", min_residues=5))
     of_read = virnuc_dask.open_store(frames.path).read.values
     groups = labels_module._groups(frames, np.arange(frames.records))
     assert np.unique(groups[of_read == 0]).size == 1

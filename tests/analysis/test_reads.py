@@ -30,7 +30,7 @@ def frames(make_store: Maker, tmp_path: Path) -> Store:
         for number in range(60):
             letters = "".join(rng.choice(list("ACGT"), rng.integers(40, 260)))
             file.write(f">r{number}\n{letters}\n")
-    how = Translation(rule="orf", min_residues=25)
+    how = Translation(frames="orf", min_residues=25)
     store = make_store(reads, rows_per_chunk=16, translation=how, max_residues=40, long="skip")
     store.remove_chunk(2)
     return store

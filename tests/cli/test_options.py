@@ -14,7 +14,7 @@ from virnuc_dask.cli.options import EMBED, RARE, SHOWN, WHERE
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import RunConfig, Settings, Tiling, Translation, options_of
 
-FLAGS = {"rule": "frames", "size": "tile", "step": "tile_step"}
+FLAGS = {"size": "tile", "step": "tile_step"}
 EVERY = [(of, name) for of in (Settings, RunConfig, Translation, Tiling) for name in options_of(of)]
 
 

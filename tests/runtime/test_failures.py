@@ -22,7 +22,7 @@ from virnuc_dask.encoder.memory import is_out_of_memory
 from virnuc_dask.encoder.models import Estimate
 from virnuc_dask.encoder.network import Network
 from virnuc_dask.errors import UsageError
-from virnuc_dask.runtime import embed, events, failures
+from virnuc_dask.runtime import chunk_policy, embed, events, failures
 from virnuc_dask.runtime.deadlines import Deadlines, RunningDeadlines
 from virnuc_dask.runtime.embed import embed_rows
 from virnuc_dask.runtime.isolate import Halving
@@ -50,8 +50,8 @@ IDENTITY = Identity(
 )
 def test_errors_are_told_apart(error: Exception, hopeless: bool, tries: int) -> None:
     assert failures.is_hopeless(error) == hopeless
-    assert failures.attempts(error, RunConfig(attempts=7)) == tries
-    assert failures.attempts(error, RunConfig(attempts=1)) == 1
+    assert chunk_policy.most_attempts(error, RunConfig(attempts=7)) == tries
+    assert chunk_policy.most_attempts(error, RunConfig(attempts=1)) == 1
 
 
 # As torch 2.11, cuBLAS and Triton 3.6 say it. The first of cuBLAS was met on an H200 whose memory
@@ -82,7 +82,7 @@ def test_errors_of_a_gpu_are_told_apart(text: str, memory: bool, sticky: bool) -
 def test_delays_double_and_spread() -> None:
     config = RunConfig(backoff=2.0)
     for attempt, middle in ((1, 2.0), (2, 4.0), (3, 8.0)):
-        delays = [failures.delay(attempt, config) for _ in range(200)]
+        delays = [chunk_policy.delay(attempt, config) for _ in range(200)]
         assert middle / 2 <= min(delays) < middle < max(delays) <= middle * 1.5
 
 

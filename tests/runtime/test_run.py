@@ -304,7 +304,7 @@ def test_settings_are_named_as_on_the_command_line(
         ({"tile_step": 6}, "tile_step requires tile"),
         ({"tile": 24, "tiling": Tiling(24)}, "give tiling, or the options that make one"),
         ({"translate": "six-frame", "translation": Translation()}, "give translation, or the"),
-        ({"translate": "six-frame", "frames": "all"}, "rule must be one of open, orf, virnucpro"),
+        ({"translate": "six-frame", "frames": "all"}, "frames must be one of open, orf, virnucpro"),
     ],
 )
 def test_settings_that_make_no_sense_together_are_refused(

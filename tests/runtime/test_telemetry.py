@@ -14,7 +14,7 @@ import virnuc_dask
 from virnuc_dask import RunConfig
 from virnuc_dask.errors import UsageError
 from virnuc_dask.runtime import events
-from virnuc_dask.runtime.display import recorded
+from virnuc_dask.runtime.telemetry import recorded
 
 OPTIONS = ("--model=demo", "--rows-per-chunk", 2, "--workers", 1, "-q")
 

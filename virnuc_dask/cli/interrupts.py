@@ -8,7 +8,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-SAID = "interrupted; run the same command again to resume"
+SAID = "interrupted; nothing is lost: run the same command again"
 
 
 def leave_at_interrupt() -> None:

@@ -450,7 +450,8 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary]) -> NoReturn:
     import logging
 
-    from virnuc_dask.runtime.display import display, recorded
+    from virnuc_dask.runtime.display import display
+    from virnuc_dask.runtime.telemetry import recorded
 
     kind, telemetry = shown
     warnings.simplefilter("ignore", RandomWeightsWarning)  # the first line of output says it

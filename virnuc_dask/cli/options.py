@@ -120,16 +120,16 @@ class _OrNone(click.IntRange):
         return super().convert(value, param, ctx)
 
 
-_PROTEINS = ("model", "pooling", "repr_layer", "precision", "dtype", "long", "max_residues")
+_FIRST = ("model", "pooling", "repr_layer", "precision", "dtype", "long", "max_residues")
 identity_options = _options(
-    *(setting(Settings, name) for name in (*_PROTEINS, "rows_per_chunk", "per_residue")),
+    *(setting(Settings, name) for name in (*_FIRST, "rows_per_chunk", "per_residue")),
     grouped(
         EMBED,
         "--translate",
         type=click.Choice([SIX_FRAME]),
         help="The input is nucleotides: embed the proteins of all six reading frames.",
     ),
-    setting(Translation, "rule", "--frames"),
+    setting(Translation, "frames"),
     setting(Translation, "window", type=_OrNone(MIN_WINDOW), default="none", show_default=True),
     *(setting(Translation, name) for name in ("genetic_code", "min_residues", "max_unknown")),
     setting(Tiling, "size", "--tile"),

@@ -1,12 +1,18 @@
-"""Number of residues that are encoded, for sequences of any length."""
+"""What is encoded of a sequence, whatever its length, and the state that follows from it."""
 
 from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
 
-from virnuc_dask.settings import LongPolicy
+from virnuc_dask.inputs.records import invalid_rows
+from virnuc_dask.settings import LongPolicy, Status
 
+_STATE_OF_LONG: dict[LongPolicy, Status] = {
+    "truncate": Status.TRUNCATED,
+    "window": Status.WINDOWED,
+    "skip": Status.TOO_LONG,
+}
 # Minimum overlap of neighbouring windows of a long sequence, as a fraction of a window.
 WINDOW_OVERLAP = 0.25
 
@@ -43,3 +49,25 @@ def encoded_lengths(
     if policy != "window":
         encoded[lengths > max_residues] = max_residues if policy == "truncate" else 0
     return encoded
+
+
+def states_before_encoding(
+    lengths: NDArray[np.int32], residues: NDArray[np.uint8], max_residues: int, policy: LongPolicy
+) -> NDArray[np.uint8]:
+    """State of each row that follows from its sequence alone, shape (n,).
+
+    A row with a letter that is not a residue is quarantined, even if truncation would remove it.
+
+    Parameters
+    ----------
+    lengths : ndarray, int32, shape (n,)
+    residues : ndarray, uint8, shape (sum of lengths,)
+        ASCII.
+    max_residues : int
+    policy : {'truncate', 'window', 'skip'}
+    """
+    status = np.full(len(lengths), Status.EMBEDDED, np.uint8)
+    status[lengths > max_residues] = _STATE_OF_LONG[policy]
+    status[lengths == 0] = Status.EMPTY
+    status[invalid_rows(residues, lengths)] = Status.INVALID_RESIDUES
+    return status

@@ -21,13 +21,6 @@ from Bio.SeqIO.QualityIO import FastqGeneralIterator
 from xopen import xopen
 
 from virnuc_dask.errors import InputError
-from virnuc_dask.inputs.foreign_formats import (
-    COMMENT_WITHIN,
-    GLUED,
-    SAM,
-    foreign_line,
-    foreign_name,
-)
 from virnuc_dask.inputs.records import (
     Block,
     InputDigest,
@@ -35,6 +28,13 @@ from virnuc_dask.inputs.records import (
     Record,
     clean,
     decoded_header,
+)
+from virnuc_dask.inputs.refused_formats import (
+    COMMENT_WITHIN,
+    GLUED,
+    SAM,
+    foreign_line,
+    foreign_name,
 )
 from virnuc_dask.inputs.tiles import tile_block
 from virnuc_dask.inputs.translation import translate_records

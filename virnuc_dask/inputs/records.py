@@ -208,7 +208,7 @@ class InputSummary:
         has_row[with_row] = True
         without = np.flatnonzero(~has_row).tolist()
         self.without_row += [records[number].id for number in without]
-        if how.rule != "orf":
+        if how.frames != "orf":
             long = (len(sequences[number]) >= CONTIG_NUCLEOTIDES for number in without)
             self.contigs_without_row += sum(long)
         for record, sequence in zip(records, sequences, strict=True):

@@ -181,23 +181,23 @@ def translate(sequences: Sequence[str], how: Translation) -> Proteins:
     """
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
     letters = np.frombuffer("".join(sequences).encode("ascii", "replace"), np.uint8)
-    codes = (_CODE_DNA if how.rule == "virnucpro" else _CODE)[letters]
+    codes = (_CODE_DNA if how.frames == "virnucpro" else _CODE)[letters]
     codons = _Codons(codes, how.genetic_code)
     read, number, begin, end = cut_windows(lengths, how.window)
     before = np.cumsum(lengths) - lengths
     frames = _six_frames(before[read] + begin, end - begin)
-    if how.rule == "virnucpro":
+    if how.frames == "virnucpro":
         kept = frames.select(codons.number_of(_STOP, frames) == 0)
-    elif how.rule == "open":
+    elif how.frames == "open":
         kept = _open(frames, codons)
     else:
         kept = _between_stops(frames, codons)
-    if how.rule != "virnucpro":
+    if how.frames != "virnucpro":
         kept = kept.select(kept.count >= how.min_residues)
         unknown = codons.number_of(_UNKNOWN, kept)
         kept = kept.select(unknown <= how.max_unknown * kept.count)
     residues, sizes = codons.residues[codons.places(kept)], kept.count
-    if how.rule == "virnucpro":
+    if how.frames == "virnucpro":
         # A codon with an unknown letter is left out, which shortens the protein.
         known = residues != _UNKNOWN
         sizes = sizes - codons.number_of(_UNKNOWN, kept)
@@ -287,7 +287,7 @@ def _names(reads: list[str], proteins: Proteins, how: Translation) -> list[str]:
     )
     if how.window is not None:
         return [f"{reads[r]}_chunk_{w}{frames[f + 3]}" for r, w, f, _, _ in parts]
-    if how.rule != "orf":
+    if how.frames != "orf":
         return [f"{reads[r]}_{frames[f + 3]}" for r, _, f, _, _ in parts]
     return [
         f"{reads[r]}_{frames[f + 3]}_"

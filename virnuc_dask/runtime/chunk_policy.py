@@ -5,13 +5,16 @@ Pure: times are arguments, and nothing here knows Dask, a store or a clock. `chu
 
 from __future__ import annotations
 
+import random
 from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from heapq import heappop, heappush
+from math import inf
 from typing import NamedTuple
 
+from virnuc_dask.errors import DeviceLostError
 from virnuc_dask.runtime import failures
 from virnuc_dask.runtime.deadlines import Deadlines
 from virnuc_dask.settings import RunConfig
@@ -25,6 +28,21 @@ class Failure(NamedTuple):
 
     attempt: int
     is_final: bool
+
+
+def most_attempts(error: BaseException, config: RunConfig) -> float:
+    """Most attempts in one run at a chunk that raises this error; see `RunConfig.attempts`."""
+    if isinstance(error, DeviceLostError):
+        return inf  # handled as a worker death, which makes the chunk a suspect in the end
+    return config.attempts if failures.is_transient(error) else min(2, config.attempts)
+
+
+def delay(attempt: int, config: RunConfig) -> float:
+    """Seconds to wait after an attempt, counted from 1; they double each time, and vary by 50 %.
+
+    The variation spreads the next attempts of chunks that failed at the same time.
+    """
+    return config.backoff * 2.0 ** (attempt - 1) * random.uniform(0.5, 1.5)  # noqa: S311  # no secret
 
 
 class ChunkQueue:
@@ -78,10 +96,10 @@ class ChunkQueue:
         """Have a chunk that raised tried again later, unless that is hopeless or too often."""
         self._attempts[chunk] += 1
         attempt = self._attempts[chunk]
-        is_final = failures.is_hopeless(error) or attempt >= failures.attempts(error, self._config)
+        is_final = failures.is_hopeless(error) or attempt >= most_attempts(error, self._config)
         self.errors[chunk] = f"{type(error).__name__}: {error}"
         if not is_final:
-            heappush(self._later, (now + failures.delay(attempt, self._config), chunk))
+            heappush(self._later, (now + delay(attempt, self._config), chunk))
             self.retries += 1
         return Failure(attempt, is_final)
 

@@ -30,10 +30,11 @@ from virnuc_dask.errors import (
 from virnuc_dask.runtime import events, failures
 from virnuc_dask.runtime.chunk_policy import Attempt, ChunkQueue, Holder, Verdict, judge_late
 from virnuc_dask.runtime.chunk_report import ChunkReport
+from virnuc_dask.runtime.dask_cluster import SCHEDULER_LOST
 from virnuc_dask.runtime.deadlines import LOOK_EVERY_S, NOBODY_LOOKED_S, RunningDeadlines
 from virnuc_dask.runtime.events import Listener
 from virnuc_dask.runtime.known_workers import KEYS, KnownWorkers
-from virnuc_dask.runtime.requirements import SCHEDULER_LOST, Requirements
+from virnuc_dask.runtime.requirements import Requirements
 from virnuc_dask.runtime.workers import TOPIC, run_chunk
 from virnuc_dask.settings import RunConfig, Status
 from virnuc_dask.store.store import Store

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from dask.system import CPU_COUNT
 from distributed import Client, Security
@@ -21,10 +22,13 @@ from virnuc_dask.files import expanded
 from virnuc_dask.runtime import local
 from virnuc_dask.settings import AUTO, RunConfig
 
+SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
+# Seconds that the scheduler may take to answer.
+_ANSWER_S = 2.0
 _START_S = 120
 # Seconds between two looks at what is awaited.
 _LOOK_S = 0.2
-# Dask writes a scheduler file in place: a moment long it is there, and empty.
+# Dask writes a scheduler file in place, so it is empty for a moment.
 _WRITING_S = 2
 # Assumed number of workers of a running scheduler, before the run connects to it.
 WORKERS_ELSEWHERE = 16
@@ -237,6 +241,17 @@ def check_scheduler(client: Client) -> None:
 
     if lack := client.run_on_scheduler(lacks, __version__):
         raise UsageError(f"the scheduler cannot run this work; it needs virnuc_dask too: {lack}")
+
+
+def ask_scheduler(client: Client, question: Any, **arguments: Any) -> Any:
+    """Ask a scheduler, as the methods of `client` do, but only for a while.
+
+    Raises
+    ------
+    TimeoutError
+        It does not answer.
+    """
+    return client.sync(question, callback_timeout=_ANSWER_S, **arguments)
 
 
 @contextmanager

@@ -7,13 +7,10 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from html import escape
 from importlib import import_module
 from itertools import pairwise
-from pathlib import Path
 from typing import IO, Any
-from uuid import uuid4
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,7 +32,6 @@ _BAR_WIDTHS = {100: 24, 60: 16, 36: 8}
 _BESIDE_THE_TEXT = 8
 # A cell whose chunks are all present, some, or none; and the same for encodings without blocks.
 _BLOCKS, _SIGNS = ("█", "▒", "░"), ("#", "+", ".")
-_OF_A_CHUNK = (events.ChunkDone, events.ChunkFailed, events.ChunkOverdue, events.WorkerLost)
 
 
 @contextmanager
@@ -57,50 +53,6 @@ def display(kind: str) -> Iterator[Listener]:
             yield bar
     else:
         yield _PlainLines(console, quiet=kind == "quiet")
-
-
-@contextmanager
-def recorded(listener: Listener, path: Path | None) -> Iterator[Listener]:
-    """Yield a listener that also appends every event to a file, as JSON lines.
-
-    Nothing is written before the first event about a chunk. A file that cannot be written does not
-    stop the run; one message reports it.
-    """
-    if path is None:
-        yield listener
-        return
-    recorder = _Recorder(path)
-
-    def listen(event: Event) -> None:
-        recorder(event)
-        listener(event)
-
-    yield listen
-
-
-class _Recorder:
-    def __init__(self, path: Path) -> None:
-        self._path, self._run = path, uuid4().hex
-        self._waiting: list[str] = []
-        self._has_begun = self._has_failed = False
-
-    def __call__(self, event: Event) -> None:
-        if isinstance(event, events.Reading) or self._has_failed:
-            return
-        now = datetime.now(UTC).isoformat(timespec="milliseconds")
-        line = json.dumps({"run": self._run, "time": now} | event.to_json()) + "\n"
-        self._waiting.append(line)
-        self._has_begun |= isinstance(event, _OF_A_CHUNK)
-        if not self._has_begun:
-            return
-        try:
-            # Opened each time, because other runs on the same store may append whole lines too.
-            with open(self._path, "a") as file:
-                file.write("".join(self._waiting))
-        except OSError as error:
-            self._has_failed = True
-            print(f"no telemetry: {self._path}: {error.strerror}", file=sys.stderr)
-        self._waiting.clear()
 
 
 class _Tally:
@@ -390,7 +342,7 @@ def _truncation_note(event: events.InputRead) -> Iterator[str]:
         )
 
 
-# --- the summary and the map ---------------------------------------------------------------------
+# --- the map of chunks --------------------------------------------------------------------------
 
 
 def chunk_map(present: NDArray[np.bool_], encoding: str, cells: int = _MAP_CELLS) -> str:

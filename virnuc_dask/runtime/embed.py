@@ -1,4 +1,4 @@
-"""The task of a worker: read the sequences of a chunk, embed them, and write the chunk."""
+"""Embed a chunk of a store: read its sequences, encode them, write its rows."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from virnuc_dask.encoder.memory import is_out_of_memory
 from virnuc_dask.encoder.packing import Segments, cut_segments
 from virnuc_dask.encoder.weights import Checkpoint, describe, hashing, load_checkpoint
 from virnuc_dask.errors import IdentityMismatchError, ModelError, StoreReplacedError
-from virnuc_dask.inputs.lengths import encoded_lengths
-from virnuc_dask.inputs.records import invalid_rows
+from virnuc_dask.inputs.lengths import encoded_lengths, states_before_encoding
 from virnuc_dask.runtime import failures
 from virnuc_dask.runtime.chunk_report import ChunkReport
 from virnuc_dask.settings import Identity, ModelSpec, Status
@@ -101,18 +100,20 @@ def embed_chunk(
         store.write_chunk(chunk, rows.status, rows.embedding.astype(identity.dtype), rows.residues)
     codes, numbers = np.unique(rows.status, return_counts=True)
     counts = {Status(c).meaning: int(n) for c, n in zip(codes, numbers, strict=True)}
+    memory, gpu = _of_device(device)
     return ChunkReport(
-        chunk,
-        len(lengths),
-        counts,
-        True,
-        read - started,
-        rows.usage.wait_s,
+        chunk=chunk,
+        rows=len(lengths),
+        counts=counts,
+        computed=True,
+        read_s=read - started,
+        wait_s=rows.usage.wait_s,
         # Without loading the model. For child processes only the total time is known.
-        rows.usage.busy_s or computed - read,
-        time.perf_counter() - computed,
-        rows.usage.tokens / max(1, rows.usage.capacity),
-        *_of_device(device),
+        compute_s=rows.usage.busy_s or computed - read,
+        write_s=time.perf_counter() - computed,
+        fill=rows.usage.tokens / max(1, rows.usage.capacity),
+        memory=memory,
+        gpu=gpu,
     )
 
 
@@ -158,17 +159,7 @@ def embed_rows(
     identity: Identity,
 ) -> Rows:
     """Embed rows, and return the state of each row too."""
-    long = lengths > identity.max_residues
-    status = np.full(len(lengths), Status.EMBEDDED, np.uint8)
-    status[long] = {
-        "truncate": Status.TRUNCATED,
-        "window": Status.WINDOWED,
-        "skip": Status.TOO_LONG,
-    }[identity.long]
-    status[lengths == 0] = Status.EMPTY
-    # A row with a letter that is not a residue is quarantined, even if truncation would remove it.
-    status[invalid_rows(residues, lengths)] = Status.INVALID_RESIDUES
-
+    status = states_before_encoding(lengths, residues, identity.max_residues, identity.long)
     encoded = encoded_lengths(lengths, identity.max_residues, identity.long)
     if identity.per_residue:
         residues, lengths = _first_residues(residues, lengths, encoded), encoded.astype(np.int32)

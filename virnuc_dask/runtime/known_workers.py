@@ -10,13 +10,15 @@ from distributed import Client
 
 from virnuc_dask.errors import UnfitWorkerError, VirnucError
 from virnuc_dask.runtime import events
+from virnuc_dask.runtime.dask_cluster import ask_scheduler
 from virnuc_dask.runtime.events import Listener
-from virnuc_dask.runtime.requirements import ask_scheduler, describe_unfit
+from virnuc_dask.runtime.local import THREADS_PER_GPU
+from virnuc_dask.runtime.requirements import describe_unfit
 from virnuc_dask.runtime.workers import replace_process
 from virnuc_dask.settings import RunConfig
 
-# Most chunks of a run per worker. More do not make a device faster; further threads are for others.
-_CHUNKS_PER_WORKER = 3
+# More do not make a device faster; further threads of a worker are for others.
+_MOST_CHUNKS_PER_WORKER = THREADS_PER_GPU
 # Prefix of the keys of chunks of all runs.
 KEYS = "virnuc-embed-"
 
@@ -67,7 +69,7 @@ class KnownWorkers:
             self._heard.setdefault(worker, time.monotonic())
         threads = [n for worker, n in there.items() if worker not in bad]
         # One chunk per thread: a chunk that queues on a worker is blamed when the worker dies.
-        window = sum(min(n, _CHUNKS_PER_WORKER) for n in threads)
+        window = sum(min(n, _MOST_CHUNKS_PER_WORKER) for n in threads)
         self.window = self._config.in_flight or max(1, window)
         self.threads = sum(threads)
         self.count_time(len(threads))

@@ -12,10 +12,16 @@ import numpy as np
 from dask.system import CPU_COUNT
 
 from virnuc_dask.encoder.fair_esm import fair_esm
-from virnuc_dask.encoder.models import PUBLISHED, Estimate, costliest, operations, parameters
+from virnuc_dask.encoder.models import (
+    PUBLISHED,
+    Estimate,
+    costliest,
+    model_spec,
+    operations,
+    parameters,
+)
 from virnuc_dask.encoder.weight_files import published_part, weights_at_hand
 from virnuc_dask.encoder.weights import Checkpoint, describe, known_sha256, load_checkpoint
-from virnuc_dask.errors import ModelError
 from virnuc_dask.inputs.lengths import encoded_lengths
 from virnuc_dask.inputs.reader import read_blocks
 from virnuc_dask.inputs.records import Block, InputSummary
@@ -36,7 +42,6 @@ from virnuc_dask.settings import (
     RANDOM_WEIGHTS,
     LongPolicy,
     ModelSpec,
-    Precision,
     Settings,
     precision_on,
 )
@@ -222,32 +227,34 @@ def plan(
         if sample and device == "cpu":
             rate = _trial(checkpoint, model, settings, sample)
     else:
-        model = _undownloaded(settings, published, precision)
+        size = PUBLISHED[published]
+        layer, pooling = settings.repr_layer, settings.pooling
+        model = model_spec(settings.model, size.layers, size.dimension, precision, layer, pooling)
     dimension, encoded = model.dimension, encoded_residues(settings, lengths)
     estimate = Estimate.of(model, device, encoded.mean())
     rows = rows_per_chunk(settings, model, summary, device, workers)
     width = 4 if settings.dtype == "float32" else 2
     kept = encoded_lengths(lengths, settings.max_residues, settings.long)
     return Plan(
-        input_read(settings, summary),
-        model,
-        device,
-        int(lengths.max()),
-        int(np.median(lengths)),
-        int((lengths > settings.max_residues).sum()),
-        int(encoded.sum()),
-        -(-summary.records // rows),
-        rows,
-        costliest(encoded, rows),
-        summary.records * dimension * width,
-        summary.residues,
-        int(kept.sum()) * dimension * 2 if settings.per_residue else 0,
-        rate or estimate.residues_per_s,
-        rate is not None,
-        workers,
-        summary.without_row,
-        settings.long,
-        settings.max_residues,
+        input=input_read(settings, summary),
+        model=model,
+        device=device,
+        longest=int(lengths.max()),
+        median=int(np.median(lengths)),
+        long_records=int((lengths > settings.max_residues).sum()),
+        encoded_residues=int(encoded.sum()),
+        chunks=-(-summary.records // rows),
+        rows_per_chunk=rows,
+        largest_chunk=costliest(encoded, rows),
+        embedding_bytes=summary.records * dimension * width,
+        sequence_bytes=summary.residues,
+        residue_embedding_bytes=int(kept.sum()) * dimension * 2 if settings.per_residue else 0,
+        residues_per_s=rate or estimate.residues_per_s,
+        is_measured=rate is not None,
+        workers=workers,
+        without_row=summary.without_row,
+        long=settings.long,
+        max_residues=settings.max_residues,
     )
 
 
@@ -256,15 +263,6 @@ def _first_rows(block: Block, residues: int) -> Block:
     rows = max(1, int(np.searchsorted(np.cumsum(block.lengths), residues)))
     lengths = block.lengths[:rows]
     return Block(block.ids[:rows], lengths, block.residues[: int(lengths.sum())])
-
-
-def _undownloaded(settings: Settings, published: str, precision: Precision) -> ModelSpec:
-    """Describe a model whose weights are not on this machine."""
-    model = PUBLISHED[published]
-    layer = model.layers if settings.repr_layer is None else settings.repr_layer
-    if not 0 <= layer <= model.layers:
-        raise ModelError(f"model {published}: layer {layer} of a model with {model.layers}")
-    return ModelSpec(settings.model, "", model.dimension, layer, settings.pooling, precision)
 
 
 def _trial(

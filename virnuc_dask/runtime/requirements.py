@@ -18,12 +18,10 @@ from distributed import Client
 from virnuc_dask import __version__
 from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.runtime import failures
+from virnuc_dask.runtime.dask_cluster import SCHEDULER_LOST, ask_scheduler
 from virnuc_dask.settings import Identity, ModelSpec
 from virnuc_dask.store.store import Store
 
-SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
-# Seconds that the scheduler may take to answer.
-_ANSWER_S = 2.0
 # After the first answer, other workers get this many seconds plus twice the time it took.
 _STRAGGLERS_S = 30.0
 # Requirements that this process meets.
@@ -221,17 +219,6 @@ def _ask(
         # Most likely the worker has an old version without this check.
         answer = (f"{type(answer).__name__}: {answer}",)
     answers.put((worker, answer))
-
-
-def ask_scheduler(client: Client, question: Any, **arguments: Any) -> Any:
-    """Ask a scheduler, as the methods of `client` do, but only for a while.
-
-    Raises
-    ------
-    TimeoutError
-        It does not answer.
-    """
-    return client.sync(question, callback_timeout=_ANSWER_S, **arguments)
 
 
 def describe_unfit(unfit: dict[str, tuple[str, ...]]) -> str:

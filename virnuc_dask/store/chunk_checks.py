@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import repeat
 
 import numpy as np
-from numpy.typing import NDArray
 
 from virnuc_dask.errors import StoreError
+from virnuc_dask.inputs.lengths import states_before_encoding
 from virnuc_dask.inputs.records import Block, InputDigest, Origin
 from virnuc_dask.settings import Status
 from virnuc_dask.store.results import Result, damaged_results, open_result, result_names
@@ -47,34 +47,25 @@ def check_chunk(store: Store, chunk: int, *, sequences: bool = True) -> str | No
         return f"does not decode: {error}"
     if not np.isin(status, [s for s in Status if s is not Status.PENDING]).all():
         return "status has a code that no finished row can have"
-    embedded = status < Status.INVALID_RESIDUES
+    embedded = is_embedded(status)
     if sequences:
-        lengths, _ = store.read_rows(chunk)
-        if problem := _disagreement(store, status, lengths):
-            return problem
+        lengths, letters = store.read_rows(chunk)
+        identity = store.identity
+        expected = states_before_encoding(lengths, letters, identity.max_residues, identity.long)
+        by_encoder = is_embedded(expected) & (status >= Status.OUT_OF_MEMORY)
+        if (status != np.where(by_encoder, status, expected)).any():
+            return "status does not agree with the sequences"
         if residues is not None:
-            expected = np.zeros(len(residues), np.bool_)
+            should_be = np.zeros(len(residues), np.bool_)
             kept = np.repeat(embedded, store.encoded(lengths))
-            expected[: len(kept)] = kept
+            should_be[: len(kept)] = kept
             there, absent = np.isfinite(residues).all(axis=1), np.isnan(residues).all(axis=1)
-            if not (np.where(expected, there, absent)).all():
+            if not (np.where(should_be, there, absent)).all():
                 return "the residue embeddings do not agree with the status"
     if not np.isfinite(embedding[embedded]).all():
         return "an embedded row is not finite"
     if not np.isnan(embedding[~embedded]).all():
         return "a quarantined row has an embedding"
-    return None
-
-
-def _disagreement(
-    store: Store, status: NDArray[np.uint8], lengths: NDArray[np.int32]
-) -> str | None:
-    long = lengths > store.identity.max_residues
-    for_long = np.isin(status, (Status.TRUNCATED, Status.WINDOWED, Status.TOO_LONG))
-    if (for_long & ~long).any() or (long & (status == Status.EMBEDDED)).any():
-        return "status does not agree with the lengths"
-    if ((status == Status.EMPTY) != (lengths == 0)).any():
-        return "status does not agree with the empty records"
     return None
 
 
