@@ -286,6 +286,7 @@ def test_lines_of_a_log_say_only_what_there_is_and_are_not_wrapped(
         listener(events.WorkersChanged(0, 0))
         listener(events.WorkerLost("tcp://127.0.0.1:1", (3,)))
         listener(events.WorkersChanged(2, 4))
+        listener(events.Stopping(15, 2, 25.0))
     shown = capsys.readouterr().err
     assert "\x1b" not in shown
     assert shown.splitlines() == [
@@ -296,6 +297,8 @@ def test_lines_of_a_log_say_only_what_there_is_and_are_not_wrapped(
         "worker tcp://127.0.0.1:1 was lost; 1 chunk will be computed elsewhere",
         "waiting for workers",
         "0/300 rows  ETA ?  1 retried  2 workers",
+        "stopping: 2 running chunks may finish within 25 s; a second signal exits immediately",
+        "0/300 rows  stopping  1 retried  2 workers",
     ]
 
 

@@ -188,6 +188,10 @@ class NotAStoreError(UsageError):
     """Nothing, or something other than a store, is at the path."""
 
 
+# They differ whenever the same records are translated or cut otherwise.
+_OF_ROWS = {"input_sha256", "records"}
+
+
 class IdentityMismatchError(UsageError):
     """The store was made with other settings, so its rows have other values.
 
@@ -201,15 +205,17 @@ class IdentityMismatchError(UsageError):
 
     def __init__(self, path: str, differences: Sequence[tuple[str, object, object]]) -> None:
         self.path, self.differences = path, list(differences)
+        made_rows = {"translation", "tiling"} & {field for field, *_ in differences}
         lines = [
             f"  {field}: the store has {stored!r}, this run asks for {requested!r}"
             for field, stored, requested in differences
+            if not (made_rows and field in _OF_ROWS)
         ]
         super().__init__(
             f"{path} was made with other settings, so its rows would not match:\n"
             + "\n".join(lines)
             + "\nWrite to another store, or repeat the settings the store was made with"
-            " (`resume` takes them from the store)."
+            " (`resume` takes them from the store), or replace the store: --overwrite."
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

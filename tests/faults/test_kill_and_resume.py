@@ -130,15 +130,14 @@ def test_a_signal_lets_running_chunks_finish_and_the_next_run_goes_on(
     first = Run("run", proteins, path, *SETTINGS)
     for event in first:
         if event["event"] == "chunk_done":
-            # To the whole group, as a terminal's Ctrl-C goes.
-            os.killpg(first.process.pid, number) if number == signal.SIGINT else (
-                first.process.send_signal(number)
-            )
+            # To the whole group, as a terminal's Ctrl-C goes, and a queue's SIGTERM.
+            os.killpg(first.process.pid, number)
             break
     assert first.finish() == 128 + number
     assert first.of("stopping")[0]["running"] >= 1
     summary = first.of("run_summary")[0]
     assert summary["interrupted"] == number
+    assert summary["workers_lost"] == 0
     store = Store(path)
     # Whatever was running has been written and reported: no work was thrown away.
     assert sorted(first.computed()) == np.flatnonzero(store.present()).tolist()
@@ -158,7 +157,8 @@ def test_a_second_signal_leaves_at_once(
     table.write_text("{}")
     hang.write_text(json.dumps({"": "hang"}))
     faults.arm(monkeypatch, table)
-    run = Run("run", proteins, tmp_path / "out.zarr", *SETTINGS, "--grace", 3_600)
+    arguments = ("run", proteins, tmp_path / "out.zarr", *SETTINGS, "--grace", 3_600)
+    run = Run(*arguments, stderr=subprocess.PIPE)
     workers: set[int] = set()
     for event in run:
         if event["event"] == "chunk_done" and not workers:
@@ -168,9 +168,11 @@ def test_a_second_signal_leaves_at_once(
             run.process.send_signal(signal.SIGTERM)
         if event["event"] == "stopping":
             assert event["running"] >= 1  # an hour of work, for all the user knows
-            run.process.send_signal(signal.SIGTERM)
+            run.process.send_signal(signal.SIGINT)
             break
-    assert run.finish() == 128 + signal.SIGTERM
+    assert run.finish() == 128 + signal.SIGINT
+    assert run.process.stderr is not None
+    assert "interrupted at once; finished chunks are safe" in run.process.stderr.read()
     assert run.of("stopping")
     assert not run.of("run_summary")
     await_end(workers)

@@ -255,6 +255,32 @@ def test_nothing_listens_beyond_loopback() -> None:
     assert set(listening) <= {"127.0.0.1", "::1"}
 
 
+def test_nobody_else_on_this_machine_may_run_code_on_our_workers(tmp_path: Path) -> None:
+    """Other users reach loopback too. A process without the cluster's certificates is one."""
+    attempts = """
+import sys
+from distributed import Client
+from distributed.security import Security
+
+address = sys.argv[1]
+for address, security in (
+    (address, Security.temporary()),
+    (address.replace("tls://", "tcp://"), None),
+):
+    try:
+        Client(address, security=security, timeout=2)
+    except OSError as error:
+        print(type(error).__name__)
+"""
+    with connect("local", workers=1) as client:
+        for address in (client.scheduler.address, *client.nthreads()):
+            assert address.startswith("tls://127.0.0.1:")
+            command = [sys.executable, "-c", attempts, address]
+            said = subprocess.check_output(command, text=True, stderr=subprocess.DEVNULL)
+            assert len(said.splitlines()) == 2
+        assert client.submit(os.getpid).result()
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a certificate that is its own authority, and its key."""
@@ -540,10 +566,17 @@ def test_an_unfit_worker_that_joins_later_is_left_alone(
 
 @pytest.mark.slow
 def test_a_run_whose_last_fit_worker_is_gone_ends_with_a_clear_error(
-    make_store: Maker, peptides: Path, other_version: dict[str, str], tmp_path: Path
+    make_store: Maker,
+    other_version: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    store = make_store(peptides, embed=False)
-    with ExitStack() as stack:
+    motif, table, source = "WWCWW", tmp_path / "faults.json", tmp_path / "in.faa"
+    source.write_text(f">a\nM{motif}\n>b\nMKVA\n")
+    table.write_text(json.dumps({motif: "hang"}))  # the run cannot be over before the loss
+    store = make_store(source, embed=False)
+    with ExitStack() as stack, monkeypatch.context() as patch:
+        faults.arm(patch, table)
         file = stack.enter_context(started_cluster(tmp_path))
 
         def listen(event: events.Event) -> None:

@@ -33,7 +33,7 @@ SCRIPT = """
 import warnings
 import virnuc_dask
 warnings.simplefilter("ignore")  # the demo model's weights are random
-print(virnuc_dask.run("in.faa", "out.zarr", model="demo", workers=2).counts)
+print(virnuc_dask.run("in.faa", "out.zarr", model="demo", workers=2, progress=False).counts)
 """
 
 
@@ -153,7 +153,7 @@ def test_the_limit_of_open_files_is_raised_if_it_may_be(awkward: Path, cli: Cli)
     [
         ("os._exit(3)", UsageError, 1, "the workers do not start: a worker ended with exit code 3"),
         ("os.kill(os.getpid(), 9)", VirnucError, 3, "by signal 9 (Killed). Is there too little"),
-        ("os.kill(os.getpid(), 15)", VirnucError, 3, "was ended by signal 15 (Terminated)"),
+        ("os.kill(os.getpid(), 6)", VirnucError, 3, "was ended by signal 6 (Aborted)"),
     ],
 )
 def test_how_workers_ended_is_said_and_memory_only_of_the_killed(

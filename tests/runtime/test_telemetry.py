@@ -38,7 +38,7 @@ def test_every_chunk_is_accounted_for_beside_the_store(
     assert sorted(line["chunk"] for line in done) == [0, 1, 2, 3]
     assert sum(line["rows"] for line in done) == 7
     for line in done:
-        assert line["worker"].startswith("tcp://127.0.0.1:")
+        assert line["worker"].startswith("tls://127.0.0.1:")
         assert line["memory"] > 2**26
         assert line["gpu"] is None
         assert all(line[f"{part}_s"] >= 0 for part in ("read", "wait", "compute", "write"))

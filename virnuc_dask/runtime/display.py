@@ -62,7 +62,7 @@ class _Tally:
         self.rows = self.total = self.residues_left = 0
         self.computed_rows = self.computed_residues = 0
         self.workers = self.retries = self.quarantined = 0
-        self.has_begun = False
+        self.has_begun = self.is_stopping = False
         self._began: float | None = None
 
     def take(self, event: Event) -> None:
@@ -91,6 +91,8 @@ class _Tally:
                 self.retries += 1
             case events.WorkerLost():
                 self.retries += len(event.chunks)
+            case events.Stopping():
+                self.is_stopping = True
 
     def text(self, columns: int | None = None) -> str:
         """The parts that fit into this number of columns, the most important first."""
@@ -103,7 +105,7 @@ class _Tally:
         rate = self.computed_residues / seconds
         left = duration(max(0, self.residues_left) / rate) if rate else "?"
         yield f"{self.rows:,}/{self.total:,} rows"
-        yield f"ETA {left}"
+        yield "stopping" if self.is_stopping else f"ETA {left}"
         if self.quarantined:
             yield f"{self.quarantined:,} quarantined"
         if self.retries:

@@ -188,12 +188,12 @@ def _nanny(ends: list[int]) -> type[Nanny]:
         ended_with = 0
 
         async def instantiate(self) -> Status:
-            # A terminal sends these to workers too, but the coordinator handles them. A process
-            # inherits what the thread that starts it blocks, so this holds from its first moment.
-            # The tracker comes first, because its start would unblock them again.
+            # A terminal or a queue sends these to workers too, but the coordinator handles them. A
+            # process inherits what the thread that starts it blocks, so this holds from its first
+            # moment. The tracker comes first, because its start would unblock two of them again.
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
             resource_tracker.ensure_running()
-            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             status = await super().instantiate()  # raises an error that the process reported
             if status != Status.running:
                 ends.append(self.ended_with)
@@ -240,6 +240,9 @@ def visible_gpus() -> list[str]:
 _ON_THIS_MACHINE: dict[str, Any] = {
     # Without an address, Dask listens on all interfaces.
     "host": "127.0.0.1",
+    # TLS with certificates of this cluster alone, which stay in memory. Other users of this machine
+    # reach its loopback too, and whoever may talk to a worker can run code as its user.
+    "security": True,
     "dashboard_address": "127.0.0.1:0",
     # With a limit, Dask kills a worker that exceeds its share, however much memory is free.
     "memory_limit": 0,

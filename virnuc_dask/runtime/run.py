@@ -40,13 +40,23 @@ from virnuc_dask.runtime.events import Listener
 from virnuc_dask.runtime.prepare import Inputs, model_of, prepare, warn_of_random_weights
 from virnuc_dask.runtime.requirements import Requirements, preflight
 from virnuc_dask.runtime.summary import NOT_COMPUTED, IncompleteRunError, RunSummary
-from virnuc_dask.settings import AUTO, ModelSpec, RunConfig, Settings, Shard, Status
+from virnuc_dask.settings import (
+    AUTO,
+    ModelSpec,
+    RunConfig,
+    Settings,
+    Shard,
+    Status,
+    precision_on,
+)
 from virnuc_dask.store.status import count_states
 from virnuc_dask.store.store import Store
 from virnuc_dask.store.verify import verify
 
 # Seconds beyond the grace that a run may take to end after a signal.
 _LATE_S = 5.0
+# A second SIGTERM within these seconds is the same one, sent twice.
+_TWICE_S = 2.0
 # Name of the cluster if the caller passes a client.
 _ATTACHED = "a client's"
 _lent: WeakSet[Client] = WeakSet()
@@ -249,6 +259,8 @@ def _fill(
             raise StoreError(f"{store.path}: {report.sequences}")
     present = store.present()
     missing = [chunk for chunk in np.flatnonzero(~present).tolist() if shard.holds(chunk)]
+    if missing:
+        _check_precision(store, config.device)
     costs = _residues_to_encode(store) if missing else {}
     # The longest chunk first: if it started last, the other workers would be idle at the end.
     missing.sort(key=lambda chunk: -costs[chunk])
@@ -290,6 +302,16 @@ def _fill(
         raise StoreError(f"{error}. Finished chunks are safe; the same command resumes") from error
     emit(summary)
     return summary
+
+
+def _check_precision(store: Store, device: str) -> None:
+    try:
+        precision_on(device, store.identity.precision)
+    except UsageError as error:
+        raise UsageError(
+            f"{store.path} was made for a GPU: {error}. Give it one (--cluster local-cuda, or"
+            " --device cuda), or replace the store (--overwrite)"
+        ) from error
 
 
 @contextmanager
@@ -394,6 +416,9 @@ def _residues_to_encode(store: Store) -> dict[int, int]:
 def _signals(work: ChunkWindow) -> Iterator[None]:
     """On a signal stop the work in order; on a second signal exit immediately.
 
+    A queue may send SIGTERM to a job's processes and to its script, which passes it on: two in
+    quick succession are one.
+
     Also exit if the work has not stopped when the grace is over, because it may wait for something
     that never happens.
     """
@@ -402,6 +427,7 @@ def _signals(work: ChunkWindow) -> Iterator[None]:
         return
     # A reentrant queue: a signal handler may use it wherever it interrupts this thread.
     signals: SimpleQueue[int | None] = SimpleQueue()
+    began = 0.0
 
     def watch() -> None:
         number = signals.get()
@@ -414,9 +440,13 @@ def _signals(work: ChunkWindow) -> Iterator[None]:
             os._exit(128 + number)
 
     def handle(number: int, _frame: FrameType | None) -> None:
+        nonlocal began
         if work.signal is not None:
+            if number == signal.SIGTERM == work.signal and time.monotonic() - began < _TWICE_S:
+                return
+            os.write(2, b"interrupted at once; finished chunks are safe: resume goes on\n")
             os._exit(128 + number)
-        work.signal = number
+        work.signal, began = number, time.monotonic()
         signals.put(number)
 
     # Ignored signals stay ignored, such as SIGHUP under nohup; handlers set by C code stay too.
