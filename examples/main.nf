@@ -31,8 +31,10 @@ process EMBED {
     // Code 3: complete, but some rows could not be embedded. The summary lists them.
     script:
     """
+    code=0
     virnuc-dask run ${proteins} ${store} --model ${model} --workers ${task.cpus} \\
-        --no-progress || [ \$? -eq 3 ]
+        --no-progress || code=\$?
+    [ \$code -eq 0 ] || [ \$code -eq 3 ] || exit \$code
     virnuc-dask status ${store} --rows --json > embeddings.json || [ \$? -eq 3 ]
     """
 }

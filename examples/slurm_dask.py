@@ -31,12 +31,17 @@ def make_cluster() -> SLURMCluster:
             "export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432"
         ],
         security=True,
+        # Dask's dashboard asks nobody for a password: see it by `ssh -L`.
+        scheduler_options={"dashboard_address": "127.0.0.1:0"},
         # Where every node finds the certificates, for their owner alone to read.
         shared_temp_directory=".",
     )
 
 
 def main() -> int:
+    if len(sys.argv) != 3:
+        print(__doc__)
+        return 2
     inputs, store = sys.argv[1:]
     with make_cluster() as cluster, Client(cluster) as client:
         # Always so many, one in a lost one's place. Dask's own idea of how many are wanted goes by

@@ -218,17 +218,35 @@ def test_a_workflow_fails_if_its_store_is_of_another_input(engine: Engine, awkwa
     assert tree(workflow.path) == whole
 
 
-def test_the_commands_of_the_nextflow_processes(awkward: Path, tmp_path: Path, cli: Cli) -> None:
+def nextflow_commands(**values: object) -> list[list[str]]:
+    """What Nextflow would run, process by process."""
     text = (EXAMPLES / "main.nf").read_text()
-    values = {"proteins": awkward, "model": "demo", "task.cpus": 1, "store": tmp_path / "a.zarr"}
-    for name, value in values.items():
+    for name, value in (values | {"task.cpus": 1, "model": "demo"}).items():
         text = text.replace(f"${{{name}}}", str(value))
     scripts = re.findall(r'"""\n(.*?)"""', text, re.DOTALL)
+    return [
+        ["bash", "-ue", "-c", script.replace("\\\\", "\\").replace("\\$", "$")]
+        for script in scripts
+    ]
+
+
+@pytest.mark.parametrize(("code", "end"), [(0, 0), (2, 2), (3, 0), (4, 4), (143, 143)])
+def test_nextflow_sees_how_a_run_ended(code: int, end: int, tmp_path: Path) -> None:
+    """It tries again what can go on. A stand-in takes the place of the program."""
+    program = tmp_path / "virnuc-dask"
+    program.write_text(f"#!/bin/sh\n[ $1 = status ] || exit {code}\n")
+    program.chmod(0o755)
+    command, _ = nextflow_commands(proteins="a.faa", store="a.zarr")
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": path}, check=False)
+    assert done.returncode == end
+
+
+def test_the_commands_of_the_nextflow_processes(awkward: Path, tmp_path: Path, cli: Cli) -> None:
     for attempt in ("first", "second"):  # each in an empty folder
         (folder := tmp_path / attempt).mkdir()
-        for script in scripts:
-            command = script.replace("\\\\", "\\").replace("\\$", "$")
-            process = start(["bash", "-ue", "-c", command], folder)
+        for command in nextflow_commands(proteins=awkward, store=tmp_path / "a.zarr"):
+            process = start(command, folder)
             assert process.wait(timeout=120) == 0, process.communicate()
         summary = json.loads((folder / "embeddings.json").read_text())
         assert summary["missing"] == []

@@ -587,7 +587,13 @@ class Shard:
             if text == "slurm":
                 names = ("TASK_ID", "TASK_MIN", "TASK_STEP", "TASK_COUNT")
                 task, first, step, count = (int(environment[f"SLURM_ARRAY_{n}"]) for n in names)
-                index = (task - first) // step + 1
+                index, rest = divmod(task - first, step)
+                index += 1
+                if rest or index > count:
+                    raise UsageError(
+                        f"shard slurm: task {task} is of an array with gaps, so its share is not"
+                        " known; give --array a range or a stride, such as 1-16 or 0-30:2"
+                    )
             else:
                 index, count = map(int, text.split("/"))
         except KeyError as error:
@@ -595,7 +601,9 @@ class Shard:
                 f"shard slurm: this process is not a task of an array job: {error} is not set"
             ) from error
         except ValueError as error:
-            raise UsageError(f"shard {text!r}: give a share such as 3/16, or slurm") from error
+            where = " (SLURM_ARRAY_TASK_…)" if text == "slurm" else ""
+            problem = f"shard {text!r}: not numbers{where}; give a share such as 3/16, or slurm"
+            raise UsageError(problem) from error
         if not 1 <= index <= count:
             raise UsageError(f"shard {index}/{count}: the first number must be 1 to {count}")
         return cls(index, count)

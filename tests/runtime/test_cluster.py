@@ -129,7 +129,7 @@ def test_gpus_that_are_not_there_are_a_clear_error(awkward: Path, tmp_path: Path
     )
     assert refused.returncode == 2
     assert "--cluster local" in refused.stderr
-    what = "torch finds no GPU" if find_spec("dask_cuda") else "pip install 'virnuc_dask[cuda]'"
+    what = "torch finds no GPU" if find_spec("dask_cuda") else "pip install 'dask-cuda[cu13]'"
     assert what in refused.stderr
     assert "Traceback" not in refused.stderr
     # Said before the input is read.
@@ -742,11 +742,13 @@ def test_shards_are_read(text: str | None, environment: dict[str, int], shard: S
         ("a/b", {}, "give a share such as 3/16, or slurm"),
         ("slurm", {}, "not a task of an array job"),
         # --array=1,2,9: what is left out would be computed by nobody.
-        ("slurm", {"TASK_ID": 9, "TASK_MIN": 1, "TASK_STEP": 1, "TASK_COUNT": 3}, "must be 1 to 3"),
+        ("slurm", {"TASK_ID": 9, "TASK_MIN": 1, "TASK_STEP": 1, "TASK_COUNT": 3}, "with gaps"),
+        ("slurm", {"TASK_ID": 2, "TASK_MIN": 1, "TASK_STEP": 3, "TASK_COUNT": 3}, "with gaps"),
+        ("slurm", dict.fromkeys(("TASK_ID", "TASK_MIN", "TASK_STEP", "TASK_COUNT"), ""), "SLURM_A"),
     ],
 )
 def test_shards_that_are_none_are_refused(
-    text: str, environment: dict[str, int], message: str
+    text: str, environment: dict[str, object], message: str
 ) -> None:
     names = {f"SLURM_ARRAY_{name}": str(value) for name, value in environment.items()}
     with pytest.raises(UsageError, match=message):

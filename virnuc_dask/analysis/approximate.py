@@ -318,6 +318,6 @@ def _faiss() -> Any:
         import faiss
     except ImportError as error:
         raise UsageError(
-            f"an approximate index needs faiss ({error}): pip install 'virnuc_dask[faiss]'"
+            f"an approximate index needs faiss ({error}): pip install faiss-cpu"
         ) from error
     return faiss

@@ -74,9 +74,7 @@ def require(package: str, suffix: str) -> None:
     try:
         import_module(package)
     except ImportError as error:
-        raise UsageError(
-            f"{suffix} needs {package} ({error}): pip install 'virnuc_dask[export]'"
-        ) from error
+        raise UsageError(f"{suffix} needs {package} ({error}): pip install {package}") from error
 
 
 Writer = Callable[[Path, Store, Iterable[Part]], int]

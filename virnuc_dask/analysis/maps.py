@@ -198,9 +198,7 @@ def _settings(method: str, size: int | None, random_state: int) -> dict[str, Any
     try:
         version = import_module("umap").__version__
     except ImportError as error:
-        raise UsageError(
-            f"UMAP needs umap-learn ({error}): pip install 'virnuc_dask[umap]'"
-        ) from error
+        raise UsageError(f"UMAP needs umap-learn ({error}): pip install umap-learn") from error
     return {
         "method": method,
         "sample": size,

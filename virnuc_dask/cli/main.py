@@ -6,6 +6,7 @@ import atexit
 import gc
 import json
 import os
+import shlex
 import sys
 import time
 import warnings
@@ -137,6 +138,7 @@ def run(inputs: tuple[str, ...], store: str, **options: Any) -> None:
 
     _show_run(
         shown,
+        _again(options["cluster"], config),
         lambda listener: start(
             inputs, store, config=config, listener=listener, **_AS_COMMAND, **options, **settings
         ),
@@ -155,6 +157,7 @@ def resume(store: str, **options: Any) -> None:
     shown, config = _display(store, options), _run_config(options)
     _show_run(
         shown,
+        _again(options["cluster"], config),
         lambda listener: start(store, config=config, listener=listener, **_AS_COMMAND, **options),
     )
 
@@ -319,7 +322,11 @@ def verify(
     as_json: bool,
     **tls: Any,
 ) -> NoReturn:
-    """Read and decode everything in STORE: chunks, checksums, states, sequences."""
+    """Read and decode everything in STORE: chunks, checksums, states, sequences.
+
+    Exit codes: 0 nothing is damaged, or --repair has removed it, and chunks may be missing (see
+    status); 4 damaged.
+    """
     from virnuc_dask.store.verify import verify as check
 
     if sample:
@@ -447,7 +454,15 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     return settings
 
 
-def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary]) -> NoReturn:
+def _again(cluster: str, config: RunConfig) -> str:
+    """Options of a `resume` that does the rest of a run, where the run did it."""
+    given = {"--cluster": cluster if cluster != "local" else None, "--shard": config.shard}
+    return "".join(f" {name} {shlex.quote(value)}" for name, value in given.items() if value)
+
+
+def _show_run(
+    shown: tuple[str, Path | None], again: str, work: Callable[[Any], RunSummary]
+) -> NoReturn:
     import logging
 
     from virnuc_dask.runtime.display import display
@@ -462,11 +477,11 @@ def _show_run(shown: tuple[str, Path | None], work: Callable[[Any], RunSummary])
     with cleaning_up(), display(kind) as listener, recorded(listener, telemetry) as listener:
         summary = work(listener)
     if kind != "json":
-        _show_summary(summary)
+        _show_summary(summary, again)
     sys.exit(summary.exit_code)
 
 
-def _show_summary(summary: RunSummary) -> None:
+def _show_summary(summary: RunSummary, again: str) -> None:
     from virnuc_dask.runtime.summary import table_lines
     from virnuc_dask.store.status import quarantined
 
@@ -482,7 +497,7 @@ def _show_summary(summary: RunSummary) -> None:
     if summary.missing:
         for line in _missing_lines(summary.missing):
             print(f"  {line}")
-        print(f"resume with: virnuc-dask resume {summary.store}")
+        print(f"resume with: virnuc-dask resume {summary.store}{again}")
     elif summary.elsewhere:
         print(f"this shard is done; other shards still lack {counted(summary.elsewhere, 'chunk')}")
     else:

@@ -22,12 +22,14 @@ from virnuc_dask.errors import UsageError
 
 _SHOWN = ("torch", "dask", "distributed", "zarr", "xarray", "numpy")
 # Extra, a module of it, and what it is for.
+# Packages, their modules, and what they serve.
 _EXTRAS = (
-    ("s3", "obstore", "stores at s3:// and gs://"),
-    ("export", "pyarrow", "tables as Parquet"),
-    ("export", "h5py", "AnnData as .h5ad"),
-    ("faiss", "faiss", "index"),
-    ("umap", "umap", "map --method umap"),
+    ("obstore", "obstore", "stores at s3:// and gs://"),
+    ("pyarrow", "pyarrow", "tables as Parquet"),
+    ("h5py", "h5py", "AnnData as .h5ad"),
+    ("faiss-cpu", "faiss", "index"),
+    ("umap-learn", "umap", "map --method umap"),
+    ("'dask-cuda[cu13]'", "dask_cuda", "--cluster local-cuda"),
 )
 # A store of a million rows of 650M takes about this much.
 _FREE = 5 * 2**30
@@ -161,11 +163,10 @@ def _extras() -> Finding:
     missing = [each for each in _EXTRAS if find_spec(each[1]) is None]
     if not missing:
         return Finding("extras", "all")
-    extras = ",".join(dict.fromkeys(extra for extra, _, _ in missing))
     return Finding(
         "extras",
         f"not possible: {'; '.join(what for _, _, what in missing)}",
-        f"if you want it: pip install 'virnuc-dask[{extras}]'",
+        f"if you want it: pip install {' '.join(package for package, _, _ in missing)}",
     )
 
 

@@ -277,8 +277,8 @@ def gpu_cluster() -> Callable[..., LocalCluster]:
         from dask_cuda import LocalCUDACluster
     except ImportError as error:
         raise UsageError(
-            f"--cluster local-cuda needs dask-cuda ({error}): pip install 'virnuc_dask[cuda]', or"
-            " [cuda12] for CUDA 12. Without a GPU: --cluster local"
+            f"--cluster local-cuda needs dask-cuda ({error}): pip install 'dask-cuda[cu13]', or"
+            " [cu12] for CUDA 12. Without a GPU: --cluster local"
         ) from error
     if not visible_gpus():
         raise UsageError(

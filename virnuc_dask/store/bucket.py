@@ -361,7 +361,7 @@ def _obstore() -> Any:
         import obstore.store
     except ImportError as error:
         raise UsageError(
-            f"a store in an object store needs obstore ({error}): pip install 'virnuc_dask[s3]'"
+            f"a store in an object store needs obstore ({error}): pip install obstore"
         ) from error
     return obstore
 
