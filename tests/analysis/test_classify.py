@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import csv
 import functools
 import json
@@ -938,6 +939,21 @@ def test_files_that_are_damaged_or_something_else(
         load_classifier(odd)
     monkeypatch.setattr(files, "_MOST_BYTES", 1000)
     with pytest.raises(UsageError, match="too many for a classifier"):
+        load_classifier(trained)
+
+
+def test_a_library_that_cannot_be_imported_is_not_the_files_fault(
+    trained: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file in the working directory may have the name of a module that skops imports."""
+    def shadowed(name: str, *others: Any, **options: Any) -> Any:
+        if name == "skops.io":
+            raise AttributeError("module 'py' has no attribute 'path'")
+        return real(name, *others, **options)
+
+    real = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", shadowed)
+    with pytest.raises(AttributeError, match="module 'py' has no attribute 'path'"):
         load_classifier(trained)
 
 

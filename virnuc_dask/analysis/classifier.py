@@ -9,7 +9,7 @@ import math
 import warnings
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.metadata import version
@@ -170,6 +170,9 @@ def load_classifier(path: str | Path) -> Classifier:
     UsageError
         The file does not exist, is not a classifier, or contains types that are not trusted.
     """
+    # It imports all of scikit-learn. Errors of an import are not the file's.
+    from skops.io import loads
+
     try:
         # Read the file once, so that the checked bytes are the loaded bytes.
         content = Path(expanded(path)).read_bytes()
@@ -184,7 +187,7 @@ def load_classifier(path: str | Path) -> Classifier:
                     f" {', '.join(name[:80] for name in untrusted[:5])!r}"
                 )
             _check_arrays(archive)
-        return _checked(content)
+        return _checked(content, loads)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read: {error.strerror or error}") from error
     except _DAMAGED as error:
@@ -233,9 +236,7 @@ def _check_arrays(archive: zipfile.ZipFile) -> None:
             )
 
 
-def _checked(content: bytes) -> Classifier:
-    from skops.io import loads
-
+def _checked(content: bytes, loads: Callable[..., Any]) -> Classifier:
     with warnings.catch_warnings():
         # `version_note` reports another version of scikit-learn.
         warnings.simplefilter("ignore")
