@@ -529,9 +529,10 @@ def test_names_and_tables_that_cannot_be(viral: Store, trained: Path, tmp_path: 
             virnuc_dask.predict(viral.path, odd, **how)
     assert tree(viral.path) == before
     virnuc_dask.predict(viral.path, odd, name="x", out=tmp_path / "x.tsv")
-    with pytest.raises(UsageError, match="exists"):
+    with pytest.raises(UsageError, match=r"exists.*--force.*; scores that the store keeps are not"):
         virnuc_dask.predict(viral.path, odd, name="x", out=tmp_path / "x.tsv")
-    virnuc_dask.predict(viral.path, odd, name="x", out=tmp_path / "x.tsv", force=True)
+    again = virnuc_dask.predict(viral.path, odd, name="x", out=tmp_path / "x.tsv", force=True)
+    assert (again.computed_chunks, again.lines) == (0, 130)
 
 
 def read_tsv(path: Path) -> list[dict[str, str]]:
@@ -946,6 +947,7 @@ def test_a_library_that_cannot_be_imported_is_not_the_files_fault(
     trained: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A file in the working directory may have the name of a module that skops imports."""
+
     def shadowed(name: str, *others: Any, **options: Any) -> Any:
         if name == "skops.io":
             raise AttributeError("module 'py' has no attribute 'path'")

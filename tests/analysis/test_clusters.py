@@ -201,6 +201,8 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
     for wrong in (("--out", "c.parquet"), ("--n-clusters", 4), ("--out", "c.txt")):
         done = cli("cluster", store.path, "--n-clusters", 3, *wrong)
         assert (done.returncode, done.stdout) == (2, "")
+    done = cli("cluster", store.path, "--n-clusters", 3, "--out", "c.parquet")
+    assert "--force, which replaces it; labels that the store keeps are not" in done.stderr
     four = ("cluster", store.path, "--n-clusters", 4, "--out", "c.tsv")
     (tmp_path / "c.tsv").write_text("mine")
     before = tree(store.path)

@@ -558,8 +558,11 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
         done = cli("map", store.path, *arguments)
         assert (done.returncode, done.stdout) == (2, ""), arguments
     assert tree(tmp_path) == before
+    done = cli("map", store.path, "--out", "map.png")
+    assert "--force, which replaces it; coordinates that the store keeps are not" in done.stderr
     done = cli("map", store.path, "--out", "map.png", "--force")
     assert done.returncode == 0, done.stderr
+    assert "0 chunks computed now" in done.stdout
     other = ("map", store.path, "--method", "umap", "--name", "pca", "--sample", 50)
     done = cli(*other, "--out", "map.png", "--force")
     assert (done.returncode, "other settings" in done.stderr) == (2, True)

@@ -12,7 +12,9 @@ from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded, sync
 
 
-def check_out(out: str | Path, suffixes: Sequence[str], *, force: bool = False) -> Path:
+def check_out(
+    out: str | Path, suffixes: Sequence[str], *, force: bool = False, kept: str = ""
+) -> Path:
     """Check that a file can be written, before work that may take long; return its path.
 
     Parameters
@@ -22,6 +24,9 @@ def check_out(out: str | Path, suffixes: Sequence[str], *, force: bool = False) 
         Allowed suffixes, such as ``.tsv``.
     force : bool
         Allow an existing regular file. A link or a directory is never replaced.
+    kept : str
+        What the store keeps, such as ``scores``. Then the refusal of an existing file says that
+        these are not computed again.
 
     Raises
     ------
@@ -36,7 +41,10 @@ def check_out(out: str | Path, suffixes: Sequence[str], *, force: bool = False) 
         raise UsageError(f"{out}: cannot tell the format; known are {' and '.join(suffixes)}")
     if os.path.lexists(path):
         if not force:
-            raise UsageError(f"{path} exists; give another name, or --force, which replaces it")
+            again = f"; {kept} that the store keeps are not computed again" if kept else ""
+            raise UsageError(
+                f"{path} exists; give another name, or --force, which replaces it{again}"
+            )
         if path.is_symlink() or not path.is_file():
             raise UsageError(f"{path} is not replaced: it is not a regular file")
     if not (path.parent.is_dir() and os.access(path.parent, os.W_OK)):

@@ -157,7 +157,7 @@ def predict(
     replace : bool
         Replace a result of this name that another classifier computed.
     force : bool
-        Replace `out` if it exists.
+        Replace `out` if it exists. Scores that the store keeps are not computed again.
     workers : int, optional
         Threads. Default: one per core, at most 16.
     progress : callable, optional
@@ -247,7 +247,7 @@ def _check_table(
                 f"{store.path}: --consensus needs rows that were translated from reads, or tiles"
             )
     if out is not None:
-        check_table(out, force=force)
+        check_table(out, force=force, kept="scores")
 
 
 def _details(classifier: Classifier, store: Store, name: str) -> dict[str, Any]:

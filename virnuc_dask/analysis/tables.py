@@ -164,8 +164,14 @@ def write_rows(
     return lines
 
 
-def check_table(out: str | Path, *, force: bool = False) -> Path:
+def check_table(out: str | Path, *, force: bool = False, kept: str = "") -> Path:
     """Check that a table can be written, before a search that may take long; return its path.
+
+    Parameters
+    ----------
+    out : path
+    force, kept
+        As in `check_out`.
 
     Raises
     ------
@@ -173,7 +179,7 @@ def check_table(out: str | Path, *, force: bool = False) -> Path:
         It is a URL, its suffix is not known, pyarrow is not installed, the file exists, or its
         directory does not exist or is not writable.
     """
-    path = check_out(out, _SUFFIXES, force=force)
+    path = check_out(out, _SUFFIXES, force=force, kept=kept)
     if path.suffix.lower() == ".parquet":
         require("pyarrow", ".parquet")
     return path

@@ -316,7 +316,8 @@ def map_(
 ) -> None:
     """Project the embeddings of STORE to two dimensions by PCA or UMAP, and draw the map.
 
-    STORE keeps the coordinates. Run the same command again to compute only the missing ones.
+    STORE keeps the coordinates. Run the same command again, with --force if OUT exists, to compute
+    only the missing ones.
     """
     from virnuc_dask.analysis.maps import make_map
     from virnuc_dask.analysis.outputs import check_out
@@ -327,7 +328,7 @@ def map_(
     drawings = []
     for file, known in ((out, DRAWINGS), (png, DRAWINGS[1:])):
         if file:
-            drawings.append(check_out(file, known, force=force))
+            drawings.append(check_out(file, known, force=force, kept="coordinates"))
     if len({path.resolve() for path in drawings}) < len(drawings):
         raise click.UsageError(
             f"--out and --png name the same file, {drawings[0]}; leave out --png"
@@ -394,14 +395,14 @@ def cluster(store: str, out: Path | None, guard: bool, force: bool, **options: A
 
     One line per cluster: number, size, the row nearest to the centre and its similarity or
     distance, silhouette, length, description. The fit numbers clusters by size, the largest first.
-    STORE keeps the cluster of each row. Run the same command again to assign only new rows, to the
-    same centres.
+    STORE keeps the cluster of each row. Run the same command again, with --force if OUT exists, to
+    assign only new rows, to the same centres.
     """
     from virnuc_dask.analysis.clusters import make_clusters, write_clusters
     from virnuc_dask.analysis.tables import check_table
 
     if out:
-        check_table(out, force=force)
+        check_table(out, force=force, kept="labels")
     progress = chunk_counter("read", "chunks")
     clusters = make_clusters(store, progress=progress, **options)
     _say_doubts([clusters.note] if clusters.note else [], clusters.comment)
@@ -499,7 +500,8 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
 def predict(store: str, as_json: bool, **options: Any) -> None:
     """Score the rows of STORE with a classifier.
 
-    STORE keeps the scores as score_NAME. Run the same command again to compute only missing scores.
+    STORE keeps the scores as score_NAME. Run the same command again, with --force if OUT exists, to
+    compute only missing scores.
     """
     from virnuc_dask.analysis.prediction import predict as score
 
