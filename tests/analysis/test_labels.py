@@ -23,6 +23,7 @@ from sklearn.neighbors import KNeighborsClassifier
 import virnuc_dask
 from virnuc_dask.analysis import chunk_passes, neighbours
 from virnuc_dask.analysis import labels as labels_module
+from virnuc_dask.analysis.points import draw_points
 from virnuc_dask.analysis.tables import write_annotations
 from virnuc_dask.errors import UsageError
 from virnuc_dask.settings import RANDOM_WEIGHTS, Tiling, Translation
@@ -258,6 +259,24 @@ def test_an_identifier_may_be_a_reads_or_a_proteins(make_store: Maker, tmp_path:
     lines = "".join(f"{name}\tx\n" for name, of in zip(ids, names, strict=True) if of == "a")
     labels.write_text(f"b\ty\na\ty\n{lines}")
     assert not labels_module._read_labels(labels, store).note
+
+
+def test_a_map_takes_the_same_identifiers(make_store: Maker, tmp_path: Path) -> None:
+    store = make_store(fasta(tmp_path / "a.faa", TILES), tiling=Tiling(8, 7), rows_per_chunk=2)
+    data = virnuc_dask.open_store(store.path)
+    names = data.read_id.values[data.read.values].tolist()
+    own = data.sequence_id.values[1]
+    labels = tmp_path / "labels.tsv"
+    labels.write_text(f"a\tx\na\tz\nb\ty\n{own}\tits own\n")
+    virnuc_dask.make_map(store.path)
+    drawn = draw_points(store, "pca", colour=str(labels))
+    wanted = {"a": "x|z", "b": "y", "c": "no label", "d": "no label"}
+    expected = [wanted[name] for name in names]
+    expected[1] = "its own"
+    assert drawn.values == expected
+    labels.write_text("nobody\tx\n")
+    with pytest.raises(UsageError, match="none of its identifiers belongs to a drawn row"):
+        draw_points(store, "pca", colour=str(labels))
 
 
 def test_input_files_are_labels(make_store: Maker, tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ import virnuc_dask
 from virnuc_dask.analysis import chunk_passes, neighbours
 from virnuc_dask.analysis.tables import write_table
 from virnuc_dask.errors import StoreError, UsageError
-from virnuc_dask.settings import RANDOM_WEIGHTS, Status
+from virnuc_dask.settings import RANDOM_WEIGHTS, Status, Tiling
 from virnuc_dask.store.store import Store
 
 
@@ -196,6 +196,25 @@ def test_identifiers_that_are_unknown_or_occur_twice(
     assert found.query_id.values.tolist() == ["d", "twin", "twin"]
     for query, others in zip(found.query_row.values, found.row.values, strict=True):
         assert sorted([query, *others]) == [0, 1, 2, 3]
+
+
+def test_a_protein_in_tiles_stands_for_all_its_rows(make_store: Maker, tmp_path: Path) -> None:
+    file = tmp_path / "a.faa"
+    file.write_text(">p\nMKTAYIAKQRQISFVK\n>q\nMLKVVGGWCCHHPPCC\n>r\nMLKVVGGW\n")
+    store = make_store(file, tiling=Tiling(8, 7), rows_per_chunk=2)
+    data = virnuc_dask.open_store(store.path)
+    ids, proteins = data.sequence_id.values.tolist(), data.read.values
+    of_p, of_q = (np.flatnonzero(proteins == number).tolist() for number in (0, 1))
+    assert min(len(of_p), len(of_q)) > 1
+    found = virnuc_dask.nearest(store.path, ["q", ids[of_p[-1]], "p"], k=1)
+    # Each row is a query once.
+    assert found.query_row.values.tolist() == [*of_q, of_p[-1], *of_p[:-1]]
+    assert found.query_id.values.tolist() == [ids[row] for row in found.query_row.values]
+    page = virnuc_dask.report(store.path, tmp_path / "page.html", query="q")
+    assert f"Nearest to {ids[of_q[0]]}</h2>" in page.read_text()  # the row that it shows
+    store.remove_chunk(of_q[-1] // 2)
+    with pytest.raises(UsageError, match=f"not computed yet.* {ids[of_q[-1]]}"):
+        virnuc_dask.nearest(store.path, "q")
 
 
 def test_another_stores_rows(store: Store, make_store: Maker, awkward: Path) -> None:

@@ -20,6 +20,7 @@ from virnuc_dask.analysis.neighbours import check_search, search
 from virnuc_dask.analysis.rows import (
     embedded_rows,
     file_names,
+    known_names,
     sequence_digests,
     source_numbers,
     states,
@@ -484,8 +485,8 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
     counts = np.zeros(store.records + 1, np.int64)
     codes: list[int] = []
     for first in range(0, store.records, SEQUENCES_PER_CHUNK):
-        ids, read_ids = _identifiers(store, slice(first, first + SEQUENCES_PER_CHUNK))
-        for row, names in enumerate(zip(ids, read_ids, strict=True), first):
+        rows = known_names(store, slice(first, first + SEQUENCES_PER_CHUNK))
+        for row, names in enumerate(rows, first):
             known = [name for name in names if name in labels]
             if known:
                 matched.update(known)
@@ -495,7 +496,7 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
     if not matched:
         raise UsageError(
             f"{path}: none of its {len(labels):,} identifiers is in {store.path}; for example, the"
-            f" file has {printable(lines[-1][0])!r} and the store {printable(ids[0])!r}"
+            f" file has {printable(lines[-1][0])!r} and the store {printable(rows[0][0])!r}"
         )
     is_labelled = np.zeros(store.records, np.bool_)
     is_labelled[embedded_rows(store)] = True
@@ -522,17 +523,6 @@ def _read_labels(path: str | Path, store: Store) -> _Labels:
     return _Labels(
         list(numbers), np.cumsum(counts), np.array(codes, np.int64), is_labelled, "; ".join(notes)
     )
-
-
-def _identifiers(store: Store, rows: slice) -> tuple[list[str], list[str]]:
-    """Identifiers of rows, and of their reads or proteins; the same list twice without reads."""
-    with store.reading("`sequence_id`"):
-        ids = store.array("sequence_id")[rows].tolist()
-    if "read_id" not in store.names:
-        return ids, ids
-    with store.reading("`read_id`"):
-        numbers, which = np.unique(np.asarray(store.array("read")[rows]), return_inverse=True)
-        return ids, store.array("read_id").oindex[numbers][which].tolist()
 
 
 def read_lines(path: str | Path) -> list[tuple[str, str]]:

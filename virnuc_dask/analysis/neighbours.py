@@ -32,6 +32,7 @@ from virnuc_dask.analysis.compatibility import check_same_embeddings, note_on_le
 from virnuc_dask.analysis.rows import (
     by_chunk,
     embedded_rows,
+    known_names,
     mean_row,
     random_rows,
     read_vectors,
@@ -89,8 +90,9 @@ def nearest(
         The store to search.
     query : str, sequence of str, or ndarray, float, shape (n, D), optional
         Identifiers of rows of `query_store`, or of `store` without one; if an identifier occurs
-        several times, all its rows are queries. Or vectors. An xarray.DataArray of either is
-        accepted. Default: all embedded rows of `query_store`.
+        several times, all its rows are queries. For translated reads and tiles, an identifier may
+        also be the ``read_id`` of a read or protein; all its rows are queries. Or vectors. An
+        xarray.DataArray of either is accepted. Default: all embedded rows of `query_store`.
     k : int
         Neighbours per query.
     metric : {'cosine', 'euclidean'}
@@ -358,29 +360,29 @@ def _queries(
 
 
 def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
-    """All rows with the identifiers, in the order of the identifiers."""
+    """All rows with the identifiers, or of reads with them, in the order of the identifiers."""
     found: dict[str, list[int]] = {name: [] for name in ids}
-    for first, names in _names(store):
-        for row, name in enumerate(names, first):
+    for row, names in enumerate(_names(store)):
+        for name in names:
             if name in found:
                 found[name].append(row)
     if unknown := [name for name in ids if not found[name]]:
         alike = _alike(store, unknown)
         hint = f"; did you mean {', '.join(map(printable, alike))}?" if alike else ""
         _refuse(store, "no record has the identifier", unknown, hint)
-    return np.array([row for name in ids for row in found[name]], np.int64)
+    # A row may be given by its own identifier and by that of its read.
+    return np.array(list(dict.fromkeys(row for name in ids for row in found[name])), np.int64)
 
 
-def _names(store: Store) -> Iterator[tuple[int, list[str]]]:
-    """First row and identifiers of each chunk of identifiers."""
+def _names(store: Store) -> Iterator[tuple[str, ...]]:
+    """Names of each row."""
     for first in range(0, store.records, SEQUENCES_PER_CHUNK):
-        with store.reading("`sequence_id`"):
-            yield first, store.array("sequence_id")[first : first + SEQUENCES_PER_CHUNK].tolist()
+        yield from known_names(store, slice(first, first + SEQUENCES_PER_CHUNK))
 
 
 def _alike(store: Store, unknown: list[str]) -> list[str]:
     """A few identifiers that contain an unknown one, such as an accession."""
-    every = (name for _, names in _names(store) for name in names)
+    every = (name for name, *_ in _names(store))
     alike = (name for name in every if any(each and each in name for each in unknown))
     return list(islice(alike, _ALIKE))
 

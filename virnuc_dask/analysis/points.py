@@ -12,7 +12,14 @@ from numpy.typing import NDArray
 
 from virnuc_dask.analysis.labels import SEPARATOR, read_lines
 from virnuc_dask.analysis.prediction import doubts
-from virnuc_dask.analysis.rows import file_names, random_rows, source_numbers, states, taken
+from virnuc_dask.analysis.rows import (
+    file_names,
+    known_names,
+    random_rows,
+    source_numbers,
+    states,
+    taken,
+)
 from virnuc_dask.analysis.stored_fits import check_seed
 from virnuc_dask.errors import UsageError
 from virnuc_dask.store.results import RESULT, Result, open_result, result_names
@@ -218,22 +225,23 @@ def _colours(store: Store, colour: str, rows: NDArray[np.int64]) -> _Colours:
         numbers = values.tolist()
         named = [_cluster(number) for number in numbers]
         return colour, named, [_cluster(number) for number in sorted(set(numbers))], False
-    ids = taken(store, "sequence_id", rows).tolist()
+    names_of_rows = known_names(store, rows)
     labels: dict[str, str] = {}
     lines = read_lines(colour)
     for name, label in lines:
         labels[name] = f"{labels[name]}{SEPARATOR}{label}" if name in labels else label
-    labels = {name: labels[name] for name in ids if name in labels}
-    if not labels:
-        file_has, store_has = printable(lines[-1][0]), printable(str(ids[0]))
+    named = [
+        next((labels[name] for name in names if name in labels), "") for names in names_of_rows
+    ]
+    if not any(named):
+        file_has, store_has = printable(lines[-1][0]), printable(names_of_rows[0][0])
         raise UsageError(
             f"{colour}: none of its identifiers belongs to a drawn row; for example, the file has"
             f" {file_has!r} and the store {store_has!r}"
         )
     name = Path(colour).stem[:_LONGEST_TEXT]
-    named = [labels.get(each, "") for each in ids]
     numbers = [_number(label) for label in named]
-    if all(number is not None for number in numbers) and len(set(labels.values())) > len(_FEW):
+    if all(number is not None for number in numbers) and len({*named} - {""}) > len(_FEW):
         return name, np.array(numbers, np.float64), [], False
     return _categories(name, [label or _UNLABELLED for label in named])
 

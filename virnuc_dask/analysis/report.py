@@ -87,7 +87,8 @@ def report(
     out : path
         A new ``.html`` file.
     query : str, optional
-        Identifier of a row; the page then shows its nearest neighbours.
+        Identifier of a row; the page then shows its nearest neighbours. Of a read or tiled protein,
+        it shows those of the first row.
     telemetry : path, optional
         Telemetry file of the runs. Default: ``STORE.telemetry.jsonl``, if it exists.
     force : bool
@@ -158,7 +159,7 @@ def _facts(
         "quarantine": quarantine,
         "quarantined": list(islice(quarantined(store.path), _LISTED)) if quarantine else [],
         "map": _map(store, present, random),
-        "query": query,
+        "query": neighbours and neighbours["query"],
         "neighbours": neighbours,
         "clusters": [_clusters(store, result) for result in _results(store, "cluster")],
         "scores": [_score(store, result) for result in _results(store, "score")],
@@ -600,7 +601,7 @@ def _neighbours(store: Store, query: str) -> dict[str, Any]:
         }
         for rank in np.flatnonzero(hits.row.values >= 0).tolist()
     ]
-    return {"rows": rows, "random": random_pairs(hits.attrs)}
+    return {"query": hits.query_id.item(), "rows": rows, "random": random_pairs(hits.attrs)}
 
 
 def _clusters(store: Store, result: Result) -> dict[str, Any]:

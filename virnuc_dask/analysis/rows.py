@@ -205,6 +205,23 @@ def taken(store: Store, name: str, rows: NDArray[np.int64]) -> NDArray[Any]:
     return every[where.reshape(rows.shape)]
 
 
+def known_names(store: Store, rows: slice | NDArray[np.int64]) -> list[tuple[str, ...]]:
+    """Names by which users may mean each of some rows, the most specific first.
+
+    These are its own identifier and, if it was translated or tiled, that of its read or protein,
+    which stands for all its rows.
+    """
+    with store.reading("`sequence_id`"):
+        ids = store.array("sequence_id").oindex[rows].tolist()
+    if "read_id" not in store.names:
+        return [(name,) for name in ids]
+    with store.reading("`read_id`"):
+        reads = np.asarray(store.array("read").oindex[rows])
+        numbers, which = np.unique(reads, return_inverse=True)
+        read_ids = store.array("read_id").oindex[numbers][which].tolist()
+    return list(zip(ids, read_ids, strict=True))
+
+
 def meanings(codes: NDArray[np.uint8]) -> NDArray[np.object_]:
     """Names of states, in the shape of their codes; empty for a code that is not known."""
     return _MEANINGS[codes]

@@ -86,8 +86,8 @@ def export(store: str, out: Path, **options: bool) -> None:
     "queries",
     multiple=True,
     metavar="ID",
-    help="Identifier of a row of STORE, or of --query-store if given; repeatable.  [default: all"
-    " rows of --query-store]",
+    help="Identifier of a row of STORE, or of --query-store if given; that of a read or tiled"
+    " protein stands for all its rows; repeatable.  [default: all rows of --query-store]",
 )
 @click.option(
     "--query-store", help="Another store with the same weights, layer, pooling and precision."
@@ -164,8 +164,9 @@ def index_(store: str, out: str | None, **options: Any) -> None:
     "--labels",
     required=True,
     metavar="FILE",
-    help="Text file; each line: identifier, tab, label. Several lines give several labels. Or the"
-    " word source: each row has the name of its input file.",
+    help="Text file; each line: identifier, tab, label. The identifier of a read or tiled protein"
+    " labels all its rows. Several lines give several labels. Or the word source: each row has the"
+    " name of its input file.",
 )
 @click.option(
     "--reference", help="Store with the labelled rows and the same weights.  [default: STORE]"
