@@ -641,6 +641,10 @@ def test_reads_by_consensus(
         }
     ).dropna()
     assert len(rows) == found.scored == store.records - 8
+    # No verdict from some of a read's frames.
+    unfinished = set(data.read.values[16:24])
+    assert unfinished & set(rows["read"])
+    rows = rows[~rows["read"].isin(unfinished)]
     groups = rows.groupby("read")
     table = parquet.read_table(out).to_pandas().set_index("read")
     assert found.lines == len(table) == len(groups)

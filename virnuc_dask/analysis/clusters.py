@@ -83,7 +83,7 @@ class Clusters:
     computed_chunks : int
         Chunks that this call labelled; the others had labels before.
     note : str, optional
-        A reason to fit again.
+        Reasons for doubt: rows that are not embedded yet, or that a new fit would cover.
     comment : str, optional
         Warning about random weights.
     """

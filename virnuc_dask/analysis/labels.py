@@ -21,6 +21,8 @@ from virnuc_dask.analysis.rows import (
     embedded_rows,
     file_names,
     known_names,
+    pending_note,
+    pending_rows,
     sequence_digests,
     source_numbers,
     states,
@@ -153,7 +155,8 @@ def annotate_in_parts(
     rows = embedded_rows(source)
     if not len(rows):
         raise UsageError(f"{source.path} has no embedded row yet")
-    notes = [note_on_lengths(searched, source), known.note]
+    pending = dict.fromkeys(map(pending_note, (source, searched)))
+    notes = [*pending, note_on_lengths(searched, source), known.note]
     note = "; ".join(note for note in notes if note)
     attributes = {
         **({"note": note} if note else {}),
@@ -257,7 +260,8 @@ class LeaveOneOut:
     reliable : list of ReliableShare
         The most reliable half, quarter and tenth.
     about : dict
-        Settings, and reasons to doubt the result.
+        Settings, ``pending`` (rows of the reference that are not embedded yet), and reasons to
+        doubt the result.
     """
 
     rows: int
@@ -338,7 +342,9 @@ def leave_one_out(
     store = Store(reference)
     check_search(store, store, k, metric)
     threads = thread_count(workers)
+    pending = pending_rows(store)
     known = _read_labels(labels, store)
+    note = "; ".join(note for note in (pending_note(store, pending), known.note) if note)
     rows = np.flatnonzero(known.is_labelled)
     groups = _groups(store, rows)
     found = search(
@@ -390,7 +396,8 @@ def leave_one_out(
             "metric": metric,
             "centred": centre and metric == "cosine",
             "reference": str(store.path),
-            **({"note": known.note} if known.note else {}),
+            "pending": pending,
+            **({"note": note} if note else {}),
             **store.model.comment(),
         },
     )

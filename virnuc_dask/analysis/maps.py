@@ -58,7 +58,7 @@ class Map:
     computed_chunks : int
         Chunks that this call computed; the others existed before.
     note : str, optional
-        A reason to fit again.
+        Reasons for doubt: rows that are not embedded yet, or that a new fit would cover.
     comment : str, optional
         Warning about random weights.
     """

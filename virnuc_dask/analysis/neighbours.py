@@ -34,6 +34,7 @@ from virnuc_dask.analysis.rows import (
     embedded_rows,
     known_names,
     mean_row,
+    pending_note,
     random_rows,
     read_vectors,
     states,
@@ -137,7 +138,9 @@ def nearest(
     searched = Store(store)
     source = searched if query_store is None else Store(query_store)
     check_search(searched, source, k, metric)
-    notes = [note_on_lengths(searched, source)]
+    # Queries that are given are all embedded.
+    read = [searched, source] if query is None else [searched]
+    notes = [*dict.fromkeys(map(pending_note, read)), note_on_lengths(searched, source)]
     threads = thread_count(workers)
     rows, vectors = _queries(source, getattr(query, "values", query), query_store is not None)
     if index is None:

@@ -19,7 +19,7 @@ from virnuc_dask.analysis.compatibility import (
     named_model,
     what_must_agree,
 )
-from virnuc_dask.analysis.rows import meanings, sequence_digests
+from virnuc_dask.analysis.rows import meanings, pending_note, sequence_digests, taken
 from virnuc_dask.analysis.tables import Columns, check_table, write_rows
 from virnuc_dask.errors import UsageError
 from virnuc_dask.files import expanded
@@ -144,10 +144,12 @@ def predict(
         ``frame``, ``start``, and ``description``.
     consensus : {'max', 'mean', 'virnucpro'}, optional
         For a store of translated reads, or of tiles of proteins: write one line per read or protein
-        with a score. Columns: ``read_id``; ``read``, its number; ``score``, the maximum or mean
-        over its rows; ``class``; ``rows``, their number; ``trained_rows``, the number of those
-        with a sequence that the classifier was trained on; and, for the row with the largest score,
-        ``best_row``, ``best_sequence_id`` and, for translated reads, ``best_frame``.
+        with a score. A read is left out while one of its rows is not embedded yet, because a
+        verdict from some of its frames may change. Columns: ``read_id``; ``read``, its number;
+        ``score``, the maximum or mean over its rows; ``class``; ``rows``, their number;
+        ``trained_rows``, the number of those with a sequence that the classifier was trained on;
+        and, for the row with the largest score, ``best_row``, ``best_sequence_id`` and, for
+        translated reads, ``best_frame``.
         ``virnucpro`` is the rule of that program. A read belongs to the first class if the largest
         probability of this class, over frames and windows, is at least the largest probability of
         the second class. ``score`` and ``other_score`` are these two, and ``class`` is the name of
@@ -203,6 +205,10 @@ def predict(
     computed = fill(result, found, workers=threads, client=client, progress=progress)
     scored, first = _counts(result)
     done = opened.rows_in(np.flatnonzero(result.present()))
+    pending = opened.records - done
+    notes = [pending_note(opened, pending), *doubts(result), version_note(found)]
+    if pending and consensus:
+        notes.insert(1, "reads with such rows are not in the table yet")
     lines = first_lines = None
     if out is not None:
         lines, first_lines = _write(result, found, out, consensus, guard, force)
@@ -213,13 +219,13 @@ def predict(
         computed_chunks=computed,
         scored=scored,
         first=first,
-        pending=opened.records - done,
+        pending=pending,
         quarantined=done - scored,
         out=None if out is None else str(out),
         lines=lines,
         first_lines=first_lines,
         reads=opened.array("read_id").shape[0] if consensus else None,
-        notes=[*doubts(result), *filter(None, [version_note(found)])],
+        notes=[note for note in notes if note],
         **opened.model.comment(),
     )
 
@@ -377,15 +383,19 @@ _OF_A_READ = ("read", "read_id", "sequence_id", "frame")
 def _of_reads(result: Result, consensus: Consensus, classifier: Classifier) -> Iterator[Columns]:
     """Lines of whole reads; the last read of a part may continue in the next part."""
     carried: dict[str, NDArray[Any]] | None = None
+    unfinished = _unfinished_reads(result)
     for rows, score in _parts(result):
-        has_score = np.isfinite(score)
-        if not has_score.any():
+        is_used = np.isfinite(score)
+        if not is_used.any():
             continue
         with result.store.reading("metadata of rows"):
             known = result.store.read_columns(rows)
-        part = {name: known[name][has_score] for name in _OF_A_READ if name in known}
-        part |= {"row": np.arange(rows.start, rows.stop)[has_score], "score": score[has_score]}
-        part["trained_on"] = _trained_rows(classifier, result.store, rows)[has_score]
+        is_used &= ~np.isin(known["read"], unfinished)
+        if not is_used.any():
+            continue
+        part = {name: known[name][is_used] for name in _OF_A_READ if name in known}
+        part |= {"row": np.arange(rows.start, rows.stop)[is_used], "score": score[is_used]}
+        part["trained_on"] = _trained_rows(classifier, result.store, rows)[is_used]
         if carried is not None:
             part = {name: np.concatenate([carried[name], part[name]]) for name in part}
         last = int(np.searchsorted(part["read"], part["read"][-1]))
@@ -395,6 +405,14 @@ def _of_reads(result: Result, consensus: Consensus, classifier: Classifier) -> I
             yield _by_read(whole, consensus, classifier.classes)
     if carried is not None:
         yield _by_read(carried, consensus, classifier.classes)
+
+
+def _unfinished_reads(result: Result) -> NDArray[np.int64]:
+    """Numbers of the reads that may have rows both in and outside chunks without scores."""
+    spans = [result.store.rows(chunk) for chunk in np.flatnonzero(~result.present()).tolist()]
+    # The rows of a read are consecutive, so it has the first or the last row of such a chunk.
+    edges = [row for span in spans for row in (span.start, span.stop - 1)]
+    return np.unique(taken(result.store, "read", np.array(edges, np.int64)))
 
 
 def _by_read(

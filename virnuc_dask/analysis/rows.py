@@ -40,6 +40,26 @@ def embedded_rows(store: Store, chunks: Iterable[int] | None = None) -> NDArray[
     return np.concatenate([_NO_ROWS, *parts])
 
 
+def pending_rows(store: Store) -> int:
+    """Number of rows that are not embedded yet; takes one listing."""
+    return store.records - store.rows_in(np.flatnonzero(store.present()))
+
+
+def pending_note(store: Store, pending: int | None = None) -> str | None:
+    """Note that a result lacks the rows that are not embedded yet; None if there are none.
+
+    Parameters
+    ----------
+    store : Store
+    pending : int, optional
+        Their number, if it is known. Default: `pending_rows`.
+    """
+    pending = pending_rows(store) if pending is None else pending
+    if not pending:
+        return None
+    return f"{store.path}: {pending:,} of {store.records:,} rows are not embedded yet"
+
+
 def random_rows(
     store: Store, present: NDArray[np.bool_], count: int, random_state: int
 ) -> tuple[NDArray[np.int64], bool]:

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from virnuc_dask.analysis.rows import pending_note
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.store.results import Kind, damaged_results, open_result, result_name, result_names
 from virnuc_dask.store.store import Store
@@ -80,14 +81,15 @@ def find_fit(
 
 
 def note_of(store: Store, about: dict[str, Any], name: str) -> str | None:
-    """Note that a fit does not cover all rows that are embedded now; else None."""
+    """Note that rows are not embedded yet, or embedded since the fit; else None."""
+    notes = [pending_note(store)]
     chunks = int(store.present().sum())
-    if about.get("chunks") == chunks:
-        return None
-    return (
-        f"{name} was fitted when the store had {about.get('chunks')} of the {chunks} chunks that it"
-        " has now; --refit fits again to all rows"
-    )
+    if about.get("chunks") != chunks:
+        notes.append(
+            f"{name} was fitted when the store had {about.get('chunks')} of the {chunks} chunks"
+            " that it has now; --refit fits again to all rows"
+        )
+    return "; ".join(filter(None, notes)) or None
 
 
 def packed(values: NDArray[np.floating[Any]]) -> str:

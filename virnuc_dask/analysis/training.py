@@ -27,6 +27,7 @@ from virnuc_dask.analysis.compatibility import (
     what_must_agree,
 )
 from virnuc_dask.analysis.outputs import check_out
+from virnuc_dask.analysis.rows import pending_note, pending_rows
 from virnuc_dask.analysis.samples import Sample, count_embedded, draw, groups_of
 from virnuc_dask.analysis.stored_fits import check_seed
 from virnuc_dask.errors import UsageError
@@ -115,9 +116,10 @@ class ClassReport:
         Digest of the store's input.
     translation : str, optional
         How reads were translated.
-    rows, embedded, sampled, left_out, training, held_out : int
-        Rows of the store; rows with an embedding; rows drawn at random; drawn rows left out because
-        their sequence is in both classes; training rows; held-out rows.
+    rows, embedded, pending, sampled, left_out, training, held_out : int
+        Rows of the store; rows with an embedding; rows that are not embedded yet; rows drawn at
+        random; drawn rows left out because their sequence is in both classes; training rows;
+        held-out rows.
     median_length : float
         Median length of the sampled rows, in residues.
     """
@@ -127,6 +129,7 @@ class ClassReport:
     translation: str | None
     rows: int
     embedded: int
+    pending: int
     sampled: int
     left_out: int
     training: int
@@ -330,6 +333,7 @@ def train(
     threads = thread_count(workers)
     stores = Store(viral), Store(other)
     _check_stores(*stores)
+    pending = [pending_rows(store) for store in stores]
     samples = _draw_both(stores, max_rows, random_state, threads, progress, client)
     sampled = [len(sample.sequence) for sample in samples]
     shared = set(samples[0].sequence) & set(samples[1].sequence)
@@ -347,12 +351,7 @@ def train(
     group = np.concatenate([groups[0], groups[1] + len(groups[0])])
     is_first = np.repeat([1, 0], [len(each) for each in held_out])
     notes = _notes(samples, classes, sampled, is_test)
-    for store, name in zip(stores, classes, strict=True):
-        if missing := store.records - store.rows_in(np.flatnonzero(store.present())):
-            notes.append(
-                f"{name}: {missing:,} of {store.records:,} rows are not yet embedded; `virnuc-dask"
-                " resume` computes them"
-            )
+    notes += filter(None, map(pending_note, stores, pending))
     if shared:
         notes.append(
             f"{len(shared):,} sequences in both classes were left out: {left_out[0]:,} rows of"
@@ -388,6 +387,7 @@ def train(
                 translation=store.identity.translation,
                 rows=store.records,
                 embedded=sample.embedded,
+                pending=pending[number],
                 sampled=sampled[number],
                 left_out=left_out[number],
                 training=int((~held_out[number]).sum()),

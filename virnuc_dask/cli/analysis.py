@@ -487,7 +487,8 @@ def train(viral: str, other: str, out: Path, as_json: bool, **options: Any) -> N
 @click.option(
     "--consensus",
     type=click.Choice(CONSENSUS),
-    help="Write one line per read, or per tiled protein, in the table.",
+    help="Write one line per read, or per tiled protein, in the table. One that has a row not yet"
+    " embedded is left out.",
 )
 @_guard
 @_workers
