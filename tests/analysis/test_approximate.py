@@ -183,7 +183,7 @@ def test_what_an_index_lacks_is_said(store: Store) -> None:
     store.remove_chunk(9)
     index = build_index(store.path)
     name = str(virnuc_dask.open_store(store.path).sequence_id.values[0])
-    assert "note" not in virnuc_dask.nearest(store.path, name, index=index).attrs
+    assert "the index lacks" not in virnuc_dask.nearest(store.path, name, index=index).note
     store.write_chunk(9, *content)
     found = virnuc_dask.nearest(store.path, name, index=index)
     assert found.note == ("the index lacks 1 of 10 chunks; `virnuc-dask index` adds them")
