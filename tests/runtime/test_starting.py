@@ -57,6 +57,29 @@ def test_a_script_needs_neither_a_file_nor_a_guard(how: str, tmp_path: Path) -> 
     assert done.stderr == ""
 
 
+LEFT = """
+import sys
+from distributed import LocalCluster
+from virnuc_dask.runtime.dask_cluster import connect
+
+LocalCluster.close = lambda *arguments, **more: None
+context = connect("local", workers=1)
+client = context.__enter__()
+print(*client.run(__import__("os").getpid).values(), flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_workers_that_no_cluster_closed(tmp_path: Path) -> None:
+    """Workers block SIGTERM. Here Dask's own closing is broken, as when it takes too long."""
+    (tmp_path / "left.py").write_text(LEFT)
+    done = subprocess.run(
+        [sys.executable, "left.py"], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    await_end({int(done.stdout)})
+
+
 # --- a site's configuration ---
 
 

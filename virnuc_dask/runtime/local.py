@@ -9,7 +9,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from multiprocessing import resource_tracker, spawn
+from multiprocessing import active_children, resource_tracker, spawn, util
 from typing import Any
 
 import dask
@@ -176,6 +176,20 @@ def innermost(error: BaseException) -> BaseException:
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         error = inner
     return error
+
+
+def _kill_left_workers() -> None:
+    """Kill the workers that are left when this process exits, because no cluster closed them.
+
+    They block SIGTERM, by which multiprocessing would end them; it would wait for them for ever.
+    """
+    for process in active_children():
+        if process.name == _WORKER:
+            process.kill()
+
+
+# multiprocessing calls it at the exit, after Dask has closed what it can.
+util.Finalize(None, _kill_left_workers, exitpriority=0)
 
 
 def _nanny(ends: list[int]) -> type[Nanny]:
