@@ -33,4 +33,4 @@ outputs:
 successCodes: [0, 3]
 permanentFailCodes: [2]
 # The same command goes on.
-temporaryFailCodes: [4, 129, 130, 143]
+temporaryFailCodes: [4, 129, 130, 137, 143]

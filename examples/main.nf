@@ -32,10 +32,10 @@ process EMBED {
     script:
     """
     code=0
-    virnuc-dask run ${proteins} ${store} --model ${model} --workers ${task.cpus} \\
+    virnuc-dask run '${proteins}' '${store}' --model '${model}' --workers ${task.cpus} \\
         --no-progress || code=\$?
     [ \$code -eq 0 ] || [ \$code -eq 3 ] || exit \$code
-    virnuc-dask status ${store} --rows --json > embeddings.json || [ \$? -eq 3 ]
+    virnuc-dask status '${store}' --rows --json > embeddings.json || [ \$? -eq 3 ]
     """
 }
 
@@ -50,7 +50,7 @@ process TABLE {
 
     script:
     """
-    virnuc-dask export ${store} embeddings.parquet
+    virnuc-dask export '${store}' embeddings.parquet
     """
 }
 

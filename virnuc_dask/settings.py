@@ -437,7 +437,8 @@ class Settings:
         **options
             Fields of this class. Instead of `translation`: ``translate="six-frame"``, with
             ``frames``, ``window``, ``genetic_code``, ``min_residues`` and ``max_unknown``, if they
-            are not to have their defaults. Instead of `tiling`: ``tile``, with ``tile_step``.
+            are not to have their defaults. Instead of `tiling`: ``tile``, with ``tile_step``. None
+            of these, or None, means the default.
 
         Raises
         ------
@@ -445,8 +446,10 @@ class Settings:
             An option does not exist, lacks the one that it belongs to, or has a wrong value.
         """
         translate = options.pop("translate", None)
-        for_translation = {n: options.pop(n) for n in TRANSLATION_OPTIONS if n in options}
-        for_tiling = {n: options.pop(n) for n in TILING_OPTIONS if n in options}
+        names = (*TRANSLATION_OPTIONS, *TILING_OPTIONS)
+        given = {n: v for n in names if (v := options.pop(n, None)) is not None}
+        for_translation = {n: given[n] for n in TRANSLATION_OPTIONS if n in given}
+        for_tiling = {n: given[n] for n in TILING_OPTIONS if n in given}
         if unknown := sorted(options.keys() - {each.name for each in fields(cls)}):
             raise UsageError(f"there is no setting {', '.join(unknown)}")
         if translate not in (None, SIX_FRAME):

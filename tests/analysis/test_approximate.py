@@ -239,7 +239,7 @@ def test_without_faiss_it_is_said_how_to_get_it(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)
-    with pytest.raises(UsageError, match=r"pip install 'virnuc_dask\[faiss\]'"):
+    with pytest.raises(UsageError, match="pip install faiss-cpu"):
         build_index(store.path)
 
 

@@ -132,6 +132,8 @@ def test_a_signal_lets_running_chunks_finish_and_the_next_run_goes_on(
         if event["event"] == "chunk_done":
             # To the whole group, as a terminal's Ctrl-C goes, and a queue's SIGTERM.
             os.killpg(first.process.pid, number)
+            if number == signal.SIGTERM:  # by its script, too
+                first.process.send_signal(number)
             break
     assert first.finish() == 128 + number
     assert first.of("stopping")[0]["running"] >= 1
@@ -258,7 +260,7 @@ def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
         await_end({process.pid for process in family})
     assert first.process.stderr is not None
     assert first.process.stderr.read() == (
-        "error: the scheduler was lost. Finished chunks are safe; the same command resumes\n"
+        "error: the scheduler was lost. Finished chunks are safe; `resume` goes on\n"
     )
     present = Store(path).present()
     assert 0 < present.sum() < len(present)

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from clusters import started_cluster
 from conftest import AWKWARD, VIRAL_PROTEINS, Maker, tree
 from distributed import Client, LocalCluster
 
@@ -237,18 +238,16 @@ def test_a_client_can_be_at_one_run_only(tmp_path: Path, awkward: Path, client: 
     assert second.counts == first.counts
 
 
-def test_a_scheduler_file_is_attached_to_and_left_running(
-    tmp_path: Path, awkward: Path, client: Any
-) -> None:
-    file = tmp_path / "scheduler.json"
-    file.write_text(json.dumps({"address": client.scheduler.address}))
-    summary = virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", cluster=str(file))
-    assert summary.complete
-    address = client.scheduler.address
-    assert virnuc_dask.run(awkward, tmp_path / "b.zarr", model="demo", cluster=address).complete
-    assert client.nthreads()
-    with pytest.raises(UsageError, match="only for --cluster local"):
-        virnuc_dask.run(awkward, tmp_path / "c.zarr", model="demo", cluster=address, workers=2)
+def test_a_scheduler_file_is_attached_to_and_left_running(tmp_path: Path, awkward: Path) -> None:
+    with started_cluster(tmp_path) as file:
+        summary = virnuc_dask.run(awkward, tmp_path / "a.zarr", model="demo", cluster=str(file))
+        assert summary.complete
+        address = json.loads(file.read_text())["address"]
+        assert virnuc_dask.run(awkward, tmp_path / "b.zarr", model="demo", cluster=address).complete
+        with Client(address) as client:
+            assert client.nthreads()
+        with pytest.raises(UsageError, match="only for --cluster local"):
+            virnuc_dask.run(awkward, tmp_path / "c.zarr", model="demo", cluster=address, workers=2)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from virnuc_dask.errors import (
     StoreReplacedError,
     UsageError,
 )
+from virnuc_dask.files import remove_orphans
 from virnuc_dask.runtime import events
 from virnuc_dask.settings import RunConfig
 from virnuc_dask.store.directory import Directory
@@ -188,7 +190,8 @@ def test_a_store_that_cannot_be_published_leaves_the_old_one(
     before = tree(old.path)
 
     def fail(self: Directory, staging: Path) -> bool:
-        assert not old.path.exists()  # it is aside
+        assert not old.path.exists()  # it is aside, and no other ingest takes it for a killed one's
+        remove_orphans(old.path.parent, f".{old.path.name}")
         raise StoreError("no")
 
     monkeypatch.setattr(Directory, "publish", fail)  # a disk that fails in this very moment
@@ -196,6 +199,48 @@ def test_a_store_that_cannot_be_published_leaves_the_old_one(
         replace(old, OTHER_PROTEINS, client)
     assert tree(old.path) == before
     assert os.listdir(old.path.parent) == ["out.zarr"]
+
+
+def test_no_store_is_replaced_for_a_cluster_that_is_not_there(
+    make_store: Maker, tmp_path: Path
+) -> None:
+    old = make_store(VIRAL_PROTEINS)
+    before = tree(old.path)
+    for wrong in (
+        {"cluster": "tcp://127.0.0.1:9"},
+        {"cluster": "nobody knows"},
+        {"workers": 0},
+        {"config": RunConfig(performance_report=str(tmp_path / "no" / "report.html"))},
+    ):
+        with pytest.raises((UsageError, OSError)):
+            virnuc_dask.run(OTHER_PROTEINS, old.path, overwrite=True, **OPTIONS, **wrong)
+    assert tree(old.path) == before
+
+
+def test_what_another_run_has_put_there_in_the_last_moment_stays(
+    make_store: Maker, client: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have seen the old store; the other one gets its lock first."""
+    old, other = make_store(VIRAL_PROTEINS), make_store(OTHER_PROTEINS, "other.zarr")
+    if_unused, new = Directory._if_unused, tree(other.path)
+
+    @contextmanager
+    def late(self: Directory) -> Iterator[bool]:
+        if other.path.exists():
+            shutil.rmtree(old.path)
+            other.path.rename(old.path)
+        with if_unused(Store(old.path).location) as is_unused:
+            yield is_unused
+
+    seen: list[events.Event] = []
+
+    def from_now_on(event: events.Event) -> None:
+        seen.append(event)
+        if isinstance(event, events.StoreToBeReplaced):
+            monkeypatch.setattr(Directory, "_if_unused", late)
+
+    summary = replace(old, OTHER_PROTEINS, client, listener=from_now_on)
+    assert (summary.computed_chunks, tree(old.path)) == (0, new)
 
 
 def test_of_two_that_replace_a_store_one_does_and_the_other_finds_it(

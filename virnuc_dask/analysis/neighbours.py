@@ -373,8 +373,7 @@ def _rows_of(store: Store, ids: list[str]) -> NDArray[np.int64]:
         alike = _alike(store, unknown)
         hint = f"; did you mean {', '.join(map(printable, alike))}?" if alike else ""
         _refuse(store, "no record has the identifier", unknown, hint)
-    # A row may be given by its own identifier and by that of its read.
-    return np.array(list(dict.fromkeys(row for name in ids for row in found[name])), np.int64)
+    return np.array([row for name in ids for row in found[name]], np.int64)
 
 
 def _names(store: Store) -> Iterator[tuple[str, ...]]:

@@ -329,6 +329,10 @@ def _telemetry(store: Store, path: str | Path | None) -> dict[str, Any] | None:
                 try:
                     event = json.loads(line)
                     run, kind = str(event["run"]), event["event"]
+                    if kind == "store_to_be_replaced":  # what came before is of another store
+                        for of_runs in (ends, before, spans, busy):
+                            of_runs.clear()
+                        phases, memory, lost = dict.fromkeys(_PHASES, 0.0), 0.0, 0
                     lost += kind == "worker_lost"
                     time = datetime.fromisoformat(event["time"]).timestamp()
                     if kind == "run_summary" and run in spans:

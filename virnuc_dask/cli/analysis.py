@@ -70,9 +70,13 @@ _refit = click.option("--refit", is_flag=True, help="Fit again to all rows embed
 )
 def export(store: str, out: Path, **options: bool) -> None:
     """Export STORE's rows to OUT.csv, .tsv, .parquet, .npz, .h5, .h5ad, or .zarr (AnnData)."""
+    import logging
+
     from virnuc_dask.analysis.export import export as write
     from virnuc_dask.store.store import Store
 
+    # Zarr writes several files at once: one error is reported, asyncio would log the others.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     with cleaning_up():
         rows = write(store, out, progress=chunk_counter("wrote", "rows"), **options)
     _say_doubts([], Store(store).model.comment().get("comment"))

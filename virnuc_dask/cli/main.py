@@ -37,7 +37,7 @@ from virnuc_dask.cli.options import (
     work_options,
 )
 from virnuc_dask.errors import RandomWeightsWarning, UsageError, VirnucError
-from virnuc_dask.settings import RunConfig, Settings
+from virnuc_dask.settings import AUTO, RunConfig, Settings
 from virnuc_dask.standard_streams import lost_output
 from virnuc_dask.text import counted, duration, printable
 
@@ -113,8 +113,8 @@ def main() -> None:
     """Embed protein sequences with ESM-2 into a Zarr store. A killed run loses no finished chunk.
 
     Exit codes: 0 complete; 2 usage or input error; 3 complete with quarantined rows; 4 incomplete
-    or damaged; 129, 130 and 143 interrupted. After 4 or an interruption of `run` or `resume` the
-    same command resumes.
+    or damaged; 129, 130 and 143 interrupted. After 4 or an interruption `resume` goes on, and so
+    does the same `run`, unless it has --overwrite.
     """
     # Otherwise the final garbage collection of torch's objects takes most of a second.
     atexit.register(gc.freeze)
@@ -456,7 +456,14 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
 
 def _again(cluster: str, config: RunConfig) -> str:
     """Options of a `resume` that does the rest of a run, where the run did it."""
-    given = {"--cluster": cluster if cluster != "local" else None, "--shard": config.shard}
+    given = {
+        "--cluster": cluster if cluster != "local" else None,
+        "--device": config.device if config.device != AUTO else None,
+        "--shard": config.shard,
+        "--tls-ca-file": config.tls_ca_file,
+        "--tls-cert": config.tls_cert,
+        "--tls-key": config.tls_key,
+    }
     return "".join(f" {name} {shlex.quote(value)}" for name, value in given.items() if value)
 
 
@@ -497,7 +504,7 @@ def _show_summary(summary: RunSummary, again: str) -> None:
     if summary.missing:
         for line in _missing_lines(summary.missing):
             print(f"  {line}")
-        print(f"resume with: virnuc-dask resume {summary.store}{again}")
+        print(f"resume with: virnuc-dask resume {shlex.quote(summary.store)}{again}")
     elif summary.elsewhere:
         print(f"this shard is done; other shards still lack {counted(summary.elsewhere, 'chunk')}")
     else:

@@ -157,6 +157,7 @@ def usable_packed_kernel(
     RuntimeError
         The device is out of memory, or no longer usable.
     """
+    before = _switched_on()
     for flash_attention in ("FA4", None):
         try:
             kernel = PackedKernel(dtype, flash_attention)
@@ -164,11 +165,12 @@ def usable_packed_kernel(
                 return kernel
             problem = "it differs from scaled-dot-product attention"
         except Exception as error:  # not installed, an old torch or GPU, a failed compilation, …
-            if is_out_of_memory(error) or "CUDA error" in str(error):
+            is_of_device = "CUDA error" in str(error) and "no kernel image" not in str(error)
+            if is_of_device or is_out_of_memory(error):
                 raise  # not a fault of the kernel, and it may not happen again
             problem = f"{type(error).__name__}: {error}"
         _log.info("no packed attention by %s: %s", flash_attention or "torch", problem)
-        if flash_attention and flash_attention == _switched_on():
+        if _switched_on() != before:
             torch.nn.attention.restore_flash_attention_impl()
     return None
 

@@ -256,7 +256,7 @@ class ChunkWindow:
         except NotAStoreError as error:
             raise StoreError(
                 f"a worker does not find the store: {error}. Finished chunks are in the store; when"
-                " it is available again, the same command resumes"
+                " it is available again, `resume` goes on"
             ) from error
         except UsageError:
             raise  # any other worker or attempt would fail too

@@ -22,7 +22,7 @@ from virnuc_dask.files import expanded
 from virnuc_dask.runtime import local
 from virnuc_dask.settings import AUTO, RunConfig
 
-SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; the same command resumes"
+SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; `resume` goes on"
 # Seconds that the scheduler may take to answer.
 _ANSWER_S = 2.0
 _START_S = 120
@@ -261,5 +261,5 @@ def _said_if_lost() -> Iterator[None]:
         yield
     except (KilledWorker, FutureCancelledError, CommClosedError) as error:
         raise VirnucError(
-            f"the workers or their scheduler were lost: {error}. The same command resumes"
+            f"the workers or their scheduler were lost: {error}; `resume` goes on"
         ) from error

@@ -44,7 +44,7 @@ def display(kind: str) -> Iterator[Listener]:
         ``auto``: a live bar if stderr is a terminal that can redraw a line, else plain lines. JSON
         goes to stdout, everything else to stderr. ``quiet`` shows problems only.
     """
-    console = Console(stderr=True, markup=False, emoji=False, highlight=False)
+    console = _Console(stderr=True, markup=False, emoji=False, highlight=False)
     if kind == "json":
         yield _JsonLines(sys.stdout)
     elif kind == "auto" and console.is_interactive and sys.stderr.isatty():
@@ -53,6 +53,12 @@ def display(kind: str) -> Iterator[Listener]:
             yield bar
     else:
         yield _PlainLines(console, quiet=kind == "quiet")
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Say nothing more if nobody reads; rich would end the program."""
+        self.quiet = True
 
 
 class _Tally:

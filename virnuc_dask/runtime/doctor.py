@@ -21,7 +21,6 @@ from virnuc_dask.encoder.weight_files import file_of
 from virnuc_dask.errors import UsageError
 
 _SHOWN = ("torch", "dask", "distributed", "zarr", "xarray", "numpy")
-# Extra, a module of it, and what it is for.
 # Packages, their modules, and what they serve.
 _EXTRAS = (
     ("obstore", "obstore", "stores at s3:// and gs://"),
@@ -29,7 +28,6 @@ _EXTRAS = (
     ("h5py", "h5py", "AnnData as .h5ad"),
     ("faiss-cpu", "faiss", "index"),
     ("umap-learn", "umap", "map --method umap"),
-    ("'dask-cuda[cu13]'", "dask_cuda", "--cluster local-cuda"),
 )
 # A store of a million rows of 650M takes about this much.
 _FREE = 5 * 2**30

@@ -197,6 +197,6 @@ class KnownWorkers:
             self.count()
         if self.present and self.present <= set(self._unfit):
             raise VirnucError(
-                "no worker is left that can do this run; the same command resumes\n"
+                "no worker is left that can do this run; `resume` goes on\n"
                 + describe_unfit(self._unfit)
             )

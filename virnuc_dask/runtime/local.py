@@ -8,7 +8,7 @@ import resource
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import active_children, resource_tracker, spawn, util
 from typing import Any
 
@@ -178,14 +178,19 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
+# Processes that became workers of our clusters.
+_started: set[int | None] = set()
+
+
 def _kill_left_workers() -> None:
     """Kill the workers that are left when this process exits, because no cluster closed them.
 
     They block SIGTERM, by which multiprocessing would end them; it would wait for them for ever.
     """
     for process in active_children():
-        if process.name == _WORKER:
-            process.kill()
+        if process.pid in _started:
+            with suppress(ValueError):  # Dask has closed it just now
+                process.kill()
 
 
 # multiprocessing calls it at the exit, after Dask has closed what it can.
@@ -209,7 +214,9 @@ def _nanny(ends: list[int]) -> type[Nanny]:
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
             status = await super().instantiate()  # raises an error that the process reported
-            if status != Status.running:
+            if status == Status.running:
+                _started.add(self.process.pid)
+            else:
                 ends.append(self.ended_with)
             return status
 
@@ -254,8 +261,8 @@ def visible_gpus() -> list[str]:
 _ON_THIS_MACHINE: dict[str, Any] = {
     # Without an address, Dask listens on all interfaces.
     "host": "127.0.0.1",
-    # TLS with certificates of this cluster alone, which stay in memory. Other users of this machine
-    # reach its loopback too, and whoever may talk to a worker can run code as its user.
+    # TLS with temporary certificates of this cluster alone. Other users of this machine reach its
+    # loopback too, and whoever may talk to a worker can run code as its user.
     "security": True,
     "dashboard_address": "127.0.0.1:0",
     # With a limit, Dask kills a worker that exceeds its share, however much memory is free.

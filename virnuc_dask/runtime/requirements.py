@@ -193,7 +193,7 @@ def preflight(
             + describe_unfit(unfit)
         )
     if asked and len(short) == len(asked):
-        raise VirnucError(f"no worker has enough memory now: {short[0]}; the same command resumes")
+        raise VirnucError(f"no worker has enough memory now: {short[0]}; `resume` goes on")
     if waiting and not results and not is_stopped():
         raise VirnucError(f"no worker answered within {start_s:.0f} s")
     return list(results)

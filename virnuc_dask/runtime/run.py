@@ -55,7 +55,7 @@ from virnuc_dask.store.verify import verify
 
 # Seconds beyond the grace that a run may take to end after a signal.
 _LATE_S = 5.0
-# A second SIGTERM within these seconds is the same one, sent twice.
+# A second signal within these seconds is the same one, sent twice.
 _TWICE_S = 2.0
 # Name of the cluster if the caller passes a client.
 _ATTACHED = "a client's"
@@ -136,8 +136,13 @@ def run(
     cluster, config = _settle(client, cluster, config)
     if overwrite and config.shard:
         raise UsageError("overwrite with a shard: each run would replace the store of the others")
-    expected = partial(_expected_workers, client, cluster, workers, config)
-    with _shown(progress, listener) as emit:
+    with ExitStack() as stack:
+        emit = stack.enter_context(_shown(progress, listener))
+        if overwrite and client is None:
+            # No store is replaced for a cluster that is not there.
+            wait = partial(_waiting, emit, cluster)
+            client = stack.enter_context(connect(cluster, workers, config, wait))
+        expected = partial(_expected_workers, client, cluster, workers, config)
         opened, spec = prepare(
             inputs, store, all_settings, emit, config.device, expected, overwrite
         )
@@ -191,13 +196,19 @@ def resume(
 def _shown(progress: bool, listener: Listener | None) -> Iterator[Listener]:
     """Yield a listener that shows progress, if it is to be shown, and calls the caller's."""
     with ExitStack() as stack:
-        listeners = [listener] if listener else []
+        shown = None
         if progress:
-            listeners.append(notebook_listener() or stack.enter_context(display("auto")))
+            shown = notebook_listener() or stack.enter_context(display("auto"))
 
         def emit(event: events.Event) -> None:
-            for each in listeners:
-                each(event)
+            nonlocal shown
+            if listener:
+                listener(event)
+            if shown:
+                try:
+                    shown(event)
+                except OSError:  # a full disk behind standard error, say, must not end a run
+                    shown = None
 
         yield emit
 
@@ -214,6 +225,9 @@ def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tu
     cluster = resolve(cluster) if client is None else _ATTACHED
     config = config or RunConfig()
     Shard.parse(config.shard, os.environ)
+    if config.performance_report is not None:
+        with open(expanded(config.performance_report), "a"):
+            pass  # fails now, not at the end, if the file cannot be written
     device = "cuda" if cluster == "local-cuda" else "cpu"
     return cluster, replace(config, device=device) if config.device == AUTO else config
 
@@ -242,8 +256,7 @@ def _fill(
     """Compute the missing chunks of the store or, if the run has a shard, of the shard."""
     shard = Shard.parse(config.shard, os.environ)
 
-    def wait(reason: str) -> None:
-        emit(events.WaitingForWorkers(cluster, reason))
+    wait = partial(_waiting, emit, cluster)
 
     def connection(
         is_stopped: Callable[[], bool] = lambda: False,
@@ -299,9 +312,13 @@ def _fill(
     try:
         summary = _summarise(store, work, shard, time.monotonic() - started)
     except LocationError as error:
-        raise StoreError(f"{error}. Finished chunks are safe; the same command resumes") from error
+        raise StoreError(f"{error}. Finished chunks are safe; `resume` goes on") from error
     emit(summary)
     return summary
+
+
+def _waiting(emit: Listener, cluster: str, reason: str) -> None:
+    emit(events.WaitingForWorkers(cluster, reason))
 
 
 def _check_precision(store: Store, device: str) -> None:
@@ -310,7 +327,7 @@ def _check_precision(store: Store, device: str) -> None:
     except UsageError as error:
         raise UsageError(
             f"{store.path} was made for a GPU: {error}. Give it one (--cluster local-cuda, or"
-            " --device cuda), or replace the store (--overwrite)"
+            " --device cuda), or replace the store (run --overwrite)"
         ) from error
 
 
@@ -338,14 +355,11 @@ def _watched(client: Client, config: RunConfig, emit: Listener) -> Iterator[None
     if config.performance_report is None:
         yield
         return
-    file = expanded(config.performance_report)
     if not client.run_on_scheduler(lambda: find_spec("bokeh") is not None):
         raise UsageError(
             "a performance report needs bokeh on the scheduler's machine: pip install bokeh"
         )
-    with open(file, "a"):
-        pass  # fails now, not at the end, if the file cannot be written
-    report = performance_report(filename=file)
+    report = performance_report(filename=expanded(config.performance_report))
     with client.as_current():
         report.__enter__()
     yield
@@ -416,8 +430,8 @@ def _residues_to_encode(store: Store) -> dict[int, int]:
 def _signals(work: ChunkWindow) -> Iterator[None]:
     """On a signal stop the work in order; on a second signal exit immediately.
 
-    A queue may send SIGTERM to a job's processes and to its script, which passes it on: two in
-    quick succession are one.
+    A queue may send SIGTERM to a job's processes and to its script, which passes it on, and a
+    terminal that is closed sends SIGHUP twice: but for Ctrl-C, two in quick succession are one.
 
     Also exit if the work has not stopped when the grace is over, because it may wait for something
     that never happens.
@@ -433,21 +447,29 @@ def _signals(work: ChunkWindow) -> Iterator[None]:
         number = signals.get()
         if number is None:
             return
-        try:
-            signals.get(timeout=work.config.grace + _LATE_S)
-        except Empty:
-            os.write(2, b"error: stopping takes longer than the grace; the same command resumes\n")
-            os._exit(128 + number)
+        until = time.monotonic() + work.config.grace + _LATE_S
+        with suppress(Empty):
+            while signals.get(timeout=max(0.0, until - time.monotonic())) is not None:
+                pass  # the same signal, sent twice
+            return
+        # In a thread, for nobody may read what is written.
+        late = b"error: stopping takes longer than the grace; `resume` goes on\n"
+        said = threading.Thread(target=os.write, args=(2, late), daemon=True)
+        said.start()
+        said.join(1)
+        os._exit(128 + number)
 
     def handle(number: int, _frame: FrameType | None) -> None:
         nonlocal began
-        if work.signal is not None:
-            if number == signal.SIGTERM == work.signal and time.monotonic() - began < _TWICE_S:
-                return
-            os.write(2, b"interrupted at once; finished chunks are safe: resume goes on\n")
-            os._exit(128 + number)
-        work.signal, began = number, time.monotonic()
-        signals.put(number)
+        if work.signal is None:
+            began = time.monotonic()
+            work.signal = number
+            signals.put(number)
+        elif number == signal.SIGINT or time.monotonic() - began > _TWICE_S:
+            try:
+                os.write(2, b"interrupted at once; finished chunks are safe: `resume` goes on\n")
+            finally:
+                os._exit(128 + number)
 
     # Ignored signals stay ignored, such as SIGHUP under nohup; handlers set by C code stay too.
     before = {

@@ -132,7 +132,7 @@ class RunSummary(Event):
 class IncompleteRunError(VirnucError):
     """A run ended before every row of the store, or of its shard, had its final state.
 
-    Finished chunks are safe. The same call, or `resume`, computes the others.
+    Finished chunks are safe, and `resume` computes the others.
 
     Parameters
     ----------
@@ -150,7 +150,7 @@ class IncompleteRunError(VirnucError):
         failed = {c: error for c, error in summary.missing.items() if error != NOT_COMPUTED}
         for chunk, error in islice(failed.items(), 1):
             text += f"; chunk {chunk}: {error}"
-        super().__init__(f"{summary.store}: {text}; the same call, or `resume`, computes them")
+        super().__init__(f"{summary.store}: {text}; `resume` goes on")
 
     def __reduce__(self) -> tuple[type[IncompleteRunError], tuple[RunSummary]]:
         return type(self), (self.summary,)

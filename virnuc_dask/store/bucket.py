@@ -20,6 +20,7 @@ from datetime import timedelta
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from zarr.abc.buffer import Buffer, BufferPrototype
 from zarr.abc.store import ByteRequest
@@ -31,8 +32,8 @@ from virnuc_dask.store.directory import ROOT, Directory, IsOurs, Staging
 
 # Object with a digest of the content that is being uploaded; removed once the root exists.
 CLAIM = "unfinished"
-# Content of a claim while a store is being removed.
-_REMOVAL = b"removal"
+# Beginning of a claim while a store is being removed.
+_REMOVAL = b"removal "
 # About three seconds in all; `runtime.failures` handles longer failures.
 _RETRIES = {
     "max_retries": 5,
@@ -171,19 +172,21 @@ class Bucket:
             Whether the metadata of a root belong to the store that is to be removed. If another
             store is at the location, nothing is removed. None if there was no store.
         """
-        if is_ours is not None and self.holds(is_ours):
-            obstore = _obstore()
-            with _errors_of(self.path, CLAIM):
-                obstore.put(_client(self.path), CLAIM, _REMOVAL, use_multipart=False)
-            self.remove(ROOT)  # first, so that no run writes into this store any more
-        if self.read(CLAIM) == _REMOVAL and self.size(ROOT) is None:
-            self._remove_all()
+        is_replaced = is_ours is not None and self.holds(is_ours)
+        claim = self.read(CLAIM) or b""
+        if is_replaced or (claim.startswith(_REMOVAL) and self.size(ROOT) is None):
+            self._remove_all(_REMOVAL + uuid4().hex.encode())
         yield
 
-    def _remove_all(self) -> None:
+    def _remove_all(self, mark: bytes) -> None:
         obstore = _obstore()
+        with _errors_of(self.path, CLAIM):
+            obstore.put(_client(self.path), CLAIM, mark, use_multipart=False)
+        self.remove(ROOT)  # first, so that no run writes into this store any more
         # Again, for what a run wrote meanwhile.
         while keys := [key for key in self._keys("") if key != CLAIM]:
+            if self.read(CLAIM) != mark:
+                raise NotAStoreError(f"{self.path}: another run replaces the store there, too")
             with _errors_of(self.path):
                 obstore.delete(_client(self.path), keys)
         self.remove(CLAIM)
@@ -219,8 +222,9 @@ class Bucket:
         files = sorted(file for file in staging.rglob("*") if file.is_file())
         keys = {file.relative_to(staging).as_posix(): file for file in files}
         root = keys.pop(ROOT)
-        claimed = self._create(CLAIM, _digest(keys).encode())
-        if not claimed and self.read(CLAIM) == _REMOVAL:
+        digest = _digest(keys).encode()
+        claimed = self._create(CLAIM, digest)
+        if not claimed and (self.read(CLAIM) or b"").startswith(_REMOVAL):
             raise NotAStoreError(
                 f"{self.path}: a run with --overwrite was ended while it removed a store there;"
                 " nothing was changed; such a run goes on"
@@ -231,6 +235,8 @@ class Bucket:
                 " there; nothing was changed. If no run is writing there, remove its objects, or"
                 " give another URL"
             )
+        if self.read(CLAIM) != digest and self.size(ROOT) is None:
+            raise NotAStoreError(f"{self.path}: another run has removed this upload")
         first = self._create(ROOT, root.read_bytes())
         self.remove(CLAIM)
         return first

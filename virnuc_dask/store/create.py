@@ -16,6 +16,7 @@ from zarr.codecs import Crc32cCodec, ZstdCodec
 from zarr.storage import LocalStore
 
 from virnuc_dask.errors import NotAStoreError, StoreError
+from virnuc_dask.files import sync_tree
 from virnuc_dask.inputs.lengths import encoded_lengths
 from virnuc_dask.inputs.records import Block, Headers
 from virnuc_dask.settings import Identity, Status
@@ -248,6 +249,8 @@ class Ingest:
         )
         path = self.location.path
         self._check_all_is_there()
+        if self._old is not None:
+            sync_tree(self._staging.path)  # so that only two renames separate the two stores
         with self._emptied():
             if self.location.publish(self._staging.path):
                 return True

@@ -275,22 +275,30 @@ class Directory:
         ------
         StoreInUseError
         """
-        if is_ours is None or not self.holds(is_ours):
+        held = self._held
+        if is_ours is None or held is None or not self.holds(is_ours):
             yield
             return
-        target = Path(self.address)
         with self._if_unused() as is_unused:
+            if not self.holds(is_ours):  # another run has replaced it meanwhile
+                yield
+                return
             if not is_unused:
                 raise StoreInUseError(str(self.path))
-            # An ingest removes what has such a name, if this process is killed.
+            # It is locked, so no ingest takes it for one that was killed, as long as this lives.
+            lock(held.descriptor)
+            os.utime(held.root)  # or, where locks are not seen, as long as it is not a day old
+            target = Path(self.address)
             aside = target.with_name(f"{_hidden(target)}{owner_mark()}.ingest")
-            os.rename(target, aside)
             try:
+                os.rename(target, aside)
                 yield
             except BaseException:
                 with suppress(OSError):
                     os.rename(aside, target)
                 raise
+            finally:
+                fcntl.flock(held.descriptor, fcntl.LOCK_UN)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _open_root(self) -> int:
@@ -322,6 +330,8 @@ class Directory:
                     raise UsageError(f"{self.path}: this is the working directory{advice}")
                 if self.is_free():
                     _check_rename(target)
+                elif os.path.ismount(target):
+                    raise UsageError(f"{self.path}: a mount point cannot be replaced{advice}")
             target.parent.mkdir(parents=True, exist_ok=True)
             remove_orphans(target.parent, _hidden(target))
             return Staging(target.parent, _hidden(target))
