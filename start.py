@@ -1,6 +1,6 @@
 """Set up an environment beside this file and use it; needs nothing but Python 3.11 and pip's index.
 
-python3 start.py demo    embed real viral proteins, show what came out
+python3 start.py demo    embed real viral proteins, show what came out; installs what users need
 python3 start.py test    run the quick tests; with --all, or as pytest is told, all of them
 python3 start.py check   lint, types, and who may import whom; also the Dockerfile, workflows
 python3 start.py docs    build the pages of docs/ into site/
@@ -38,18 +38,23 @@ def main() -> int:
         return 2
     os.chdir(HERE)
     try:
-        install()
+        install("[export,faiss,s3,umap]" if sys.argv[1] == "demo" else "[dev]")
         return commands[sys.argv[1]](sys.argv[2:])
     except KeyboardInterrupt:
         print(f"\ninterrupted; to go on: python3 start.py {sys.argv[1]}")
         return 130
 
 
-def install() -> None:
-    wanted = "\n".join((HERE / name).read_text() for name in INSTALLED_FROM)
-    if INSTALLED.exists() and INSTALLED.read_text() == wanted:
+def install(extras: str) -> None:
+    """Install the package with extras; whoever has `dev` has all of them."""
+    sources = "\n".join((HERE / name).read_text() for name in INSTALLED_FROM)
+    if INSTALLED.exists() and INSTALLED.read_text() in (
+        f"[dev]\n{sources}",
+        f"{extras}\n{sources}",
+    ):
         return
     print(f"installing into {ENVIRONMENT}: once, and it takes a few minutes", flush=True)
+    print("(without CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu)", flush=True)
     if not PYTHON.exists():
         shutil.rmtree(ENVIRONMENT, ignore_errors=True)
         made = subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=False)
@@ -57,10 +62,10 @@ def install() -> None:
             shutil.rmtree(ENVIRONMENT, ignore_errors=True)
             raise SystemExit("cannot make an environment; on Debian: apt install python3-venv")
     pip = [str(PYTHON), "-m", "pip", "install", "--disable-pip-version-check", "--quiet"]
-    pip += ["--constraint", "constraints.txt", "--editable", ".[dev]"]
+    pip += ["--constraint", "constraints.txt", "--editable", f".{extras}"]
     if subprocess.run(pip, check=False).returncode:
         raise SystemExit("the installation failed; the same command tries again")
-    INSTALLED.write_text(wanted)
+    INSTALLED.write_text(f"{extras}\n{sources}")
 
 
 def demo(arguments: list[str]) -> int:

@@ -25,7 +25,8 @@ def make_cluster() -> SLURMCluster:
         job_cpu=4,
         memory="32GB",
         walltime="04:00:00",
-        job_extra_directives=["--gres=gpu:1", "--requeue"],
+        # A lost job is replaced, so it need not come back too.
+        job_extra_directives=["--gres=gpu:1", "--no-requeue"],
         # As `--cluster local` does: Dask's own default costs the encoder a quarter of its speed.
         job_script_prologue=[
             "export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432"

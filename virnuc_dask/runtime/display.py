@@ -25,6 +25,8 @@ from virnuc_dask.text import counted, duration, printable, share
 # Seconds between lines of plain output, so that the log of a long run stays readable.
 _PLAIN_EVERY_S = 10.0
 _NOTEBOOK_EVERY_S = 0.25
+# Computed chunks after which the time that is left is shown.
+_FIRST_CHUNKS = 3
 _MAP_CELLS = 64
 # Width of the bar by the least width of the terminal; a narrower terminal shows no bar.
 _BAR_WIDTHS = {100: 24, 60: 16, 36: 8}
@@ -66,7 +68,7 @@ class _Tally:
 
     def __init__(self) -> None:
         self.rows = self.total = self.residues_left = 0
-        self.computed_rows = self.computed_residues = 0
+        self.computed_rows = self.computed_residues = self.computed_chunks = 0
         self.workers = self.retries = self.quarantined = 0
         self.has_begun = self.is_stopping = False
         self._began: float | None = None
@@ -89,6 +91,7 @@ class _Tally:
                 self.residues_left -= event.residues
                 self.quarantined += event.quarantined
                 if event.computed:
+                    self.computed_chunks += 1
                     self.computed_rows += event.rows
                     self.computed_residues += event.residues
             case events.ChunkFailed(final=False):
@@ -109,7 +112,9 @@ class _Tally:
     def _parts(self) -> Iterator[str]:
         seconds = max(1e-6, time.monotonic() - (self._began or time.monotonic()))
         rate = self.computed_residues / seconds
-        left = duration(max(0, self.residues_left) / rate) if rate else "?"
+        # The first chunks are the longest, and the time until the first one is that of the start.
+        is_known = rate and (self.computed_chunks >= _FIRST_CHUNKS or not self.residues_left)
+        left = duration(max(0, self.residues_left) / rate) if is_known else "?"
         yield f"{self.rows:,}/{self.total:,} rows"
         yield "stopping" if self.is_stopping else f"ETA {left}"
         if self.quarantined:

@@ -163,8 +163,8 @@ class Bucket:
     def emptied(self, is_ours: IsOurs | None) -> Iterator[None]:
         """Remove the store at this location, so that this block can publish another one.
 
-        A run that is killed here leaves a mark, and the next one that calls this goes on. Two at
-        the same time could remove each other's objects, because nothing here can be locked.
+        A run that is killed here leaves a mark, and the next one that calls this goes on. A run
+        that finds the mark of another one stops; but nothing here can be locked, so start one.
 
         Parameters
         ----------

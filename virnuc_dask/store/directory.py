@@ -287,7 +287,8 @@ class Directory:
                 raise StoreInUseError(str(self.path))
             # It is locked, so no ingest takes it for one that was killed, as long as this lives.
             lock(held.descriptor)
-            os.utime(held.root)  # or, where locks are not seen, as long as it is not a day old
+            with suppress(OSError):  # not the owner
+                os.utime(held.root)  # where locks are not seen, nothing is taken that is so young
             target = Path(self.address)
             aside = target.with_name(f"{_hidden(target)}{owner_mark()}.ingest")
             try:
@@ -298,7 +299,8 @@ class Directory:
                     os.rename(aside, target)
                 raise
             finally:
-                fcntl.flock(held.descriptor, fcntl.LOCK_UN)
+                with suppress(OSError):  # a file system without such locks
+                    fcntl.flock(held.descriptor, fcntl.LOCK_UN)
         shutil.rmtree(aside, ignore_errors=True)
 
     def _open_root(self) -> int:
