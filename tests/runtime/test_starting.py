@@ -310,7 +310,7 @@ def test_an_interrupted_demo_ends_with_the_runs_summary_and_how_to_go_on(tmp_pat
     (programs := tmp_path / ".venv" / "bin").mkdir(parents=True)
     (programs / "python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
     (programs / "python").chmod(0o755)
-    texts = [(ROOT / name).read_text() for name in sources]
+    texts = ["[dev]", *((ROOT / name).read_text() for name in sources)]
     (tmp_path / ".venv" / "installed").write_text("\n".join(texts))
     process = subprocess.Popen(
         [sys.executable, "start.py", "demo", "--workers", "1"],
