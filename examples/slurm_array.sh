@@ -16,19 +16,21 @@
 #SBATCH --time=04:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --signal=B:TERM@60
+#SBATCH --signal=B:USR1@60
 virnuc-dask run "$@" --cluster local-cuda --shard slurm --no-progress &
 run=$!
-# Running chunks are finished within --grace, 30 seconds.
+# Running chunks are finished within --grace, 30 seconds. Out of time it is queued again; after
+# SIGTERM, as by scancel, it is not, for SLURM itself queues again what it preempts.
+again=no
+trap 'again=yes; kill -TERM $run' USR1
 trap 'kill -TERM $run' TERM
 wait $run
 code=$?
-trap - TERM
-if kill -0 $run 2>/dev/null; then  # the wait ended at the signal, not at the run's end
+while kill -0 $run 2>/dev/null; do  # the wait ended at the signal, not at the run's end
     wait $run
     code=$?
-fi
-if [ $code = 143 ]; then
+done
+if [ $again = yes ] && [ $code = 143 ]; then
     scontrol requeue "${SLURM_ARRAY_JOB_ID}_${SLURM_ARRAY_TASK_ID}"
 fi
 # 3: complete, but some rows could not be embedded; to SLURM that is no failure.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -82,10 +83,12 @@ def start(script: list[str], folder: Path, **more: str) -> subprocess.Popen[byte
     return subprocess.Popen(script, env={"PATH": path, "CALLS": str(folder / "calls"), **more})
 
 
-def terminate_once_begun(process: subprocess.Popen[bytes], folder: Path) -> int:
+def terminate_once_begun(
+    process: subprocess.Popen[bytes], folder: Path, number: signal.Signals = signal.SIGTERM
+) -> int:
     while not (folder / "calls.begun").exists():
         time.sleep(0.05)
-    process.terminate()
+    process.send_signal(number)
     return process.wait(timeout=30)
 
 
@@ -101,11 +104,16 @@ def test_the_slurm_array_gives_each_task_its_shard(tmp_path: Path) -> None:
     assert (context.params["cluster"], context.params["shard"]) == ("local-cuda", "slurm")
 
 
-def test_the_slurm_array_is_queued_again_when_its_time_is_over(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_the_slurm_array_is_queued_again_when_its_time_is_over(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    """And not after SIGTERM, by which it is cancelled."""
     ids = {"SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "3"}
     process = start(ARRAY, tmp_path, SECONDS_TO_RUN="60", **ids)
-    assert terminate_once_begun(process, tmp_path) == 143
-    assert (tmp_path / "calls").read_text().splitlines()[-1] == "scontrol requeue 7_3"
+    assert terminate_once_begun(process, tmp_path, number) == 143
+    queued = "scontrol requeue 7_3" in (tmp_path / "calls").read_text().splitlines()
+    assert queued == (number == signal.SIGUSR1)
 
 
 @pytest.mark.parametrize(("code", "job"), [(0, 0), (3, 0), (4, 4)])
