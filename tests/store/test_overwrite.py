@@ -232,10 +232,7 @@ def test_what_another_run_has_put_there_in_the_last_moment_stays(
         with if_unused(Store(old.path).location) as is_unused:
             yield is_unused
 
-    seen: list[events.Event] = []
-
     def from_now_on(event: events.Event) -> None:
-        seen.append(event)
         if isinstance(event, events.StoreToBeReplaced):
             monkeypatch.setattr(Directory, "_if_unused", late)
 

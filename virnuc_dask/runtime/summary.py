@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
-from itertools import islice
 from typing import Any
 
 from virnuc_dask.errors import VirnucError
@@ -147,9 +146,8 @@ class IncompleteRunError(VirnucError):
             ended = f"interrupted by signal {summary.interrupted}"
         text = f"{len(summary.missing):,} of {counted(summary.chunks, 'chunk')} missing"
         text += f" ({ended})" if ended else ""
-        failed = {c: error for c, error in summary.missing.items() if error != NOT_COMPUTED}
-        for chunk, error in islice(failed.items(), 1):
-            text += f"; chunk {chunk}: {error}"
+        failed = (f"; chunk {c}: {e}" for c, e in summary.missing.items() if e != NOT_COMPUTED)
+        text += next(failed, "")
         super().__init__(f"{summary.store}: {text}; `resume` goes on")
 
     def __reduce__(self) -> tuple[type[IncompleteRunError], tuple[RunSummary]]:
