@@ -280,7 +280,10 @@ def kill_and_resume(setup: Setup, whole: Whole) -> Store | None:
         left = first.await_end_of_all()
         gone = time.monotonic() - killed
     store = Store(path)
+    present = store.present()
     partial = virnuc_dask.verify(path, repair=True)
+    # A chunk whose worker was killed between its two files is unfinished, not damaged.
+    damaged = [chunk for chunk in partial.bad if present[chunk]]
     done = np.flatnonzero(store.present()).tolist()
     facts.add(
         "the coordinator is killed in the middle",
@@ -294,8 +297,8 @@ def kill_and_resume(setup: Setup, whole: Whole) -> Store | None:
     )
     facts.add(
         "it leaves no damaged chunk, and nothing but unfinished files",
-        not partial.bad and all(name.endswith(".partial") for name in partial.leftovers),
-        f"{len(partial.leftovers)} unfinished",
+        not damaged and all(name.endswith(".partial") for name in partial.leftovers),
+        f"{len(partial.leftovers)} unfinished files, {len(partial.bad)} unfinished chunks",
     )
     before = finished_files(store)
     with setup.run(whole.reads, path, whole.rows_per_chunk) as second:
