@@ -312,6 +312,7 @@ def test_tls_works_and_nothing_goes_without_it(
         assert "Traceback" not in refused.stderr
         absent = cli(*common, "--tls-ca-file", "absent.pem")
         assert absent.returncode == 2
+        assert not (tmp_path / "out.zarr").exists()
         assert "absent.pem: no such file" in absent.stderr
         done = cli(*common, *tls)
         assert done.returncode == 3, done.stderr
@@ -337,6 +338,25 @@ def test_a_scheduler_file_that_is_none_is_a_clear_error(
     file.write_bytes(content)
     with pytest.raises(UsageError, match=rf"scheduler\.json: {problem}"), connect(str(file)):
         pass
+
+
+def test_a_cluster_is_asked_before_the_input_is_read_and_not_without_work(
+    make_store: Maker, awkward: Path, tmp_path: Path
+) -> None:
+    seen: list[type[events.Event]] = []
+    arguments: dict[str, Any] = {
+        "model": "demo",
+        "repr_layer": 0,
+        "cluster": str(tmp_path / "no such file"),
+        "listener": lambda event: seen.append(type(event)),
+    }
+    with pytest.raises(UsageError, match="no such file"):
+        virnuc_dask.run(awkward, tmp_path / "new.zarr", **arguments)
+    assert seen == []
+    assert os.listdir(tmp_path) == [awkward.name]
+    store = make_store(awkward)
+    assert virnuc_dask.run(awkward, store.path, **arguments).complete
+    assert events.InputRead in seen
 
 
 @pytest.mark.parametrize(

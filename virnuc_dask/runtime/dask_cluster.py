@@ -77,9 +77,8 @@ def connect(
     VirnucError
         The workers do not connect in time.
     """
-    if workers is not None and workers < 1:
-        raise UsageError(f"workers must be at least 1, not {workers}")
     cluster = resolve(cluster)
+    _check_count(cluster, workers)
     local.have_home()
     if cluster in OWN:
         start = (
@@ -96,29 +95,69 @@ def connect(
             with _said_if_lost():
                 yield client
         return
-    if workers is not None:
+    with _attached(cluster, config, waiting, is_stopped) as client:
+        if not client.nthreads():
+            waiting(f"the scheduler at {expanded(cluster)} has none")
+        _await_workers(client, 1, is_stopped)
+        with _said_if_lost():
+            check_scheduler(client)
+            yield client
+
+
+def check_cluster(
+    cluster: str,
+    workers: int | None = None,
+    config: RunConfig = _DEFAULT,
+    waiting: Callable[[str], None] = lambda reason: None,
+) -> None:
+    """Check that a running scheduler answers and can run this work; it may have no workers yet.
+
+    Parameters
+    ----------
+    cluster, workers, config, waiting
+        As for `connect`. A cluster of this machine has nothing to check before it starts.
+
+    Raises
+    ------
+    UsageError, VirnucError
+        As from `connect`.
+    """
+    _check_count(cluster, workers)
+    if cluster not in OWN:
+        with _attached(cluster, config, waiting) as client, _said_if_lost():
+            check_scheduler(client)
+
+
+def _check_count(cluster: str, workers: int | None) -> None:
+    if workers is None:
+        return
+    if workers < 1:
+        raise UsageError(f"workers must be at least 1, not {workers}")
+    if cluster not in OWN:
         raise UsageError(
             "the number of workers can be set only for --cluster local and --cluster local-cuda"
         )
+
+
+def _attached(
+    cluster: str,
+    config: RunConfig,
+    waiting: Callable[[str], None],
+    is_stopped: Callable[[], bool] = lambda: False,
+) -> Client:
+    """Return a client of a running scheduler."""
     cluster = expanded(cluster)
     try:
         if "://" in cluster:
             address = cluster
         else:
             address = _scheduler_address(Path(cluster), waiting, is_stopped)
-        client = Client(address, security=_security(address, config), set_as_default=False)
+        return Client(address, security=_security(address, config), set_as_default=False)
     except (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         if is_stopped():
             raise StoppedWaiting from error
         # Dask has no specific error for an invalid address or TLS files that do not match.
         raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
-    with client:
-        if not client.nthreads():
-            waiting(f"the scheduler at {cluster} has none")
-        _await_workers(client, 1, is_stopped)
-        with _said_if_lost():
-            check_scheduler(client)
-            yield client
 
 
 def resolve(cluster: str) -> str:

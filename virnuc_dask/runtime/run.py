@@ -30,6 +30,7 @@ from virnuc_dask.runtime.chunk_window import ChunkWindow
 from virnuc_dask.runtime.dask_cluster import (
     WORKERS_ELSEWHERE,
     StoppedWaiting,
+    check_cluster,
     check_scheduler,
     connect,
     expected_workers,
@@ -50,7 +51,7 @@ from virnuc_dask.settings import (
     precision_on,
 )
 from virnuc_dask.store.status import count_states
-from virnuc_dask.store.store import Store
+from virnuc_dask.store.store import Store, can_create
 from virnuc_dask.store.verify import verify
 
 # Seconds beyond the grace that a run may take to end after a signal.
@@ -138,10 +139,9 @@ def run(
         raise UsageError("overwrite with a shard: each run would replace the store of the others")
     with ExitStack() as stack:
         emit = stack.enter_context(_shown(progress, listener))
-        if overwrite and client is None:
-            # No store is replaced for a cluster that is not there.
-            wait = partial(_waiting, emit, cluster)
-            client = stack.enter_context(connect(cluster, workers, config, wait))
+        if client is None and (overwrite or can_create(store)):
+            # The input may be long, and no store is replaced for a cluster that is not there.
+            check_cluster(cluster, workers, config, partial(_waiting, emit, cluster))
         expected = partial(_expected_workers, client, cluster, workers, config)
         opened, spec = prepare(
             inputs, store, all_settings, emit, config.device, expected, overwrite
