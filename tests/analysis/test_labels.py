@@ -398,12 +398,13 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     found = virnuc_dask.annotate(query.path, folder / "labels.tsv", reference=store.path, k=3)
     lines = read_tsv(done.stdout)
     assert list(lines[0]) == [
-        *("query", "label", "reliability", "labels", "neighbour", "row", "similarity"),
-        *("length", "status", "description"),
+        *("query", "query_row", "label", "reliability", "labels", "neighbour", "row"),
+        *("similarity", "length", "status", "description"),
     ]
     assert [line["query"] for line in lines] == ["'=1+1"] * 3
     for number, line in enumerate(lines):
         one = found.isel(query=number)
+        assert line["query_row"] == str(number)  # all three have one name
         assert line["label"] == one.label.item()
         assert line["labels"] == one["labels"].item()
         assert np.float32(line["reliability"]) == one.reliability.item()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
@@ -28,6 +29,9 @@ from virnuc_dask.analysis.tables import write_table
 from virnuc_dask.errors import StoreError, UsageError
 from virnuc_dask.settings import RANDOM_WEIGHTS, Status, Tiling
 from virnuc_dask.store.store import Store
+
+COLUMNS = ["query", "query_row", "rank", "neighbour", "row"]
+COLUMNS += ["similarity", "length", "status", "description"]
 
 
 @pytest.fixture
@@ -247,6 +251,8 @@ def test_vectors(store: Store) -> None:
     assert np.array_equal(found.row.values, expected(rows, vectors, "cosine", True)[1][:, :5])
     assert found.query_row.values.tolist() == [-1] * 3
     assert found.query_id.values.tolist() == [""] * 3
+    write_table(found, written := io.StringIO())
+    assert {line["query_row"] for line in read_tsv(written.getvalue())} == {""}
     for wrong in (vectors[:, :5], vectors[0], vectors * np.nan):
         with pytest.raises(UsageError, match="vectors need"):
             virnuc_dask.nearest(store.path, wrong)
@@ -327,11 +333,12 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     assert f"{most}, so about 3 of the 300 rows\n" in done.stderr
     head, *lines = done.stdout.splitlines()
     descriptions = virnuc_dask.open_store(store.path).description.values
-    assert head == "query\trank\tneighbour\trow\tsimilarity\tlength\tstatus\tdescription"
+    assert head.split("\t") == COLUMNS
     assert len(lines) == 6
     for number, line in enumerate(read_tsv(done.stdout)):
         query, rank = divmod(number, 3)
         assert line["query"] == ids[(7, 3)[query]]
+        assert line["query_row"] == str((7, 3)[query])
         assert line["rank"] == str(rank + 1)
         assert line["neighbour"] == ids[int(line["row"])]
         assert int(line["row"]) == found.row.values[query, rank]
@@ -365,8 +372,8 @@ def test_parquet(store: Store, tmp_path: Path) -> None:
     found = virnuc_dask.nearest(store.path, ids[:5], k=4)
     assert write_table(found, tmp_path / "out.parquet") == 20
     table = parquet.read_table(tmp_path / "out.parquet")
-    names = ["query", "rank", "neighbour", "row", "similarity", "length", "status", "description"]
-    assert table.column_names == names
+    assert table.column_names == COLUMNS
+    assert table["query_row"].to_pylist() == [row for row in range(5) for _ in range(4)]
     assert table["status"].to_pylist() == found.status.values.ravel().tolist()
     assert table["query"].to_pylist() == [name for name in ids[:5] for _ in range(4)]
     assert table["rank"].to_pylist() == [1, 2, 3, 4] * 5

@@ -26,6 +26,7 @@ _TEXT = "string"
 _FLOATS = ("float32", "float64")
 _TYPES = {
     "query": _TEXT,
+    "query_row": "int64",
     "rank": "int64",
     "neighbour": _TEXT,
     "row": "int64",
@@ -45,9 +46,10 @@ def write_table(
 ) -> int:
     """Write neighbours as a table, one per line.
 
-    The columns are ``query``, ``rank`` from 1, ``neighbour``, ``row``, ``similarity`` or
-    ``distance``, and the neighbour's ``length`` in residues, ``status`` and ``description``. A
-    query with fewer than k neighbours has fewer lines.
+    The columns are ``query``, ``query_row``, ``rank`` from 1, ``neighbour``, ``row``,
+    ``similarity`` or ``distance``, and the neighbour's ``length`` in residues, ``status`` and
+    ``description``. A query with fewer than k neighbours has fewer lines. Queries that are vectors
+    have no name and no row.
 
     Parameters
     ----------
@@ -83,9 +85,9 @@ def write_annotations(
 ) -> int:
     """Write annotations as a table, one row per line, part by part.
 
-    The columns are ``query``, ``label``, ``reliability``, ``labels``, ``neighbour``, ``row``,
-    ``similarity`` or ``distance``, ``length``, ``status`` and ``description``. A row
-    without a neighbour has reliability 0 and no other values.
+    The columns are ``query``, ``query_row``, ``label``, ``reliability``, ``labels``,
+    ``neighbour``, ``row``, ``similarity`` or ``distance``, ``length``, ``status`` and
+    ``description``. A row without a neighbour has reliability 0 and no other values.
 
     Parameters
     ----------
@@ -200,6 +202,7 @@ def _columns(found: Any) -> dict[str, list[Any]]:
     query, rank = np.nonzero(found.row.values >= 0)
     columns = {
         "query": found.query_id.values[query].tolist(),
+        "query_row": none_below_zero(found.query_row.values[query].tolist()),
         "rank": (rank + 1).tolist(),
         "neighbour": found.sequence_id.values[query, rank].tolist(),
         "row": found.row.values[query, rank].tolist(),
@@ -217,7 +220,10 @@ def _annotated(part: Any) -> Columns:
     score = "similarity" if "similarity" in part else "distance"
     names = ["label", "reliability", "labels", "sequence_id", "row"]
     names += [score, "length", "status", "description"]
-    columns = {"query": part.query_id.values.tolist()}
+    columns = {
+        "query": part.query_id.values.tolist(),
+        "query_row": part.query_row.values.tolist(),
+    }
     for name in filter(part.__contains__, names):
         values = part[name].values
         # Scalars stay float32, so that they print as the shortest exact text.

@@ -122,7 +122,7 @@ def nearest(
 ) -> None:
     """Find the rows of STORE with the embeddings nearest to each query.
 
-    One line per neighbour: query, rank, neighbour, row, similarity, length, status,
+    One line per neighbour: query, query_row, rank, neighbour, row, similarity, length, status,
     description. A terminal gets aligned columns, a pipe gets TSV.
     """
     from virnuc_dask.analysis.neighbours import nearest as search
@@ -209,9 +209,10 @@ def annotate(
 ) -> None:
     """Give each row of STORE the label of the nearest labelled row of a reference.
 
-    A row is not its own neighbour. One line per row: query, label, reliability from 0 to 1, all
-    labels of the k neighbours. Then, for the nearest neighbour with the label: identifier, row,
-    similarity, length, status, description. A terminal gets aligned columns, a pipe gets TSV.
+    A row is not its own neighbour. One line per row: query, query_row, label, reliability from 0
+    to 1, all labels of the k neighbours. Then, for the nearest neighbour with the label:
+    identifier, row, similarity, length, status, description. A terminal gets aligned columns, a
+    pipe gets TSV.
     """
     from virnuc_dask.analysis import labels as analysis
     from virnuc_dask.analysis.tables import check_table, write_annotations
