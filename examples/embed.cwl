@@ -6,6 +6,9 @@
 # The outputs of a killed job are lost. So the store is no output: it lies in a folder that is an
 # input and is changed in place, and the same command goes on from it.
 #
+# For GPUs add --cluster local-cuda; --workers is then their number. For a running Dask scheduler, of
+# which --cluster is the address, remove the input `workers`.
+#
 # A job has a HOME of its own. Give --model a path, or the weights are downloaded each time.
 cwlVersion: v1.2
 class: CommandLineTool
@@ -23,6 +26,8 @@ inputs:
   folder: Directory
   model: {type: string, inputBinding: {prefix: --model}}
   workers: {type: int, default: 1, inputBinding: {prefix: --workers}}
+  cluster: {type: "string?", inputBinding: {prefix: --cluster}}
+  translate: {type: "string?", inputBinding: {prefix: --translate}}
   rows_per_chunk: {type: "int?", inputBinding: {prefix: --rows-per-chunk}}
 arguments:
   - {position: 2, valueFrom: $(inputs.folder.basename)/embeddings.zarr}

@@ -2,6 +2,9 @@
 //
 //     nextflow run examples/main.nf --proteins some.faa --model esm2_t6_8M_UR50D
 //
+// For GPUs add --cluster local-cuda, or the address or scheduler file of a running Dask scheduler.
+// More options of `run` go into --options='--translate six-frame'.
+//
 // Each attempt at a task begins in an empty folder. So the store is no output: it is named by a
 // value, a path that is absolute or a bucket's URL, and a task that was killed goes on from it,
 // by itself or by -resume. The output is a summary that is written when the store is complete.
@@ -12,9 +15,12 @@ params.proteins = null
 params.model = null
 params.store = "${launchDir}/embeddings.zarr"
 params.outdir = "${launchDir}"
+params.cluster = 'local'
+params.cores = 4
+params.options = ''
 
 process EMBED {
-    cpus 4
+    cpus params.cluster == 'local' ? params.cores : 1
     // Incomplete, interrupted, or killed, as by a queue: another attempt goes on.
     errorStrategy { task.exitStatus in [4, 129, 130, 137, 143] ? 'retry' : 'terminate' }
     maxRetries 3
@@ -24,6 +30,7 @@ process EMBED {
     path proteins
     val store
     val model
+    val options
 
     output:
     tuple val(store), path('embeddings.json')
@@ -32,8 +39,8 @@ process EMBED {
     script:
     """
     code=0
-    virnuc-dask run '${proteins}' '${store}' --model '${model}' --workers ${task.cpus} \\
-        --no-progress || code=\$?
+    virnuc-dask run '${proteins}' '${store}' --model '${model}' ${options} --no-progress \\
+        || code=\$?
     [ \$code -eq 0 ] || [ \$code -eq 3 ] || exit \$code
     virnuc-dask status '${store}' --rows --json > embeddings.json || [ \$? -eq 3 ]
     """
@@ -55,6 +62,8 @@ process TABLE {
 }
 
 workflow {
-    EMBED(file(params.proteins), params.store, params.model)
+    def workers = params.cluster == 'local' ? "--workers ${params.cores}" : ''
+    def options = "--cluster '${params.cluster}' ${workers} ${params.options}"
+    EMBED(file(params.proteins), params.store, params.model, options)
     TABLE(EMBED.out)
 }

@@ -19,6 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
+from clusters import started_cluster
 from conftest import EXAMPLES, VIRAL_PROTEINS, Cli, Maker, tree
 from engines import CWLTOOL, SNAKEMAKE, programs_of
 from harness import (
@@ -108,7 +109,10 @@ def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
 Engine = Callable[[Path], Workflow]
 
 
-@pytest.fixture(params=[(SNAKEMAKE, snakemake), (CWLTOOL, cwltool)], ids=["snakemake", "cwltool"])
+ENGINES = {"snakemake": (SNAKEMAKE, snakemake), "cwltool": (CWLTOOL, cwltool)}
+
+
+@pytest.fixture(params=ENGINES.values(), ids=ENGINES)
 def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
     package, command = request.param
     programs = programs_of(package, request.config.cache)
@@ -209,6 +213,25 @@ def test_a_workflow_is_complete_with_quarantined_rows(
     assert cli("status", workflow.path, "--rows").returncode == 3
 
 
+@pytest.mark.parametrize("engine", [ENGINES["snakemake"]], indirect=True, ids=["snakemake"])
+def test_a_workflow_of_reads_on_a_running_scheduler(engine: Engine, tmp_path: Path) -> None:
+    workflow = engine(reads := tmp_path / "reads.fa")
+    reads.write_text("".join(f">{number}\n{'ATGGCC' * 10}\n" for number in range(8)))
+    with started_cluster(tmp_path) as file:
+        workflow.run(f"cluster={file}", "options=--translate six-frame")
+    store = Store(workflow.path)
+    assert store.present().all()
+    assert str(store.identity.translation).startswith("six-frame")
+
+
+@pytest.mark.parametrize("engine", [ENGINES["cwltool"]], indirect=True, ids=["cwltool"])
+def test_a_tool_of_reads(engine: Engine, tmp_path: Path) -> None:
+    workflow = engine(reads := tmp_path / "reads.fa")
+    reads.write_text("".join(f">{number}\n{'ATGGCC' * 10}\n" for number in range(8)))
+    workflow.run("--cluster", "local", "--translate", "six-frame")
+    assert str(Store(workflow.path).identity.translation).startswith("six-frame")
+
+
 def test_a_workflow_fails_if_its_store_is_of_another_input(engine: Engine, awkward: Path) -> None:
     workflow = engine(awkward)
     workflow.run()
@@ -221,7 +244,8 @@ def test_a_workflow_fails_if_its_store_is_of_another_input(engine: Engine, awkwa
 def nextflow_commands(**values: object) -> list[list[str]]:
     """What Nextflow would run, process by process."""
     text = (EXAMPLES / "main.nf").read_text()
-    for name, value in (values | {"task.cpus": 1, "model": "demo"}).items():
+    options = "--cluster 'local' --workers 1 "
+    for name, value in (values | {"options": options, "model": "demo"}).items():
         text = text.replace(f"${{{name}}}", str(value))
     scripts = re.findall(r'"""\n(.*?)"""', text, re.DOTALL)
     return [
