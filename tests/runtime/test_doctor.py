@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -30,7 +31,7 @@ def test_all_that_a_run_needs_is_here(cli: Cli) -> None:
     done = cli("doctor", "--json")
     assert done.returncode == 0, done.stderr
     names = ["program", "packages", "fair-esm", "processor", "GPU", "extras"]
-    folders = ["temporary folder", "this folder", "cache"]
+    folders = ["temporary folder", "folder for stores", "cache"]
     assert [each for each in found(done.stdout) if each != "local-cuda"] == [
         *names,
         *folders,
@@ -73,9 +74,26 @@ def test_little_room_and_no_temporary_folder(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr("tempfile.gettempdir", none)
     said = {finding.name: finding for finding in examine()}
-    assert "0.0 GiB free" in said["this folder"].found
-    assert said["this folder"].mark == "--"
+    assert "0.0 GiB free" in said["folder for stores"].found
+    assert said["folder for stores"].mark == "--"
     assert said["temporary folder"].mark == "no"
+
+
+def test_the_folder_for_stores(cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = {finding.name: finding for finding in examine(tmp_path)}
+    assert said["folder for stores"].mark == "ok"
+    assert str(tmp_path) in said["folder for stores"].found
+    assert os.listdir(tmp_path) == []
+    absent = found(cli("doctor", "absent", "--json").stdout)["folder for stores"]
+    assert absent["mark"] == "--"
+    assert "absent, cannot be written: No such file" in absent["found"]
+
+    def no_locks(descriptor: int, operation: int) -> None:  # as on some network disks
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr("fcntl.flock", no_locks)
+    said = {finding.name: finding for finding in examine(tmp_path)}
+    assert "no locks (flock)" in said["folder for stores"].found
 
 
 def test_packages_that_are_missing_or_cannot_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,9 +198,12 @@ def plan(
 
 
 @main.command()
+@click.argument("folder", default=".")
 @click.option("--json", "as_json", is_flag=True, help="Print each line as a JSON object.")
-def doctor(as_json: bool) -> None:
+def doctor(folder: str, as_json: bool) -> None:
     """Look at what a run needs here: packages, processor, GPUs, folders, models.
+
+    FOLDER is where stores are to be; default: the current one.
 
     Each line begins with ok; with -- for what is slower or not possible, and what to do about it;
     or with no for what every run needs. Exit codes: 0; 4 if there is such a line.
@@ -208,7 +211,7 @@ def doctor(as_json: bool) -> None:
     from virnuc_dask.runtime.doctor import examine
 
     is_well = True
-    for finding in examine():
+    for finding in examine(folder):
         is_well &= finding.mark != "no"
         if as_json:
             print(json.dumps(finding.to_json()), flush=True)

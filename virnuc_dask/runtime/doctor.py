@@ -19,6 +19,7 @@ from virnuc_dask.encoder.fair_esm import check_fair_esm
 from virnuc_dask.encoder.models import PUBLISHED
 from virnuc_dask.encoder.weight_files import file_of
 from virnuc_dask.errors import UsageError
+from virnuc_dask.files import lock
 
 _SHOWN = ("torch", "dask", "distributed", "zarr", "xarray", "numpy")
 # Packages, their modules, and what they serve.
@@ -62,8 +63,14 @@ class Finding:
         return asdict(self) | {"mark": self.mark}
 
 
-def examine() -> Iterator[Finding]:
-    """Yield what is found, as it is found: looking at a GPU takes seconds."""
+def examine(folder: str | Path = ".") -> Iterator[Finding]:
+    """Yield what is found, as it is found: looking at a GPU takes seconds.
+
+    Parameters
+    ----------
+    folder : path
+        Folder for stores. A file without a name is written into it, and locked.
+    """
     yield Finding(
         "program",
         f"virnuc-dask {__version__}, Python {platform.python_version()},"
@@ -79,7 +86,7 @@ def examine() -> Iterator[Finding]:
         yield Finding("torch and dask", f"cannot be imported: {error}", advice, is_needed=True)
     yield _extras()
     yield _temporary_folder()
-    yield _this_folder()
+    yield _store_folder(Path(folder).absolute())
     yield _cache()
     yield _models()
 
@@ -177,13 +184,20 @@ def _temporary_folder() -> Finding:
     return Finding("temporary folder", f"{folder}, {_free(folder) / 2**30:.1f} GiB free")
 
 
-def _this_folder() -> Finding:
-    folder = Path().absolute()
-    if not os.access(folder, os.W_OK):
-        return Finding("this folder", f"{folder}, cannot be written", "name a store elsewhere")
+def _store_folder(folder: Path) -> Finding:
+    name = "folder for stores"
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            has_locks = lock(file.fileno())
+    except OSError as error:
+        return Finding(name, f"{folder}, cannot be written: {error.strerror}", "name another one")
     free = _free(folder)
+    found = f"{folder}, {free / 2**30:.1f} GiB free"
+    if not has_locks:
+        advice = "runs are not seen by others there; see docs/howto/clusters.md"
+        return Finding(name, f"{found}, no locks (flock)", advice)
     advice = "" if free > _FREE else "a store of a million rows takes about 5 GiB"
-    return Finding("this folder", f"{folder}, {free / 2**30:.1f} GiB free", advice)
+    return Finding(name, found, advice)
 
 
 def _free(folder: Path) -> int:
