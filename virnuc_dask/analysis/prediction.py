@@ -142,14 +142,14 @@ def predict(
         ``score``, ``class``, ``trained_on`` (1 if the classifier was trained on the same sequence,
         else 0), ``length``, ``status``, for translated rows ``read_id``, ``window``,
         ``frame``, ``start``, and ``description``.
-    consensus : {'max', 'mean', 'virnucpro'}, optional
-        For a store of translated reads, or of tiles of proteins: write one line per read or protein
-        with a score. A read is left out while one of its rows is not embedded yet, because a
-        verdict from some of its frames may change. Columns: ``read_id``; ``read``, its number;
-        ``score``, the maximum or mean over its rows; ``class``; ``rows``, their number;
-        ``trained_rows``, the number of those with a sequence that the classifier was trained on;
-        and, for the row with the largest score, ``best_row``, ``best_sequence_id`` and, for
-        translated reads, ``best_frame``.
+    consensus : str, optional
+        ``max``, ``mean`` or ``virnucpro``. For a store of translated reads, or of tiles of
+        proteins: write one line per read or protein with a score. A read is left out while one of
+        its rows is not embedded yet, because a verdict from some of its frames may change.
+        Columns: ``read_id``; ``read``, its number; ``score``, the maximum or mean over its rows;
+        ``class``; ``rows``, their number; ``trained_rows``, the number of those with a sequence
+        that the classifier was trained on; and, for the row with the largest score, ``best_row``,
+        ``best_sequence_id`` and, for translated reads, ``best_frame``.
         ``virnucpro`` is the rule of that program. A read belongs to the first class if the largest
         probability of this class, over frames and windows, is at least the largest probability of
         the second class. ``score`` and ``other_score`` are these two, and ``class`` is the name of
