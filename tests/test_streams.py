@@ -6,7 +6,6 @@ import json
 import os
 import re
 import subprocess
-import sys
 import termios
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +15,6 @@ import pytest
 from conftest import VIRAL_PROTEINS, Cli, Maker, command
 
 import virnuc_dask
-from virnuc_dask.runtime import display as display_module
-from virnuc_dask.runtime import events
-from virnuc_dask.runtime.display import display
 from virnuc_dask.runtime.prepare import prepare
 from virnuc_dask.settings import Settings
 
@@ -275,47 +271,11 @@ def test_a_narrow_terminal_keeps_the_bar_and_what_matters_most(
         assert len(part) <= columns
 
 
-def test_lines_of_a_log_say_only_what_there_is_and_are_not_wrapped(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setattr(display_module, "_PLAIN_EVERY_S", 0.0)
-    with display("auto") as listener:
-        listener(events.RunStarted("out.zarr", 300, 10, 0, 0, 10, 300, 137_862))
-        listener(events.WorkersChanged(2, 4))
-        listener(events.WorkersChanged(0, 0))
-        listener(events.WorkerLost("tcp://127.0.0.1:1", (3,)))
-        listener(events.WorkersChanged(2, 4))
-        listener(events.Stopping(15, 2, 25.0))
-    shown = capsys.readouterr().err
-    assert "\x1b" not in shown
-    assert shown.splitlines() == [
-        "out.zarr: 300 rows in 10 chunks, 0 done, 10 to compute",
-        "starting workers",
-        "0/300 rows  ETA ?  2 workers",
-        "waiting for workers",
-        "worker tcp://127.0.0.1:1 was lost; 1 chunk will be computed elsewhere",
-        "waiting for workers",
-        "0/300 rows  ETA ?  1 retried  2 workers",
-        "stopping: 2 running chunks may finish within 25 s; a second signal exits immediately",
-        "0/300 rows  stopping  1 retried  2 workers",
-    ]
-
-
 @pytest.mark.slow
 def test_a_dumb_terminal_gets_plain_lines(awkward: Path, tmp_path: Path) -> None:
     shown = on_terminal(awkward, tmp_path, {"TERM": "dumb"})
     assert "out.zarr: 7 rows in 1 chunk, 0 done, 1 to compute" in shown
     assert "\x1b" not in shown
-
-
-def test_colours_that_are_forced_make_no_terminal(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with display("auto"):
-        pass
-    assert capsys.readouterr().err == ""
 
 
 def test_what_a_listener_meets_is_not_the_stores_disk(tmp_path: Path) -> None:
@@ -325,17 +285,6 @@ def test_what_a_listener_meets_is_not_the_stores_disk(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="mine"):
         prepare(VIRAL_PROTEINS, tmp_path / "out.zarr", Settings("demo"), listen)
     assert os.listdir(tmp_path) == []
-
-
-@needs_full
-def test_an_error_that_a_child_cannot_tell_of_is_still_no_death(tmp_path: Path) -> None:
-    child = [sys.executable, "-m", "virnuc_dask.runtime.isolate", str(tmp_path / "none")]
-    with (
-        open("/dev/full", "w") as full,
-        # Its parent holds on to the pipe: at its end the child would be gone, whatever it met.
-        subprocess.Popen(child, stdin=subprocess.PIPE, stderr=full) as running,
-    ):
-        assert running.wait() == 70
 
 
 # --- Ctrl-C at a certain moment, however long it takes to come to it ---

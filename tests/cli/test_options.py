@@ -104,3 +104,21 @@ def test_the_help_has_four_headings() -> None:
     assert places == sorted(places)
     assert places[0] < shown.index("--model") < places[1] < shown.index("--cluster") < places[2]
     assert shown[: places[3]].count("\n  -") <= 22
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("attempts", 0),
+        ("backoff", -0.1),
+        ("suspect_after", 0),
+        ("deadline_factor", 0.5),
+        ("deadline_floor", -1),
+        ("deadline_first", float("nan")),
+        ("grace", -1),
+        ("in_flight", 0),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(name: str, value: float) -> None:
+    with pytest.raises(UsageError, match=f"{name} must be at least"):
+        RunConfig(**{name: value})

@@ -10,7 +10,7 @@ import pytest
 
 from virnuc_dask import RunConfig
 from virnuc_dask.errors import DeviceLostError
-from virnuc_dask.runtime.chunk_policy import Attempt, ChunkQueue, Holder, Verdict, judge_late
+from virnuc_dask.runtime.chunk_policy import Attempt, ChunkQueue, Holder, Verdict, delay, judge_late
 from virnuc_dask.runtime.deadlines import Deadlines
 
 EIO = OSError(errno.EIO, "Input/output error")
@@ -167,3 +167,10 @@ def test_what_is_done_about_a_late_attempt(
         now,
     )
     assert found == (verdict, silent_s)
+
+
+def test_delays_double_and_spread() -> None:
+    config = RunConfig(backoff=2.0)
+    for attempt, middle in ((1, 2.0), (2, 4.0), (3, 8.0)):
+        delays = [delay(attempt, config) for _ in range(200)]
+        assert middle / 2 <= min(delays) < middle < max(delays) <= middle * 1.5

@@ -20,7 +20,8 @@ from models import (
     upstream_mean,
 )
 
-from virnuc_dask.encoder.encoder import load_encoder
+from virnuc_dask.encoder.encoder import Encoder, load_encoder
+from virnuc_dask.encoder.network import Network
 from virnuc_dask.encoder.weights import describe, load_checkpoint
 from virnuc_dask.errors import IdentityMismatchError, ModelError
 from virnuc_dask.runtime import embed
@@ -182,3 +183,117 @@ def test_a_process_loads_a_model_once(monkeypatch: pytest.MonkeyPatch) -> None:
         encoders = list(pool.map(lambda _: get_encoder(spec), range(8)))
     assert loads == ["demo"]
     assert len({id(encoder) for encoder in encoders}) == 1
+
+
+# --- rows that raise ---
+
+IDENTITY = Identity(
+    1, "", 0, "", 0, "mean", "float32", "float32", "", 100, "window", 32, per_residue=True
+)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> str:
+    return save_network(random_network(2, 64, 4), tmp_path / "model.pt")
+
+
+@pytest.fixture
+def tryptophan() -> int:
+    return int(random_network(1, 8, 2).alphabet.get_idx("W"))
+
+
+# W stands for whatever makes an encoder raise; 130 residues are two windows.
+CLEAN = [s.replace("W", "A") for s in random_sequences([30, 5, 130, 60, 30, 1, 77, 12])]
+POISONED = [*CLEAN[:3], "MWT", *CLEAN[3:6], "", CLEAN[6][:50] + "W" + CLEAN[7] * 9, CLEAN[7]]
+GUILTY = [3, 8]
+
+
+def test_rows_that_raise_are_quarantined_and_no_others(
+    model: str, tryptophan: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = Network._forward
+    raised = 0
+
+    def poisonous(self: Network, tokens: torch.Tensor, *rest: Any) -> torch.Tensor:
+        nonlocal raised
+        if (tokens == tryptophan).any():
+            raised += 1
+            raise RuntimeError("no kernel for this")
+        return forward(self, tokens, *rest)
+
+    expected = embed_rows(load_encoder(model), *packed(POISONED), IDENTITY)
+    assert (expected.status[GUILTY] < Status.INVALID_RESIDUES).all()
+    monkeypatch.setattr(Network, "_forward", poisonous)
+    found = embed_rows(load_encoder(model), *packed(POISONED), IDENTITY)
+    assert raised >= 4
+    assert np.flatnonzero(found.status == Status.ENCODER_ERROR).tolist() == GUILTY
+    others = np.setdiff1d(np.arange(len(POISONED)), GUILTY)
+    assert np.array_equal(found.status[others], expected.status[others])
+    assert np.array_equal(found.embedding[others], expected.embedding[others], equal_nan=True)
+    assert np.isnan(found.embedding[GUILTY]).all()
+    assert found.residues is not None
+    assert expected.residues is not None
+    guilty = np.isin(np.repeat(np.arange(len(POISONED)), packed(POISONED)[0]), GUILTY)
+    assert np.array_equal(found.residues[~guilty], expected.residues[~guilty])
+    assert np.isnan(found.residues[guilty]).all()
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("no such operator"), RuntimeError("CUDA error: device-side assert")]
+)
+def test_an_encoder_that_raises_for_anything_blames_no_row(
+    error: Exception, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = 0
+
+    def broken(*_: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        raise error
+
+    monkeypatch.setattr(Network, "_forward", broken)
+    with pytest.raises(RuntimeError, match=str(error)):
+        embed_rows(load_encoder(model), *packed(POISONED), IDENTITY)
+    assert calls <= 2
+
+
+def test_a_row_that_is_no_number_is_computed_again_in_float32(
+    model: str, tryptophan: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(embed, "_loaded", {})
+    encoder = load_encoder(model, precision="bfloat16")
+    identity = replace(IDENTITY, precision="bfloat16")
+    usual = embed_rows(encoder, *packed(POISONED), identity)
+    exact = embed_rows(load_encoder(model), *packed(POISONED), IDENTITY)
+    overflow_where(encoder, tryptophan, monkeypatch)
+    found = embed_rows(encoder, *packed(POISONED), identity)
+    assert np.array_equal(found.status, usual.status)
+    others = np.setdiff1d(np.arange(len(POISONED)), GUILTY)
+    assert np.array_equal(found.embedding[others], usual.embedding[others], equal_nan=True)
+    assert np.array_equal(found.embedding[GUILTY], exact.embedding[GUILTY])
+    assert not np.array_equal(usual.embedding[GUILTY], exact.embedding[GUILTY])
+    assert found.residues is not None
+    assert np.isfinite(found.residues).all()
+    # The float32 twin is kept beside the model, and another model replaces both.
+    assert [spec.precision for spec, _ in embed._loaded] == ["float32"]
+    embed.get_encoder(encoder.spec)
+    assert [spec.precision for spec, _ in embed._loaded] == ["bfloat16"]
+    embed.get_encoder(replace(encoder.spec, precision="float32"))
+    assert len(embed._loaded) == 2
+
+
+def overflow_where(encoder: Encoder, token: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stand in for float16, which only a GPU has: sequences with a token overflow."""
+    represent = encoder._network.represent
+
+    def overflowing(residues: Any, starts: Any, runs: Any) -> torch.Tensor:
+        hidden = represent(residues, starts, runs)
+        first = 0
+        lengths = [length for count, length in runs for _ in range(count)]
+        for start, length in zip(starts, lengths, strict=True):
+            if ord("W") in residues[start : start + length]:
+                hidden[first : first + length + 2] = torch.inf
+            first += length + 2
+        return hidden
+
+    monkeypatch.setattr(encoder._network, "represent", overflowing)
