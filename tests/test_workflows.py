@@ -18,7 +18,6 @@ import faults
 import numpy as np
 import psutil
 import pytest
-from Bio.SeqIO.FastaIO import SimpleFastaParser
 from clusters import started_cluster
 from conftest import EXAMPLES, VIRAL_PROTEINS, Cli, Maker, tree
 from engines import CWLTOOL, SNAKEMAKE, programs_of
@@ -29,7 +28,6 @@ from harness import (
     finished_chunks,
 )
 from nursery import wait_for
-from xopen import xopen
 
 from virnuc_dask.store.store import Store
 
@@ -187,22 +185,13 @@ def start_without_end(
     workflow: Workflow, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> subprocess.Popen[str]:
     """Start a workflow whose last chunk hangs, so that the run cannot be over before a kill."""
-    motif, table = motif_of_the_last(), folder / "faults.json"
+    motif, table = faults.motif_of(VIRAL_PROTEINS), folder / "faults.json"
     table.write_text(json.dumps({motif: "hang"}))
     with monkeypatch.context() as patch:
         faults.arm(patch, table)
         process = workflow.start()
     faults.await_met(table, motif)
     return process
-
-
-def motif_of_the_last() -> str:
-    """Some residues of the last protein, and of no other."""
-    with xopen(VIRAL_PROTEINS) as text:
-        *others, last = [sequence for _, sequence in SimpleFastaParser(text)]
-    motif = last[:12]
-    assert not any(motif in sequence for sequence in others)
-    return motif
 
 
 def test_a_workflow_is_complete_with_quarantined_rows(

@@ -13,6 +13,7 @@ size of the file ``MOTIF.met`` beside the JSON file is the count.
 ``memory`` allocates memory until none is left
 ``nan``    makes the sequence's result NaN
 ``hang``   never returns
+``hold``   returns once `release` was called, in any process
 ``slow``   takes one second longer
 ``pass``   does nothing
 ========== =========================================================
@@ -25,6 +26,8 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import wraps
 from importlib import import_module
 from importlib.abc import MetaPathFinder
@@ -53,6 +56,36 @@ def await_met(table: Path, motif: str) -> None:
     while not met.exists():
         assert time.monotonic() < deadline, f"{motif!r} was not met"
         time.sleep(0.02)
+
+
+@contextmanager
+def holding(patch: Any, table: Path, motif: str) -> Iterator[None]:
+    """What is started within is held at a motif until `release`, so it cannot end before that."""
+    table.write_text(json.dumps({motif: "hold"}))
+    with patch.context() as inner:
+        arm(inner, table)
+        yield
+
+
+def motif_of(inputs: Path, record: int = -1) -> str:
+    """The first residues of a record, which no other has; by default the last one's."""
+    from Bio.SeqIO.FastaIO import SimpleFastaParser
+    from xopen import xopen
+
+    with xopen(inputs) as text:
+        sequences = [sequence for _, sequence in SimpleFastaParser(text)]
+    motif = sequences.pop(record)[:12]
+    assert not any(motif in other for other in sequences)
+    return motif
+
+
+def release(table: Path) -> None:
+    """Let go on what is held, and what would be from here on."""
+    _released(table).touch()
+
+
+def _released(table: Path) -> Path:
+    return table.with_suffix(".released")
 
 
 def install_with_the_encoder() -> None:
@@ -107,6 +140,8 @@ def _is_spoiled(residues: Any, segments: Any, segment: int) -> bool:
     is_spoiled = False
     for motif in filter(sequence.__contains__, table):
         action = _due(table[motif], path.with_name(f"{motif}.met"))
+        while action == "hold" and not _released(path).exists():
+            time.sleep(0.02)
         _act(action)
         is_spoiled |= action == "nan"
     return is_spoiled
