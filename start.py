@@ -54,7 +54,9 @@ def install(extras: str) -> None:
     ):
         return
     print(f"installing into {ENVIRONMENT}: once, and it takes a few minutes", flush=True)
-    print("(without CUDA: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu)", flush=True)
+    if "PIP_EXTRA_INDEX_URL" not in os.environ:
+        index = "https://download.pytorch.org/whl/cpu"
+        print(f"(without CUDA: PIP_EXTRA_INDEX_URL={index})", flush=True)
     if not PYTHON.exists():
         shutil.rmtree(ENVIRONMENT, ignore_errors=True)
         made = subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=False)

@@ -27,6 +27,7 @@ inputs:
   model: {type: string, inputBinding: {prefix: --model}}
   workers: {type: int, default: 1, inputBinding: {prefix: --workers}}
   cluster: {type: "string?", inputBinding: {prefix: --cluster}}
+  device: {type: "string?", inputBinding: {prefix: --device}}
   translate: {type: "string?", inputBinding: {prefix: --translate}}
   rows_per_chunk: {type: "int?", inputBinding: {prefix: --rows-per-chunk}}
 arguments:

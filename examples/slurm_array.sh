@@ -6,8 +6,8 @@
 # Preempted or out of time, they are queued again and go on. The run that has read the input first
 # makes the store; the others find it there. When all have ended, one more job makes sure:
 #
-#     sbatch --dependency=afterany:JOB --gres=gpu:1 --wrap \
-#         "virnuc-dask resume /scratch/out.zarr --cluster local-cuda"
+#     sbatch --dependency=afterany:JOB --gres=gpu:1 --cpus-per-task=4 --mem=32G --time=04:00:00 \
+#         --wrap 'virnuc-dask resume /scratch/out.zarr --cluster local-cuda || [ $? -eq 3 ]'
 #SBATCH --job-name=virnuc_dask
 #SBATCH --array=1-16
 #SBATCH --gres=gpu:1

@@ -37,6 +37,8 @@ def make_cluster() -> SLURMCluster:
         worker_extra_args=["--dashboard-address", "127.0.0.1:0", "--memory-limit", "0"],
         # Where every node finds the certificates, for their owner alone to read.
         shared_temp_directory=".",
+        # Workers import modules from there, so not the /tmp that all users share.
+        local_directory=".",
     )
 
 

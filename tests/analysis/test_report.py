@@ -231,6 +231,7 @@ def test_reads_have_the_mean_of_their_rows(make_store: Maker, tmp_path: Path) ->
     (tmp_path / "reads.fna").write_text(
         ">one\nATGGCTAAAGGTCTGGAAACCGTTATGGCTAAAGGTCTGGAAACCGTT\n"
         ">two\nATGTGGTGGTGTCATCATCATAAACGTATGTGGTGGTGTCATCATCAT\n"
+        ">too_short\nATG\n"
     )
     store = make_store(
         tmp_path / "reads.fna",
@@ -240,9 +241,10 @@ def test_reads_have_the_mean_of_their_rows(make_store: Maker, tmp_path: Path) ->
     data = virnuc_dask.open_store(store.path).load()
     page = written(store)
     check_accessible(page)
+    assert f"{store.records} frames of 2 of 3 reads, {store.records} of them embedded" in page.text
     text = page.text.partition("Histogram of score_virus by read")[2]
     means = []
-    for read, name in enumerate(data.read_id.values):
+    for read, name in enumerate(data.read_id.values[:2]):
         mine = data.score_virus.values[data.read.values == read]
         means.append(mine.astype(float).mean())
         assert f"{name} {means[-1]:.3f} {len(mine)}" in text
@@ -259,6 +261,7 @@ def test_tiles_have_the_mean_of_their_proteins(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, tiling=virnuc_dask.Tiling(400, 300))
     fill(keep_result(store, "score", "virus", {}), score)
     text = written(store).text
+    assert f"{store.records} tiles of 300 of 300 proteins, " in text
     assert "Mean scores of 300 proteins" in text
     assert "The highest, each protein by the mean of its rows. protein score rows" in text
 
@@ -293,7 +296,7 @@ def test_scores_of_training_rows_are_warned_of(make_store: Maker) -> None:
     assert warning in page.text
     assert escape(warning) in page.html
     scores = open_result(store, "score_virus").array[:]
-    assert f"{(scores >= 0.5).sum()} of them are viral (0.5 or more)" in page.text
+    assert f"{(scores >= 0.5).sum()} of them are called viral (0.5 or more)" in page.text
     best = int(np.argmax(scores))
     assert str(store.array("description")[best]) in page.text.partition("The highest.")[2]
     fill(keep_result(store, "score", "virus", {}, replace=True), score)

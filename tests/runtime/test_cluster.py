@@ -281,6 +281,39 @@ for address, security in (
         assert client.submit(os.getpid).result()
 
 
+@pytest.mark.parametrize("is_taken", [False, True])
+def test_nobody_else_can_exchange_the_folder_that_workers_import_from(
+    is_taken: bool, tmp_path: Path
+) -> None:
+    """Others may make Dask's folder for temporary files first, or ours."""
+    shared = tmp_path / "tmp"
+    names = ["", "dask-scratch-space", f"dask-scratch-space-{os.getuid()}"]
+    if is_taken:
+        names.append(f"virnuc_dask-{os.getuid()}")
+    for name in names:
+        (shared / name).mkdir()
+        (shared / name).chmod(0o1777)
+    script = """
+from virnuc_dask.runtime.dask_cluster import connect
+
+with connect("local", workers=1) as client:
+    (path,) = client.run(lambda: __import__("sys").path).values()
+print(*path, sep="\\n")
+"""
+    said = subprocess.check_output(
+        [sys.executable, "-P", "-c", script],
+        env=os.environ | {"TMPDIR": str(shared), "PYTHONPATH": str(ROOT)},
+        text=True,
+    )
+    ours = [Path(folder) for folder in said.splitlines() if folder.startswith(str(shared))]
+    assert ours
+    for folder in ours:
+        below = folder.relative_to(shared).parts
+        assert "virnuc_dask" in below[0]
+        private = shared / below[0]
+        assert private.stat().st_mode & 0o777 == 0o700
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a certificate that is its own authority, and its key."""
@@ -312,6 +345,17 @@ def test_tls_works_and_nothing_goes_without_it(
         assert "Traceback" not in refused.stderr
         absent = cli(*common, "--tls-ca-file", "absent.pem")
         assert absent.returncode == 2
+        address = json.loads(file.read_text())["address"]
+        plain = cli(*common[:-1], address.replace("tls://", "tcp://"), *tls)
+        assert "is not encrypted, but TLS files are given" in plain.stderr
+        other = tmp_path / "other.pem"
+        request = ["openssl", "genpkey", "-algorithm", "RSA", "-out", str(other)]
+        subprocess.run(request, check=True, capture_output=True)
+        unfit = cli(*common, "--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", other)
+        assert f"{other}: cannot be used together" in unfit.stderr
+        useless = cli(*common[:-2], *tls)
+        assert "TLS files are for a running scheduler, not for --cluster local" in useless.stderr
+        assert {plain.returncode, unfit.returncode, useless.returncode} == {2}
         assert not (tmp_path / "out.zarr").exists()
         assert "absent.pem: no such file" in absent.stderr
         done = cli(*common, *tls)

@@ -85,7 +85,7 @@ def test_the_folder_for_stores(cli: Cli, tmp_path: Path, monkeypatch: pytest.Mon
     assert str(tmp_path) in said["folder for stores"].found
     assert os.listdir(tmp_path) == []
     absent = found(cli("doctor", "absent", "--json").stdout)["folder for stores"]
-    assert absent["mark"] == "--"
+    assert absent["mark"] == "no"
     assert "absent, cannot be written: No such file" in absent["found"]
 
     def no_locks(descriptor: int, operation: int) -> None:  # as on some network disks

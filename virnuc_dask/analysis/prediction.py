@@ -262,11 +262,12 @@ def _details(classifier: Classifier, store: Store, name: str) -> dict[str, Any]:
     auroc = classifier.held_out_auroc
     notes = []
     if trained:
-        held_out = "" if auroc is None else f"; AUROC on held-out rows: {auroc:.3f}"
         notes.append(
             f"{name} was trained on {trained:,} of these {store.records:,} rows, whose scores are"
-            f" too good{held_out}"
+            " too good"
         )
+    if auroc is not None:
+        notes.append(f"AUROC of {name} on held-out rows of its training data: {auroc:.3f}")
     note = length_note(
         median_length(store),
         Path(str(store.path)).name,

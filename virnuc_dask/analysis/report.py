@@ -26,8 +26,13 @@ from virnuc_dask.files import expanded
 from virnuc_dask.settings import Status
 from virnuc_dask.store.results import Kind, Result, open_result, result_names
 from virnuc_dask.store.status import quarantined, row_states
-from virnuc_dask.store.store import RESIDUES_PER_STORED_CHUNK, Store, is_embedded
-from virnuc_dask.text import duration, printable, rate
+from virnuc_dask.store.store import (
+    RESIDUES_PER_STORED_CHUNK,
+    SEQUENCES_PER_CHUNK,
+    Store,
+    is_embedded,
+)
+from virnuc_dask.text import counted, duration, printable, rate
 
 TEMPLATE = Path(__file__).with_name("report.html")
 
@@ -148,6 +153,7 @@ def _facts(
         "about": list(_about(store)),
         "written": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
         "states": list(states.items()),
+        "rows": _described_rows(store),
         "done": store.rows_in(np.flatnonzero(present)),
         "embedded": sum(states.get(s.meaning, 0) for s in Status if 0 < s < 16),
         "chunks_done": int(present.sum()),
@@ -167,6 +173,21 @@ def _facts(
 
 
 # --- about ---------------------------------------------------------------------------------------
+
+
+def _described_rows(store: Store) -> str:
+    """How many rows there are, and of how many reads or proteins, which may have none."""
+    if "read" not in store.names:
+        return counted(store.records, "sequence")
+    some, last = 0, -1
+    for first in range(0, store.records, SEQUENCES_PER_CHUNK):
+        with store.reading("`read`"):
+            read = np.asarray(store.array("read")[first : first + SEQUENCES_PER_CHUNK])
+        some += int((np.diff(read, prepend=last) != 0).sum())  # the rows of a read are consecutive
+        last = int(read[-1])
+    of, row = ("reads", "frame") if store.identity.translation else ("proteins", "tile")
+    every = store.array("read_id").shape[0]
+    return f"{counted(store.records, row)} of {some:,} of {every:,} {of}"
 
 
 def _about(store: Store) -> Iterator[tuple[str, str]]:

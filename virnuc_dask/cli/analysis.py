@@ -519,8 +519,8 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
         print(json.dumps(found.to_json()))
         return
     print(
-        f"{found.name}: {found.scored:,} rows scored, {found.first:,} of them {found.classes[0]}"
-        f" (0.5 or more); {counted(found.computed_chunks, 'chunk')} computed now"
+        f"{found.name}: {found.scored:,} rows scored, {found.first:,} of them called"
+        f" {found.classes[0]} (0.5 or more); {counted(found.computed_chunks, 'chunk')} computed now"
     )
     if found.pending or found.quarantined:
         print(
@@ -532,7 +532,7 @@ def predict(store: str, as_json: bool, **options: Any) -> None:
         else:
             print(
                 f"{found.lines:,} of {counted(found.reads, 'record')} in {found.out},"
-                f" {found.first_lines:,} of them {found.classes[0]}"
+                f" {found.first_lines:,} of them called {found.classes[0]}"
             )
 
 

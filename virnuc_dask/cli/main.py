@@ -198,9 +198,9 @@ def plan(
 
 
 @main.command()
-@click.argument("folder", default=".")
+@click.argument("folder", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print each line as a JSON object.")
-def doctor(folder: str, as_json: bool) -> None:
+def doctor(folder: str | None, as_json: bool) -> None:
     """Look at what a run needs here: packages, processor, GPUs, folders, models.
 
     FOLDER is where stores are to be; default: the current one.
@@ -462,7 +462,8 @@ def _again(cluster: str, config: RunConfig) -> str:
     given = {
         "--cluster": cluster if cluster != "local" else None,
         "--device": config.device if config.device != AUTO else None,
-        "--shard": config.shard,
+        # An array job's share is known only to its task; without it all is computed.
+        "--shard": config.shard if config.shard != "slurm" else None,
         "--tls-ca-file": config.tls_ca_file,
         "--tls-cert": config.tls_cert,
         "--tls-key": config.tls_key,

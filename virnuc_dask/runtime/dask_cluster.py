@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -78,7 +79,7 @@ def connect(
         The workers do not connect in time.
     """
     cluster = resolve(cluster)
-    _check_count(cluster, workers)
+    _check_options(cluster, workers, config)
     local.have_home()
     if cluster in OWN:
         start = (
@@ -122,21 +123,22 @@ def check_cluster(
     UsageError, VirnucError
         As from `connect`.
     """
-    _check_count(cluster, workers)
+    _check_options(cluster, workers, config)
     if cluster not in OWN:
         with _attached(cluster, config, waiting) as client, _said_if_lost():
             check_scheduler(client)
 
 
-def _check_count(cluster: str, workers: int | None) -> None:
-    if workers is None:
-        return
-    if workers < 1:
+def _check_options(cluster: str, workers: int | None, config: RunConfig) -> None:
+    """Refuse options that mean nothing for a cluster."""
+    if workers is not None and workers < 1:
         raise UsageError(f"workers must be at least 1, not {workers}")
-    if cluster not in OWN:
+    if workers is not None and cluster not in OWN:
         raise UsageError(
             "the number of workers can be set only for --cluster local and --cluster local-cuda"
         )
+    if _tls_files(config) and cluster in OWN:
+        raise UsageError(f"TLS files are for a running scheduler, not for --cluster {cluster}")
 
 
 def _attached(
@@ -157,7 +159,11 @@ def _attached(
         if is_stopped():
             raise StoppedWaiting from error
         # Dask has no specific error for an invalid address or TLS files that do not match.
-        raise UsageError(f"cluster {cluster}: no scheduler answers: {error}") from error
+        cause = local.innermost(error)
+        why = f"{error}: {cause}" if str(cause) not in str(error) else str(error)
+        if isinstance(cause, ConnectionResetError):
+            why += ". Does it speak TLS (tls://)?"
+        raise UsageError(f"cluster {cluster}: no scheduler answers: {why}") from error
 
 
 def resolve(cluster: str) -> str:
@@ -219,19 +225,32 @@ def _scheduler_address(
         time.sleep(_LOOK_S)
 
 
-def _security(address: str, config: RunConfig) -> Security:
-    """TLS from the user's files, or else from Dask's configuration."""
+def _tls_files(config: RunConfig) -> dict[str, str]:
+    """The user's TLS files, by the names of Dask's options."""
     files = {
         "tls_ca_file": config.tls_ca_file,
         "tls_client_cert": config.tls_cert,
         "tls_client_key": config.tls_key,
     }
-    given = {name: expanded(file) for name, file in files.items() if file is not None}
+    return {name: expanded(file) for name, file in files.items() if file is not None}
+
+
+def _security(address: str, config: RunConfig) -> Security:
+    """TLS from the user's files, or else from Dask's configuration."""
+    given = _tls_files(config)
     for file in given.values():
         if not Path(file).is_file():
             raise UsageError(f"{file}: no such file; it is needed for TLS")
+    if given and address.startswith("tcp://"):
+        raise UsageError(f"{address} is not encrypted, but TLS files are given; tls:// is meant?")
     security = Security(require_encryption=True, **given) if given else Security()
-    context = security.get_connection_args("client")["ssl_context"]
+    try:
+        context = security.get_connection_args("client")["ssl_context"]
+    except ssl.SSLError as error:  # it names no file
+        raise UsageError(
+            f"{', '.join(given.values()) or 'TLS files of the configuration of Dask'}: cannot be"
+            f" used together: {error}"
+        ) from error
     if address.startswith("tls://") and context is None:
         raise UsageError(
             f"{address} needs TLS: give --tls-ca-file, --tls-cert and --tls-key, or set it in"

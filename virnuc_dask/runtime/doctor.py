@@ -63,13 +63,14 @@ class Finding:
         return asdict(self) | {"mark": self.mark}
 
 
-def examine(folder: str | Path = ".") -> Iterator[Finding]:
+def examine(folder: str | Path | None = None) -> Iterator[Finding]:
     """Yield what is found, as it is found: looking at a GPU takes seconds.
 
     Parameters
     ----------
-    folder : path
-        Folder for stores. A file without a name is written into it, and locked.
+    folder : path, optional
+        Folder for stores, which is needed if it is named; default: the current one. A file
+        without a name is written into it, and locked.
     """
     yield Finding(
         "program",
@@ -86,7 +87,7 @@ def examine(folder: str | Path = ".") -> Iterator[Finding]:
         yield Finding("torch and dask", f"cannot be imported: {error}", advice, is_needed=True)
     yield _extras()
     yield _temporary_folder()
-    yield _store_folder(Path(folder).absolute())
+    yield _store_folder(Path(folder or ".").absolute(), is_needed=folder is not None)
     yield _cache()
     yield _models()
 
@@ -184,13 +185,14 @@ def _temporary_folder() -> Finding:
     return Finding("temporary folder", f"{folder}, {_free(folder) / 2**30:.1f} GiB free")
 
 
-def _store_folder(folder: Path) -> Finding:
+def _store_folder(folder: Path, *, is_needed: bool) -> Finding:
     name = "folder for stores"
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             has_locks = lock(file.fileno())
     except OSError as error:
-        return Finding(name, f"{folder}, cannot be written: {error.strerror}", "name another one")
+        found = f"{folder}, cannot be written: {error.strerror}"
+        return Finding(name, found, "name another one", is_needed=is_needed)
     free = _free(folder)
     found = f"{folder}, {free / 2**30:.1f} GiB free"
     if not has_locks:

@@ -6,16 +6,19 @@ import logging
 import os
 import resource
 import signal
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import active_children, resource_tracker, spawn, util
+from pathlib import Path
 from typing import Any
 
 import dask
 from dask.system import CPU_COUNT
 from distributed import LocalCluster, Nanny, Status
 
+from virnuc_dask.caches import is_private
 from virnuc_dask.errors import UsageError, VirnucError
 from virnuc_dask.runtime import failures
 
@@ -87,10 +90,29 @@ def _defaults() -> dict[str, Any]:
     dask.config.set(
         {name.removeprefix("distributed."): value for name, value in settings.items()}, config=ours
     )
-    # The site decides the link to the dashboard. Local clusters write little, so the usual folder
-    # for temporary files is enough.
-    ours["dashboard"] = dask.config.get("distributed.dashboard")
-    return {"distributed": ours, "temporary-directory": None}
+    ours["dashboard"] = dask.config.get("distributed.dashboard")  # the site decides its link
+    return {"distributed": ours, "temporary-directory": str(_private_folder())}
+
+
+def _private_folder() -> Path:
+    """A folder for temporary files into which only this user can write.
+
+    Workers import modules from their folder. In a shared one another user could exchange it.
+
+    Raises
+    ------
+    UsageError
+        There is no folder for temporary files.
+    """
+    try:
+        folder = Path(tempfile.gettempdir(), f"virnuc_dask-{os.getuid()}")
+        with suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+        if not folder.is_symlink() and folder.is_dir() and is_private(folder):
+            return folder
+        return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))  # somebody else has made it
+    except OSError as error:
+        raise UsageError(f"no folder for temporary files: {error}; set TMPDIR") from error
 
 
 @contextmanager

@@ -107,8 +107,11 @@ def shortcomings(requirements: Requirements) -> tuple[str, ...]:
     except (VirnucError, OSError) as error:
         if failures.is_transient(error):
             raise
-        plain = isinstance(error, VirnucError)
-        lacks.append(str(error) if plain else f"{requirements.path}: cannot be used: {error}")
+        text = str(error)
+        if isinstance(error, OSError) and not isinstance(error, VirnucError):
+            # Without the name, which is that of an open folder.
+            text = f"{requirements.path}: cannot be used: {error.strerror or error}"
+        lacks.append(text)
     try:
         from virnuc_dask.runtime.embed import get_encoder
 
