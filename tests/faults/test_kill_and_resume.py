@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -18,11 +17,14 @@ import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from conftest import VIRAL_PROTEINS, command, tree
 from harness import (
+    PATIENT,
     Run,
     assert_ledger,
     await_end,
+    await_held,
     clear_partial_files_of_the_killed,
     finished_chunks,
+    holding_after,
 )
 from xopen import xopen
 
@@ -34,6 +36,15 @@ RECORDS = 2_000
 # With single residues, so that a task writes all that it ever does.
 IDENTITY = ("--model=demo", "--rows-per-chunk", 20, "--per-residue")
 SETTINGS = (*IDENTITY, "--workers", 2)
+# After them workers are held, where a run must not be over before a test has struck: 20 chunks.
+ROWS = 400
+# A run to which a second signal is the first one sent twice, however late it comes.
+DEAF = [
+    sys.executable,
+    "-c",
+    "import virnuc_dask.runtime.run as run; run._TWICE_S = 60\n"
+    "from virnuc_dask.__main__ import main; main()",
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,12 +72,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory, proteins: Path) -> S
 
 
 def test_coordinator_then_worker_killed_and_nothing_is_lost(
-    proteins: Path, uninterrupted: Store, tmp_path: Path
+    proteins: Path, uninterrupted: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "out.zarr"
+    path, tables = tmp_path / "out.zarr", [tmp_path / "1" / "faults", tmp_path / "2" / "faults"]
+    for table in tables:
+        table.parent.mkdir()
 
     # The coordinator is killed after about a tenth of the chunks.
-    first = Run("run", proteins, path, *SETTINGS)
+    with holding_after(monkeypatch, tables[0], ROWS):
+        first = Run("run", proteins, path, *SETTINGS)
     workers: set[int] = set()
     for event in first:
         if event["event"] == "chunk_done":
@@ -84,14 +98,18 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
 
     # The same command goes on, and loses a worker that has chunks to do: it is stopped first, so
     # that it cannot be through with them.
-    second = Run("run", proteins, path, *SETTINGS)
+    with holding_after(monkeypatch, tables[1], ROWS):
+        second = Run("run", proteins, path, *SETTINGS)
     victim, others = None, 0
     for event in second:
-        if event["event"] == "chunk_done":
-            if victim is None:
-                victim = event["pid"]
-                os.kill(victim, signal.SIGSTOP)
-            others += event["pid"] != victim
+        if event["event"] != "chunk_done":
+            continue
+        if victim is None:
+            victim = event["pid"]
+            os.kill(victim, signal.SIGSTOP)
+            faults.release(tables[1])
+        elif event["pid"] != victim:
+            others += 1
             if others == 5:
                 os.kill(victim, signal.SIGKILL)
     assert second.process.wait(timeout=120) == 0
@@ -124,17 +142,24 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.slow
 def test_a_signal_lets_running_chunks_finish_and_the_next_run_goes_on(
-    number: signal.Signals, proteins: Path, uninterrupted: Store, tmp_path: Path
+    number: signal.Signals,
+    proteins: Path,
+    uninterrupted: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    path = tmp_path / "out.zarr"
-    first = Run("run", proteins, path, *SETTINGS)
+    path, table = tmp_path / "out.zarr", tmp_path / "faults.json"
+    with holding_after(monkeypatch, table, ROWS):
+        first = Run("run", proteins, path, *SETTINGS, program=DEAF)
     for event in first:
-        if event["event"] == "chunk_done":
+        if event["event"] == "run_started":
+            await_held(table, ROWS)
             # To the whole group, as a terminal's Ctrl-C goes, and a queue's SIGTERM.
             os.killpg(first.process.pid, number)
             if number == signal.SIGTERM:  # by its script, too
                 first.process.send_signal(number)
-            break
+        if event["event"] == "stopping":
+            faults.release(table)
     assert first.finish() == 128 + number
     assert first.of("stopping")[0]["running"] >= 1
     summary = first.of("run_summary")[0]
@@ -155,18 +180,15 @@ def test_a_signal_lets_running_chunks_finish_and_the_next_run_goes_on(
 def test_a_second_signal_leaves_at_once(
     proteins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, hang = tmp_path / "faults.json", tmp_path / "hang.json"
-    table.write_text("{}")
-    hang.write_text(json.dumps({"": "hang"}))
-    faults.arm(monkeypatch, table)
+    table = tmp_path / "faults.json"
     arguments = ("run", proteins, tmp_path / "out.zarr", *SETTINGS, "--grace", 3_600)
-    run = Run(*arguments, stderr=subprocess.PIPE)
+    with holding_after(monkeypatch, table, ROWS):
+        run = Run(*arguments, stderr=subprocess.PIPE)
     workers: set[int] = set()
     for event in run:
         if event["event"] == "chunk_done" and not workers:
-            hang.replace(table)  # at once: workers read it
             workers.add(event["pid"])
-            faults.await_met(table, "")
+            await_held(table, ROWS)
             run.process.send_signal(signal.SIGTERM)
         if event["event"] == "stopping":
             assert event["running"] >= 1  # an hour of work, for all the user knows
@@ -182,17 +204,21 @@ def test_a_second_signal_leaves_at_once(
 
 @pytest.mark.slow
 def test_a_coordinator_that_stood_still_blames_nobody(
-    proteins: Path, uninterrupted: Store, tmp_path: Path
+    proteins: Path, uninterrupted: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As one that was stopped in its terminal, or whose machine slept; its workers went on."""
-    path = tmp_path / "out.zarr"
-    run = Run("run", proteins, path, *SETTINGS, "--deadline-floor", 5, "--deadline-first", 30)
+    path, table = tmp_path / "out.zarr", tmp_path / "faults.json"
+    # So long that a busy machine makes no worker late.
+    deadlines = ("--deadline-floor", 13, "--deadline-first", 120)
+    with holding_after(monkeypatch, table, ROWS):
+        run = Run("run", proteins, path, *SETTINGS, *deadlines)
     stopped = 0
     for event in run:
         if event["event"] == "chunk_done" and len(run.computed()) == 10:
             stopped += 1
             run.process.send_signal(signal.SIGSTOP)
-            time.sleep(8)  # longer than a chunk may take
+            faults.release(table)
+            time.sleep(15)  # longer than a chunk may take
             run.process.send_signal(signal.SIGCONT)
     assert run.finish() == 0
     assert stopped == 1
@@ -211,7 +237,8 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(
     table.write_text('{"": "hang"}')
     with monkeypatch.context() as patch:
         faults.arm(patch, table)
-        first = Run("run", *[VIRAL_PROTEINS] * 3, path, *settings, "--grace", 2)
+        inputs = [VIRAL_PROTEINS] * 3
+        first = Run("run", *inputs, path, *settings, "--grace", 2, program=PATIENT)
     for event in first:
         if event["event"] == "workers_changed":
             faults.await_met(table, "")  # the one chunk is under way, and will not end
@@ -227,7 +254,7 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(
 
 
 def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
-    proteins: Path, uninterrupted: Store, tmp_path: Path
+    proteins: Path, uninterrupted: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file, path = tmp_path / "scheduler.json", tmp_path / "out.zarr"
     dask = [sys.executable, "-m", "dask"]
@@ -235,10 +262,11 @@ def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
         [*dask, "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)],
         stderr=subprocess.DEVNULL,
     )
-    worker = subprocess.Popen(
-        [*dask, "worker", "--scheduler-file", str(file), "--nworkers", "2", "--nthreads", "2"],
-        stderr=subprocess.DEVNULL,
-    )
+    with holding_after(monkeypatch, tmp_path / "faults.json", ROWS):
+        worker = subprocess.Popen(
+            [*dask, "worker", "--scheduler-file", str(file), "--nworkers", "2", "--nthreads", "2"],
+            stderr=subprocess.DEVNULL,
+        )
     try:
         while not file.exists() or not file.read_text():
             time.sleep(0.1)
@@ -271,9 +299,12 @@ def test_a_lost_scheduler_is_a_clear_error_and_the_next_run_goes_on(
     assert_ledger(Store(path), uninterrupted)
 
 
-def test_status_draws_the_map_while_a_run_is_going(proteins: Path, tmp_path: Path) -> None:
-    path = tmp_path / "out.zarr"
-    run = Run("run", proteins, path, *SETTINGS)
+def test_status_draws_the_map_while_a_run_is_going(
+    proteins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, table = tmp_path / "out.zarr", tmp_path / "faults.json"
+    with holding_after(monkeypatch, table, ROWS):
+        run = Run("run", proteins, path, *SETTINGS)
     for event in run:
         if len(run.computed()) == 3 and event["event"] == "chunk_done":
             # On a busy machine it could be over before the other command has started.
@@ -288,5 +319,6 @@ def test_status_draws_the_map_while_a_run_is_going(proteins: Path, tmp_path: Pat
     assert "░" in first_line
     assert set(first_line) & {"█", "▒"}
     assert "of 100 chunks" in second_line
+    faults.release(table)
     run.process.terminate()
     run.finish()

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import psutil
 from conftest import PROGRAM, chunk_bytes, tree
+from nursery import wait_for
 
 import virnuc_dask
 from virnuc_dask.store.store import Store
+
+# A run that takes its time to end after a signal, whatever its grace.
+PATIENT = [
+    sys.executable,
+    "-c",
+    "import virnuc_dask.runtime.run as run; run._LATE_S = 60\n"
+    "from virnuc_dask.__main__ import main; main()",
+]
 
 
 class Run:
@@ -46,6 +59,24 @@ class Run:
 
     def computed(self) -> list[int]:
         return [event["chunk"] for event in self.of("chunk_done") if event["computed"]]
+
+
+@contextmanager
+def holding_after(patch: Any, table: Path, rows: int) -> Iterator[None]:
+    """What is started within does so many rows, and is then held until `faults.release`.
+
+    A worker that is held meets no further row, so that it takes one "hold" only.
+    """
+    table.write_text(json.dumps({"": ["pass"] * rows + ["hold"] * 99}))
+    with patch.context() as inner:
+        faults.arm(inner, table)
+        yield
+
+
+def await_held(table: Path, rows: int) -> None:
+    """Wait until a worker is held that does no more than so many rows."""
+    met = table.with_name(".met")
+    wait_for(lambda: met.exists() and met.stat().st_size > rows)
 
 
 def assert_ledger(store: Store, reference: Store) -> None:
