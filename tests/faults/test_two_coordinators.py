@@ -9,10 +9,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import pytest
 from conftest import chunk_bytes, tree
-from harness import Run, assert_ledger, finished_chunks
+from harness import Run, assert_ledger, finished_chunks, holding_after
+from nursery import wait_for
 
 import virnuc_dask
 from virnuc_dask.store.store import Store
@@ -47,22 +49,29 @@ def test_two_runs_that_start_together_make_one_store(
     peptides: Path,
     reference: Store,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     random = np.random.default_rng(SEED)
+    motif = faults.motif_of(peptides)
     twice = 0
     for number in range(rounds):
-        path = tmp_path / str(number) / "out.zarr"
+        path, table = tmp_path / str(number) / "out.zarr", tmp_path / f"{number}.json"
         runs = []
-        for _ in range(2):
-            time.sleep(random.uniform(0, 0.2))
-            runs.append(Run("run", peptides, path, *IDENTITY, "--workers", 1))
+        # Neither is done before the other has begun.
+        with faults.holding(monkeypatch, table, motif):
+            for _ in range(2):
+                time.sleep(random.uniform(0, 0.2))
+                runs.append(Run("run", peptides, path, *IDENTITY, "--workers", 1))
         # Both are read at once: a full pipe would stop the second.
         with ThreadPoolExecutor(2) as pool:
-            assert list(pool.map(Run.finish, runs)) == [0, 0], (SEED, number)
+            ends = pool.map(Run.finish, runs)
+            wait_for(lambda runs=runs: all(run.of("run_started") for run in runs))
+            faults.release(table)
+            assert list(ends) == [0, 0], (SEED, number)
         seen = [{event["chunk"] for event in run.of("chunk_done")} for run in runs]
         computed = [run.computed() for run in runs]
-        assert all(seen), (SEED, number, "one was done before the other began")
+        assert all(seen), (SEED, number)
         for run, chunks in zip(runs, computed, strict=True):
             # What was there when a run began is not its business, and all else is, once.
             began = run.of("run_started")[0]["present_chunks"]
@@ -80,10 +89,11 @@ def test_two_runs_that_start_together_make_one_store(
 
 
 def test_a_run_that_was_stopped_while_another_finished_does_no_harm(
-    peptides: Path, reference: Store, tmp_path: Path
+    peptides: Path, reference: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / "store" / "out.zarr"
-    first = Run("run", peptides, path, *IDENTITY, "--workers", 2)
+    path, table = tmp_path / "store" / "out.zarr", tmp_path / "faults.json"
+    with holding_after(monkeypatch, table, reference.records // 4):
+        first = Run("run", peptides, path, *IDENTITY, "--workers", 2)
     next(event for event in first if len(first.computed()) == reference.chunk_count // 8)
     # Coordinator, scheduler and workers, in the middle of whatever they do.
     os.killpg(first.process.pid, signal.SIGSTOP)
@@ -98,6 +108,7 @@ def test_a_run_that_was_stopped_while_another_finished_does_no_harm(
         assert already.items() <= whole.items()
     finally:
         os.killpg(first.process.pid, signal.SIGCONT)
+        faults.release(table)
     assert first.finish() == 0
     assert len(first.events) > reported
     done = {event["chunk"] for event in first.of("chunk_done")}
