@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -25,11 +24,14 @@ from harness import (
     await_end,
     clear_partial_files_of_the_killed,
     finished_chunks,
+    holding_after,
 )
+from nursery import wait_for
 
 import virnuc_dask
 from virnuc_dask import RunConfig
 from virnuc_dask.runtime import events
+from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.store.store import Store
 
 # Layer 0 is quick, so that most of a run is what can be interrupted: tasks, and their files.
@@ -109,8 +111,9 @@ def test_workers_killed_at_random_lose_nothing_and_blame_nobody(
             over = len(run.of("chunk_done")) == reference.store.chunk_count
             if not over and (victim := choose_worker(run, killed, random)):
                 finished |= {name: tree_of(path, name) for name in reported_files(run)}
-                victim.kill()
-                killed.append(victim.pid)
+                with suppress(psutil.NoSuchProcess):  # the run has just ended
+                    victim.kill()
+                    killed.append(victim.pid)
         reader.join()
         assert run.process.wait() == 0, (SEED, stores)
 
@@ -203,32 +206,43 @@ def assert_computed_elsewhere(seen: list[events.Event], summary: virnuc_dask.Run
     assert (summary.exit_code, summary.workers_lost) == (0, 1)
 
 
-def starting(peptides: Path, path: Path) -> Run:
-    """A run that is about to start its workers."""
-    run = Run("run", peptides, path, *IDENTITY, *LOCAL, stderr=subprocess.PIPE)
-    await_event(run, lambda event: event["event"] == "run_started")
-    return run
+# What Python loads first. A file is named after each process that is to become a worker.
+STARTS = """
+import os, sys, time
+from contextlib import suppress
+from pathlib import Path
+
+if any("spawn_main" in argument for argument in sys.orig_argv):
+    here = Path(__file__).parent
+    (here / f"{{os.getpid()}}.pid").touch()
+    {}
+"""
 
 
-def started_workers(run: Run) -> Iterator[psutil.Process]:
-    """The processes of workers, from their first moment on."""
-    with suppress(psutil.NoSuchProcess):
-        for process in psutil.Process(run.process.pid).children(recursive=True):
-            with suppress(psutil.NoSuchProcess):
-                if "spawn_main" in " ".join(process.cmdline()):
-                    yield process
+def starting(folder: Path, peptides: Path, path: Path, begin: str) -> Run:
+    """A run whose workers begin with a statement, before there is anything of Dask in them."""
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(STARTS.format(begin))
+    found = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    what = ("run", peptides, path, *IDENTITY, *LOCAL)
+    return Run(*what, env=os.environ | {"PYTHONPATH": found}, stderr=subprocess.PIPE)
+
+
+def started_workers(folder: Path) -> list[int]:
+    """Processes that were to become workers; they may have ended."""
+    return [int(file.stem) for file in folder.glob("*.pid")]
 
 
 @pytest.mark.slow
 def test_a_worker_killed_while_it_starts_is_started_again(
     peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
-    path = tmp_path / "out.zarr"
-    run = starting(peptides, path)
-    while (victim := next(started_workers(run), None)) is None:
-        assert run.process.poll() is None
-    victim.kill()
+    path, folder = tmp_path / "out.zarr", tmp_path / "starts"
+    one = 'with suppress(FileExistsError): (here / "one").mkdir(); os.kill(os.getpid(), 9)'
+    run = starting(folder, peptides, path, one)
     assert run.finish() == 0
+    assert (folder / "one").exists()
+    assert len(started_workers(folder)) > 2
     assert_nothing_lost(Store(path), reference.store)
 
 
@@ -236,12 +250,13 @@ def test_a_worker_killed_while_it_starts_is_started_again(
 def test_an_interrupt_while_workers_start_is_answered_by_the_coordinator_alone(
     peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
-    path = tmp_path / "out.zarr"
-    run = starting(peptides, path)
-    while (worker := next(started_workers(run), None)) is None:
-        assert run.process.poll() is None
-    assert blocks_interrupts(worker)
+    path, folder = tmp_path / "out.zarr", tmp_path / "starts"
+    wait = 'while not (here / "released").exists(): time.sleep(0.02)'
+    run = starting(folder, peptides, path, wait)
+    wait_for(lambda: started_workers(folder))
+    assert blocks_interrupts(started_workers(folder)[0])
     os.killpg(run.process.pid, signal.SIGINT)  # as a terminal's Ctrl-C goes
+    (folder / "released").touch()
     assert run.finish() == 128 + signal.SIGINT
     assert run.process.stderr is not None
     assert "Traceback" not in run.process.stderr.read()
@@ -250,8 +265,8 @@ def test_an_interrupt_while_workers_start_is_answered_by_the_coordinator_alone(
     assert_nothing_lost(Store(path), reference.store)
 
 
-def blocks_interrupts(process: psutil.Process) -> bool:
-    status = Path(f"/proc/{process.pid}/status").read_text()
+def blocks_interrupts(pid: int) -> bool:
+    status = Path(f"/proc/{pid}/status").read_text()
     mask = status.partition("SigBlk:")[2].split()[0]
     return bool(int(mask, 16) & 1 << signal.SIGINT - 1)
 
@@ -260,18 +275,10 @@ def blocks_interrupts(process: psutil.Process) -> bool:
 def test_workers_that_are_always_killed_before_they_ever_ran_are_a_clear_error(
     peptides: Path, reference: Uninterrupted, tmp_path: Path
 ) -> None:
-    path = tmp_path / "out.zarr"
-    run = starting(peptides, path)
-    killed = set()
-    while run.process.poll() is None:
-        for process in started_workers(run):
-            with suppress(psutil.NoSuchProcess):
-                process.kill()
-                killed.add(process.pid)
-        assert len(killed) < 100, "some ran, and were replaced"
-        time.sleep(0.01)
+    path, folder = tmp_path / "out.zarr", tmp_path / "starts"
+    run = starting(folder, peptides, path, "os.kill(os.getpid(), 9)")
     assert run.finish() == 4
-    assert len(killed) >= 3
+    assert len(started_workers(folder)) >= 3
     assert run.process.stderr is not None
     assert "the workers did not start, 3 times" in (said := run.process.stderr.read())
     assert "Traceback" not in said
@@ -295,6 +302,7 @@ def test_coordinators_killed_at_random_leave_no_process_and_lose_nothing(
     # Spread evenly over a run, of which a third is its start; the first comes early in that.
     moments = (np.arange(kills) + random.random(kills)) / kills * 1.5 - 0.5
     random.shuffle(moments[1:])
+    some = peptides.read_text()[:30_000]
     fired = unborn = stores = 0
     while fired < kills:
         path, finished = tmp_path / f"{stores}.zarr", {}
@@ -303,10 +311,17 @@ def test_coordinators_killed_at_random_leave_no_process_and_lose_nothing(
             before = set(np.flatnonzero(Store(path).present())) if path.exists() else set()
             again = path.exists() and random.random() < 0.5
             what = ("resume", path) if again else ("run", peptides, path, *IDENTITY)
-            run = Run(*what, *LOCAL)
+            if fired:
+                run = Run(*what, *LOCAL)
+            else:  # no store can be born of an input that does not end
+                run = Run("run", "-", path, *IDENTITY, *LOCAL, stdin=subprocess.PIPE)
+                assert run.process.stdin is not None
+                run.process.stdin.write(some)
+                run.process.stdin.flush()
             if fired < kills:
                 moment = moments[fired]
-                if moment > 0 and not path.exists() and random.random() < 0.5:
+                has_born = fired > unborn  # so that not all are killed before a store
+                if moment > 0 and has_born and not path.exists() and random.random() < 0.5:
                     # Reading takes an instant only, which chance would hardly meet.
                     await_event(run, lambda event: event["event"] == "reading")
                     time.sleep(random.uniform(0, 0.1))
@@ -430,33 +445,34 @@ def test_a_dask_worker_command_that_is_told_to_end_leaves_its_chunks_to_another(
     some = tmp_path / "some.faa"
     some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:24]))
     alone = make_store(some, "alone.zarr", rows_per_chunk=1)
-    # Every row takes a second, so that the worker has begun another chunk when its time comes.
+    # Workers do a row and are held, so that this one has begun another when its time comes.
     table = tmp_path / "faults.json"
-    table.write_text(json.dumps({"": "slow"}))
-    faults.arm(monkeypatch, table)
     seen: list[events.Event] = []
     told: list[psutil.Process] = []
-    both = False
 
     def listen(event: events.Event) -> None:
-        nonlocal both
         seen.append(event)
-        both = both or (isinstance(event, events.WorkersChanged) and event.workers == 2)
-        if isinstance(event, events.ChunkDone) and both and not told:
+        if isinstance(event, events.ChunkDone) and not told:
             told.append(psutil.Process(event.pid).parent())
             told[0].terminate()
+        if isinstance(event, events.WorkerLost):
+            faults.release(table)
 
-    with attachable(tmp_path) as (file, _):
+    with ExitStack() as stack:
+        with holding_after(monkeypatch, table, 1):
+            file, _ = stack.enter_context(attachable(tmp_path))
+        with connect(str(file)) as client:
+            client.wait_for_workers(2)
         summary = virnuc_dask.run(
             some,
             tmp_path / "out.zarr",
             model="demo",
             cluster=str(file),
+            config=RunConfig(in_flight=8),
             listener=listen,
             repr_layer=0,
             rows_per_chunk=1,
         )
-        assert told, "the run was over before there were two workers"
         # What it had begun it goes on with, beside the worker that has it now.
         assert told[0].wait(timeout=60) is not None
     assert_computed_elsewhere(seen, summary)
