@@ -72,9 +72,13 @@ class Lab:
         file = self.acknowledged
         return [int(chunk) for chunk in file.read_text().split()] if file.exists() else []
 
+    def copy(self, number: int) -> Path:
+        """The image as a cut leaves it."""
+        return self.image.with_name(f"cut{number}.img")
+
     def cut(self) -> None:
         """Copy the image; the process that writes to it must have been stopped."""
-        said, copy = self.said(), self.image.with_name(f"cut{len(self.cuts)}.img")
+        said, copy = self.said(), self.copy(len(self.cuts))
         subprocess.run(["cp", "--sparse=always", str(self.image), str(copy)], check=True)
         self.cuts.append((copy, said))
 
@@ -118,12 +122,18 @@ def cut_right_after_acknowledgements(nursery: Nursery, lab: Lab) -> None:
 
 
 def cut_anywhere(nursery: Nursery, lab: Lab) -> None:
-    """The process is stopped whatever it is doing."""
+    """The process is stopped whatever it is doing, before it is beyond the next goal."""
     dice = random.Random(4)
-    pid = nursery.start(filling(lab))
+    goals = sorted(dice.sample(range(lab.whole.chunk_count - 15), 8))
+    # It waits there for the cut before.
+    copies = {n: str(lab.copy(k)) for k, n in enumerate([*goals[1:], lab.whole.chunk_count])}
+    is_cut = f"lambda: os.path.exists({copies}.get(chunk + 1, '/'))"
+    pid = nursery.start(
+        f"import time; {filling(lab, f'[time.sleep(0.002) for _ in iter({is_cut}, True)]')}"
+    )
     wait_until_stopped(pid)
     os.kill(pid, signal.SIGCONT)
-    for goal in sorted(dice.sample(range(lab.whole.chunk_count - 15), 8)):
+    for goal in goals:
         wait_for(lambda goal=goal: len(lab.said()) >= goal)
         time.sleep(dice.uniform(0, 0.02))
         os.kill(pid, signal.SIGSTOP)
