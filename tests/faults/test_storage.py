@@ -12,10 +12,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import pytest
 from conftest import VIRAL_PROTEINS, Cli, Maker, chunk_bytes, command, tree
-from harness import Run, assert_ledger, clear_partial_files_of_the_killed, finished_chunks
+from harness import (
+    Run,
+    assert_ledger,
+    clear_partial_files_of_the_killed,
+    finished_chunks,
+    holding_after,
+)
 from killed_writes import (
     Bench,
     assert_nothing_is_half_there,
@@ -287,13 +294,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Store:
 )
 @pytest.mark.slow
 def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back(
-    part: str, uninterrupted: Store, tmp_path: Path
+    part: str, uninterrupted: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, away = tmp_path / "out.zarr", tmp_path / "away"
-    run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)
+    path, away, table = (tmp_path / name for name in ("out.zarr", "away", "faults.json"))
+    with holding_after(monkeypatch, table, uninterrupted.records // 4):
+        run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)
     for _ in run:
         if len(run.computed()) == 3:
             (path / part).rename(away)
+            faults.release(table)
             break
     assert run.finish() == 4
     assert len(run.computed()) < uninterrupted.chunk_count // 2  # it was in the middle
@@ -312,16 +321,22 @@ def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back
 
 
 @pytest.mark.slow
-def test_a_store_that_is_deleted_ends_the_run_and_does_not_come_back(tmp_path: Path) -> None:
-    path = tmp_path / "out.zarr"
-    run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)
+def test_a_store_that_is_deleted_ends_the_run_and_does_not_come_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder := tmp_path / "disk").mkdir()
+    path, gone, table = folder / "out.zarr", folder / "gone", tmp_path / "faults.json"
+    with holding_after(monkeypatch, table, 75):
+        run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)
     for _ in run:
         if len(run.computed()) == 3:
-            path.rename(tmp_path / "gone")
-            shutil.rmtree(tmp_path / "gone")
+            path.rename(gone)
+            while gone.exists():  # workers are writing to it
+                shutil.rmtree(gone, ignore_errors=True)
+            faults.release(table)
             break
     assert run.finish() == 4
     assert run.process.stderr is not None
     message = run.process.stderr.read()
     assert re.fullmatch(rf"error: .*{path}.*\n", message)
-    assert os.listdir(tmp_path) == []
+    assert os.listdir(folder) == []
