@@ -65,7 +65,7 @@ class Run:
 def holding_after(patch: Any, table: Path, rows: int) -> Iterator[None]:
     """What is started within does so many rows, and is then held until `faults.release`.
 
-    A worker that is held meets no further row, so that it takes one "hold" only.
+    A worker that is held meets no further row, so that each needs one "hold" only.
     """
     table.write_text(json.dumps({"": ["pass"] * rows + ["hold"] * 99}))
     with patch.context() as inner:
@@ -74,7 +74,7 @@ def holding_after(patch: Any, table: Path, rows: int) -> Iterator[None]:
 
 
 def await_held(table: Path, rows: int) -> None:
-    """Wait until a worker is held that does no more than so many rows."""
+    """Wait until `holding_after` so many rows holds a worker."""
     met = table.with_name(".met")
     wait_for(lambda: met.exists() and met.stat().st_size > rows)
 
