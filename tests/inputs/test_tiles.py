@@ -8,6 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import pyarrow.parquet
 import pytest
@@ -329,12 +330,16 @@ def test_a_genome_without_an_open_frame_hints_at_orf(
 
 
 @pytest.mark.slow
-def test_a_tiled_run_is_killed_and_goes_on(tmp_path: Path, make_store: Maker) -> None:
+def test_a_tiled_run_is_killed_and_goes_on(
+    tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = make_store(VIRAL_PROTEINS, "whole.zarr", rows_per_chunk=64, tiling=Tiling(100, 80))
     path = tmp_path / "out.zarr"
     options = ("--model=demo", "--repr-layer", 0, "--rows-per-chunk", 64, "--workers", 1)
     options += ("--tile", 100, "--tile-step", 80)
-    run = Run("run", VIRAL_PROTEINS, path, *options)
+    motif = faults.motif_of(VIRAL_PROTEINS)
+    with faults.holding(monkeypatch, tmp_path / "faults.json", motif):
+        run = Run("run", VIRAL_PROTEINS, path, *options)
     for event in run:
         if event["event"] == "chunk_done" and len(run.computed()) == 5:
             run.process.kill()
@@ -342,6 +347,7 @@ def test_a_tiled_run_is_killed_and_goes_on(tmp_path: Path, make_store: Maker) ->
     run.finish()
     assert run.process.returncode == -signal.SIGKILL
     done = set(np.flatnonzero(Store(path).present()).tolist())
+    assert 5 <= len(done) < whole.chunk_count
     again = Run("run", VIRAL_PROTEINS, path, *options)
     assert again.finish() == 0
     assert done.isdisjoint(again.computed())

@@ -10,12 +10,14 @@ from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
+import faults
 import numpy as np
 import pytest
 from Bio.Data import CodonTable
 from Bio.Seq import Seq
 from conftest import EXAMPLES, ROOT, VIRAL_PROTEINS, Cli, Maker, tree
 from harness import Run, assert_ledger
+from nursery import wait_for
 
 import virnuc_dask
 from virnuc_dask.errors import IdentityMismatchError, InputError, StoreError, UsageError
@@ -244,21 +246,26 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 def test_reads_are_embedded_killed_and_resumed(
-    reads: Path, tmp_path: Path, make_store: Maker
+    reads: Path, tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     how = Translation()
     whole = make_store(reads, "whole.zarr", rows_per_chunk=16, translation=how)
     path = tmp_path / "out.zarr"
     identity = ("--model=demo", "--translate", "six-frame", "--rows-per-chunk", 16)
     options = (*identity, "--repr-layer", 0, "--workers", 1)
-    # In the ingest, which is over in an instant: as soon as it begins.
-    early = Run("run", reads, path, *options)
-    next(event for event in early if event["event"] == "reading")
+    # In the ingest, of an input that does not end.
+    early = Run("run", "-", path, *options, stdin=subprocess.PIPE)
+    early.process.stdin.write(reads.read_text()[:20_000])
+    early.process.stdin.flush()
+    wait_for(lambda: list(tmp_path.glob(".out.zarr~*.ingest")))
     early.process.kill()
     assert early.finish() == -signal.SIGKILL
     assert not early.of("run_started")
     assert not path.exists()
-    run = Run("run", reads, path, *options)
+    (_length,), residues = whole.read_rows(whole.chunk_count - 1)  # of one row, so it comes last
+    table = tmp_path / "faults.json"
+    with faults.holding(monkeypatch, table, residues.tobytes().decode()):
+        run = Run("run", reads, path, *options)
     for event in run:
         if event["event"] == "chunk_done" and len(run.computed()) == 10:
             run.process.kill()
