@@ -701,9 +701,10 @@ def test_a_worker_that_hangs_keeps_no_run_from_beginning(
     with started_cluster(tmp_path) as file, worker(file, "--no-nanny") as hangs:
         with connect(str(file)) as client:
             client.wait_for_workers(2)
+            client.run(lambda: bool(__import__("virnuc_dask.runtime.embed")))
         hangs.send_signal(signal.SIGSTOP)
         seen: list[events.Event] = []
-        config = RunConfig(deadline_floor=2, deadline_first=5)
+        config = RunConfig(deadline_floor=2, deadline_first=12)
         virnuc_dask.resume(store.path, cluster=str(file), config=config, listener=seen.append)
     (checked,) = (event for event in seen if isinstance(event, events.WorkersChecked))
     assert checked.workers == 1
