@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import faults
 import pytest
 from click.testing import CliRunner
 from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
@@ -182,10 +183,11 @@ def test_status_says_that_truncated_rows_are_embedded(make_store: Maker, cli: Cl
 
 @pytest.mark.slow
 def test_status_sees_a_run_as_long_as_its_process_lives(
-    make_store: Maker, cli: Cli, peptides: Path
+    make_store: Maker, cli: Cli, peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make_store(peptides, embed=False)
-    run = Run("resume", store.path, "--workers", 1)
+    with faults.holding(monkeypatch, tmp_path / "faults.json", faults.motif_of(peptides)):
+        run = Run("resume", store.path, "--workers", 1)
     for event in run:
         if event["event"] == "chunk_done":
             break
@@ -221,18 +223,22 @@ def test_status_can_be_watched_until_a_store_is_complete(
 
 @pytest.mark.slow
 def test_an_interrupted_run_counts_what_it_has_not_computed(
-    make_store: Maker, peptides: Path
+    make_store: Maker, peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = make_store(peptides, embed=False, rows_per_chunk=8)
-    process = subprocess.Popen(
-        command("resume", store.path, "--workers", 1),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    table = tmp_path / "faults.json"
+    # Neither the first chunk nor the last.
+    with faults.holding(monkeypatch, table, faults.motif_of(peptides, 0)):
+        process = subprocess.Popen(
+            command("resume", store.path, "--workers", 1),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
     while not store.present().any():
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
+    faults.release(table)
     out, err = process.communicate(timeout=60)
     missing = int((~store.present()).sum())
     assert process.returncode == 130
