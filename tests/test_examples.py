@@ -8,13 +8,13 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import EXAMPLES, ROOT
 from engines import SPYTHON, programs_of
+from nursery import wait_for
 
 from virnuc_dask.cli.main import main
 
@@ -86,8 +86,13 @@ def start(script: list[str], folder: Path, **more: str) -> subprocess.Popen[byte
 def terminate_once_begun(
     process: subprocess.Popen[bytes], folder: Path, number: signal.Signals = signal.SIGTERM
 ) -> int:
-    while not (folder / "calls.begun").exists():
-        time.sleep(0.05)
+    def traps() -> bool:  # the script sets its traps after it has started the program
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(status.partition("SigCgt:")[2].split()[0], 16)
+        return bool(caught >> number - 1 & 1)
+
+    wait_for((folder / "calls.begun").exists)
+    wait_for(traps)
     process.send_signal(number)
     return process.wait(timeout=30)
 
