@@ -254,11 +254,13 @@ class _Running:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGSTOP)  # so that nothing more is started
         until = time.monotonic() + _KILL_S
-        while (left := self._processes()) and time.monotonic() < until:
+        while left := self._processes():
             for process in left:
                 with suppress(psutil.Error):
                     process.kill()
             psutil.wait_procs(left, timeout=0.2)
+            if time.monotonic() > until:
+                break
         with suppress(subprocess.TimeoutExpired):  # one may hang in a driver's call
             self._process.wait(0.5)
 
