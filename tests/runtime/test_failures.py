@@ -79,7 +79,7 @@ def test_a_transient_error_is_waited_out_while_the_others_go_on(
         if isinstance(event, events.ChunkFailed):
             obstacle.rmdir()
 
-    config = RunConfig(backoff=4.0)
+    config = RunConfig(backoff=4.0, in_flight=1)  # so that others are left when it fails
     summary = virnuc_dask.resume(store.path, client=client, config=config, listener=listen)
     kinds = [type(event).__name__ for event in seen]
     assert kinds.count("ChunkFailed") == 1

@@ -125,6 +125,7 @@ class Nursery:
         skip_without_strace()
         log.unlink(missing_ok=True)
         pid = self.start(job)
+        wait_until_stopped(pid)  # it may be traced from then on
         arguments = ["-y", "-qq", "-o", str(log), "-p", str(pid), *options]
         strace = subprocess.Popen(["strace", *arguments])
         wait_for(lambda: log.exists() and "stopped by SIGSTOP" in log.read_text())
