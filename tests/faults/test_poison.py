@@ -328,7 +328,7 @@ def test_a_row_that_hangs_costs_its_neighbour_nothing(
 ) -> None:
     inputs = poisoned(peptides, tmp_path / "some.faa", {0: HANGS}, 2)
     store = make_store(inputs, embed=False, repr_layer=None)
-    deadlines = Deadlines(start_s=120, floor_s=8)
+    deadlines = Deadlines(start_s=120, floor_s=3)
     rows = embed_in_children(model, "cpu", *rows_of(store), store.identity, deadlines)
     assert rows.status.tolist() == [Status.TIMED_OUT, Status.EMBEDDED]
     assert np.isfinite(rows.embedding[1]).all()
