@@ -167,16 +167,17 @@ def test_a_workflow_goes_on_beside_the_job_of_one_that_was_killed(
     workflow = engine(VIRAL_PROTEINS)
     process = start_without_end(workflow, tmp_path, monkeypatch)
     store = Store(workflow.path)
-    wait_for(lambda: store.present().sum() == store.chunk_count - 1)
+    # The other thread of the worker that hangs may have a chunk, which waits.
+    wait_for(lambda: store.present().sum() >= store.chunk_count - 2)
     (job,) = psutil.Process(process.pid).children()
-    before = finished_chunks(store)
+    before, present = finished_chunks(store), int(store.present().sum())
     process.kill()
     process.wait()
 
     workflow.unlock()
     workflow.run()
     assert job.is_running()
-    assert workflow.starts()[-1]["present_chunks"] == store.chunk_count - 1
+    assert workflow.starts()[-1]["present_chunks"] >= present
     assert before.items() <= tree(store.path).items()
     assert cli("verify", store.path).returncode == 0
 
