@@ -124,7 +124,7 @@ def test_it_says_what_a_store_is(make_store: Maker) -> None:
         "Random weights: these embeddings mean nothing",
         store.identity.weights_sha256,
         store.identity.input_sha256,
-        "300 sequences, 300 of them embedded with demo",
+        "300 sequences. 300 rows are embedded with demo",
         "10 of 10 chunks of 32 rows are done",
         f"Median {np.median(lengths):,.0f}",
         f"{lengths.sum():,} residues; {100 * others / len(residues):.2f} % are other",
@@ -241,7 +241,7 @@ def test_reads_have_the_mean_of_their_rows(make_store: Maker, tmp_path: Path) ->
     data = virnuc_dask.open_store(store.path).load()
     page = written(store)
     check_accessible(page)
-    assert f"{store.records} frames of 2 of 3 reads, {store.records} of them embedded" in page.text
+    assert f"{store.records} frames of 2 of 3 reads. {store.records} rows are embedded" in page.text
     text = page.text.partition("Histogram of score_virus by read")[2]
     means = []
     for read, name in enumerate(data.read_id.values[:2]):
@@ -261,7 +261,7 @@ def test_tiles_have_the_mean_of_their_proteins(make_store: Maker) -> None:
     store = make_store(VIRAL_PROTEINS, tiling=virnuc_dask.Tiling(400, 300))
     fill(keep_result(store, "score", "virus", {}), score)
     text = written(store).text
-    assert f"{store.records} tiles of 300 of 300 proteins, " in text
+    assert f"{store.records} tiles of 300 of 300 proteins. " in text
     assert "Mean scores of 300 proteins" in text
     assert "The highest, each protein by the mean of its rows. protein score rows" in text
 
@@ -369,7 +369,7 @@ def test_a_store_that_is_filling(make_store: Maker) -> None:
     whole = make_store(VIRAL_PROTEINS, "whole.zarr")
     store.write_chunk(3, *whole.read_chunk(3))
     page = written(store, force=True)
-    assert "300 sequences, 32 of them embedded" in page.text
+    assert "300 sequences. 32 rows are embedded" in page.text
     assert page.points() == 32
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -27,6 +28,7 @@ from virnuc_dask.errors import (
     StoreInUseError,
     StoreReplacedError,
     UsageError,
+    VirnucError,
 )
 from virnuc_dask.files import remove_orphans
 from virnuc_dask.runtime import events
@@ -202,17 +204,23 @@ def test_a_store_that_cannot_be_published_leaves_the_old_one(
 
 
 def test_no_store_is_replaced_for_a_cluster_that_is_not_there(
-    make_store: Maker, tmp_path: Path
+    make_store: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = make_store(VIRAL_PROTEINS)
     before = tree(old.path)
+
+    def fail(*_: Any) -> None:  # as on a machine with too few processes or files left
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    monkeypatch.setattr("virnuc_dask.runtime.local.start_cores", fail)
     for wrong in (
+        {"workers": 1},
         {"cluster": "tcp://127.0.0.1:9"},
         {"cluster": "nobody knows"},
         {"workers": 0},
         {"config": RunConfig(performance_report=str(tmp_path / "no" / "report.html"))},
     ):
-        with pytest.raises((UsageError, OSError)):
+        with pytest.raises((VirnucError, OSError)):
             virnuc_dask.run(OTHER_PROTEINS, old.path, overwrite=True, **OPTIONS, **wrong)
     assert tree(old.path) == before
 

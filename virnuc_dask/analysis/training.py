@@ -244,7 +244,7 @@ class TrainReport:
         precision = self.embeddings.precision_at(_RARE)
         if precision is not None:
             yield (
-                f"Scores are probabilities at the class proportions of the training rows. If"
+                "Scores are probabilities at the class proportions of the training rows. If"
                 f" {_RARE:.0%} of the rows were {first},"
             )
             yield f"{precision:.1%} of the rows with a score of 0.5 or more would be {first}."

@@ -139,9 +139,12 @@ def run(
         raise UsageError("overwrite with a shard: each run would replace the store of the others")
     with ExitStack() as stack:
         emit = stack.enter_context(_shown(progress, listener))
-        if client is None and (overwrite or can_create(store)):
-            # The input may be long, and no store is replaced for a cluster that is not there.
-            check_cluster(cluster, workers, config, partial(_waiting, emit, cluster))
+        wait = partial(_waiting, emit, cluster)
+        if client is None and overwrite:
+            # No store is replaced for a cluster that is not there.
+            client = stack.enter_context(connect(cluster, workers, config, wait))
+        elif client is None and can_create(store):
+            check_cluster(cluster, workers, config, wait)  # reading the input may take long
         expected = partial(_expected_workers, client, cluster, workers, config)
         opened, spec = prepare(
             inputs, store, all_settings, emit, config.device, expected, overwrite
