@@ -319,7 +319,7 @@ def test_only_labelled_embedded_rows_take_part(
     assert np.isnan(found.similarity.values[1])
     write_annotations([found], tmp_path / "out.tsv")
     lines = (tmp_path / "out.tsv").read_text().splitlines()
-    assert lines[2] == "b\t\t0.0\t\t\t\t\t\t\t"  # a name, a reliability, and no neighbour
+    assert lines[2] == "b\t1\t\t0.0\t\t\t\t\t\t\t"  # a name, a reliability, and no neighbour
     note = found.attrs["note"]
     assert f"{labels} has 1 identifier not in {store.path} (nobody)" in note
     assert "has 1 labelled row without" in note

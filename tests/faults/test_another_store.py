@@ -220,14 +220,30 @@ def test_objects_too_go_into_no_other_store(
 
 
 @pytest.fixture
-def slow(peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Records of which each takes a worker a second."""
-    some = tmp_path / "some.faa"
-    some.write_text("".join(peptides.read_text().splitlines(keepends=True)[:28]))
+def some(peptides: Path, tmp_path: Path) -> Path:
+    """14 peptides."""
+    file = tmp_path / "some.faa"
+    file.write_text("".join(peptides.read_text().splitlines(keepends=True)[:28]))
+    return file
+
+
+@pytest.fixture
+def slow(some: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, each of which takes a second."""
     table = tmp_path / "faults.json"
     table.write_text(json.dumps({"": "slow"}))
     faults.arm(monkeypatch, table)
     return some
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Path, Path]]:
+    """A scheduler's file, whose worker of one thread does a row and is held, and the table."""
+    table = tmp_path / "faults.json"
+    with ExitStack() as stack:
+        with holding_after(monkeypatch, table, 1):
+            file = stack.enter_context(started_cluster(tmp_path))
+        yield file, table
 
 
 QUICK = ("--model=demo", "--rows-per-chunk", 1, "--repr-layer", 0)
@@ -237,18 +253,19 @@ ONE_BY_ONE: dict[str, Any] = {"model": "demo", "rows_per_chunk": 1, "repr_layer"
 @pytest.mark.parametrize("end", ["SIGTERM", "SIGKILL", "the scheduler's SIGKILL"])
 @pytest.mark.slow
 def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
-    end: str, slow: Path, tmp_path: Path
+    end: str, some: Path, held: tuple[Path, Path], tmp_path: Path
 ) -> None:
     """The worker stands still with a chunk until another store is at the first one's path."""
     path, away = tmp_path / "out.zarr", tmp_path / "away.zarr"
-    with started_cluster(tmp_path) as file, connect(str(file)) as client:
+    file, table = held
+    with connect(str(file)) as client:
         client.wait_for_workers(1)
         (process,) = client.run(os.getpid).values()
-        run = Run("run", slow, path, *QUICK, "--cluster", file, "--grace", 0)
+        run = Run("run", some, path, *QUICK, "--cluster", file, "--grace", 0)
         for event in run:
-            if event["event"] == "chunk_done" and len(run.computed()) == 1:
+            if event["event"] == "chunk_done":
                 break
-        await_workers(client, at_work=True)
+        await_held(table, 1)
         os.kill(process, signal.SIGSTOP)
         try:
             done = Store(path).present().sum()
@@ -258,9 +275,10 @@ def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
                 run.process.send_signal(signal.Signals[end])
             assert run.finish() != 0
             path.rename(away)
-            make(path, ONE_BY_ONE | {"pooling": "max"}, slow)
+            make(path, ONE_BY_ONE | {"pooling": "max"}, some)
             before = tree(path)
         finally:
+            faults.release(table)
             os.kill(process, signal.SIGCONT)
         if end == "the scheduler's SIGKILL":
             await_end({process}, seconds=120)
@@ -269,19 +287,18 @@ def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
             assert Store(away).present().sum() > done  # the fault has fired: it went on, over there
     assert tree(path) == before
     assert virnuc_dask.verify(path).leftovers == []
-    os.environ.pop(faults.VARIABLE)
     whole = tmp_path / "whole.zarr"
     for store in (whole, path):
-        fill(store, make(store, ONE_BY_ONE | {"pooling": "max"}, slow))
+        fill(store, make(store, ONE_BY_ONE | {"pooling": "max"}, some))
     assert_ledger(Store(path), Store(whole))
 
 
 def test_nor_is_what_a_killed_runs_own_worker_computes(
-    peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    some: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, away, table = (tmp_path / name for name in ("out.zarr", "away.zarr", "faults.json"))
     with holding_after(monkeypatch, table, 1):
-        run = Run("run", peptides, path, *QUICK, "--workers", 1)
+        run = Run("run", some, path, *QUICK, "--workers", 1)
     for event in run:
         if event["event"] == "chunk_done":
             break
@@ -291,7 +308,7 @@ def test_nor_is_what_a_killed_runs_own_worker_computes(
     run.process.kill()
     assert run.process.wait() == -signal.SIGKILL  # the worker has its standard output still
     path.rename(away)
-    make(path, ONE_BY_ONE | {"pooling": "max"}, peptides)
+    make(path, ONE_BY_ONE | {"pooling": "max"}, some)
     before = tree(path)
     faults.release(table)
     os.kill(process, signal.SIGCONT)
@@ -300,23 +317,27 @@ def test_nor_is_what_a_killed_runs_own_worker_computes(
 
 
 @pytest.mark.slow
-def test_nor_is_it_put_into_another_store_in_a_bucket(slow: Path, tmp_path: Path, url: str) -> None:
-    with started_cluster(tmp_path) as file, connect(str(file)) as client:
+def test_nor_is_it_put_into_another_store_in_a_bucket(
+    some: Path, url: str, held: tuple[Path, Path]
+) -> None:
+    file, table = held
+    with connect(str(file)) as client:
         client.wait_for_workers(1)
         (process,) = client.run(os.getpid).values()
-        run = Run("run", slow, url, *QUICK, "--cluster", file)
+        run = Run("run", some, url, *QUICK, "--cluster", file)
         for event in run:
             if event["event"] == "chunk_done":
                 break
-        await_workers(client, at_work=True)
+        await_held(table, 1)
         os.kill(process, signal.SIGSTOP)
         try:
             run.process.kill()
             assert run.finish() == -signal.SIGKILL
             location_of(url.removesuffix("/out.zarr")).remove("out.zarr")
-            make(url, ONE_BY_ONE | {"pooling": "max"}, slow)
+            make(url, ONE_BY_ONE | {"pooling": "max"}, some)
             before = tree(url)
         finally:
+            faults.release(table)
             os.kill(process, signal.SIGCONT)
         await_workers(client, at_work=False)
     assert tree(url) == before
@@ -325,9 +346,10 @@ def test_nor_is_it_put_into_another_store_in_a_bucket(slow: Path, tmp_path: Path
 @pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGKILL])
 @pytest.mark.slow
 def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
-    end: signal.Signals, peptides: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    end: signal.Signals, some: Path, held: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    path, table = tmp_path / "out.zarr", tmp_path / "faults.json"
+    path = tmp_path / "out.zarr"
+    file, table = held
 
     # In here, so that they travel whole.
     def wanted(dask_scheduler: Any) -> int:
@@ -336,12 +358,9 @@ def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
     def unbegun(dask_worker: Any) -> int:
         return len(dask_worker.state.ready)
 
-    with ExitStack() as stack:
-        with holding_after(monkeypatch, table, 1):
-            file = stack.enter_context(started_cluster(tmp_path))
-        client = stack.enter_context(connect(str(file)))
+    with connect(str(file)) as client:
         client.wait_for_workers(1)
-        run = Run("run", peptides, path, *QUICK, "--cluster", file, "--in-flight", 10)
+        run = Run("run", some, path, *QUICK, "--cluster", file, "--in-flight", 10)
         for event in run:
             if event["event"] == "chunk_done" and len(run.computed()) == 1:
                 await_held(table, 1)  # its only thread is at the next
