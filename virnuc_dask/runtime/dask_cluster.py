@@ -163,6 +163,8 @@ def _attached(
         why = f"{error}: {cause}" if str(cause) not in str(error) else str(error)
         if isinstance(cause, ConnectionResetError):
             why += ". Does it speak TLS (tls://)?"
+        elif "://" not in cluster:
+            why += ". A scheduler that was killed leaves its file; start another"
         raise UsageError(f"cluster {cluster}: no scheduler answers: {why}") from error
 
 
