@@ -7,7 +7,7 @@
 # input and is changed in place, and the same command goes on from it.
 #
 # For GPUs add --cluster local-cuda; --workers is then their number. For a running Dask scheduler, of
-# which --cluster is the address, remove the input `workers`.
+# which --cluster is the address, remove the input `workers` and the ResourceRequirement.
 #
 # A job has a HOME of its own. Give --model a path, or the weights are downloaded each time.
 cwlVersion: v1.2

@@ -2,8 +2,8 @@
 //
 //     nextflow run examples/main.nf --proteins some.faa --model esm2_t6_8M_UR50D
 //
-// For GPUs add --cluster local-cuda. It may also be the address or scheduler file of a running Dask
-// scheduler. More options of `run` go into --options='--translate six-frame', or, if workers of a
+// For GPUs add --cluster local-cuda. It may also be the address of a running Dask scheduler, or the
+// absolute path of its file. More options of `run` go into --options='--translate six-frame', or, if workers of a
 // scheduler have GPUs, --options='--device cuda'. The table needs pip install '.[export]'.
 //
 // Each attempt at a task begins in an empty folder. So the store is no output: it is named by a

@@ -10,36 +10,50 @@ TLS, for on a cluster they have to listen beyond this machine.
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 
+import dask
 from dask_jobqueue import SLURMCluster
 from distributed import Client
 
 import virnuc_dask
 
 
+def private_folder() -> str:
+    """A folder that all nodes see, and into which only you can write.
+
+    The scheduler and workers import modules from there, so it is not the /tmp that users share.
+    """
+    folder = Path("dask-scratch").absolute()
+    folder.mkdir(exist_ok=True)
+    folder.chmod(0o700)  # an error if it is somebody else's
+    return str(folder)
+
+
 def make_cluster() -> SLURMCluster:
     """Jobs of one worker with three threads: one chunk is computed, others are read and written."""
-    return SLURMCluster(
-        processes=1,
-        cores=3,
-        job_cpu=4,
-        memory="32GB",
-        walltime="04:00:00",
-        # A lost job is replaced, so it need not come back too.
-        job_extra_directives=["--gres=gpu:1", "--no-requeue"],
-        # As `--cluster local` does: Dask's own default costs the encoder a quarter of its speed.
-        job_script_prologue=[
-            "export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432"
-        ],
-        security=True,
-        # Dashboards ask nobody for a password: see them by `ssh -L`.
-        scheduler_options={"dashboard_address": "127.0.0.1:0"},
-        worker_extra_args=["--dashboard-address", "127.0.0.1:0", "--memory-limit", "0"],
-        # Where every node finds the certificates, for their owner alone to read.
-        shared_temp_directory=".",
-        # Workers import modules from there, so not the /tmp that all users share.
-        local_directory=".",
-    )
+    folder = private_folder()
+    with dask.config.set({"temporary-directory": folder}):  # the scheduler's
+        return SLURMCluster(
+            processes=1,
+            cores=3,
+            job_cpu=4,
+            memory="32GB",
+            walltime="04:00:00",
+            # A lost job is replaced, so it need not come back too.
+            job_extra_directives=["--gres=gpu:1", "--no-requeue"],
+            # As `--cluster local` does: Dask's default costs the encoder a quarter of its speed.
+            job_script_prologue=[
+                "export MALLOC_TRIM_THRESHOLD_=1073741824 MALLOC_MMAP_THRESHOLD_=33554432"
+            ],
+            security=True,
+            # Dashboards ask nobody for a password: see them by `ssh -L`.
+            scheduler_options={"dashboard_address": "127.0.0.1:0"},
+            worker_extra_args=["--dashboard-address", "127.0.0.1:0", "--memory-limit", "0"],
+            # Where every node finds the certificates, for their owner alone to read.
+            shared_temp_directory=".",
+            local_directory=folder,
+        )
 
 
 def main() -> int:

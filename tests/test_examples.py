@@ -138,6 +138,9 @@ def test_dask_jobqueue_asks_for_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
     with slurm_dask.make_cluster() as cluster:
         script = cluster.job_script()
+        assert cluster.scheduler.local_directory.startswith(f"{tmp_path}/dask-scratch/")
+    assert f"--local-directory {tmp_path}/dask-scratch" in script
+    assert (tmp_path / "dask-scratch").stat().st_mode & 0o777 == 0o700
     assert "#SBATCH --gres=gpu:1" in script
     assert "tls://" in script
     assert "--nthreads 3" in script

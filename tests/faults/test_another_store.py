@@ -17,7 +17,7 @@ import pytest
 from clusters import started_cluster
 from clusters import worker as another_worker
 from conftest import VIRAL_PROTEINS, tree
-from harness import Run, assert_ledger, await_end, await_held, await_workers, holding_after
+from harness import Run, assert_ledger, await_end, await_held, await_idle, holding_after
 from nursery import wait_for
 from s3 import BUCKET, Server
 
@@ -283,7 +283,7 @@ def test_what_an_interrupted_run_still_computes_is_written_into_no_other_store(
         if end == "the scheduler's SIGKILL":
             await_end({process}, seconds=120)
         else:
-            await_workers(client, at_work=False)
+            await_idle(client)
             assert Store(away).present().sum() > done  # the fault has fired: it went on, over there
     assert tree(path) == before
     assert virnuc_dask.verify(path).leftovers == []
@@ -339,7 +339,7 @@ def test_nor_is_it_put_into_another_store_in_a_bucket(
         finally:
             faults.release(table)
             os.kill(process, signal.SIGCONT)
-        await_workers(client, at_work=False)
+        await_idle(client)
     assert tree(url) == before
 
 
@@ -371,7 +371,7 @@ def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
         wait_for(lambda: not any(client.run(unbegun).values()))
         faults.release(table)
         assert run.finish() in (-end, 128 + end)
-        await_workers(client, at_work=False)
+        await_idle(client)
         # What was done, and the one that it was at.
         assert Store(path).present().sum() == 2
         if end == signal.SIGTERM:

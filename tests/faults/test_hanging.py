@@ -16,7 +16,7 @@ from typing import Any
 import faults
 import pytest
 from conftest import Maker, chunk_bytes, tree
-from harness import await_workers, clear_partial_files_of_the_killed
+from harness import await_idle, clear_partial_files_of_the_killed
 
 import virnuc_dask
 from virnuc_dask import RunConfig
@@ -89,7 +89,7 @@ def test_a_worker_that_stands_still_is_worked_around(
 
     # It wakes up, and what it still writes are the same bytes.
     os.kill(stopped[0], signal.SIGCONT)
-    await_workers(attached, at_work=False)
+    await_idle(attached)
     assert set(tree(store.path)) == set(before)
     assert chunk_bytes(store.path) == chunk_bytes(whole.path)
     assert len(attached.nthreads()) == 2

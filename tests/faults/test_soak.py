@@ -16,7 +16,7 @@ from uuid import uuid4
 
 import pytest
 from conftest import AWKWARD
-from harness import Run, assert_ledger, await_end, await_workers
+from harness import Run, assert_ledger, await_end, await_idle
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -207,7 +207,7 @@ class Filling(RuleBasedStateMachine):
             await_end(killed)
             # A signal takes back the chunk of a worker that died. Another worker may have begun it
             # a moment before, and then still writes it after the run has ended.
-            await_workers(self.world.client, at_work=False)
+            await_idle(self.world.client)
             self.take_stock(todo - set(chunks))
             self.partials_may_be_left = True
         self.world.faults["workers killed"] += len(killed)
@@ -238,7 +238,7 @@ class Filling(RuleBasedStateMachine):
             damaged = {self.files[self.world.files[c][0]] for c in self.present() - todo}
             assert code == (4 if File.DAMAGED in damaged else self.world.exit_code)
         elif attached:
-            await_workers(self.world.client, at_work=False)
+            await_idle(self.world.client)
         elif workers:
             await_end(workers)
         done = {event["chunk"] for event in run.of("chunk_done")}

@@ -66,8 +66,10 @@ def test_two_runs_that_start_together_make_one_store(
         # Both are read at once: a full pipe would stop the second.
         with ThreadPoolExecutor(2) as pool:
             ends = pool.map(Run.finish, runs)
-            wait_for(lambda runs=runs: all(run.of("run_started") for run in runs))
-            faults.release(table)
+            try:
+                wait_for(lambda runs=runs: all(run.of("run_started") for run in runs))
+            finally:
+                faults.release(table)
             assert list(ends) == [0, 0], (SEED, number)
         seen = [{event["chunk"] for event in run.of("chunk_done")} for run in runs]
         computed = [run.computed() for run in runs]

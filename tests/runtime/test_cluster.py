@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import dask
 import faults
 import numpy as np
 import psutil
@@ -281,37 +282,44 @@ for address, security in (
         assert client.submit(os.getpid).result()
 
 
-@pytest.mark.parametrize("is_taken", [False, True])
-def test_nobody_else_can_exchange_the_folder_that_workers_import_from(
-    is_taken: bool, tmp_path: Path
+@pytest.mark.parametrize("taken", ["no", "a folder", "a link", "another user's"])
+def test_nobody_else_can_exchange_the_folders_that_a_cluster_imports_from(
+    taken: str, tmp_path: Path
 ) -> None:
     """Others may make Dask's folder for temporary files first, or ours."""
-    shared = tmp_path / "tmp"
-    names = ["", "dask-scratch-space", f"dask-scratch-space-{os.getuid()}"]
-    if is_taken:
-        names.append(f"virnuc_dask-{os.getuid()}")
-    for name in names:
-        (shared / name).mkdir()
-        (shared / name).chmod(0o1777)
+    shared, ours = tmp_path / "tmp", tmp_path / "tmp" / f"virnuc_dask-{os.geteuid()}"
+    for folder in (shared, shared / "dask-scratch-space", tmp_path / "mine"):
+        folder.mkdir()
+        folder.chmod(0o1777)
+    (tmp_path / "mine").chmod(0o700)
+    if taken == "a link":
+        ours.symlink_to(tmp_path / "mine")
+    elif taken != "no":
+        ours.mkdir()
+        ours.chmod(0o700 if taken == "another user's" else 0o1777)
+        if taken == "another user's":
+            try:
+                os.chown(ours, 65_534, -1)
+            except PermissionError:
+                pytest.skip("only root can give a folder away")
     script = """
 from virnuc_dask.runtime.dask_cluster import connect
 
 with connect("local", workers=1) as client:
     (path,) = client.run(lambda: __import__("sys").path).values()
-print(*path, sep="\\n")
+    print(*path, *client.run_on_scheduler(lambda: __import__("sys").path), sep="\\n")
 """
     said = subprocess.check_output(
         [sys.executable, "-P", "-c", script],
         env=os.environ | {"TMPDIR": str(shared), "PYTHONPATH": str(ROOT)},
         text=True,
     )
-    ours = [Path(folder) for folder in said.splitlines() if folder.startswith(str(shared))]
-    assert ours
-    for folder in ours:
-        below = folder.relative_to(shared).parts
-        assert "virnuc_dask" in below[0]
-        private = shared / below[0]
-        assert private.stat().st_mode & 0o777 == 0o700
+    folders = [Path(name) for name in said.splitlines() if name.startswith(str(tmp_path))]
+    assert {"worker", "scheduler"} <= {folder.name.partition("-")[0] for folder in folders}
+    for folder in folders:
+        private = shared / folder.relative_to(shared).parts[0]
+        assert (private == ours) == (taken == "no")
+    assert set(os.listdir(shared)) == {"dask-scratch-space", ours.name}
 
 
 @pytest.fixture(scope="module")
@@ -353,6 +361,9 @@ def test_tls_works_and_nothing_goes_without_it(
         subprocess.run(request, check=True, capture_output=True)
         unfit = cli(*common, "--tls-ca-file", cert, "--tls-cert", cert, "--tls-key", other)
         assert f"{other}: cannot be used together" in unfit.stderr
+        plain_too = cli(*common[:-1], address.replace("tls://", "tcp://"))
+        assert "Does it speak TLS (tls://)?" in plain_too.stderr
+        assert plain_too.returncode == 4
         useless = cli(*common[:-2], *tls)
         assert "TLS files are for a running scheduler, not for --cluster local" in useless.stderr
         assert {plain.returncode, unfit.returncode, useless.returncode} == {2}
@@ -382,6 +393,18 @@ def test_a_scheduler_file_that_is_none_is_a_clear_error(
     file.write_bytes(content)
     with pytest.raises(UsageError, match=rf"scheduler\.json: {problem}"), connect(str(file)):
         pass
+
+
+def test_the_file_of_a_scheduler_that_was_killed_is_named(tmp_path: Path) -> None:
+    (file := tmp_path / "scheduler.json").write_text('{"address": "tcp://127.0.0.1:9"}')
+    with (
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+        pytest.raises(VirnucError, match="that was killed leaves its file") as error,
+        connect(str(file)),
+    ):
+        pass
+    assert not isinstance(error.value, UsageError)  # it may be there the next time
+    assert "refused" in str(error.value)
 
 
 def test_a_cluster_is_asked_before_the_input_is_read_and_not_without_work(

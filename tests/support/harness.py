@@ -102,17 +102,14 @@ def finished_chunks(store: Store) -> dict[str, tuple[Any, Any, bytes]]:
     return {name: found for name, found in tree(store.path).items() if name in done}
 
 
-def await_workers(client: Any, *, at_work: bool) -> None:
-    """Wait until some worker computes, or none does: a thread that nobody awaits still writes."""
+def await_idle(client: Any) -> None:
+    """Wait until no worker computes: a thread that nobody awaits still writes."""
 
     # In here, so that it travels whole.
     def executing(dask_worker: Any) -> int:
         return len(dask_worker.state.executing)
 
-    deadline = time.monotonic() + 60
-    while any(client.run(executing).values()) != at_work:
-        assert time.monotonic() < deadline, "workers do not begin, or come to rest"
-        time.sleep(0.02)
+    wait_for(lambda: not any(client.run(executing).values()))
 
 
 def await_end(pids: set[int], seconds: float = 20) -> None:

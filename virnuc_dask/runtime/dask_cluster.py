@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import ssl
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from socket import gaierror
 from typing import Any
 
 from dask.system import CPU_COUNT
@@ -37,6 +37,8 @@ _DEFAULT = RunConfig()
 # Clusters that this module starts and closes.
 OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
+# Causes that another try may not meet: a scheduler that is not there yet, or not any more.
+_MAY_PASS = (TimeoutError, ConnectionError, gaierror)
 
 
 class StoppedWaiting(Exception):  # noqa: N818  # no error
@@ -73,13 +75,13 @@ def connect(
     ------
     StoppedWaiting
     UsageError
-        The name means nothing, the scheduler file does not appear, the scheduler does not answer,
-        there is no GPU, or the workers cannot start.
+        The name or an option means nothing, the scheduler file does not appear, TLS files do not
+        fit, there is no GPU, or the workers cannot start.
     VirnucError
-        The workers do not connect in time.
+        The scheduler does not answer, or the workers do not connect in time.
     """
     cluster = resolve(cluster)
-    _check_options(cluster, workers, config)
+    check_options(cluster, workers, config)
     local.have_home()
     if cluster in OWN:
         start = (
@@ -106,31 +108,34 @@ def connect(
 
 
 def check_cluster(
-    cluster: str,
-    workers: int | None = None,
-    config: RunConfig = _DEFAULT,
-    waiting: Callable[[str], None] = lambda reason: None,
+    cluster: str, config: RunConfig = _DEFAULT, waiting: Callable[[str], None] = lambda reason: None
 ) -> None:
     """Check that a running scheduler answers and can run this work; it may have no workers yet.
 
     Parameters
     ----------
-    cluster, workers, config, waiting
-        As for `connect`. A cluster of this machine has nothing to check before it starts.
+    cluster : str
+        As `resolve` returns it. A cluster of this machine has nothing to check before it starts.
+    config, waiting
+        As for `connect`.
 
     Raises
     ------
     UsageError, VirnucError
         As from `connect`.
     """
-    _check_options(cluster, workers, config)
     if cluster not in OWN:
         with _attached(cluster, config, waiting) as client, _said_if_lost():
             check_scheduler(client)
 
 
-def _check_options(cluster: str, workers: int | None, config: RunConfig) -> None:
-    """Refuse options that mean nothing for a cluster."""
+def check_options(cluster: str, workers: int | None, config: RunConfig) -> None:
+    """Refuse options that mean nothing for a cluster.
+
+    Raises
+    ------
+    UsageError
+    """
     if workers is not None and workers < 1:
         raise UsageError(f"workers must be at least 1, not {workers}")
     if workers is not None and cluster not in OWN:
@@ -149,23 +154,24 @@ def _attached(
 ) -> Client:
     """Return a client of a running scheduler."""
     cluster = expanded(cluster)
+    is_file = "://" not in cluster
     try:
-        if "://" in cluster:
-            address = cluster
-        else:
-            address = _scheduler_address(Path(cluster), waiting, is_stopped)
+        address = _scheduler_address(Path(cluster), waiting, is_stopped) if is_file else cluster
         return Client(address, security=_security(address, config), set_as_default=False)
     except (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         if is_stopped():
             raise StoppedWaiting from error
         # Dask has no specific error for an invalid address or TLS files that do not match.
         cause = local.innermost(error)
-        why = f"{error}: {cause}" if str(cause) not in str(error) else str(error)
+        reasons = [str(error)] if str(cause) in str(error) else [str(error), str(cause)]
+        why = f"cluster {cluster}: no scheduler answers: {': '.join(filter(None, reasons))}"
+        if not isinstance(cause, _MAY_PASS):
+            raise UsageError(why) from error
         if isinstance(cause, ConnectionResetError):
-            why += ". Does it speak TLS (tls://)?"
-        elif "://" not in cluster:
+            why += ". Does it speak TLS (tls://)?" if address.startswith("tcp://") else ""
+        elif is_file:
             why += ". A scheduler that was killed leaves its file; start another"
-        raise UsageError(f"cluster {cluster}: no scheduler answers: {why}") from error
+        raise VirnucError(why) from error
 
 
 def resolve(cluster: str) -> str:
@@ -248,7 +254,7 @@ def _security(address: str, config: RunConfig) -> Security:
     security = Security(require_encryption=True, **given) if given else Security()
     try:
         context = security.get_connection_args("client")["ssl_context"]
-    except ssl.SSLError as error:  # it names no file
+    except OSError as error:  # it names no file
         raise UsageError(
             f"{', '.join(given.values()) or 'TLS files of the configuration of Dask'}: cannot be"
             f" used together: {error}"

@@ -19,7 +19,7 @@ from virnuc_dask.encoder.fair_esm import check_fair_esm
 from virnuc_dask.encoder.models import PUBLISHED
 from virnuc_dask.encoder.weight_files import file_of
 from virnuc_dask.errors import UsageError
-from virnuc_dask.files import lock
+from virnuc_dask.files import expanded, lock
 
 _SHOWN = ("torch", "dask", "distributed", "zarr", "xarray", "numpy")
 # Packages, their modules, and what they serve.
@@ -69,8 +69,8 @@ def examine(folder: str | Path | None = None) -> Iterator[Finding]:
     Parameters
     ----------
     folder : path, optional
-        Folder for stores, which is needed if it is named; default: the current one. A file
-        without a name is written into it, and locked.
+        Folder for stores, which is needed if it is named; default: the current one. A temporary
+        file is made in it, locked, and removed.
     """
     yield Finding(
         "program",
@@ -87,7 +87,7 @@ def examine(folder: str | Path | None = None) -> Iterator[Finding]:
         yield Finding("torch and dask", f"cannot be imported: {error}", advice, is_needed=True)
     yield _extras()
     yield _temporary_folder()
-    yield _store_folder(Path(folder or ".").absolute(), is_needed=folder is not None)
+    yield _store_folder(expanded(folder or "."), is_needed=folder is not None)
     yield _cache()
     yield _models()
 
@@ -185,8 +185,11 @@ def _temporary_folder() -> Finding:
     return Finding("temporary folder", f"{folder}, {_free(folder) / 2**30:.1f} GiB free")
 
 
-def _store_folder(folder: Path, *, is_needed: bool) -> Finding:
+def _store_folder(path: str, *, is_needed: bool) -> Finding:
     name = "folder for stores"
+    if "://" in path:
+        return Finding(name, f"{path}: buckets are not looked at")
+    folder = Path(path).absolute()
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             has_locks = lock(file.fileno())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import resource
+import shutil
 import signal
 import tempfile
 import threading
@@ -97,7 +98,8 @@ def _defaults() -> dict[str, Any]:
 def _private_folder() -> Path:
     """A folder for temporary files into which only this user can write.
 
-    Workers import modules from their folder. In a shared one another user could exchange it.
+    A scheduler and workers import modules from their folders. In a shared one another user could
+    exchange these, and also this one, if TMPDIR is not a folder as /tmp, which is sticky.
 
     Raises
     ------
@@ -105,12 +107,14 @@ def _private_folder() -> Path:
         There is no folder for temporary files.
     """
     try:
-        folder = Path(tempfile.gettempdir(), f"virnuc_dask-{os.getuid()}")
+        folder = Path(tempfile.gettempdir(), f"virnuc_dask-{os.geteuid()}")
         with suppress(FileExistsError):
             folder.mkdir(mode=0o700)
         if not folder.is_symlink() and folder.is_dir() and is_private(folder):
             return folder
-        return Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))  # somebody else has made it
+        folder = Path(tempfile.mkdtemp(prefix=f"{folder.name}-"))  # somebody else has made it
+        _changes.callback(shutil.rmtree, folder, ignore_errors=True)
+        return folder
     except OSError as error:
         raise UsageError(f"no folder for temporary files: {error}; set TMPDIR") from error
 

@@ -31,6 +31,7 @@ from virnuc_dask.runtime.dask_cluster import (
     WORKERS_ELSEWHERE,
     StoppedWaiting,
     check_cluster,
+    check_options,
     check_scheduler,
     connect,
     expected_workers,
@@ -134,7 +135,7 @@ def run(
     """
     started = time.monotonic()
     all_settings = Settings.of(model=model, **settings)
-    cluster, config = _settle(client, cluster, config)
+    cluster, config = _settle(client, cluster, workers, config)
     if overwrite and config.shard:
         raise UsageError("overwrite with a shard: each run would replace the store of the others")
     with ExitStack() as stack:
@@ -144,7 +145,7 @@ def run(
             # No store is replaced for a cluster that is not there.
             client = stack.enter_context(connect(cluster, workers, config, wait))
         elif client is None and can_create(store):
-            check_cluster(cluster, workers, config, wait)  # reading the input may take long
+            check_cluster(cluster, config, wait)  # reading the input may take long
         expected = partial(_expected_workers, client, cluster, workers, config)
         opened, spec = prepare(
             inputs, store, all_settings, emit, config.device, expected, overwrite
@@ -187,7 +188,7 @@ def resume(
     started = time.monotonic()
     opened = Store(store)
     spec = model_of(opened, model)
-    cluster, config = _settle(client, cluster, config)
+    cluster, config = _settle(client, cluster, workers, config)
     warn_of_random_weights(spec, stacklevel=3)
     with _shown(progress, listener) as emit:
         emit(events.ModelChosen(spec, config.device))
@@ -222,11 +223,15 @@ def _checked(summary: RunSummary, allow_incomplete: bool) -> RunSummary:
     return summary
 
 
-def _settle(client: Client | None, cluster: str, config: RunConfig | None) -> tuple[str, RunConfig]:
+def _settle(
+    client: Client | None, cluster: str, workers: int | None, config: RunConfig | None
+) -> tuple[str, RunConfig]:
     """Resolve ``auto`` to a cluster and a device, and raise errors before any work starts."""
     check_fair_esm()
     cluster = resolve(cluster) if client is None else _ATTACHED
     config = config or RunConfig()
+    if client is None:
+        check_options(cluster, workers, config)
     Shard.parse(config.shard, os.environ)
     if config.performance_report is not None:
         with open(expanded(config.performance_report), "a"):
