@@ -182,7 +182,7 @@ class Option:
     Attributes
     ----------
     help : str
-        One sentence for the command line.
+        One sentence for the command line; empty: only Python can change the setting.
     choices : tuple of str
         Allowed values; empty: any.
     least, most : int, optional
@@ -193,7 +193,7 @@ class Option:
         Whether few people need it; the help lists it last.
     """
 
-    help: str
+    help: str = ""
     choices: tuple[str, ...] = ()
     least: int | None = None
     most: int | None = None
@@ -201,7 +201,7 @@ class Option:
     is_rare: bool = False
 
 
-def _option(help_text: str, default: Any = MISSING, **more: Any) -> Any:
+def _option(help_text: str = "", default: Any = MISSING, **more: Any) -> Any:
     return field(default=default, metadata={"option": Option(help_text, **more)})
 
 
@@ -472,6 +472,8 @@ class Settings:
 class RunConfig:
     """Operational settings. They do not change rows, so they are not part of the identity.
 
+    `suspect_after`, `deadline_factor` and `in_flight` are not options of the command line.
+
     Attributes
     ----------
     attempts : int
@@ -528,18 +530,8 @@ class RunConfig:
         least=0,
         is_rare=True,
     )
-    suspect_after: int = _option(
-        "Worker deaths after which a chunk is computed in a separate process.",
-        2,
-        least=1,
-        is_rare=True,
-    )
-    deadline_factor: float = _option(
-        "Times the running median, per residue, that a chunk may take before it counts as hanging.",
-        20.0,
-        least=1,
-        is_rare=True,
-    )
+    suspect_after: int = _option(default=2, least=1)
+    deadline_factor: float = _option(default=20.0, least=1)
     deadline_floor: float = _option("Seconds that any chunk may take.", 60.0, least=0, is_rare=True)
     deadline_first: float | None = _option(
         "Seconds that a chunk may take before a median is known, and a worker to load the model.",
@@ -551,9 +543,7 @@ class RunConfig:
     grace: float = _option(
         "Seconds from SIGINT or SIGTERM to the end.", 30.0, least=0, is_rare=True
     )
-    in_flight: int | None = _option(
-        "Chunks submitted at once.", None, least=1, unset="one per worker thread", is_rare=True
-    )
+    in_flight: int | None = _option(default=None, least=1)
     verify: bool = _option("Decode present chunks before trusting them.", False, is_rare=True)
     performance_report: str | None = _option(
         "HTML file for Dask's own report of the run.", None, is_rare=True

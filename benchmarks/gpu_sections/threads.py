@@ -1,6 +1,6 @@
 """How busy one GPU is with 1, 2 and 3 chunks in its worker at once.
 
-One worker, which keeps the model: how many chunks it has at once is what `--in-flight` says. Turn
+One worker, which keeps the model: how many chunks it has at once is what `in_flight` says. Turn
 by turn, each on a new copy of the same store.
 """
 

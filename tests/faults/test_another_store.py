@@ -17,7 +17,7 @@ import pytest
 from clusters import started_cluster
 from clusters import worker as another_worker
 from conftest import VIRAL_PROTEINS, tree
-from harness import Run, assert_ledger, await_end, await_held, await_idle, holding_after
+from harness import Run, assert_ledger, await_end, await_held, await_idle, holding_after, program
 from nursery import wait_for
 from s3 import BUCKET, Server
 
@@ -360,7 +360,8 @@ def test_chunks_that_no_worker_has_begun_with_are_not_begun_after_the_end(
 
     with connect(str(file)) as client:
         client.wait_for_workers(1)
-        run = Run("run", some, path, *QUICK, "--cluster", file, "--in-flight", 10)
+        command = ("run", some, path, *QUICK, "--cluster", file)
+        run = Run(*command, program=program(in_flight=10))
         for event in run:
             if event["event"] == "chunk_done" and len(run.computed()) == 1:
                 await_held(table, 1)  # its only thread is at the next

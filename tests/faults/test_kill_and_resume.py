@@ -17,7 +17,6 @@ import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
 from conftest import VIRAL_PROTEINS, command, tree
 from harness import (
-    PATIENT,
     Run,
     assert_ledger,
     await_end,
@@ -25,6 +24,7 @@ from harness import (
     clear_partial_files_of_the_killed,
     finished_chunks,
     holding_after,
+    program,
 )
 from xopen import xopen
 
@@ -238,7 +238,7 @@ def test_a_chunk_longer_than_the_grace_is_given_up_and_nothing_else(
     with monkeypatch.context() as patch:
         faults.arm(patch, table)
         inputs = [VIRAL_PROTEINS] * 3
-        first = Run("run", *inputs, path, *settings, "--grace", 2, program=PATIENT)
+        first = Run("run", *inputs, path, *settings, "--grace", 2, program=program(patient=True))
     for event in first:
         if event["event"] == "workers_changed":
             faults.await_met(table, "")  # the one chunk is under way, and will not end

@@ -25,6 +25,7 @@ from harness import (
     clear_partial_files_of_the_killed,
     finished_chunks,
     holding_after,
+    program,
 )
 from nursery import wait_for
 
@@ -102,8 +103,8 @@ def test_workers_killed_at_random_lose_nothing_and_blame_nobody(
     fired = busy = stores = 0
     while fired < kills:
         path = tmp_path / f"{stores}.zarr"
-        options = (*IDENTITY, *LOCAL, "--suspect-after", suspect_after)
-        run = Run("run", peptides, path, *options)
+        started = program(suspect_after=suspect_after)
+        run = Run("run", peptides, path, *IDENTITY, *LOCAL, program=started)
         reader = followed(run)
         killed, finished = [], {}
         while reader.is_alive() and fired + len(killed) < kills:

@@ -16,7 +16,7 @@ import faults
 import pytest
 from clusters import started_cluster
 from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
-from harness import PATIENT, Run, await_end
+from harness import Run, await_end, program
 from models import random_network, save_network
 
 import virnuc_dask
@@ -257,9 +257,8 @@ def test_a_run_whose_scheduler_stands_still_ends_when_it_is_told_to(
     with started_cluster(tmp_path) as file, connect(str(file)) as client:
         client.wait_for_workers(1)
         scheduler = client.run_on_scheduler(os.getpid)
-        options = ("--grace", 8, "--deadline-factor", 1, "--deadline-floor", 2)
-        resume = ("resume", store.path, "--cluster", file, *options)
-        run = Run(*resume, program=PATIENT, stderr=subprocess.PIPE)
+        resume = ("resume", store.path, "--cluster", file, "--grace", 8, "--deadline-floor", 2)
+        run = Run(*resume, program=program(patient=True, deadline_factor=1), stderr=subprocess.PIPE)
         for event in run:
             if event["event"] == "chunk_done" and len(run.computed()) == 4:  # there is a median
                 os.kill(scheduler, signal.SIGSTOP)

@@ -20,13 +20,21 @@ from nursery import wait_for
 import virnuc_dask
 from virnuc_dask.store.store import Store
 
-# A run that takes its time to end after a signal, whatever its grace.
-PATIENT = [
-    sys.executable,
-    "-c",
-    "import virnuc_dask.runtime.run as run; run._LATE_S = 60\n"
-    "from virnuc_dask.__main__ import main; main()",
-]
+
+def program(*, patient: bool = False, **settings: object) -> list[str]:
+    """The program, with other values of settings that only Python can change.
+
+    One that is patient takes its time to end after a signal, whatever its grace.
+    """
+    lines = [
+        "from virnuc_dask.settings import RunConfig",
+        f"RunConfig.__init__.__kwdefaults__.update({settings!r})",
+        "from virnuc_dask.__main__ import main",
+        "main()",
+    ]
+    if patient:
+        lines.insert(0, "import virnuc_dask.runtime.run as run; run._LATE_S = 60")
+    return [sys.executable, "-c", "\n".join(lines)]
 
 
 class Run:

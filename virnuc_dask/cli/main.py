@@ -12,7 +12,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import fields
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,6 +24,7 @@ from virnuc_dask import __version__
 from virnuc_dask.cli.analysis import COMMANDS, chunk_counter
 from virnuc_dask.cli.interrupts import SAID, cleaning_up
 from virnuc_dask.cli.options import (
+    CONFIG_OPTIONS,
     EMBED,
     WHERE,
     GroupedCommand,
@@ -443,7 +443,7 @@ def _display(store: str, options: dict[str, Any]) -> tuple[str, Path | None]:
 
 
 def _run_config(options: dict[str, Any]) -> RunConfig:
-    return RunConfig(**{field.name: options.pop(field.name) for field in fields(RunConfig)})
+    return RunConfig(**{name: options.pop(name) for name in CONFIG_OPTIONS})
 
 
 def _settings(options: dict[str, Any]) -> dict[str, Any]:

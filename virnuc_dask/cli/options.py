@@ -150,6 +150,7 @@ def given_settings(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+CONFIG_OPTIONS = tuple(name for name, option in options_of(RunConfig).items() if option.help)
 tls_options = _options(
     *(setting(RunConfig, name) for name in ("tls_ca_file", "tls_cert", "tls_key"))
 )
@@ -169,7 +170,7 @@ work_options = _options(
         metavar="N",
         help="Local worker processes.  [default: one per core or GPU]",
     ),
-    *(setting(RunConfig, name) for name in options_of(RunConfig)),
+    *(setting(RunConfig, name) for name in CONFIG_OPTIONS),
 )
 display_options = _options(
     grouped(SHOWN, "--json", "as_json", is_flag=True, help="Write JSON lines to stdout."),
