@@ -116,7 +116,7 @@ def test_the_wheel_in_an_empty_environment_does_what_the_demo_does(
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
-    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
     call("python", *pip, "--constraint", ROOT / "constraints.txt", wheel)
     script = (EXAMPLES / "lambda_orfs.py", EXAMPLES / "lambda_virus.fa.gz")
     (tmp_path / "orfs.faa").write_text(call("python", *script))

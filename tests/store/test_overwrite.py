@@ -13,6 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import dask
 import faults
 import numpy as np
 import pytest
@@ -220,7 +221,10 @@ def test_no_store_is_replaced_for_a_cluster_that_is_not_there(
         {"workers": 0},
         {"config": RunConfig(performance_report=str(tmp_path / "no" / "report.html"))},
     ):
-        with pytest.raises((VirnucError, OSError)):
+        with (
+            dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+            pytest.raises((VirnucError, OSError)),
+        ):
             virnuc_dask.run(OTHER_PROTEINS, old.path, overwrite=True, **OPTIONS, **wrong)
     assert tree(old.path) == before
 

@@ -27,6 +27,7 @@ def programs_of(package: str, cache: pytest.Cache) -> Path:
             shutil.rmtree(home, ignore_errors=True)
             subprocess.run([sys.executable, "-m", "venv", home], check=True)
             pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet", "--retries", "1"]
+            pip += ["--no-compile"]  # of thousands of modules few are used
             done = subprocess.run([*pip, package], stderr=subprocess.PIPE, text=True, check=False)
             if done.returncode and "connection" in done.stderr:
                 pytest.skip(f"{package} cannot be installed: {done.stderr.splitlines()[-1]}")
