@@ -98,7 +98,7 @@ def demo(arguments: list[str]) -> int:
 def test(arguments: list[str]) -> int:
     # Most of a fault test is waiting for processes to start. More threads each would only fight.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    several = ("-n", "4" if "--all" in arguments else "2", "--dist", "loadfile")
+    several = ("-n", "3" if "--all" in arguments else "2", "--dist", "loadfile")
     several += ("--no-loadscope-reorder",)
     if not arguments:
         return show("-m", "pytest", *several, "--quick")

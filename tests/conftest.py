@@ -20,6 +20,7 @@ from virnuc_dask.store.store import TASK_ARRAYS, Store
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
+ONE_CORE = Path(__file__).parent / "support" / "one_core"
 PROGRAM = [sys.executable, "-m", "virnuc_dask"]
 VIRAL_PROTEINS = EXAMPLES / "viral_proteins.faa.gz"
 
@@ -91,6 +92,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for keyword, reason in reasons.items():
             if keyword in item.keywords:
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_core() -> Iterator[None]:
+    """Processes that tests start see one core: see `tests/support/one_core`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(ONE_CORE), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

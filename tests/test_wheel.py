@@ -92,7 +92,7 @@ def test_one_wheel_serves_every_python(wheel: Path, version: str, tmp_path: Path
 def empty(tmp_path: Path) -> Iterator[Path]:
     """An environment with nothing in it. Its gigabyte does not outlive the test."""
     home = tmp_path / "environment"
-    python("-m", "venv", home)
+    python("-m", "venv", "--without-pip", home)
     yield home / "bin"
     shutil.rmtree(home)
 
@@ -116,8 +116,9 @@ def test_the_wheel_in_an_empty_environment_does_what_the_demo_does(
         assert done.returncode == code, done.stdout + done.stderr
         return done.stdout
 
-    pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-compile")
-    call("python", *pip, "--constraint", ROOT / "constraints.txt", wheel)
+    pip = ("-m", "pip", "--python", empty / "python", "install", "--quiet", "--no-compile")
+    constraints = ("--disable-pip-version-check", "--constraint", ROOT / "constraints.txt")
+    python(*pip, *constraints, wheel)
     script = (EXAMPLES / "lambda_orfs.py", EXAMPLES / "lambda_virus.fa.gz")
     (tmp_path / "orfs.faa").write_text(call("python", *script))
     proteins = EXAMPLES / "viral_proteins.faa.gz"

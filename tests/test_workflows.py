@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 def snakemake(programs: Path, proteins: Path) -> list[str]:
     snakefile = ["--snakefile", str(EXAMPLES / "Snakefile"), "--cores", "2"]
-    config = [f"proteins={proteins}", "model=demo", "options=--rows-per-chunk 32"]
+    config = [f"proteins={proteins}", "model=demo", "options=--rows-per-chunk 32 --grace 5"]
     return [f"{programs}/snakemake", *snakefile, "--config", *config]
 
 

@@ -109,7 +109,7 @@ def test_dask_reports_on_a_run(awkward: Path, client: Any, tmp_path: Path) -> No
 def test_a_report_without_bokeh_is_refused_before_any_chunk(
     awkward: Path, client: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = RunConfig(performance_report="report.html")
+    config = RunConfig(performance_report=str(tmp_path / "report.html"))
     # As if it were not installed; the fixture's scheduler is in this process.
     monkeypatch.setitem(sys.modules, "bokeh", None)
     with pytest.raises(UsageError, match="pip install bokeh"):

@@ -25,9 +25,9 @@ def programs_of(package: str, cache: pytest.Cache) -> Path:
     with FileLock(f"{home}.lock"):
         if not (home / "installed").exists():
             shutil.rmtree(home, ignore_errors=True)
-            subprocess.run([sys.executable, "-m", "venv", home], check=True)
-            pip = [home / "bin" / "python", "-m", "pip", "install", "--quiet", "--retries", "1"]
-            pip += ["--no-compile"]  # of thousands of modules few are used
+            subprocess.run([sys.executable, "-m", "venv", "--without-pip", home], check=True)
+            pip = [sys.executable, "-m", "pip", "--python", home, "install", "--quiet"]
+            pip += ["--retries", "1", "--no-compile"]  # of thousands of modules few are used
             done = subprocess.run([*pip, package], stderr=subprocess.PIPE, text=True, check=False)
             if done.returncode and "connection" in done.stderr:
                 pytest.skip(f"{package} cannot be installed: {done.stderr.splitlines()[-1]}")

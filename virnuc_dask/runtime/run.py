@@ -28,6 +28,7 @@ from virnuc_dask.inputs.lengths import residues_to_encode
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.chunk_window import ChunkWindow
 from virnuc_dask.runtime.dask_cluster import (
+    OWN,
     WORKERS_ELSEWHERE,
     StoppedWaiting,
     check_cluster,
@@ -96,7 +97,8 @@ def run(
         Used without a client: ``local``, ``local-cuda``, ``auto``, a scheduler's address, or a
         scheduler file.
     workers : int, optional
-        Processes of a local cluster; default: one per core, or one per GPU.
+        Processes of a local cluster; default: one per core, or one per GPU, but no more than there
+        are chunks to compute.
     config : RunConfig, optional
         Operational settings.
     overwrite : bool
@@ -297,6 +299,9 @@ def _fill(
             sum(costs[chunk] for chunk in missing),
         )
     )
+    if missing and workers is None and cluster in OWN:
+        # More would only take memory: each has a copy of the model.
+        workers = min(expected_workers(cluster, None, config), len(missing))
     requirements = Requirements.here(
         store,
         model,

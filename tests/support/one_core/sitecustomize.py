@@ -1,0 +1,9 @@
+"""Python loads this at the start of every process of a test, unless `faults.arm` has prepared it.
+
+Each sees one core only. So a run has one worker unless the test asks for more: every further one
+loads torch, which takes longer than what most tests have it do.
+"""
+
+import os
+
+os.cpu_count = lambda: 1
