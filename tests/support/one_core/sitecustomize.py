@@ -6,4 +6,5 @@ loads torch, which takes longer than what most tests have it do.
 
 import os
 
-os.cpu_count = lambda: 1
+os.cpu_count = os.process_cpu_count = lambda: 1  # type: ignore[attr-defined,unused-ignore]
+os.sched_getaffinity = lambda _: {0}
