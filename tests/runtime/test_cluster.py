@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -39,7 +40,7 @@ import virnuc_dask
 from virnuc_dask import RunConfig, __version__
 from virnuc_dask.encoder.weights import describe, load_checkpoint
 from virnuc_dask.errors import UsageError, VirnucError
-from virnuc_dask.runtime import events, local, requirements
+from virnuc_dask.runtime import dask_cluster, events, local, requirements
 from virnuc_dask.runtime.dask_cluster import connect, resolve
 from virnuc_dask.runtime.requirements import Requirements
 from virnuc_dask.settings import Shard
@@ -404,7 +405,46 @@ def test_the_file_of_a_scheduler_that_was_killed_is_named(tmp_path: Path) -> Non
     ):
         pass
     assert not isinstance(error.value, UsageError)  # it may be there the next time
-    assert "refused" in str(error.value)
+
+
+def test_what_says_nothing_may_be_a_scheduler_the_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(dask_cluster, "_GREETING_S", 0.5)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        with pytest.raises(VirnucError, match="it says nothing") as error, connect(address):
+            pass
+    assert not isinstance(error.value, UsageError)
+
+
+def test_what_says_something_else_is_no_scheduler() -> None:
+    def answer() -> None:
+        connection, _ = server.accept()
+        with connection:
+            connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+            while connection.recv(4096):  # closed with something unread, it would be a reset
+                pass
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=answer, daemon=True).start()
+        address = f"tcp://127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UsageError, match="is no Dask scheduler"), connect(address):
+            pass
+
+
+@pytest.mark.slow
+def test_a_run_that_waits_for_an_answer_ends_when_it_is_told_to(make_store: Maker) -> None:
+    store = make_store(ROOT / "examples" / "esm_some_proteins.fasta", embed=False)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
+        run = Run("resume", store.path, "--cluster", address, "--grace", 3_600)
+        connection, _ = silent.accept()
+        with connection:
+            run.process.send_signal(signal.SIGTERM)
+            assert run.finish() == 128 + signal.SIGTERM
+    (summary,) = run.of("run_summary")
+    assert (summary["interrupted"], summary["computed_chunks"]) == (signal.SIGTERM, 0)
 
 
 def test_a_cluster_is_asked_before_the_input_is_read_and_not_without_work(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import resource
 import runpy
@@ -214,6 +215,9 @@ def test_causes_are_found_however_they_are_chained() -> None:
     assert innermost(late) is cause
     late.__suppress_context__ = True
     assert innermost(late) is late
+    too_late = TimeoutError()
+    too_late.__cause__ = asyncio.CancelledError()  # as asyncio does
+    assert innermost(too_late) is too_late
 
 
 # --- signals ---

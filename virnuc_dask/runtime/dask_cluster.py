@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from socket import gaierror
+from threading import Event
 from typing import Any
 
 from dask.system import CPU_COUNT
-from distributed import Client, Security
+from distributed import Client, Security, comm
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
 from distributed.scheduler import KilledWorker
@@ -27,6 +31,8 @@ SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; `resume` goe
 # Seconds that the scheduler may take to answer.
 _ANSWER_S = 2.0
 _START_S = 120
+# Seconds that a scheduler may take to be reached and to say who it is.
+_GREETING_S = 60
 # Seconds between two looks at what is awaited.
 _LOOK_S = 0.2
 # Dask writes a scheduler file in place, so it is empty for a moment.
@@ -39,6 +45,7 @@ OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
 # Causes that another try may not meet: a scheduler that is not there yet, or not any more.
 _MAY_PASS = (TimeoutError, ConnectionError, gaierror)
+_UNREACHABLE = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 
 class StoppedWaiting(Exception):  # noqa: N818  # no error
@@ -157,7 +164,12 @@ def _attached(
     is_file = "://" not in cluster
     try:
         address = _scheduler_address(Path(cluster), waiting, is_stopped) if is_file else cluster
-        return Client(address, security=_security(address, config), set_as_default=False)
+        security = _security(address, config)
+        _greet(address, security, is_stopped)
+        return Client(address, security=security, set_as_default=False)
+    except MemoryError as error:
+        # The first letters of its answer, taken for a length: "HTTP/1.1" would be 3 EiB.
+        raise UsageError(f"cluster {cluster}: what answers there is no Dask scheduler") from error
     except (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         if is_stopped():
             raise StoppedWaiting from error
@@ -165,7 +177,7 @@ def _attached(
         cause = local.innermost(error)
         reasons = [str(error)] if str(cause) in str(error) else [str(error), str(cause)]
         why = f"cluster {cluster}: no scheduler answers: {': '.join(filter(None, reasons))}"
-        if not isinstance(cause, _MAY_PASS):
+        if not isinstance(cause, _MAY_PASS) and getattr(cause, "errno", 0) not in _UNREACHABLE:
             raise UsageError(why) from error
         if isinstance(cause, ConnectionResetError):
             why += ". Does it speak TLS (tls://)?" if address.startswith("tcp://") else ""
@@ -231,6 +243,38 @@ def _scheduler_address(
             if time.monotonic() > until:
                 raise UsageError(f"cluster {file}: not a scheduler file: {error}") from error
         time.sleep(_LOOK_S)
+
+
+def _greet(address: str, security: Security, is_stopped: Callable[[], bool]) -> None:
+    """Connect to a scheduler and leave again. `Client` would wait for ever for one that is stopped.
+
+    Raises
+    ------
+    OSError, StoppedWaiting
+    """
+    left = Event()
+
+    async def greet() -> None:
+        until = time.monotonic() + _GREETING_S
+        connecting = asyncio.ensure_future(
+            comm.connect(address, **security.get_connection_args("client"))
+        )
+        while not connecting.done():
+            if left.is_set() or is_stopped():
+                raise StoppedWaiting
+            if time.monotonic() > until:
+                raise TimeoutError(
+                    f"it says nothing within {_GREETING_S} s. Does it hang, or is it a dashboard?"
+                )
+            await asyncio.wait([connecting], timeout=_LOOK_S)
+        await connecting.result().close()
+
+    # In a thread, because a notebook runs a loop of its own in this one.
+    with ThreadPoolExecutor(1) as pool:
+        try:
+            pool.submit(asyncio.run, greet()).result()
+        finally:
+            left.set()  # an interrupt does not wait for the answer either
 
 
 def _tls_files(config: RunConfig) -> dict[str, str]:

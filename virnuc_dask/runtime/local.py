@@ -9,6 +9,7 @@ import shutil
 import signal
 import tempfile
 import threading
+from asyncio import CancelledError
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from multiprocessing import active_children, resource_tracker, spawn, util
@@ -198,8 +199,10 @@ def _may_pass(cause: BaseException, ends: list[int]) -> bool:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The first error in a chain of causes."""
+    """The first error in a chain of causes; of a timeout, not the cancellation that it is."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
+        if isinstance(inner, CancelledError):
+            break
         error = inner
     return error
 
