@@ -44,7 +44,7 @@ def cwltool(programs: Path, proteins: Path) -> list[str]:
     # For the faults, which are injected by variables.
     tool = ["--preserve-entire-environment", str(EXAMPLES / "embed.cwl")]
     inputs = ["--proteins", str(proteins), "--folder", ".", "--model", "demo"]
-    inputs += ["--rows_per_chunk", "32", "--workers", "2"]
+    inputs += ["--rows_per_chunk", "32", "--workers", "1"]
     return [f"{programs}/cwltool", *tool, *inputs]
 
 
