@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import csv
+import errno
 import json
 import os
 import signal
@@ -24,9 +26,11 @@ from conftest import ROOT, Cli, Maker, command, tree
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
+from nursery import wait_for
 from pyarrow import parquet
 from rows import NAMES
 from xopen import xopen
+from zarr.storage import LocalStore
 
 import virnuc_dask
 from virnuc_dask.analysis import formats
@@ -514,6 +518,33 @@ def test_no_room_is_one_line_that_names_the_file(suffix: str, store: Store, tmp_
     )
     assert done.returncode == 4
     assert done.stderr == f"error: [Errno 27] File too large: '{out}'\n"
+    assert set(tmp_path.iterdir()) == before
+
+
+def test_what_zarr_still_writes_after_an_error_is_removed_too(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, ended = [], []
+    put, put_once = LocalStore.set, LocalStore.set_if_not_exists
+
+    async def full(self: LocalStore, key: str, value: Any) -> None:
+        if "/" in key:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        await put(self, key, value)
+
+    async def late(self: LocalStore, key: str, value: Any) -> None:
+        begun.append(key)
+        await asyncio.sleep(0.2)  # by then the error has ended the export, were it not to wait
+        await put_once(self, key, value)
+        ended.append(key)
+
+    monkeypatch.setattr(LocalStore, "set", full)
+    monkeypatch.setattr(LocalStore, "set_if_not_exists", late)
+    before = set(tmp_path.iterdir())
+    with pytest.raises(OSError, match="No space left"):
+        virnuc_dask.export(store.path, tmp_path / "out.zarr")
+    assert begun
+    wait_for(lambda: begun == ended)
     assert set(tmp_path.iterdir()) == before
 
 

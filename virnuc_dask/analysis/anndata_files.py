@@ -48,7 +48,8 @@ def write_zarr(path: Path, store: Store, parts: Iterable[Part]) -> int:
     """Write AnnData as a new directory in Zarr format 3; see `export`."""
     import zarr
     from zarr.codecs import Crc32cCodec, ZstdCodec
-    from zarr.storage import LocalStore
+
+    from virnuc_dask.store.zarr_folder import ZarrFolder
 
     per_chunk = {1: rows_per_part(store), 2: store.identity.rows_per_chunk}
 
@@ -65,8 +66,12 @@ def write_zarr(path: Path, store: Store, parts: Iterable[Part]) -> int:
         )
 
     # Data need not be durable before the directory gets its final name.
-    root = zarr.create_group(LocalStore(path), zarr_format=3)
-    return _write(root, create, store, parts, lambda: None)
+    folder = ZarrFolder(path)
+    try:
+        root = zarr.create_group(folder, zarr_format=3)
+        return _write(root, create, store, parts, lambda: None)
+    finally:
+        folder.leave()
 
 
 def is_annotated(path: Path) -> bool:
