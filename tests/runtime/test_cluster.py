@@ -40,7 +40,7 @@ import virnuc_dask
 from virnuc_dask import RunConfig, __version__
 from virnuc_dask.encoder.weights import describe, load_checkpoint
 from virnuc_dask.errors import UsageError, VirnucError
-from virnuc_dask.runtime import dask_cluster, events, local, requirements
+from virnuc_dask.runtime import events, local, requirements
 from virnuc_dask.runtime.dask_cluster import connect, resolve
 from virnuc_dask.runtime.requirements import Requirements
 from virnuc_dask.settings import Shard
@@ -407,13 +407,19 @@ def test_the_file_of_a_scheduler_that_was_killed_is_named(tmp_path: Path) -> Non
     assert not isinstance(error.value, UsageError)  # it may be there the next time
 
 
-def test_what_says_nothing_may_be_a_scheduler_the_next_time(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(dask_cluster, "_GREETING_S", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as silent:
-        address = f"tcp://127.0.0.1:{silent.getsockname()[1]}"
-        with pytest.raises(VirnucError, match="it says nothing") as error, connect(address):
+@pytest.mark.parametrize("scheme", ["tcp", "tls"])
+def test_what_says_nothing_may_be_a_scheduler_the_next_time(scheme: str, certificate: Path) -> None:
+    cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
+    files = {"tls_ca_file": cert, "tls_cert": cert, "tls_key": key} if scheme == "tls" else {}
+    with (
+        socket.create_server(("127.0.0.1", 0)) as silent,
+        dask.config.set({"distributed.comm.timeouts.connect": "1s"}),
+    ):
+        address = f"{scheme}://127.0.0.1:{silent.getsockname()[1]}"
+        with (
+            pytest.raises(VirnucError, match=r"says nothing|Timed out") as error,
+            connect(address, config=RunConfig(**files)),
+        ):
             pass
     assert not isinstance(error.value, UsageError)
 

@@ -168,7 +168,7 @@ work_options = _options(
         "--workers",
         type=click.IntRange(1),
         metavar="N",
-        help="Local worker processes.  [default: one per core or GPU, at most one per chunk]",
+        help="Local worker processes.  [default: one per core or GPU]",
     ),
     *(setting(RunConfig, name) for name in CONFIG_OPTIONS),
 )

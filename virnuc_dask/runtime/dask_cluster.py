@@ -15,7 +15,9 @@ from socket import gaierror
 from threading import Event
 from typing import Any
 
+import dask
 from dask.system import CPU_COUNT
+from dask.utils import parse_timedelta
 from distributed import Client, Security, comm
 from distributed.client import FutureCancelledError
 from distributed.comm import CommClosedError
@@ -31,8 +33,6 @@ SCHEDULER_LOST = "the scheduler was lost. Finished chunks are safe; `resume` goe
 # Seconds that the scheduler may take to answer.
 _ANSWER_S = 2.0
 _START_S = 120
-# Seconds that a scheduler may take to be reached and to say who it is.
-_GREETING_S = 60
 # Seconds between two looks at what is awaited.
 _LOOK_S = 0.2
 # Dask writes a scheduler file in place, so it is empty for a moment.
@@ -45,6 +45,8 @@ OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
 # Causes that another try may not meet: a scheduler that is not there yet, or not any more.
 _MAY_PASS = (TimeoutError, ConnectionError, gaierror)
+# Others, such as ucx://, may not survive the end of the loop that connected first.
+_GREETED = ("tcp://", "tls://")
 _UNREACHABLE = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 
 
@@ -165,11 +167,9 @@ def _attached(
     try:
         address = _scheduler_address(Path(cluster), waiting, is_stopped) if is_file else cluster
         security = _security(address, config)
-        _greet(address, security, is_stopped)
+        if address.startswith(_GREETED):
+            _greet(address, security, is_stopped)
         return Client(address, security=security, set_as_default=False)
-    except MemoryError as error:
-        # The first letters of its answer, taken for a length: "HTTP/1.1" would be 3 EiB.
-        raise UsageError(f"cluster {cluster}: what answers there is no Dask scheduler") from error
     except (OSError, ValueError, TypeError, AttributeError, AssertionError, RuntimeError) as error:
         if is_stopped():
             raise StoppedWaiting from error
@@ -246,25 +246,28 @@ def _scheduler_address(
 
 
 def _greet(address: str, security: Security, is_stopped: Callable[[], bool]) -> None:
-    """Connect to a scheduler and leave again. `Client` would wait for ever for one that is stopped.
+    """Connect to a scheduler and leave again. `Client` waits without end for one that hangs.
 
     Raises
     ------
-    OSError, StoppedWaiting
+    OSError, StoppedWaiting, UsageError, VirnucError
     """
-    left = Event()
+    # Dask's limit is for the connection. What was reached has as long again to say who it is.
+    limit = 2 * parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    is_over = Event()
 
     async def greet() -> None:
-        until = time.monotonic() + _GREETING_S
+        until = time.monotonic() + limit
         connecting = asyncio.ensure_future(
             comm.connect(address, **security.get_connection_args("client"))
         )
         while not connecting.done():
-            if left.is_set() or is_stopped():
+            if is_over.is_set() or is_stopped():
                 raise StoppedWaiting
             if time.monotonic() > until:
-                raise TimeoutError(
-                    f"it says nothing within {_GREETING_S} s. Does it hang, or is it a dashboard?"
+                raise VirnucError(
+                    f"no scheduler answers: {address} says nothing within {limit:g} s. It hangs, or"
+                    " this is the address of a dashboard"
                 )
             await asyncio.wait([connecting], timeout=_LOOK_S)
         await connecting.result().close()
@@ -273,8 +276,11 @@ def _greet(address: str, security: Security, is_stopped: Callable[[], bool]) -> 
     with ThreadPoolExecutor(1) as pool:
         try:
             pool.submit(asyncio.run, greet()).result()
+        except MemoryError as error:
+            # Dask takes the first eight bytes of the answer for a length: of "HTTP/1.1", 3 EiB.
+            raise UsageError(f"{address}: what answers there is no Dask scheduler") from error
         finally:
-            left.set()  # an interrupt does not wait for the answer either
+            is_over.set()  # after an interrupt
 
 
 def _tls_files(config: RunConfig) -> dict[str, str]:

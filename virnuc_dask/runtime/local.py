@@ -199,7 +199,7 @@ def _may_pass(cause: BaseException, ends: list[int]) -> bool:
 
 
 def innermost(error: BaseException) -> BaseException:
-    """The first error in a chain of causes; of a timeout, not the cancellation that it is."""
+    """The first error in a chain of causes; asyncio's cancellation under a timeout is none."""
     while inner := error.__cause__ or (None if error.__suppress_context__ else error.__context__):
         if isinstance(inner, CancelledError):
             break

@@ -28,7 +28,6 @@ from virnuc_dask.inputs.lengths import residues_to_encode
 from virnuc_dask.runtime import events
 from virnuc_dask.runtime.chunk_window import ChunkWindow
 from virnuc_dask.runtime.dask_cluster import (
-    OWN,
     WORKERS_ELSEWHERE,
     StoppedWaiting,
     check_cluster,
@@ -97,8 +96,8 @@ def run(
         Used without a client: ``local``, ``local-cuda``, ``auto``, a scheduler's address, or a
         scheduler file.
     workers : int, optional
-        Processes of a local cluster; default: one per core, or one per GPU, but no more than there
-        are chunks to compute.
+        Processes of a local cluster; default: one per GPU; without GPUs one per core, but at most
+        one more than there are chunks to compute.
     config : RunConfig, optional
         Operational settings.
     overwrite : bool
@@ -269,14 +268,14 @@ def _fill(
     wait = partial(_waiting, emit, cluster)
 
     def connection(
-        is_stopped: Callable[[], bool] = lambda: False,
+        workers: int | None, is_stopped: Callable[[], bool] = lambda: False
     ) -> AbstractContextManager[Client]:
         if client is not None:
             return _borrow(client)
         return connect(cluster, workers, config, wait, is_stopped)
 
     if config.verify:
-        with connection() as connected:
+        with connection(workers) as connected:
             report = verify(store.path, repair=True, client=connected)
         if report.sequences is not None:
             raise StoreError(f"{store.path}: {report.sequences}")
@@ -299,9 +298,6 @@ def _fill(
             sum(costs[chunk] for chunk in missing),
         )
     )
-    if missing and workers is None and cluster in OWN:
-        # More would only take memory: each has a copy of the model.
-        workers = min(expected_workers(cluster, None, config), len(missing))
     requirements = Requirements.here(
         store,
         model,
@@ -316,7 +312,9 @@ def _fill(
             suppress(StoppedWaiting),
             store.location.in_use(),
             _signals(work),
-            connection(lambda: work.signal is not None) as connected,
+            connection(
+                _enough(workers, len(missing), cluster, config), lambda: work.signal is not None
+            ) as connected,
             _watched(connected, config, emit),
         ):
             if not requirements.is_local:
@@ -328,6 +326,13 @@ def _fill(
         raise StoreError(f"{error}. Finished chunks are safe; `resume` goes on") from error
     emit(summary)
     return summary
+
+
+def _enough(workers: int | None, chunks: int, cluster: str, config: RunConfig) -> int | None:
+    """Workers to start. Each takes memory, so there is only one more than there are chunks."""
+    if workers is not None or cluster != "local":
+        return workers
+    return min(expected_workers(cluster, None, config), chunks + 1)
 
 
 def _waiting(emit: Listener, cluster: str, reason: str) -> None:

@@ -1,7 +1,7 @@
-"""Python loads this at the start of every process of a test, unless `faults.arm` has prepared it.
+"""Python loads this at the start of a process, unless its test has a PYTHONPATH of its own.
 
-Each sees one core only. So a run has one worker unless the test asks for more: every further one
-loads torch, which takes longer than what most tests have it do.
+The process sees one core only. So a run has one worker unless the test asks for more: each further
+one loads torch, which takes longer than what most tests have it do.
 """
 
 import os
