@@ -40,7 +40,7 @@ import virnuc_dask
 from virnuc_dask import RunConfig, __version__
 from virnuc_dask.encoder.weights import describe, load_checkpoint
 from virnuc_dask.errors import UsageError, VirnucError
-from virnuc_dask.runtime import events, local, requirements
+from virnuc_dask.runtime import dask_cluster, events, local, requirements
 from virnuc_dask.runtime.dask_cluster import connect, resolve
 from virnuc_dask.runtime.requirements import Requirements
 from virnuc_dask.settings import Shard
@@ -408,7 +408,10 @@ def test_the_file_of_a_scheduler_that_was_killed_is_named(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("scheme", ["tcp", "tls"])
-def test_what_says_nothing_may_be_a_scheduler_the_next_time(scheme: str, certificate: Path) -> None:
+def test_what_says_nothing_may_be_a_scheduler_the_next_time(
+    scheme: str, certificate: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dask_cluster, "_GREETING_S", 1)
     cert, key = str(certificate / "cert.pem"), str(certificate / "key.pem")
     files = {"tls_ca_file": cert, "tls_cert": cert, "tls_key": key} if scheme == "tls" else {}
     with (

@@ -45,9 +45,11 @@ OWN = ("local", "local-cuda")
 _CORES = (AUTO, "cpu")
 # Causes that another try may not meet: a scheduler that is not there yet, or not any more.
 _MAY_PASS = (TimeoutError, ConnectionError, gaierror)
+_UNREACHABLE = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
 # Others, such as ucx://, may not survive the end of the loop that connected first.
 _GREETED = ("tcp://", "tls://")
-_UNREACHABLE = (errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH)
+# Seconds that what was reached may take to say who it is. Dask has no limit for that.
+_GREETING_S = 30
 
 
 class StoppedWaiting(Exception):  # noqa: N818  # no error
@@ -252,8 +254,8 @@ def _greet(address: str, security: Security, is_stopped: Callable[[], bool]) -> 
     ------
     OSError, StoppedWaiting, UsageError, VirnucError
     """
-    # Dask's limit is for the connection. What was reached has as long again to say who it is.
-    limit = 2 * parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    connection = parse_timedelta(dask.config.get("distributed.comm.timeouts.connect"))
+    limit = connection + _GREETING_S
     is_over = Event()
 
     async def greet() -> None:
