@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -90,16 +91,21 @@ def test_a_run_that_waits_ends_when_it_is_told_to(
 
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.slow
-def test_workers_share_the_cores_and_keep_their_memory(workers: int) -> None:
-    def look() -> tuple[int, str]:
+def test_workers_have_loaded_torch_share_the_cores_and_keep_their_memory(workers: int) -> None:
+    def look() -> tuple[bool, bool, int, str]:
+        is_loaded = "torch" in sys.modules  # before anybody has asked for it
         import torch
 
-        return torch.get_num_threads(), Path("/proc/self/environ").read_text()
+        collects = gc.isenabled() and gc.get_freeze_count() > 100_000
+        environment = Path("/proc/self/environ").read_text()
+        return is_loaded, collects, torch.get_num_threads(), environment
 
     with connect("local", workers=workers) as client:
         found = client.run(look)
     assert len(found) == workers
-    for threads, environment in found.values():
+    for is_loaded, collects, threads, environment in found.values():
+        assert is_loaded
+        assert collects
         assert threads == max(1, CPU_COUNT // workers)
         # As the process was started with: later is too late for malloc.
         assert "MALLOC_TRIM_THRESHOLD_=1073741824" in environment

@@ -297,6 +297,7 @@ _ON_THIS_MACHINE: dict[str, Any] = {
     # With a limit, Dask kills a worker that exceeds its share, however much memory is free.
     "memory_limit": 0,
     "silence_logs": logging.CRITICAL,
+    "preload": ["virnuc_dask.runtime.worker_preload"],
 }
 
 
