@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import signal
 import subprocess
@@ -41,11 +43,20 @@ AWKWARD = (
 
 
 def pytest_configure() -> None:
+    # Until the tests begin. Nothing that is imported is ever garbage, and to look for some among
+    # all of it takes half of the time of the collection, and is slow for each test.
+    gc.disable()
     # Before they are imported, so that a failure shows values.
     pytest.register_assert_rewrite("damage", "harness", "killed_writes", "power_cuts")
     # In a script's background Ctrl-C is ignored, and programs that are started respect that.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()
+    gc.enable()
+    atexit.register(gc.freeze)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -131,22 +142,27 @@ def awkward(tmp_path: Path) -> Path:
 Maker = Callable[..., Store]
 
 
-@pytest.fixture
-def make_store(tmp_path: Path) -> Maker:
-    """Ingest an input into a new store, and embed all of it or nothing, in this process.
+def made(inputs: Path, path: Path, *, embed: bool = True, **settings: Any) -> Store:
+    """A new store of an input; all of it embedded, or nothing, in this process.
 
     Layer 0, the token embedding, is quick, and as good as any for what a store does.
     """
+    from virnuc_dask.runtime.embed import embed_chunk
+    from virnuc_dask.runtime.prepare import prepare
 
-    def make(inputs: Path, name: str = "out.zarr", *, embed: bool = True, **settings: Any) -> Store:
-        from virnuc_dask.runtime.embed import embed_chunk
-        from virnuc_dask.runtime.prepare import prepare
+    chosen = Settings(**({"model": "demo", "rows_per_chunk": 32, "repr_layer": 0} | settings))
+    store, model = prepare(inputs, path, chosen, lambda _event: None)
+    for chunk in range(store.chunk_count if embed else 0):
+        embed_chunk(str(store.path), chunk, store.identity, model)
+    return store
 
-        chosen = Settings(**({"model": "demo", "rows_per_chunk": 32, "repr_layer": 0} | settings))
-        store, model = prepare(inputs, tmp_path / name, chosen, lambda _event: None)
-        for chunk in range(store.chunk_count if embed else 0):
-            embed_chunk(str(store.path), chunk, store.identity, model)
-        return store
+
+@pytest.fixture
+def make_store(tmp_path: Path) -> Maker:
+    """Make a store, as `made` does, in the test's own folder."""
+
+    def make(inputs: Path, name: str = "out.zarr", **settings: Any) -> Store:
+        return made(inputs, tmp_path / name, **settings)
 
     return make
 

@@ -195,12 +195,16 @@ def start_without_end(
     return process
 
 
-def test_a_workflow_is_complete_with_quarantined_rows(
+def test_a_workflow_is_complete_with_quarantined_rows_and_fails_if_its_input_is_another(
     engine: Engine, awkward: Path, cli: Cli
 ) -> None:
     workflow = engine(awkward)
     workflow.run()
     assert cli("status", workflow.path, "--rows").returncode == 3
+    whole = tree(workflow.path)
+    awkward.write_text(">another\nMKTAYIAKQR\n")
+    assert workflow.start().wait(timeout=120) != 0
+    assert tree(workflow.path) == whole
 
 
 @pytest.mark.parametrize("engine", [ENGINES["snakemake"]], indirect=True, ids=["snakemake"])
@@ -220,15 +224,6 @@ def test_a_tool_of_reads(engine: Engine, tmp_path: Path) -> None:
     reads.write_text("".join(f">{number}\n{'ATGGCC' * 10}\n" for number in range(8)))
     workflow.run("--cluster", "local", "--translate", "six-frame")
     assert str(Store(workflow.path).identity.translation).startswith("six-frame")
-
-
-def test_a_workflow_fails_if_its_store_is_of_another_input(engine: Engine, awkward: Path) -> None:
-    workflow = engine(awkward)
-    workflow.run()
-    whole = tree(workflow.path)
-    awkward.write_text(">another\nMKTAYIAKQR\n")
-    assert workflow.start().wait(timeout=120) != 0
-    assert tree(workflow.path) == whole
 
 
 def nextflow_commands(**values: object) -> list[list[str]]:

@@ -9,10 +9,11 @@ import re
 import shutil
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import VIRAL_PROTEINS, Cli, Maker, tree
+from conftest import VIRAL_PROTEINS, Cli, Maker, made, tree
 from damage import SETTINGS, check_damage, check_flipped_bits, copied, file_of, flip
 from harness import assert_ledger
 
@@ -25,14 +26,14 @@ from virnuc_dask.store.store import INGESTED, TRANSLATED, Store
 ARRAYS = ("status", "residue_embedding", "embedding")
 
 
-@pytest.fixture
-def whole(make_store: Maker) -> Store:
-    return make_store(VIRAL_PROTEINS, "whole.zarr", **SETTINGS)
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return made(VIRAL_PROTEINS, tmp_path_factory.mktemp("whole") / "whole.zarr", **SETTINGS)
 
 
 @pytest.fixture
-def store(whole: Store) -> Store:
-    return copied(whole)
+def store(whole: Store, tmp_path: Path) -> Store:
+    return copied(whole, tmp_path)
 
 
 # --- what can be noticed ---

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 import faults
@@ -32,12 +33,12 @@ import virnuc_dask
 from virnuc_dask.store.status import row_states
 from virnuc_dask.store.store import Store
 
-RECORDS = 2_000
+RECORDS = 1_000
 # With single residues, so that a task writes all that it ever does.
-IDENTITY = ("--model=demo", "--rows-per-chunk", 20, "--per-residue")
+IDENTITY = ("--model=demo", "--rows-per-chunk", 10, "--per-residue")
 SETTINGS = (*IDENTITY, "--workers", 2)
 # After them workers are held, where a run must not be over before a test has struck: 20 chunks.
-ROWS = 400
+ROWS = 200
 # A run to which a second signal is the first one sent twice, however late it comes.
 DEAF = [
     sys.executable,
@@ -49,17 +50,14 @@ DEAF = [
 
 @pytest.fixture(scope="module")
 def proteins(tmp_path_factory: pytest.TempPathFactory, peptides: Path) -> Path:
-    """2,000 real sequences: 300 viral proteins, and open reading frames of phage lambda."""
+    """1,000 real sequences: viral proteins, and open reading frames of phage lambda."""
     path = tmp_path_factory.mktemp("input") / "proteins.faa"
     with path.open("w") as out:
-        written = 0
-        for source in (VIRAL_PROTEINS, peptides):
+        for source, most in ((VIRAL_PROTEINS, 60), (peptides, RECORDS - 60)):
             with xopen(source) as text:
-                for title, sequence in SimpleFastaParser(text):
-                    if written < RECORDS:
-                        out.write(f">{title}\n{sequence}\n")
-                        written += 1
-    assert written == RECORDS
+                records = list(islice(SimpleFastaParser(text), most))
+            assert len(records) == most
+            out.writelines(f">{title}\n{sequence}\n" for title, sequence in records)
     return path
 
 

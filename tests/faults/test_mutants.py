@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import damage
@@ -118,10 +119,10 @@ def test_an_ingest_that_does_not_sync_loses_its_store_to_a_power_cut(
 
 
 def test_a_store_that_trusts_any_file_is_deceived_by_an_empty_one(
-    make_store: Maker, client: Any, monkeypatch: pytest.MonkeyPatch
+    make_store: Maker, tmp_path: Path, client: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = make_store(VIRAL_PROTEINS, "whole.zarr", **damage.SETTINGS)
-    store = damage.copied(whole)
+    store = damage.copied(whole, tmp_path)
     monkeypatch.setattr("virnuc_dask.store.store.MIN_CHUNK_BYTES", 0)
     with pytest.raises(AssertionError, match="a file's name alone is trusted"):
         check_damage(store, whole, "residue_embedding", 9, b"", client)

@@ -97,13 +97,13 @@ def test_any_scheduler_completes_a_store(
     assert tree(store) == before
 
 
-def test_a_store_of_translated_reads_with_residues(tmp_path: Path) -> None:
+def test_a_store_of_translated_reads_with_residues(tmp_path: Path, client: Any) -> None:
     reads = tmp_path / "reads.fa"
     reads.write_text(">r\n" + "GCT" * 30 + "\n>s\n" + "AAC" * 40 + "\n")
     options = {**SETTINGS, "translation": virnuc_dask.Translation(), "per_residue": True}
     virnuc_dask.create_store(reads, tmp_path / "a.zarr", **options)
     dask.compute(*virnuc_dask.tasks(tmp_path / "a.zarr"), scheduler="threads")
-    virnuc_dask.run(reads, tmp_path / "b.zarr", workers=1, **options)
+    virnuc_dask.run(reads, tmp_path / "b.zarr", client=client, **options)
     assert_ledger(Store(tmp_path / "a.zarr"), Store(tmp_path / "b.zarr"))
 
 
@@ -198,13 +198,16 @@ def test_a_path_of_weights_is_good_in_any_directory(
 
 
 @pytest.mark.slow
-def test_two_stores_may_share_a_graph(store: Path, uninterrupted: Store, tmp_path: Path) -> None:
+def test_two_stores_may_share_a_graph(
+    store: Path, uninterrupted: Store, tmp_path: Path, client: Any
+) -> None:
     other = tmp_path / "other.zarr"
     virnuc_dask.create_store(VIRAL_PROTEINS, other, **SETTINGS, pooling="max")
     tasks = [*virnuc_dask.tasks(store), *virnuc_dask.tasks(other)]
     assert all(report.computed for report in dask.compute(*tasks, scheduler="threads"))
     assert_ledger(Store(store), uninterrupted)
-    virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "max.zarr", workers=1, **SETTINGS, pooling="max")
+    whole = {**SETTINGS, "pooling": "max", "client": client}
+    virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "max.zarr", **whole)
     assert_ledger(Store(other), Store(tmp_path / "max.zarr"))
 
 

@@ -133,11 +133,15 @@ def a_store_of_the_future(path: Path) -> None:
     "something",
     [a_file, a_folder, another_zarr, a_store_without_metadata, a_store_of_the_future],
 )
-def test_nothing_else_is_ever_replaced(something: Callable[[Path], None], tmp_path: Path) -> None:
+def test_nothing_else_is_ever_replaced(
+    something: Callable[[Path], None], tmp_path: Path, client: Any
+) -> None:
     something(tmp_path / "out.zarr")
     before = tree(tmp_path)
     with pytest.raises((NotAStoreError, StoreError)):
-        virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "out.zarr", overwrite=True, **OPTIONS)
+        virnuc_dask.run(
+            VIRAL_PROTEINS, tmp_path / "out.zarr", overwrite=True, client=client, **OPTIONS
+        )
     assert tree(tmp_path) == before
 
 

@@ -21,9 +21,9 @@ from virnuc_dask.store.store import MIN_CHUNK_BYTES, Store
 SETTINGS = {"per_residue": True, "max_residues": 300}
 
 
-def copied(whole: Store) -> Store:
-    """A copy, to be damaged."""
-    return Store(shutil.copytree(whole.path, whole.path.with_name("out.zarr")))
+def copied(whole: Store, folder: Path) -> Store:
+    """A copy in a folder, to be damaged."""
+    return Store(shutil.copytree(whole.path, folder / "out.zarr"))
 
 
 def file_of(store: Store, array: str, chunk: int) -> Path:
