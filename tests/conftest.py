@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
+from Bio.SeqIO.FastaIO import SimpleFastaParser
 from hypothesis import settings
 from nursery import Nursery
 from s3 import Server, objects
+from xopen import xopen
 
 from virnuc_dask.settings import Settings
 from virnuc_dask.store.store import TASK_ARRAYS, Store
@@ -114,10 +117,15 @@ def one_core() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """What is kept in the user's cache is kept for this session only, and none is read."""
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A cache and a folder for temporary files, so that tests leave nothing in the user's.
+
+    Whatever is killed may leave something there, such as workflow engines and Dask's schedulers.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        patch.setattr("tempfile.tempdir", None)  # which is found anew
         yield
 
 
@@ -128,6 +136,20 @@ def peptides(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = [sys.executable, "examples/lambda_orfs.py", "examples/lambda_virus.fa.gz"]
     with path.open("w") as file:
         subprocess.run([*script, "--minimum", "12"], cwd=ROOT, stdout=file, check=True)
+    return path
+
+
+@pytest.fixture(scope="session")
+def some_proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A hundred of the viral proteins, for what would take long with all of them.
+
+    The longest comes first, so that the last one is in the chunk that a run begins with last.
+    """
+    path = tmp_path_factory.mktemp("proteins") / "some.faa"
+    with xopen(VIRAL_PROTEINS) as text:
+        records = list(islice(SimpleFastaParser(text), 100))
+    records.sort(key=lambda record: -len(record[1]))
+    path.write_text("".join(f">{title}\n{sequence}\n" for title, sequence in records))
     return path
 
 

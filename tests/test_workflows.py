@@ -19,7 +19,7 @@ import numpy as np
 import psutil
 import pytest
 from clusters import started_cluster
-from conftest import EXAMPLES, VIRAL_PROTEINS, Cli, Maker, tree
+from conftest import EXAMPLES, Cli, Maker, tree
 from engines import CWLTOOL, SNAKEMAKE, programs_of
 from harness import (
     assert_ledger,
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.slow
 
 def snakemake(programs: Path, proteins: Path) -> list[str]:
     snakefile = ["--snakefile", str(EXAMPLES / "Snakefile"), "--cores", "2"]
-    config = [f"proteins={proteins}", "model=demo", "options=--rows-per-chunk 32 --grace 5"]
+    config = [f"proteins={proteins}", "model=demo", "options=--rows-per-chunk 10 --grace 5"]
     return [f"{programs}/snakemake", *snakefile, "--config", *config]
 
 
@@ -44,7 +44,7 @@ def cwltool(programs: Path, proteins: Path) -> list[str]:
     # For the faults, which are injected by variables.
     tool = ["--preserve-entire-environment", str(EXAMPLES / "embed.cwl")]
     inputs = ["--proteins", str(proteins), "--folder", ".", "--model", "demo"]
-    inputs += ["--rows_per_chunk", "32", "--workers", "1"]
+    inputs += ["--rows_per_chunk", "10", "--workers", "1"]
     return [f"{programs}/cwltool", *tool, *inputs]
 
 
@@ -128,13 +128,14 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
 def test_a_workflow_that_was_killed_with_its_job_goes_on(
     number: signal.Signals,
     engine: Engine,
+    some_proteins: Path,
     make_store: Maker,
     tmp_path: Path,
     cli: Cli,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workflow = engine(VIRAL_PROTEINS)
-    process = start_without_end(workflow, tmp_path, monkeypatch)
+    workflow = engine(some_proteins)
+    process = start_without_end(workflow, some_proteins, tmp_path, monkeypatch)
     store = Store(workflow.path)
     wait_for(lambda: store.present().any())
     started = {child.pid for child in psutil.Process(process.pid).children(recursive=True)}
@@ -152,7 +153,7 @@ def test_a_workflow_that_was_killed_with_its_job_goes_on(
     assert [event["present_chunks"] for event in workflow.starts()] == [0, len(present)]
     assert before.items() <= tree(store.path).items()
     clear_partial_files_of_the_killed(store)
-    assert_ledger(store, make_store(VIRAL_PROTEINS, repr_layer=None))
+    assert_ledger(store, make_store(some_proteins, rows_per_chunk=10, repr_layer=None))
     assert cli("verify", store.path).returncode == 0
 
     whole = tree(store.path)
@@ -162,10 +163,14 @@ def test_a_workflow_that_was_killed_with_its_job_goes_on(
 
 
 def test_a_workflow_goes_on_beside_the_job_of_one_that_was_killed(
-    engine: Engine, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
+    engine: Engine,
+    some_proteins: Path,
+    tmp_path: Path,
+    cli: Cli,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    workflow = engine(VIRAL_PROTEINS)
-    process = start_without_end(workflow, tmp_path, monkeypatch)
+    workflow = engine(some_proteins)
+    process = start_without_end(workflow, some_proteins, tmp_path, monkeypatch)
     store = Store(workflow.path)
     # The other thread of the worker that hangs may have a chunk, which waits.
     wait_for(lambda: store.present().sum() >= store.chunk_count - 2)
@@ -183,10 +188,10 @@ def test_a_workflow_goes_on_beside_the_job_of_one_that_was_killed(
 
 
 def start_without_end(
-    workflow: Workflow, folder: Path, monkeypatch: pytest.MonkeyPatch
+    workflow: Workflow, proteins: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> subprocess.Popen[str]:
     """Start a workflow whose last chunk hangs, so that the run cannot be over before a kill."""
-    motif, table = faults.motif_of(VIRAL_PROTEINS), folder / "faults.json"
+    motif, table = faults.motif_of(proteins), folder / "faults.json"
     table.write_text(json.dumps({motif: "hang"}))
     with monkeypatch.context() as patch:
         faults.arm(patch, table)

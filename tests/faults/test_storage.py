@@ -41,8 +41,16 @@ from virnuc_dask.store import verify
 from virnuc_dask.store.store import Store
 
 # Small files and few rows, so that a run is under way for long enough to be met by a fault.
-IDENTITY = ("--model=demo", "--rows-per-chunk", 4, "--per-residue")
-SETTINGS = (*IDENTITY, "--workers", 2, "--backoff", 0.1)
+SETTINGS = (
+    "--model=demo",
+    "--rows-per-chunk",
+    2,
+    "--per-residue",
+    "--workers",
+    2,
+    "--backoff",
+    0.1,
+)
 
 # --- calls that fail ---
 
@@ -277,10 +285,10 @@ def test_a_directory_that_may_not_be_written_gets_no_store(tmp_path: Path) -> No
 
 
 @pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, some_proteins: Path) -> Store:
     """The same input and settings, left in peace."""
     path = tmp_path_factory.mktemp("uninterrupted") / "out.zarr"
-    subprocess.run(command("run", VIRAL_PROTEINS, path, *SETTINGS, "-q"), check=True)
+    subprocess.run(command("run", some_proteins, path, *SETTINGS, "-q"), check=True)
     return Store(path)
 
 
@@ -294,11 +302,15 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Store:
 )
 @pytest.mark.slow
 def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back(
-    part: str, uninterrupted: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    part: str,
+    some_proteins: Path,
+    uninterrupted: Store,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path, away, table = (tmp_path / name for name in ("out.zarr", "away", "faults.json"))
     with holding_after(monkeypatch, table, uninterrupted.records // 4):
-        run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)
+        run = Run("run", some_proteins, path, *SETTINGS, stderr=subprocess.PIPE)
     for _ in run:
         if len(run.computed()) == 3:
             (path / part).rename(away)
@@ -322,12 +334,12 @@ def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back
 
 @pytest.mark.slow
 def test_a_store_that_is_deleted_ends_the_run_and_does_not_come_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    some_proteins: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder := tmp_path / "disk").mkdir()
     path, gone, table = folder / "out.zarr", folder / "gone", tmp_path / "faults.json"
-    with holding_after(monkeypatch, table, 75):
-        run = Run("run", VIRAL_PROTEINS, path, *SETTINGS, stderr=subprocess.PIPE)
+    with holding_after(monkeypatch, table, 25):
+        run = Run("run", some_proteins, path, *SETTINGS, stderr=subprocess.PIPE)
     for _ in run:
         if len(run.computed()) == 3:
             path.rename(gone)

@@ -137,7 +137,7 @@ def test_nobody_in_particular_can_run_it(awkward: Path, tmp_path: Path) -> None:
     nobody = ["setpriv", "--reuid=54321", "--regid=54321", "--clear-groups"]
     nobody += [f"--inh-caps={leave}", f"--ambient-caps={leave}", "env", "-i", "PATH=/usr/bin:/bin"]
     package = Path(virnuc_dask.__file__).parents[1]
-    nobody += [f"PYTHONPATH={package}"]
+    nobody += [f"PYTHONPATH={package}", f"TMPDIR={tmp_path}"]
     if subprocess.run(
         [*nobody, sys.executable, "-c", ""], check=False, capture_output=True
     ).returncode:
