@@ -45,10 +45,11 @@ AWKWARD = (
 )
 
 
-def pytest_configure() -> None:
-    # Until the tests begin. Nothing that is imported is ever garbage, and to look for some among
-    # all of it takes half of the time of the collection, and is slow for each test.
-    gc.disable()
+def pytest_configure(config: pytest.Config) -> None:
+    # What tests import is never garbage. Looking for some took half of the time in which they are
+    # collected, which xdist's first process leaves to the others.
+    if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
+        gc.disable()
     # Before they are imported, so that a failure shows values.
     pytest.register_assert_rewrite("damage", "harness", "killed_writes", "power_cuts")
     # In a script's background Ctrl-C is ignored, and programs that are started respect that.
@@ -59,7 +60,7 @@ def pytest_configure() -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
-    atexit.register(gc.freeze)
+    atexit.register(gc.freeze)  # nor is there any time to lose in the end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -124,7 +125,11 @@ def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
-        patch.setenv("TMPDIR", str(tmp_path_factory.mktemp("tmp")))
+        # One for all processes of pytest: the lock of a GPU is there.
+        base = tmp_path_factory.getbasetemp()
+        folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tmp"
+        folder.mkdir(exist_ok=True)
+        patch.setenv("TMPDIR", str(folder))
         patch.setattr("tempfile.tempdir", None)  # which is found anew
         yield
 
@@ -143,7 +148,7 @@ def peptides(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def some_proteins(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A hundred of the viral proteins, for what would take long with all of them.
 
-    The longest comes first, so that the last one is in the chunk that a run begins with last.
+    The longest comes first, so that the last one is in the chunk that a run begins last.
     """
     path = tmp_path_factory.mktemp("proteins") / "some.faa"
     with xopen(VIRAL_PROTEINS) as text:

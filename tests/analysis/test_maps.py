@@ -540,7 +540,7 @@ def test_frames_have_colours(make_store: Maker) -> None:
 def test_the_command(
     cli: Cli, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.chdir(tmp_path)  # for what is called in this process
+    monkeypatch.chdir(tmp_path)  # for the commands that run in this process
     done = cli("map", store.path, "--out", "map.html", "--png", "map.png", "--points", 100)
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"comment: {RANDOM_WEIGHTS}\n"
@@ -563,18 +563,19 @@ def test_the_command(
         ("--method", "umap", "--name", "pca"),
     ):
         refused = CliRunner().invoke(main, ["map", str(store.path), *map(str, arguments)])
-        assert (refused.exit_code, refused.stdout) == (2, ""), arguments
+        assert (refused.exit_code, refused.stdout) == (2, ""), (arguments, refused.output)
     assert tree(tmp_path) == before
     done = cli("map", store.path, "--out", "map.png")
     assert "--force, which replaces it; coordinates that the store keeps are not" in done.stderr
     done = cli("map", store.path, "--out", "map.png", "--force")
     assert done.returncode == 0, done.stderr
     assert "0 chunks computed now" in done.stdout
-    # UMAP may be compiled in this process already.
+    # In this process, where UMAP may be compiled already.
     other = ["map", str(store.path), "--method", "umap", "--name", "pca", "--sample", "50"]
     refused = CliRunner().invoke(main, [*other, "--out", "map.png", "--force"])
     assert (refused.exit_code, "other settings" in refused.stderr) == (2, True)
-    assert CliRunner().invoke(main, [*other, "--replace"]).exit_code == 0
+    replaced = CliRunner().invoke(main, [*other, "--replace"])
+    assert replaced.exit_code == 0, replaced.output
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 

@@ -7,7 +7,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,12 @@ ARRAYS = ("status", "residue_embedding", "embedding")
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    return made(VIRAL_PROTEINS, tmp_path_factory.mktemp("whole") / "whole.zarr", **SETTINGS)
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Store]:
+    """What nobody damages."""
+    store = made(VIRAL_PROTEINS, tmp_path_factory.mktemp("whole") / "whole.zarr", **SETTINGS)
+    before = tree(store.path)
+    yield store
+    assert tree(store.path) == before
 
 
 @pytest.fixture

@@ -92,20 +92,21 @@ def test_a_run_that_waits_ends_when_it_is_told_to(
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.slow
 def test_workers_have_loaded_torch_share_the_cores_and_keep_their_memory(workers: int) -> None:
-    def look() -> tuple[bool, bool, int, str]:
+    def look() -> tuple[bool, bool, int, int, str]:
         is_loaded = "torch" in sys.modules  # before anybody has asked for it
         import torch
 
-        collects = gc.isenabled() and gc.get_freeze_count() > 100_000
         environment = Path("/proc/self/environ").read_text()
-        return is_loaded, collects, torch.get_num_threads(), environment
+        threads = torch.get_num_threads()
+        return is_loaded, gc.isenabled(), gc.get_freeze_count(), threads, environment
 
     with connect("local", workers=workers) as client:
         found = client.run(look)
     assert len(found) == workers
-    for is_loaded, collects, threads, environment in found.values():
+    for is_loaded, collects, frozen, threads, environment in found.values():
         assert is_loaded
         assert collects
+        assert frozen > 10_000
         assert threads == max(1, CPU_COUNT // workers)
         # As the process was started with: later is too late for malloc.
         assert "MALLOC_TRIM_THRESHOLD_=1073741824" in environment
@@ -238,6 +239,7 @@ def test_each_gpu_has_a_worker_and_a_killed_one_is_replaced(
     with connect("local-cuda", 2) as client:
         seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
         assert sorted(seen.values()) == ["0,1", "1,0"]
+        assert all(client.run(lambda: "torch" in sys.modules).values())
         assert set(client.nthreads().values()) == {3}
         config = RunConfig(device="cpu")
         summary = virnuc_dask.resume(store.path, client=client, config=config, listener=listen)
@@ -246,12 +248,14 @@ def test_each_gpu_has_a_worker_and_a_killed_one_is_replaced(
         seen = client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
         assert sorted(seen.values()) == ["0,1", "1,0"]
         assert killed[0] not in client.run(os.getpid).values()
+        assert min(client.run(gc.get_freeze_count).values()) > 10_000
     clear_partial_files_of_the_killed(store)
     assert_ledger(store, whole)
 
 
 def test_nothing_listens_beyond_loopback() -> None:
-    with connect("local", workers=1):
+    with connect("local", workers=1, encodes=False) as client:
+        assert not any(client.run(lambda: "torch" in sys.modules).values())
         ours = [psutil.Process(), *psutil.Process().children(recursive=True)]
         listening = [
             connection.laddr.ip

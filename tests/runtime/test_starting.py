@@ -22,6 +22,7 @@ from models import random_network, save_network
 
 import virnuc_dask
 from virnuc_dask.errors import UsageError, VirnucError
+from virnuc_dask.runtime import events
 from virnuc_dask.runtime.dask_cluster import connect
 from virnuc_dask.runtime.local import innermost
 from virnuc_dask.store.store import Store
@@ -79,6 +80,48 @@ def test_a_process_ends_with_workers_that_no_cluster_closed(tmp_path: Path) -> N
     )
     assert done.returncode == 0, done.stderr
     await_end({int(done.stdout)})
+
+
+# A worker stands still while it starts, and its coordinator is interrupted.
+HELD = """
+import os, sys, time
+if any("spawn_main" in argument for argument in sys.orig_argv):
+    with open("new", "w") as file:
+        file.write(str(os.getpid()))
+    os.rename("new", "held")
+    time.sleep(3600)
+"""
+INTERRUPTED = """
+import _thread, os, threading, time
+from distributed import LocalCluster
+from virnuc_dask.runtime.dask_cluster import connect
+
+def interrupt():
+    while not os.path.exists("held"):
+        time.sleep(0.05)
+    _thread.interrupt_main()
+
+LocalCluster.close = lambda *arguments, **more: None
+threading.Thread(target=interrupt).start()
+with connect("local", workers=1):
+    pass
+"""
+
+
+@pytest.mark.slow
+def test_a_process_ends_with_workers_that_are_still_starting(tmp_path: Path) -> None:
+    (tmp_path / "sitecustomize.py").write_text(HELD)
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == -signal.SIGINT
+    assert "KeyboardInterrupt" in done.stderr
+    await_end({int((tmp_path / "held").read_text())})
 
 
 # --- a site's configuration ---
@@ -203,6 +246,43 @@ def test_how_workers_ended_is_said_and_memory_only_of_the_killed(
     assert said in str(caught.value)
     assert ("memory" in str(caught.value)) == ("9" in end)
     assert len((tmp_path / "tries").read_text()) == tries
+
+
+# Loading the encoder fails once in each worker, as where memory is short for a moment.
+FAILS_ONCE = """
+import sys
+from importlib.abc import MetaPathFinder
+
+class Once(MetaPathFinder):
+    def find_spec(self, name, *_):
+        if name == "virnuc_dask.runtime.embed":
+            sys.meta_path.remove(self)
+            open({!r}, "a").write(".")
+            raise MemoryError("for a moment")
+
+if any("spawn_main" in argument for argument in sys.orig_argv):
+    sys.meta_path.insert(0, Once())
+"""
+
+
+@pytest.mark.slow
+def test_a_worker_that_cannot_load_the_encoder_while_it_starts_is_not_lost(
+    awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dask replaces none that fails to start."""
+    (tmp_path / "sitecustomize.py").write_text(FAILS_ONCE.format(str(tmp_path / "failed")))
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
+    killed: list[int] = []
+
+    def listen(event: events.Event) -> None:
+        if isinstance(event, events.ChunkDone) and not killed:
+            os.kill(event.pid, signal.SIGKILL)
+            killed.append(event.pid)
+
+    options = {"model": "demo", "repr_layer": 0, "rows_per_chunk": 1, "workers": 1}
+    summary = virnuc_dask.run(awkward, tmp_path / "out.zarr", listener=listen, **options)
+    assert (summary.exit_code, summary.workers_lost) == (3, 1)
+    assert (tmp_path / "failed").read_text() == ".."
 
 
 def test_causes_are_found_however_they_are_chained() -> None:

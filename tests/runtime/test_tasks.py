@@ -206,8 +206,8 @@ def test_two_stores_may_share_a_graph(
     tasks = [*virnuc_dask.tasks(store), *virnuc_dask.tasks(other)]
     assert all(report.computed for report in dask.compute(*tasks, scheduler="threads"))
     assert_ledger(Store(store), uninterrupted)
-    whole = {**SETTINGS, "pooling": "max", "client": client}
-    virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "max.zarr", **whole)
+    options = {**SETTINGS, "pooling": "max", "client": client}
+    virnuc_dask.run(VIRAL_PROTEINS, tmp_path / "max.zarr", **options)
     assert_ledger(Store(other), Store(tmp_path / "max.zarr"))
 
 

@@ -287,11 +287,11 @@ def test_a_store_in_a_bucket_is_replaced_and_a_killed_removal_goes_on(
 
 
 @pytest.mark.slow
-def test_nothing_else_in_a_bucket_is_replaced(url: str, client: Any) -> None:
+def test_nothing_else_in_a_bucket_is_replaced(url: str) -> None:
     put(url, "thesis.tex", b"mine")
     before = tree(url)
     with pytest.raises(NotAStoreError, match="not a store of this program"):
-        virnuc_dask.run(VIRAL_PROTEINS, url, overwrite=True, client=client, **QUICK)
+        virnuc_dask.run(VIRAL_PROTEINS, url, overwrite=True, workers=1, **QUICK)
     assert tree(url) == before
 
 

@@ -343,7 +343,9 @@ def verify(
 
             stack.enter_context(cleaning_up())
             waiting = partial(print, "waiting for workers:", file=sys.stderr)
-            client = stack.enter_context(connect(cluster, config=RunConfig(**tls), waiting=waiting))
+            client = stack.enter_context(
+                connect(cluster, config=RunConfig(**tls), waiting=waiting, encodes=False)
+            )
         progress = None if as_json else chunk_counter("checked", "chunks")
         report = check(store, repair=repair, progress=progress, client=client)
     drift, code = None, report.exit_code

@@ -63,6 +63,8 @@ def connect(
     config: RunConfig = _DEFAULT,
     waiting: Callable[[str], None] = lambda reason: None,
     is_stopped: Callable[[], bool] = lambda: False,
+    *,
+    encodes: bool = True,
 ) -> Iterator[Client]:
     """Yield a client of a cluster; start and close a local cluster.
 
@@ -81,6 +83,8 @@ def connect(
         Called with the reason before a scheduler file or the first worker is awaited.
     is_stopped : callable
         Whether to wait no longer. It is called several times a second while something is awaited.
+    encodes : bool
+        Whether workers of a local cluster load torch while they start.
 
     Raises
     ------
@@ -96,9 +100,11 @@ def connect(
     local.have_home()
     if cluster in OWN:
         start = (
-            partial(local.start_gpus, workers)
+            partial(local.start_gpus, workers, encodes=encodes)
             if cluster == "local-cuda"
-            else partial(local.start_cores, expected_workers(cluster, workers, config))
+            else partial(
+                local.start_cores, expected_workers(cluster, workers, config), encodes=encodes
+            )
         )
         with (
             local.apart(),

@@ -207,8 +207,9 @@ def innermost(error: BaseException) -> BaseException:
     return error
 
 
-# Processes that became workers of our clusters.
+# Processes that became workers of our clusters, and nannies whose process is becoming one.
 _started: set[int | None] = set()
+_starting: set[Nanny] = set()
 
 
 def _kill_left_workers() -> None:
@@ -216,8 +217,9 @@ def _kill_left_workers() -> None:
 
     They block SIGTERM, by which multiprocessing would end them; it would wait for them for ever.
     """
+    ours = _started.union(nanny.pid for nanny in _starting)
     for process in active_children():
-        if process.pid in _started:
+        if process.pid in ours:
             with suppress(ValueError):  # Dask has closed it just now
                 process.kill()
 
@@ -242,7 +244,11 @@ def _nanny(ends: list[int]) -> type[Nanny]:
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGHUP})
             resource_tracker.ensure_running()
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-            status = await super().instantiate()  # raises an error that the process reported
+            _starting.add(self)
+            try:
+                status = await super().instantiate()  # raises an error that the process reported
+            finally:
+                _starting.discard(self)
             if status == Status.running:
                 _started.add(self.process.pid)
             else:
@@ -297,17 +303,21 @@ _ON_THIS_MACHINE: dict[str, Any] = {
     # With a limit, Dask kills a worker that exceeds its share, however much memory is free.
     "memory_limit": 0,
     "silence_logs": logging.CRITICAL,
-    "preload": ["virnuc_dask.runtime.worker_preload"],
 }
 
 
-def start_cores(count: int, nanny: type[Nanny]) -> LocalCluster:
-    """Start this many workers, which share the cores."""
+def _preload(encodes: bool) -> list[str]:
+    return ["virnuc_dask.runtime.worker_preload"] if encodes else []
+
+
+def start_cores(count: int, nanny: type[Nanny], *, encodes: bool = True) -> LocalCluster:
+    """Start this many workers, which share the cores; with torch if they are to encode."""
     allow_open_files(count)
     return LocalCluster(
         n_workers=count,
         threads_per_worker=THREADS_PER_WORKER,
         worker_class=nanny,
+        preload=_preload(encodes),
         env=_threads_of_each(count),
         **_ON_THIS_MACHINE,
     )
@@ -339,7 +349,7 @@ def gpu_cluster() -> Callable[..., LocalCluster]:
     return LocalCUDACluster  # type: ignore[no-any-return]
 
 
-def start_gpus(count: int | None, nanny: type[Nanny]) -> LocalCluster:
+def start_gpus(count: int | None, nanny: type[Nanny], *, encodes: bool = True) -> LocalCluster:
     """Start one worker for each visible GPU, or for each of the first `count`."""
     gpus = visible_gpus()
     count = count or len(gpus)
@@ -354,6 +364,7 @@ def start_gpus(count: int | None, nanny: type[Nanny]) -> LocalCluster:
             CUDA_VISIBLE_DEVICES=gpus[:count],
             threads_per_worker=THREADS_PER_GPU,
             worker_class=nanny,
+            preload=_preload(encodes),
             # Tasks do not exchange arrays, so there is nothing to spill.
             device_memory_limit=None,
             **_ON_THIS_MACHINE,
