@@ -217,7 +217,7 @@ def _kill_left_workers() -> None:
 
     They block SIGTERM, by which multiprocessing would end them; it would wait for them for ever.
     """
-    ours = _started.union(nanny.pid for nanny in _starting)
+    ours = _started.union(nanny.pid for nanny in list(_starting))  # which may change meanwhile
     for process in active_children():
         if process.pid in ours:
             with suppress(ValueError):  # Dask has closed it just now
@@ -247,13 +247,13 @@ def _nanny(ends: list[int]) -> type[Nanny]:
             _starting.add(self)
             try:
                 status = await super().instantiate()  # raises an error that the process reported
+                if status == Status.running:
+                    _started.add(self.process.pid)
+                else:
+                    ends.append(self.ended_with)
+                return status
             finally:
                 _starting.discard(self)
-            if status == Status.running:
-                _started.add(self.process.pid)
-            else:
-                ends.append(self.ended_with)
-            return status
 
         def _on_worker_exit_sync(self, exitcode: int) -> None:
             self.ended_with = exitcode
