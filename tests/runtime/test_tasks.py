@@ -26,6 +26,7 @@ import virnuc_dask
 from virnuc_dask.errors import InputError, UnfitWorkerError, UsageError
 from virnuc_dask.runtime import requirements
 from virnuc_dask.settings import Status
+from virnuc_dask.store.directory import Directory
 from virnuc_dask.store.store import Store
 
 # Layer 0 is quick, and the same whatever the threads.
@@ -149,12 +150,15 @@ def make_again(store: Path) -> Path:
     return store
 
 
-def test_tasks_write_into_no_other_store(store: Path) -> None:
+def test_tasks_write_into_no_other_store(store: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tasks = virnuc_dask.tasks(store)
     before = tree(make_again(store))
+    probed: list[Directory] = []
+    monkeypatch.setattr(Directory, "probe", lambda self: probed.append(self))
     with pytest.raises(UnfitWorkerError, match=r"process \d+ of .*another store"):
         dask.compute(*tasks, scheduler="threads")
     assert tree(store) == before
+    assert not probed  # not even a file that is removed at once
 
 
 def test_a_worker_that_lacks_something_says_what(

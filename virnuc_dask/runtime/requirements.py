@@ -103,7 +103,8 @@ def shortcomings(requirements: Requirements) -> tuple[str, ...]:
         store = Store(requirements.path)
         if store.id != requirements.store_id:
             lacks.append(f"{requirements.path}: another store")
-        store.location.probe()
+        else:
+            store.location.probe()  # which writes
     except (VirnucError, OSError) as error:
         if failures.is_transient(error):
             raise
