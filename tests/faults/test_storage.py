@@ -41,16 +41,8 @@ from virnuc_dask.store import verify
 from virnuc_dask.store.store import Store
 
 # Small files and few rows, so that a run is under way for long enough to be met by a fault.
-SETTINGS = (
-    "--model=demo",
-    "--rows-per-chunk",
-    2,
-    "--per-residue",
-    "--workers",
-    2,
-    "--backoff",
-    0.1,
-)
+IDENTITY = ("--model=demo", "--rows-per-chunk", 2, "--per-residue")
+SETTINGS = (*IDENTITY, "--workers", 2, "--backoff", 0.1)
 
 # --- calls that fail ---
 
