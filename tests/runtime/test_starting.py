@@ -16,8 +16,8 @@ from pathlib import Path
 import faults
 import pytest
 from clusters import started_cluster
-from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command
-from harness import Run, await_end, program
+from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, command, tree
+from harness import Run, assert_ledger, await_end, clear_partial_files_of_the_killed, program
 from models import random_network, save_network
 
 import virnuc_dask
@@ -267,22 +267,32 @@ if any("spawn_main" in argument for argument in sys.orig_argv):
 
 @pytest.mark.slow
 def test_a_worker_that_cannot_load_the_encoder_while_it_starts_is_not_lost(
-    awkward: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    awkward: Path, make_store: Maker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dask replaces none that fails to start."""
+    whole = make_store(awkward, "whole.zarr", rows_per_chunk=1)
     (tmp_path / "sitecustomize.py").write_text(FAILS_ONCE.format(str(tmp_path / "failed")))
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    killed: list[int] = []
+    done: list[int] = []
 
     def listen(event: events.Event) -> None:
-        if isinstance(event, events.ChunkDone) and not killed:
-            os.kill(event.pid, signal.SIGKILL)
-            killed.append(event.pid)
+        if isinstance(event, events.ChunkDone):
+            if not done:
+                os.kill(event.pid, signal.SIGKILL)
+            done.append(event.chunk)
 
     options = {"model": "demo", "repr_layer": 0, "rows_per_chunk": 1, "workers": 1}
-    summary = virnuc_dask.run(awkward, tmp_path / "out.zarr", listener=listen, **options)
+    path = tmp_path / "out.zarr"
+    summary = virnuc_dask.run(awkward, path, listener=listen, **options)
     assert (summary.exit_code, summary.workers_lost) == (3, 1)
     assert (tmp_path / "failed").read_text() == ".."
+
+    assert sorted(done) == list(range(whole.chunk_count))
+    clear_partial_files_of_the_killed(Store(path))
+    assert_ledger(Store(path), whole)
+    before = tree(path)
+    assert virnuc_dask.resume(path).computed_chunks == 0
+    assert tree(path) == before
 
 
 def test_causes_are_found_however_they_are_chained() -> None:
