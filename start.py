@@ -97,7 +97,8 @@ def demo(arguments: list[str]) -> int:
 
 def test(arguments: list[str]) -> int:
     # Most of a fault test is waiting for processes to start. More threads each would only fight.
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    for library in ("OMP", "NUMBA"):
+        os.environ.setdefault(f"{library}_NUM_THREADS", "1")
     # Else each of a thousand processes compiles what it imports, and the tests, anew.
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
     several = ("-n", "3" if "--all" in arguments else "2", "--dist", "loadfile")

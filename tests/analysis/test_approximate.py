@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import VIRAL_PROTEINS, Cli, Maker
 
 import virnuc_dask
@@ -36,6 +37,17 @@ def test_in_few_lists_it_finds_what_an_exact_search_finds(store: Store) -> None:
     same = [len(set(a) & set(b)) for a, b in zip(found.row.values, exact.row.values, strict=True)]
     assert np.mean(same) > 4.5
     assert not (found.row.values == found.query_row.values[:, None]).any()
+
+
+def test_torch_keeps_its_number_of_threads(store: Store) -> None:
+    """Torch loads the OpenMP that faiss then uses; each process of these tests has one thread."""
+    before = torch.get_num_threads()
+    index = build_index(store.path, workers=before + 1)
+    assert torch.get_num_threads() == before
+    virnuc_dask.nearest(
+        store.path, ["sp|P36782|VE2_HPV12"], index=index, workers=before + 1
+    ).similarity.load()
+    assert torch.get_num_threads() == before
 
 
 @pytest.mark.slow

@@ -84,8 +84,8 @@ class Index:
         k : int
         threads : int
         """
-        _faiss().omp_set_num_threads(threads)
-        scores, rows = self.faiss.search(Space(self.mean, True)(vectors), k + 1)
+        with _openmp_threads(threads):
+            scores, rows = self.faiss.search(Space(self.mean, True)(vectors), k + 1)
         # Drop the query itself, or else the last hit. faiss fills missing hits with -1.
         is_own = (rows == own[:, None]) & (rows >= 0)
         is_own[~is_own.any(axis=1), -1] = True
@@ -151,14 +151,13 @@ def build_index(
     StoreError
         A chunk is damaged.
     """
-    faiss = _faiss()
+    _faiss()  # or an error, before anything is read
     path = index_path(store, out)
     opened, threads = Store(store), thread_count(workers)
     present = np.flatnonzero(opened.present()).tolist()
     index = _index_to_add_to(path, opened, force=force)
     if not present:
         raise UsageError(f"{store} has no embedded row yet")
-    faiss.omp_set_num_threads(threads)
     if index is not None and not refit:
         due = sorted({*present} - {*index.chunks})
         if not due:
@@ -167,7 +166,7 @@ def build_index(
     if index is None or refit:
         index, due = _trained(opened, present, random_state, threads), present
     count = ChunkCounter(progress, len(due))
-    with open_pool(opened, threads, None) as pool:
+    with open_pool(opened, threads, None) as pool, _openmp_threads(threads):
         calls = (([chunk], index.mean) for chunk in due)
         for rows, directions in pool.run(_rows_of, calls, count):
             index.faiss.add_with_ids(directions, rows)
@@ -262,7 +261,8 @@ def _trained(store: Store, present: list[int], random_state: int, threads: int) 
             break
     index = faiss.index_factory(store.dimension, f"IVF{lists},SQ8", faiss.METRIC_INNER_PRODUCT)
     index.cp.min_points_per_centroid = 1  # else it warns when the sample has its largest size
-    index.train(sample)
+    with _openmp_threads(threads):
+        index.train(sample)
     index.nprobe = max(_FEWEST_SEARCHED, round(lists * _SHARE_SEARCHED))
     return Index(index, store.id, mean, [], rows)
 
@@ -321,3 +321,15 @@ def _faiss() -> Any:
             f"an approximate index needs faiss ({error}): pip install faiss-cpu"
         ) from error
     return faiss
+
+
+@contextmanager
+def _openmp_threads(number: int) -> Iterator[None]:
+    """Let faiss use this many threads. Torch has the same setting, so it is put back."""
+    faiss = _faiss()
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(number)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)
