@@ -7,6 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.attention
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
@@ -18,10 +19,11 @@ from virnuc_dask.encoder.attention import (
     usable_packed_kernel,
 )
 
-varlen = pytest.importorskip("torch.nn.attention.varlen")
 if not hasattr(torch.nn.attention, "current_flash_attention_impl"):
     pytest.skip("needs torch 2.11, which can switch", allow_module_level=True)
 CPU, HALF = torch.device("cpu"), torch.float16
+# By name: to import it takes a second and makes a folder for torch's compiler.
+VARLEN = "torch.nn.attention.varlen.varlen_attn"
 Registered = dict[str, Callable[..., object]]
 
 
@@ -83,7 +85,7 @@ def test_flash_attention_4_is_used_if_it_agrees_and_switched_off_if_not(
     registered: Registered,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in(broken))
+    monkeypatch.setattr(VARLEN, stand_in(broken))
     kernel = usable_packed_kernel(CPU, HALF, 16)
     assert (kernel and describe_attention(kernel)) == used
     assert torch.nn.attention.current_flash_attention_impl() == switched_on
@@ -93,7 +95,7 @@ def test_without_flash_attention_4_torchs_own_is_used(
     registered: Registered, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in())
+    monkeypatch.setattr(VARLEN, stand_in())
     registered["FA4"] = raises(ImportError("no flash_attn here"))
     kernel = usable_packed_kernel(CPU, HALF, 16)
     assert kernel is not None
@@ -105,11 +107,11 @@ def test_another_choice_of_this_process_stays(
     registered: Registered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.nn.attention.activate_flash_attention_impl("FA3")
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in())
+    monkeypatch.setattr(VARLEN, stand_in())
     kernel = usable_packed_kernel(CPU, HALF, 16)
     assert isinstance(kernel, PackedKernel)
     assert describe_attention(kernel) == "varlen FA3"
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in(broken=("FA3",)))
+    monkeypatch.setattr(VARLEN, stand_in(broken=("FA3",)))
     assert usable_packed_kernel(CPU, HALF, 16) is None
     assert torch.nn.attention.current_flash_attention_impl() == "FA3"
 
@@ -117,12 +119,12 @@ def test_another_choice_of_this_process_stays(
 def test_a_device_that_is_lost_is_no_fault_of_the_kernel(
     registered: Registered, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", raises(RuntimeError("CUDA error: device lost")))
+    monkeypatch.setattr(VARLEN, raises(RuntimeError("CUDA error: device lost")))
     with pytest.raises(RuntimeError, match="device lost"):
         usable_packed_kernel(CPU, HALF, 16)
 
 
 def test_a_cpu_and_float32_have_no_packed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(varlen, "varlen_attn", stand_in())
+    monkeypatch.setattr(VARLEN, stand_in())
     assert best_attention(CPU, HALF, 16) is attend
     assert best_attention(torch.device("cuda"), torch.float32, 16) is attend

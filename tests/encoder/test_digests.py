@@ -16,10 +16,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 from conftest import Cli
 from models import random_network, save_huggingface, save_network
 from safetensors.torch import load_file, save_file
@@ -85,6 +83,9 @@ def sharded(folder: Path) -> Path:
 
 
 def adapter(folder: Path) -> Path:
+    import peft
+    import transformers
+
     network = transformers.EsmModel.from_pretrained(of_huggingface(folder))
     peft.get_peft_model(network, peft.LoraConfig(target_modules=["query"])).save_pretrained(folder)
     return folder

@@ -7,10 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import peft
 import pytest
 import torch
-import transformers
 from conftest import VIRAL_PROTEINS
 from models import (
     random_network,
@@ -43,6 +41,9 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def adapt(base: Path, folder: Path, kind: str = "EsmModel", **settings: Any) -> Any:
     """Save an adapter whose every part differs from nothing, and give PEFT's model."""
+    import peft
+    import transformers
+
     torch.manual_seed(1)
     network = getattr(transformers, kind).from_pretrained(base)
     options = {"r": 4, "lora_alpha": 8, "target_modules": ["query", "value"]} | settings
@@ -99,6 +100,8 @@ def test_an_adapter_is_merged_as_peft_does(
 
 
 def test_an_embedding_that_is_saved_too_may_be_padded(base: Path, tmp_path: Path) -> None:
+    import transformers
+
     padded = tmp_path / "padded"
     network = transformers.EsmModel.from_pretrained(base)
     network.resize_token_embeddings(33, pad_to_multiple_of=64)

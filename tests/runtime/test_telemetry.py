@@ -6,6 +6,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 from conftest import Cli, tree
@@ -104,6 +105,22 @@ def test_dask_reports_on_a_run(awkward: Path, client: Any, tmp_path: Path) -> No
     assert "Dask Performance Report" in file.read_text()
     (connected,) = (event for event in seen if isinstance(event, events.Connected))
     assert connected.dashboard.startswith("http://127.0.0.1:")
+
+
+def test_a_local_run_shows_dasks_dashboard(awkward: Path, tmp_path: Path) -> None:
+    pages = []
+
+    def look(event: events.Event) -> None:
+        if isinstance(event, events.Connected):
+            with urlopen(event.dashboard) as answer:  # noqa: S310  # it is of loopback
+                pages.append(answer.read().decode())
+
+    report = virnuc_dask.run(
+        awkward, tmp_path / "out.zarr", model="demo", cluster="local", workers=1, listener=look
+    )
+    assert report.exit_code == 3  # for some of the input is odd
+    (page,) = pages
+    assert '<div id="status-tasks">' in page
 
 
 def test_a_report_without_bokeh_is_refused_before_any_chunk(
