@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -194,10 +195,16 @@ def make_store(tmp_path: Path) -> Maker:
     return make
 
 
+@pytest.fixture(scope="session")
+def viral_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """What `store` is a copy of."""
+    return made(VIRAL_PROTEINS, tmp_path_factory.mktemp("viral") / "viral.zarr")
+
+
 @pytest.fixture
-def store(make_store: Maker) -> Store:
+def store(viral_store: Store, tmp_path: Path) -> Store:
     """300 real proteins in ten chunks."""
-    return make_store(VIRAL_PROTEINS, "viral.zarr")
+    return Store(shutil.copytree(viral_store.path, tmp_path / "viral.zarr"))
 
 
 @pytest.fixture(scope="session")

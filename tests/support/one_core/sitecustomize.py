@@ -9,6 +9,15 @@ dashboard, as where bokeh is not installed: to load its pages takes an eighth of
 import os
 import sys
 
+
+class NoDashboard:
+    """What is asked for a module before all that could find it."""
+
+    def find_spec(self, name: str, *_: object) -> None:
+        if name == "distributed.dashboard.scheduler":
+            raise ImportError(name)
+
+
 os.cpu_count = os.process_cpu_count = lambda: 1  # type: ignore[attr-defined,unused-ignore]
 os.sched_getaffinity = lambda _: {0}
-sys.modules["distributed.dashboard.scheduler"] = None  # type: ignore[assignment]
+sys.meta_path.insert(0, NoDashboard())
