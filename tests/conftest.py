@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import gc
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -195,16 +194,10 @@ def make_store(tmp_path: Path) -> Maker:
     return make
 
 
-@pytest.fixture(scope="session")
-def viral_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """What `store` is a copy of."""
-    return made(VIRAL_PROTEINS, tmp_path_factory.mktemp("viral") / "viral.zarr")
-
-
 @pytest.fixture
-def store(viral_store: Store, tmp_path: Path) -> Store:
+def store(make_store: Maker) -> Store:
     """300 real proteins in ten chunks."""
-    return Store(shutil.copytree(viral_store.path, tmp_path / "viral.zarr"))
+    return make_store(VIRAL_PROTEINS, "viral.zarr")
 
 
 @pytest.fixture(scope="session")

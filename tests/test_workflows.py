@@ -124,7 +124,12 @@ def engine(request: pytest.FixtureRequest, tmp_path: Path) -> Engine:
     return make
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "engine"),
+    [(signal.SIGKILL, ENGINES["snakemake"]), (signal.SIGTERM, ENGINES["cwltool"])],
+    indirect=["engine"],
+    ids=["snakemake, SIGKILL", "cwltool, SIGTERM"],
+)
 def test_a_workflow_that_was_killed_with_its_job_goes_on(
     number: signal.Signals,
     engine: Engine,

@@ -74,7 +74,7 @@ def test_a_stunted_file_of_residues_is_no_chunk(
 @pytest.mark.parametrize("array", ARRAYS)
 @pytest.mark.slow
 def test_any_flipped_bit_is_found(array: str, store: Store) -> None:
-    check_flipped_bits(store, array, bits=24)
+    check_flipped_bits(store, array, bits=12)
 
 
 @pytest.mark.parametrize("array", ARRAYS)

@@ -35,7 +35,7 @@ from virnuc_dask.store.store import Store
 
 RECORDS = 1_000
 # With single residues, so that a task writes all that it ever does.
-IDENTITY = ("--model=demo", "--rows-per-chunk", 10, "--per-residue")
+IDENTITY = ("--model=demo", "--repr-layer", 1, "--rows-per-chunk", 10, "--per-residue")
 SETTINGS = (*IDENTITY, "--workers", 2)
 # After them workers are held, where a run must not be over before a test has struck: 20 chunks.
 ROWS = 200

@@ -128,7 +128,7 @@ def test_poison_in_every_chunk_is_quarantined_and_nothing_else_is_lost(
     # Without the faults, the same rows are the same, by value.
     monkeypatch.delenv(faults.VARIABLE)
     subprocess.run(
-        command("run", inputs, tmp_path / "whole.zarr", *SETTINGS, "-q"),
+        command("run", inputs, tmp_path / "whole.zarr", *SETTINGS, "--workers", 1, "-q"),
         check=True,
         stdout=subprocess.DEVNULL,
         timeout=200,

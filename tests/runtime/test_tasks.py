@@ -316,7 +316,7 @@ def test_a_row_that_kills_is_found_by_resume(
     clear_partial_files_of_the_killed(store)
     done = finished_chunks(store)
     assert done
-    summary = virnuc_dask.resume(store.path, workers=2)
+    summary = virnuc_dask.resume(store.path, workers=1)
     assert summary.counts[Status.CRASHED_WORKER.meaning] == 1
     assert finished_chunks(store).items() >= done.items()
     found, expected = virnuc_dask.open_store(store.path), virnuc_dask.open_store(whole.path)

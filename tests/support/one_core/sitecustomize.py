@@ -3,9 +3,12 @@
 The process sees one core only. So a run has one worker unless the test asks for more: each further
 one loads torch, which takes longer than what most tests have it do. Nor does its scheduler show a
 dashboard, as where bokeh is not installed: to load its pages takes an eighth of a small run's time.
-`tests/runtime/test_telemetry.py` looks at them.
+`tests/runtime/test_telemetry.py` looks at them. What ends looks for no garbage first, which takes a
+third of a second with torch, as our own programs and workers do not.
 """
 
+import atexit
+import gc
 import os
 import sys
 
@@ -21,3 +24,4 @@ class NoDashboard:
 os.cpu_count = os.process_cpu_count = lambda: 1  # type: ignore[attr-defined,unused-ignore]
 os.sched_getaffinity = lambda _: {0}
 sys.meta_path.insert(0, NoDashboard())
+atexit.register(gc.freeze)
