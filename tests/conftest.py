@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 import os
 import signal
@@ -60,7 +59,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     gc.freeze()
     gc.enable()
-    atexit.register(gc.freeze)  # nor is there any time to lose in the end
+
+
+def pytest_sessionfinish() -> None:
+    gc.freeze()  # nor is there any time to lose in the end
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -279,6 +281,25 @@ def cli(tmp_path: Path) -> Cli:
             timeout=240,
             **options,
         )
+
+    return call
+
+
+@pytest.fixture
+def cli_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Run a command as `cli` does, but in this process, where it is no matter of processes.
+
+    The README's commands are all run in processes of their own.
+    """
+    from click.testing import CliRunner
+
+    from virnuc_dask.cli.main import main
+
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        with monkeypatch.context() as patch:
+            patch.chdir(tmp_path)
+            done = CliRunner().invoke(main, [*map(str, arguments)], catch_exceptions=False)
+        return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
     return call
 

@@ -256,11 +256,11 @@ def test_without_faiss_it_is_said_how_to_get_it(
 
 
 @pytest.mark.slow
-def test_the_commands(store: Store, cli: Cli) -> None:
-    assert cli("index", store.path).stdout == f"index in {store.path}.faiss\n"
+def test_the_commands(store: Store, cli_here: Cli) -> None:
+    assert cli_here("index", store.path).stdout == f"index in {store.path}.faiss\n"
     before = rows_file(Path(f"{store.path}.faiss"))
-    assert cli("index", store.path, "--refit").returncode == 0
+    assert cli_here("index", store.path, "--refit").returncode == 0
     assert rows_file(Path(f"{store.path}.faiss")) != before
     query = virnuc_dask.open_store(store.path).sequence_id.values[0]
-    found = cli("nearest", store.path, "--query", query, "--index", f"{store.path}.faiss")
+    found = cli_here("nearest", store.path, "--query", query, "--index", f"{store.path}.faiss")
     assert (found.returncode, len(found.stdout.splitlines())) == (0, 11)

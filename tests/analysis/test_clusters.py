@@ -183,8 +183,8 @@ def test_damage_is_said(store: Store) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
-    done = cli("cluster", store.path, "--n-clusters", 3)
+def test_the_command(cli_here: Cli, store: Store, tmp_path: Path) -> None:
+    done = cli_here("cluster", store.path, "--n-clusters", 3)
     assert done.returncode == 0, done.stderr
     assert done.stderr.startswith(f"comment: {RANDOM_WEIGHTS}\ncluster_kmeans in ")
     lines = list(csv.DictReader(io.StringIO(done.stdout), delimiter="\t"))
@@ -192,24 +192,24 @@ def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
         *("cluster", "size", "medoid", "row", "similarity", "silhouette", "length", "description")
     ]
     assert [int(line["size"]) for line in lines] == np.bincount(labels(store)).tolist()
-    again = cli("cluster", store.path, "--n-clusters", 3, "--out", "c.parquet")
+    again = cli_here("cluster", store.path, "--n-clusters", 3, "--out", "c.parquet")
     assert (again.returncode, again.stdout) == (0, "3 clusters in c.parquet\n")
     assert "0 chunks labelled now" in again.stderr
     table = parquet.read_table(tmp_path / "c.parquet")
     assert table["medoid"].to_pylist() == [line["medoid"] for line in lines]
     assert table.schema.metadata[b"comment"] == RANDOM_WEIGHTS.encode()
     for wrong in (("--out", "c.parquet"), ("--n-clusters", 4), ("--out", "c.txt")):
-        done = cli("cluster", store.path, "--n-clusters", 3, *wrong)
+        done = cli_here("cluster", store.path, "--n-clusters", 3, *wrong)
         assert (done.returncode, done.stdout) == (2, "")
-    done = cli("cluster", store.path, "--n-clusters", 3, "--out", "c.parquet")
+    done = cli_here("cluster", store.path, "--n-clusters", 3, "--out", "c.parquet")
     assert "--force, which replaces it; labels that the store keeps are not" in done.stderr
     four = ("cluster", store.path, "--n-clusters", 4, "--out", "c.tsv")
     (tmp_path / "c.tsv").write_text("mine")
     before = tree(store.path)
     # Each of the two is about one thing: the file, or what the store keeps.
     for one, problem in (("--force", "other settings"), ("--replace", "c.tsv exists")):
-        done = cli(*four, one)
+        done = cli_here(*four, one)
         assert (done.returncode, problem in done.stderr) == (2, True), done.stderr
     assert (tree(store.path), (tmp_path / "c.tsv").read_text()) == (before, "mine")
-    assert cli(*four, "--force", "--replace").returncode == 0
+    assert cli_here(*four, "--force", "--replace").returncode == 0
     assert len((tmp_path / "c.tsv").read_text().splitlines()) == 5

@@ -582,20 +582,20 @@ def test_what_cannot_be_asked_for(
 
 
 @pytest.mark.slow
-def test_the_command(cli: Cli, store: Store, tmp_path: Path) -> None:
-    done = cli("export", store.path, "out.csv")
+def test_the_command(cli_here: Cli, store: Store, tmp_path: Path) -> None:
+    done = cli_here("export", store.path, "out.csv")
     assert (done.returncode, done.stdout) == (0, "21 rows in out.csv\n"), done.stderr
     assert read_csv(tmp_path / "out.csv")[1][2][0].startswith("'=cmd")
-    assert cli("export", store.path, "raw.csv", "--no-guard").returncode == 0
+    assert cli_here("export", store.path, "raw.csv", "--no-guard").returncode == 0
     assert read_csv(tmp_path / "raw.csv")[1][2][0].startswith("=cmd")
-    assert cli("export", store.path, "out.csv").returncode == 2
-    assert cli("export", store.path, "out.csv", "--force").returncode == 0
-    assert cli("export", store.path, "out.h5", "--matrix").stdout == "21 rows in out.h5\n"
+    assert cli_here("export", store.path, "out.csv").returncode == 2
+    assert cli_here("export", store.path, "out.csv", "--force").returncode == 0
+    assert cli_here("export", store.path, "out.h5", "--matrix").stdout == "21 rows in out.h5\n"
     store.remove_chunk(0)
-    done = cli("export", store.path, "more.csv")
+    done = cli_here("export", store.path, "more.csv")
     assert done.returncode == 4
     assert "--partial" in done.stderr
-    partial = cli("export", store.path, "more.csv", "--partial")
+    partial = cli_here("export", store.path, "more.csv", "--partial")
     assert (partial.returncode, partial.stderr) == (0, f"comment: {RANDOM_WEIGHTS}\n")
 
 

@@ -385,13 +385,13 @@ def test_stores_that_are_not_comparable_are_refused(
 
 @pytest.mark.usefixtures("few_rows_a_block")
 @pytest.mark.slow
-def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -> None:
+def test_the_command(cli_here: Cli, store: Store, make_store: Maker, awkward: Path) -> None:
     folder = store.path.parent
     label_file(store, folder / "labels.tsv")
     (folder / "some.faa").write_text(">=1+1 formula\nMKTAYIAKQRQISFVKSHFSRQ\n" * 3)
     query = make_store(folder / "some.faa", "query.zarr")
     command = ["annotate", query.path, "--reference", store.path, "--labels", "labels.tsv"]
-    done = cli(*command, "--k", 3)
+    done = cli_here(*command, "--k", 3)
     assert done.returncode == 0, done.stderr
     assert f"comment: {RANDOM_WEIGHTS}" in done.stderr
     assert "note: median lengths" in done.stderr
@@ -410,18 +410,18 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
         assert np.float32(line["reliability"]) == one.reliability.item()
         assert np.float32(line["similarity"]) == one.similarity.item()
         assert (line["neighbour"], int(line["row"])) == (one.sequence_id.item(), one.row.item())
-    done = cli(*command, "--k", 3, "--out", "out.tsv", "--no-guard")
+    done = cli_here(*command, "--k", 3, "--out", "out.tsv", "--no-guard")
     assert (done.returncode, done.stdout) == (0, "3 rows in out.tsv\n"), done.stderr
     assert [line["query"] for line in read_tsv((folder / "out.tsv").read_text())] == ["=1+1"] * 3
-    done = cli(*command, "--out", "out.tsv")
+    done = cli_here(*command, "--out", "out.tsv")
     assert (done.returncode, "out.tsv exists" in done.stderr) == (2, True)
-    assert cli(*command, "--out", "out.tsv", "--force").returncode == 0
-    done = cli("annotate", store.path, "--labels", "labels.tsv", "--leave-one-out", "--json")
+    assert cli_here(*command, "--out", "out.tsv", "--force").returncode == 0
+    done = cli_here("annotate", store.path, "--labels", "labels.tsv", "--leave-one-out", "--json")
     assert done.returncode == 0, done.stderr
     expected = virnuc_dask.leave_one_out(store.path, folder / "labels.tsv").to_json()
     assert json.loads(done.stdout) | {"reference": ""} == expected | {"reference": ""}
     assert expected["comment"] == RANDOM_WEIGHTS
-    done = cli(*command, "--leave-one-out")
+    done = cli_here(*command, "--leave-one-out")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[1].split()[:2] == [
         expected["labels"][0]["label"],
@@ -429,9 +429,9 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
     ]
     assert f"accuracy {expected['accuracy']:.1%}" in done.stdout
     for wrong in (["--json"], ["--leave-one-out", "--out", "x.tsv"]):
-        assert cli(*command, *wrong).returncode == 2
+        assert cli_here(*command, *wrong).returncode == 2
     (folder / "bad.tsv").write_text("a b\n")
-    done = cli("annotate", store.path, "--labels", "bad.tsv", "--out", "new.tsv")
+    done = cli_here("annotate", store.path, "--labels", "bad.tsv", "--out", "new.tsv")
     assert (done.returncode, done.stderr) == (
         2,
         "error: bad.tsv, line 1: no tab; each line needs an identifier, a tab and a label\n",

@@ -538,10 +538,10 @@ def test_frames_have_colours(make_store: Maker) -> None:
 
 @pytest.mark.slow
 def test_the_command(
-    cli: Cli, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli_here: Cli, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # for the commands that run in this process
-    done = cli("map", store.path, "--out", "map.html", "--png", "map.png", "--points", 100)
+    done = cli_here("map", store.path, "--out", "map.html", "--png", "map.png", "--points", 100)
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"comment: {RANDOM_WEIGHTS}\n"
     assert "map_pca in" in done.stdout
@@ -565,9 +565,9 @@ def test_the_command(
         refused = CliRunner().invoke(main, ["map", str(store.path), *map(str, arguments)])
         assert (refused.exit_code, refused.stdout) == (2, ""), (arguments, refused.output)
     assert tree(tmp_path) == before
-    done = cli("map", store.path, "--out", "map.png")
+    done = cli_here("map", store.path, "--out", "map.png")
     assert "--force, which replaces it; coordinates that the store keeps are not" in done.stderr
-    done = cli("map", store.path, "--out", "map.png", "--force")
+    done = cli_here("map", store.path, "--out", "map.png", "--force")
     assert done.returncode == 0, done.stderr
     assert "0 chunks computed now" in done.stdout
     # In this process, where UMAP may be compiled already.

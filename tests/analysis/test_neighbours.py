@@ -322,10 +322,10 @@ def test_float16_is_converted_exactly() -> None:
 
 
 @pytest.mark.slow
-def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -> None:
+def test_the_command(cli_here: Cli, store: Store, make_store: Maker, awkward: Path) -> None:
     ids = all_rows(store)[0]
     found = virnuc_dask.nearest(store.path, [ids[7], ids[3]], k=3)
-    done = cli("nearest", store.path, "--query", ids[7], "--query", ids[3], "--k", 3)
+    done = cli_here("nearest", store.path, "--query", ids[7], "--query", ids[3], "--k", 3)
     assert done.returncode == 0
     assert done.stderr.startswith(f"comment: {RANDOM_WEIGHTS}\nfor comparison: in a random sample")
     assert f"of at most {found.attrs['random_median']:z.2f}, and" in done.stderr
@@ -349,20 +349,20 @@ def test_the_command(cli: Cli, store: Store, make_store: Maker, awkward: Path) -
         assert line["status"] == ("truncated" if is_long else "embedded")
     other = make_store(awkward, "other.zarr")
     command = ["nearest", store.path, "--query-store", other.path, "--k", 2]
-    done = cli(*command, "--metric", "euclidean", "--no-centre", "--out", "out.tsv")
+    done = cli_here(*command, "--metric", "euclidean", "--no-centre", "--out", "out.tsv")
     assert (done.returncode, done.stdout) == (0, "8 neighbours in out.tsv\n"), done.stderr
     assert done.stderr.startswith("note: median lengths are")
-    done = cli(*command, "--out", "out.tsv")
+    done = cli_here(*command, "--out", "out.tsv")
     assert done.returncode == 2
     assert "exists" in done.stderr
-    done = cli(*command, "--out", "nowhere/out.tsv")
+    done = cli_here(*command, "--out", "nowhere/out.tsv")
     assert done.returncode == 2
     assert "is not a writable directory" in done.stderr
-    done = cli("nearest", store.path, "--query", "none")
+    done = cli_here("nearest", store.path, "--query", "none")
     assert (done.returncode, done.stdout) == (2, "")
     assert "no record has the identifier none" in done.stderr
-    assert cli("nearest", store.path).returncode == 2
-    done = cli(*command, "--out", "out.xlsx")
+    assert cli_here("nearest", store.path).returncode == 2
+    done = cli_here(*command, "--out", "out.xlsx")
     assert done.returncode == 2
     assert "known are .tsv and .parquet" in done.stderr
 

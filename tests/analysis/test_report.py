@@ -462,16 +462,18 @@ def test_the_map_that_has_most_is_shown(make_store: Maker) -> None:
 
 
 @pytest.mark.slow
-def test_what_cannot_be_written_is_said_first(make_store: Maker, tmp_path: Path, cli: Cli) -> None:
+def test_what_cannot_be_written_is_said_first(
+    make_store: Maker, tmp_path: Path, cli_here: Cli
+) -> None:
     store = make_store(VIRAL_PROTEINS)
-    done = cli("report", store.path, "page.html")
+    done = cli_here("report", store.path, "page.html")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.fullmatch(r"page\.html \(\d+ kB\)\n", done.stdout)
     assert (tmp_path / "page.html").stat().st_size < 300_000
-    done = cli("report", store.path, "page.html")
+    done = cli_here("report", store.path, "page.html")
     assert (done.returncode, "exists; give another name, or --force" in done.stderr) == (2, True)
     (tmp_path / "page.html").write_text("mine")
-    done = cli("report", store.path, "page.html", "--force", "--query", "none")
+    done = cli_here("report", store.path, "page.html", "--force", "--query", "none")
     assert (done.returncode, "no record has the identifier none" in done.stderr) == (2, True)
     assert (tmp_path / "page.html").read_text() == "mine"
     for out, problem in (("a.pdf", "known are .html"), ("no/a.html", "not a writable directory")):

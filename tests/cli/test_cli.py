@@ -46,9 +46,14 @@ def test_run_ends_with_a_summary_and_how_to_open_the_store(cli: Cli, awkward: Pa
 @pytest.mark.parametrize("options", [(), ("--model", ""), ("--json",)])
 @pytest.mark.sweep
 def test_a_model_must_be_named(
-    name: str, store: list[str], options: tuple[str, ...], cli: Cli, awkward: Path, tmp_path: Path
+    name: str,
+    store: list[str],
+    options: tuple[str, ...],
+    cli_here: Cli,
+    awkward: Path,
+    tmp_path: Path,
 ) -> None:
-    refused = cli(name, awkward, *store, *options)
+    refused = cli_here(name, awkward, *store, *options)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr.startswith("error: which model?")
     for part in ("--model", "esm2_t33_650M_UR50D", "demo", "random weights"):
@@ -65,9 +70,9 @@ def test_a_model_must_be_named(
     ],
 )
 def test_what_else_is_wrong_comes_before_the_model(
-    arguments: tuple[str, ...], message: str, cli: Cli
+    arguments: tuple[str, ...], message: str, cli_here: Cli
 ) -> None:
-    refused = cli(*arguments)
+    refused = cli_here(*arguments)
     assert refused.returncode == 2
     assert message in refused.stderr
     assert "which model?" not in refused.stderr
@@ -112,10 +117,12 @@ def empty(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [truncated_gzip, binary, utf16, unequal, empty])
 @pytest.mark.slow
-def test_bad_input_is_one_clear_line_and_exit_code_2(damage: Any, cli: Cli, tmp_path: Path) -> None:
+def test_bad_input_is_one_clear_line_and_exit_code_2(
+    damage: Any, cli_here: Cli, tmp_path: Path
+) -> None:
     path = tmp_path / "bad.fa"
     damage(path)
-    done = cli("run", path, "out.zarr", "--model=demo")
+    done = cli_here("run", path, "out.zarr", "--model=demo")
     assert done.returncode == 2
     assert done.stdout == ""
     model, line = done.stderr.splitlines()
@@ -161,15 +168,15 @@ def test_status_draws_the_chunks_that_are_there(make_store: Maker, cli: Cli) -> 
 
 @pytest.mark.slow
 def test_status_tells_scripts_whether_a_store_is_done(
-    make_store: Maker, cli: Cli, awkward: Path
+    make_store: Maker, cli_here: Cli, awkward: Path
 ) -> None:
     make_store(VIRAL_PROTEINS, "whole.zarr")
     make_store(awkward, "odd.zarr")
     make_store(awkward, "begun.zarr", rows_per_chunk=2).remove_chunk(0)
     for store, code, with_rows in (("whole", 0, 0), ("odd", 0, 3), ("begun", 4, 4)):
         for options, expected in (((), code), (("--rows",), with_rows)):
-            assert cli("status", f"{store}.zarr", *options).returncode == expected
-            found = cli("status", f"{store}.zarr", "--json", *options)
+            assert cli_here("status", f"{store}.zarr", *options).returncode == expected
+            found = cli_here("status", f"{store}.zarr", "--json", *options)
             assert json.loads(found.stdout)["exit_code"] == found.returncode == expected
 
 
@@ -274,8 +281,8 @@ def test_verify_names_damage_and_repair_mends_it(make_store: Maker, cli: Cli) ->
 
 
 @pytest.mark.slow
-def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Path) -> None:
-    done = cli("plan", VIRAL_PROTEINS, "--model=demo")
+def test_plan_says_what_it_would_take_and_writes_nothing(cli_here: Cli, tmp_path: Path) -> None:
+    done = cli_here("plan", VIRAL_PROTEINS, "--model=demo")
     assert done.returncode == 0
     assert "300" in done.stdout
     assert "137,862 (median 276, most 3,164)" in done.stdout
@@ -286,7 +293,7 @@ def test_plan_says_what_it_would_take_and_writes_nothing(cli: Cli, tmp_path: Pat
         r" 18\.0% of all residues",
     ):
         assert re.search(f"^{line}$", done.stdout, re.MULTILINE)
-    found = json.loads(cli("plan", VIRAL_PROTEINS, "--model=demo", "--json").stdout)
+    found = json.loads(cli_here("plan", VIRAL_PROTEINS, "--model=demo", "--json").stdout)
     assert found["long_records"] == 29
     assert os.listdir(tmp_path) == []
 
@@ -342,11 +349,11 @@ def test_what_is_in_fair_esms_place_is_named(
 
 
 @pytest.mark.slow
-def test_nucleotides_are_refused(cli: Cli, tmp_path: Path) -> None:
+def test_nucleotides_are_refused(cli_here: Cli, tmp_path: Path) -> None:
     path = tmp_path / "dna.fa.gz"
     path.write_bytes(gzip.compress(b">a\nACGTTGCA\n>b\nACGTNACGT\n"))
-    assert "look like nucleotides" in cli("plan", path, "--model=demo").stderr
-    assert cli("plan", path, "--model=demo", "--molecule", "protein").returncode == 0
+    assert "look like nucleotides" in cli_here("plan", path, "--model=demo").stderr
+    assert cli_here("plan", path, "--model=demo", "--molecule", "protein").returncode == 0
 
 
 @pytest.mark.slow

@@ -356,15 +356,15 @@ def test_a_tiled_run_is_killed_and_goes_on(
 
 
 @pytest.mark.slow
-def test_tiles_on_the_command_line(cli: Cli) -> None:
+def test_tiles_on_the_command_line(cli_here: Cli) -> None:
     common = (VIRAL_PROTEINS, "--model=demo")
-    alone = cli("plan", *common, "--tile-step", 3)
+    alone = cli_here("plan", *common, "--tile-step", 3)
     assert alone.returncode == 2
     assert "tile_step requires tile" in alone.stderr
-    wide = cli("plan", *common, "--tile", 24, "--tile-step", 25)
+    wide = cli_here("plan", *common, "--tile", 24, "--tile-step", 25)
     assert wide.returncode == 2
     assert "must be 1 to 24 residues" in wide.stderr
-    nucleotides = cli("plan", GENOME, "--model=demo", "--tile", 24)
+    nucleotides = cli_here("plan", GENOME, "--model=demo", "--tile", 24)
     assert nucleotides.returncode == 2
     assert "1 of 1 records look like nucleotides" in nucleotides.stderr
 

@@ -108,16 +108,18 @@ def test_other_weights_are_refused(tmp_path: Path, make_store: Maker) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_line_says_what_it_measured(some: Path, make_store: Maker, cli: Cli) -> None:
+def test_the_command_line_says_what_it_measured(
+    some: Path, make_store: Maker, cli_here: Cli
+) -> None:
     store = make_store(some, repr_layer=None)
-    done = cli("verify", store.path, "--sample", 5, "--seed", 1)
+    done = cli_here("verify", store.path, "--sample", 5, "--seed", 1)
     assert done.returncode == 0
     assert "5 rows computed again in float32" in done.stdout
-    document = json.loads(cli("verify", store.path, "--sample", 5, "--json").stdout)
+    document = json.loads(cli_here("verify", store.path, "--sample", 5, "--json").stdout)
     assert document["drift"]["good"]
     assert document["exit_code"] == 0
     # What is damaged comes first.
     (store.path / "embedding" / "c.2.0").write_bytes(b"not a chunk, and long enough")
-    done = cli("verify", store.path, "--sample", 5)
+    done = cli_here("verify", store.path, "--sample", 5)
     assert done.returncode == 4
     assert "because the store is damaged" in done.stdout
