@@ -62,7 +62,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_sessionfinish() -> None:
-    gc.freeze()  # nor is there any time to lose in the end
+    gc.freeze()  # or pytest looks for garbage five times more
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

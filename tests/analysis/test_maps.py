@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
 from conftest import ROOT, VIRAL_PROTEINS, Cli, Maker, tree
 from numpy.typing import NDArray
 from rows import all_rows, forget_headers, move_chunks
@@ -24,7 +23,6 @@ import virnuc_dask
 from virnuc_dask.analysis import chunk_passes, maps, plots, points
 from virnuc_dask.analysis import rows as some
 from virnuc_dask.analysis.chunk_passes import fill
-from virnuc_dask.cli.main import main
 from virnuc_dask.errors import NotAStoreError, StoreError, UsageError
 from virnuc_dask.settings import RANDOM_WEIGHTS, Translation
 from virnuc_dask.store.results import keep_result, open_result
@@ -537,10 +535,7 @@ def test_frames_have_colours(make_store: Maker) -> None:
 
 
 @pytest.mark.slow
-def test_the_command(
-    cli_here: Cli, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)  # for the commands that run in this process
+def test_the_command(cli_here: Cli, store: Store, tmp_path: Path) -> None:
     done = cli_here("map", store.path, "--out", "map.html", "--png", "map.png", "--points", 100)
     assert done.returncode == 0, done.stderr
     assert done.stderr == f"comment: {RANDOM_WEIGHTS}\n"
@@ -562,8 +557,8 @@ def test_the_command(
         ("--sample", 5),
         ("--method", "umap", "--name", "pca"),
     ):
-        refused = CliRunner().invoke(main, ["map", str(store.path), *map(str, arguments)])
-        assert (refused.exit_code, refused.stdout) == (2, ""), (arguments, refused.output)
+        refused = cli_here("map", store.path, *arguments)
+        assert (refused.returncode, refused.stdout) == (2, ""), (arguments, refused.stderr)
     assert tree(tmp_path) == before
     done = cli_here("map", store.path, "--out", "map.png")
     assert "--force, which replaces it; coordinates that the store keeps are not" in done.stderr
@@ -572,10 +567,10 @@ def test_the_command(
     assert "0 chunks computed now" in done.stdout
     # In this process, where UMAP may be compiled already.
     other = ["map", str(store.path), "--method", "umap", "--name", "pca", "--sample", "50"]
-    refused = CliRunner().invoke(main, [*other, "--out", "map.png", "--force"])
-    assert (refused.exit_code, "other settings" in refused.stderr) == (2, True)
-    replaced = CliRunner().invoke(main, [*other, "--replace"])
-    assert replaced.exit_code == 0, replaced.output
+    refused = cli_here(*other, "--out", "map.png", "--force")
+    assert (refused.returncode, "other settings" in refused.stderr) == (2, True)
+    replaced = cli_here(*other, "--replace")
+    assert replaced.returncode == 0, replaced.stderr
     assert not [name for name in os.listdir(tmp_path) if name.startswith(".")]
 
 

@@ -3,8 +3,8 @@
 The process sees one core only. So a run has one worker unless the test asks for more: each further
 one loads torch, which takes longer than what most tests have it do. Nor does its scheduler show a
 dashboard, as where bokeh is not installed: to load its pages takes an eighth of a small run's time.
-`tests/runtime/test_telemetry.py` looks at them. What ends looks for no garbage first, which takes a
-third of a second with torch, as our own programs and workers do not.
+`tests/runtime/test_telemetry.py` looks at them. A process that ends does not
+look for garbage first, which takes a third of a second with torch; our own programs do the same.
 """
 
 import atexit
