@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from Bio.SeqIO.FastaIO import SimpleFastaParser
@@ -186,11 +188,26 @@ def made(inputs: Path, path: Path, *, embed: bool = True, **settings: Any) -> St
     return store
 
 
+def copied(store: Store, path: Path) -> Store:
+    """A copy with an id of its own, by which others keep what they know of a store."""
+    metadata = shutil.copytree(store.path, path) / "zarr.json"
+    metadata.write_text(metadata.read_text().replace(store.id, uuid4().hex))
+    return Store(path)
+
+
+@pytest.fixture(scope="session")
+def viral_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """The one that most tests begin with: each has a copy."""
+    return made(VIRAL_PROTEINS, tmp_path_factory.mktemp("viral") / "viral.zarr")
+
+
 @pytest.fixture
-def make_store(tmp_path: Path) -> Maker:
+def make_store(tmp_path: Path, request: pytest.FixtureRequest) -> Maker:
     """Make a store, as `made` does, in the test's own folder."""
 
     def make(inputs: Path, name: str = "out.zarr", **settings: Any) -> Store:
+        if inputs == VIRAL_PROTEINS and not settings:
+            return copied(request.getfixturevalue("viral_store"), tmp_path / name)
         return made(inputs, tmp_path / name, **settings)
 
     return make

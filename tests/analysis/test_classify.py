@@ -25,9 +25,8 @@ from uuid import uuid4
 import numpy as np
 import pandas as pd
 import pytest
-import skops.io
 from click.testing import CliRunner
-from conftest import ROOT, VIRAL_PROTEINS, Maker, command, tree
+from conftest import ROOT, VIRAL_PROTEINS, Maker, command, copied, made, tree
 from models import Malicious
 from numpy.typing import NDArray
 from pyarrow import parquet
@@ -66,20 +65,39 @@ def proteins(path: Path, count: int, favoured: str, seed: int, copies: int = 1) 
     return path
 
 
-@pytest.fixture
-def viral(make_store: Maker, tmp_path: Path) -> Store:
-    return make_store(proteins(tmp_path / "v.faa", 130, "KKK", 1), "viral.zarr")
+Originals = tuple[Store, Store, Path]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Viral proteins, and others."""
+    folder = tmp_path_factory.mktemp("classes")
+    return proteins(folder / "v.faa", 130, "KKK", 1), proteins(folder / "o.faa", 150, "DDD", 2)
+
+
+@pytest.fixture(scope="module")
+def originals(inputs: tuple[Path, Path]) -> Originals:
+    """A store of each input and a classifier of their rows: each test has copies."""
+    folder = inputs[0].parent
+    viral = made(inputs[0], folder / "viral.zarr")
+    other = made(inputs[1], folder / "other.zarr")
+    virnuc_dask.train(viral.path, other.path, folder / "virus.skops")
+    return viral, other, folder / "virus.skops"
 
 
 @pytest.fixture
-def other(make_store: Maker, tmp_path: Path) -> Store:
-    return make_store(proteins(tmp_path / "o.faa", 150, "DDD", 2), "other.zarr")
+def viral(originals: Originals, tmp_path: Path) -> Store:
+    return copied(originals[0], tmp_path / "viral.zarr")
 
 
 @pytest.fixture
-def trained(viral: Store, other: Store, tmp_path: Path) -> Path:
-    virnuc_dask.train(viral.path, other.path, tmp_path / "virus.skops")
-    return tmp_path / "virus.skops"
+def other(originals: Originals, tmp_path: Path) -> Store:
+    return copied(originals[1], tmp_path / "other.zarr")
+
+
+@pytest.fixture
+def trained(originals: Originals, tmp_path: Path) -> Path:
+    return Path(shutil.copy(originals[2], tmp_path))
 
 
 class Fits:
@@ -207,9 +225,9 @@ def test_what_was_cut_off_makes_no_other_sequence(make_store: Maker, tmp_path: P
 
 
 def test_sequences_of_both_classes_are_left_out(
-    make_store: Maker, viral: Store, tmp_path: Path, fits: Fits
+    make_store: Maker, viral: Store, inputs: tuple[Path, Path], tmp_path: Path, fits: Fits
 ) -> None:
-    text = (tmp_path / "v.faa").read_text().split(">")[1:]
+    text = inputs[0].read_text().split(">")[1:]
     mixed = proteins(tmp_path / "mixed.faa", 40, "DDD", 3)
     with mixed.open("a") as file:
         for record in [*text[:5], *text[:3]]:
@@ -434,7 +452,9 @@ def test_lengths_that_differ_are_noted(
 def test_scores_are_scikit_learns(viral: Store, trained: Path) -> None:
     found = virnuc_dask.predict(viral.path, trained)
     data = virnuc_dask.open_store(viral.path)
-    loaded = skops.io.load(trained, trusted=[])["classifier"]  # by nothing of ours
+    from skops.io import load
+
+    loaded = load(trained, trusted=[])["classifier"]  # by nothing of ours
     expected = loaded.predict_proba(data.embedding.values)[:, 1]
     np.testing.assert_allclose(data.score_virus.values, expected, rtol=1e-6)
     assert data.score_virus.dtype == np.float32
@@ -564,14 +584,19 @@ def test_tables_of_rows(
 
 
 def test_rows_that_it_was_trained_on_are_marked_in_any_store(
-    viral: Store, other: Store, make_store: Maker, tmp_path: Path, fits: Fits
+    viral: Store,
+    other: Store,
+    inputs: tuple[Path, Path],
+    make_store: Maker,
+    tmp_path: Path,
+    fits: Fits,
 ) -> None:
     out = tmp_path / "virus.skops"
     virnuc_dask.train(viral.path, other.path, out)
     seen, held_out = fits.sides()
     mixed = tmp_path / "mixed.faa"
     unknown = ">new\nMKTAYIAKQRMKTAYIAKQRMKTAYIAKQRMKTAYIAK\n"
-    mixed.write_text((tmp_path / "o.faa").read_text() + unknown + (tmp_path / "v.faa").read_text())
+    mixed.write_text(inputs[1].read_text() + unknown + inputs[0].read_text())
     store = make_store(mixed, "mixed.zarr", rows_per_chunk=7)
     table = tmp_path / "t.tsv"
     found = virnuc_dask.predict(store.path, out, out=table)
@@ -781,27 +806,33 @@ class Singer:
         return Singer, (self.canary,)
 
 
+def saved(classifier: object) -> bytes:
+    from skops.io import dumps  # which takes seconds to import, and all workers import this module
+
+    return dumps({"classifier": classifier, "about": "{}"})
+
+
 def with_a_function(canary: Path) -> bytes:
-    return skops.io.dumps({"classifier": functools.partial(os.mkdir, str(canary)), "about": "{}"})
+    return saved(functools.partial(os.mkdir, str(canary)))
 
 
 def with_a_caller(canary: Path) -> bytes:
-    caller = operator.methodcaller("touch", canary.name)
-    return skops.io.dumps({"classifier": caller, "about": "{}"})
+    return saved(operator.methodcaller("touch", canary.name))
 
 
 def with_a_constructor(canary: Path) -> bytes:
-    content = skops.io.dumps({"classifier": Singer(str(canary)), "about": "{}"})
+    from skops.io import get_untrusted_types, loads
+
+    content = saved(Singer(str(canary)))
     canary.unlink()
-    skops.io.loads(content, trusted=skops.io.get_untrusted_types(data=content))
+    loads(content, trusted=get_untrusted_types(data=content))
     assert canary.exists()  # it would have sung
     canary.unlink()
     return content
 
 
 def with_an_estimator_that_we_do_not_use(canary: Path) -> bytes:
-    fitted = make_pipeline(StandardScaler(), SVC()).fit([[0.0], [1.0]], [0, 1])
-    return skops.io.dumps({"classifier": fitted, "about": "{}"})
+    return saved(make_pipeline(StandardScaler(), SVC()).fit([[0.0], [1.0]], [0, 1]))
 
 
 def as_a_pickle(canary: Path) -> bytes:
@@ -920,6 +951,8 @@ def test_what_is_loaded_was_checked(trained: Path, monkeypatch: pytest.MonkeyPat
 def test_files_that_are_damaged_or_something_else(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from skops.io import dumps
+
     whole = load_classifier(trained)
     content = trained.read_bytes()
     odd = tmp_path / "odd.skops"
@@ -942,7 +975,7 @@ def test_files_that_are_damaged_or_something_else(
         save_classifier(replace(whole, about=whole.about | about), odd)
         with pytest.raises(UsageError, match="not a classifier"):
             load_classifier(odd)
-    odd.write_bytes(skops.io.dumps([1, 2]))
+    odd.write_bytes(dumps([1, 2]))
     with pytest.raises(UsageError, match="not a classifier"):
         load_classifier(odd)
     monkeypatch.setattr(files, "_MOST_BYTES", 1000)
@@ -1023,14 +1056,14 @@ def test_the_commands(viral: Store, other: Store, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_in_a_bucket(
-    s3: Server, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: Server, inputs: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in s3.env.items():
         monkeypatch.setenv(name, value)
     urls = [f"s3://{BUCKET}/{uuid4().hex}/{name}.zarr" for name in "vo"]
-    for url, name in zip(urls, "vo", strict=True):
+    for url, file in zip(urls, inputs, strict=True):
         settings = Settings(model="demo", repr_layer=0, rows_per_chunk=32)
-        store, model = prepare(tmp_path / f"{name}.faa", url, settings, lambda _event: None)
+        store, model = prepare(file, url, settings, lambda _event: None)
         for chunk in range(store.chunk_count):
             embed_chunk(url, chunk, store.identity, model)
     out = tmp_path / "bucket.skops"
