@@ -14,9 +14,11 @@ from typing import Any
 
 import faults
 import numpy as np
+import psutil
 import pytest
 from conftest import Maker, chunk_bytes, command, tree
-from harness import clear_partial_files_of_the_killed
+from harness import assert_ledger, clear_partial_files_of_the_killed
+from nursery import wait_for
 
 import virnuc_dask
 from virnuc_dask import RunConfig
@@ -276,6 +278,42 @@ def test_a_row_that_hangs_is_found_at_a_lesser_precision(
     innocent = found.status.values == Status.EMBEDDED
     assert np.flatnonzero(~innocent).tolist() == [5]
     assert np.array_equal(found.embedding.values[innocent], expected.embedding.values[innocent])
+
+
+@pytest.mark.slow
+def test_a_worker_killed_while_a_child_tries_rows_leaves_no_file_of_them(
+    peptides: Path, tmp_path: Path, make_store: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = poisoned(peptides, tmp_path / "some.faa", {5: KILLS}, 16)  # one chunk, one suspect
+    whole = make_store(inputs, "whole.zarr")
+    store = make_store(inputs, embed=False)
+    (scratch := tmp_path / "scratch").mkdir()
+    monkeypatch.setenv("TMPDIR", str(scratch))
+    table = tmp_path / "faults.json"
+    # It kills two workers, so its chunk is given to a child, where it is held.
+    table.write_text(json.dumps({KILLS: ["kill", "kill", "hold"]}))
+    faults.arm(monkeypatch, table)
+    options = ("--workers", 1, "--backoff", 0.1)
+    run = psutil.Popen(command("resume", store.path, *options), stderr=subprocess.PIPE, text=True)
+    met = tmp_path / f"{KILLS}.met"
+    wait_for(lambda: met.exists() and met.stat().st_size == 3)
+    (rows,) = scratch.rglob("rows.npz")
+    worker = next(
+        process.parent()
+        for process in run.children(recursive=True)
+        if "virnuc_dask.runtime.isolate" in process.cmdline()
+    )
+    worker.kill()
+    said = run.communicate(timeout=200)[1]
+    assert run.returncode == 0, said
+    assert said.count(" was lost; ") == 3
+    assert not rows.parent.exists()
+    assert not [*scratch.rglob("*.npz")]
+    clear_partial_files_of_the_killed(store)
+    assert_ledger(store, whole)
+    before = tree(store.path)
+    assert virnuc_dask.resume(store.path).computed_chunks == 0
+    assert tree(store.path) == before
 
 
 # --- one chunk, in child processes ---

@@ -11,7 +11,6 @@ from __future__ import annotations
 import gc
 import json
 import os
-import shutil
 import subprocess
 import sys
 import threading
@@ -61,9 +60,10 @@ def embed_chunk_in_children(
     deadlines: Deadlines = NO_DEADLINES,
     progressed: Callable[[], None] = _nobody,
     store_id: str | None = None,
+    scratch: str | None = None,
 ) -> ChunkReport:
     """Like `embed_chunk`, in child processes. Rows that kill or hang them are quarantined."""
-    embed = partial(embed_in_children, deadlines=deadlines, progressed=progressed)
+    embed = partial(embed_in_children, deadlines=deadlines, progressed=progressed, scratch=scratch)
     return embed_chunk(path, chunk, identity, model, device, embed, store_id)
 
 
@@ -75,6 +75,7 @@ def embed_in_children(
     identity: Identity,
     deadlines: Deadlines = NO_DEADLINES,
     progressed: Callable[[], None] = _nobody,
+    scratch: str | None = None,
 ) -> Rows:
     """Embed rows in child processes.
 
@@ -86,6 +87,8 @@ def embed_in_children(
         Deadlines of a child: to load the model, and to encode rows.
     progressed : callable
         Called when a child starts, and when it finishes a part.
+    scratch : str, optional
+        Folder for files that are exchanged with children. Default: that of temporary files.
 
     Raises
     ------
@@ -107,7 +110,7 @@ def embed_in_children(
     # model at the first such row.
     twin = deadlines.start_s if identity.precision != "float32" else 0.0
     halving = Halving(count)
-    with TemporaryDirectory(prefix="virnuc-dask-") as name:
+    with TemporaryDirectory(prefix="virnuc-dask-", dir=scratch) as name:
         folder = Path(name)
         np.savez(folder / "rows.npz", lengths=lengths, residues=residues)
         while parts_left := list(halving.left):
@@ -240,7 +243,7 @@ def _watch(
 
 
 def _main(folder: Path) -> None:
-    threading.Thread(target=_end_with_parent, args=(folder,), daemon=True).start()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     job = json.loads((folder / "job.json").read_text())
     model, identity = ModelSpec(**job["model"]), Identity.from_json(job["identity"])
     with np.load(folder / "rows.npz", allow_pickle=False) as arrays:
@@ -269,10 +272,9 @@ def _main(folder: Path) -> None:
         partial.rename(_result(folder, first, last))
 
 
-def _end_with_parent(folder: Path) -> None:
+def _end_with_parent() -> None:
     # Not sys.stdin: this thread would hold its lock when the child ends by itself.
     os.read(0, 1)
-    shutil.rmtree(folder, ignore_errors=True)  # the parent can no longer do it
     os._exit(1)
 
 
