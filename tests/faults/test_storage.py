@@ -280,7 +280,7 @@ def test_a_directory_that_may_not_be_written_gets_no_store(tmp_path: Path) -> No
 def uninterrupted(tmp_path_factory: pytest.TempPathFactory, some_proteins: Path) -> Store:
     """The same input and settings, left in peace."""
     path = tmp_path_factory.mktemp("uninterrupted") / "out.zarr"
-    subprocess.run(command("run", some_proteins, path, *SETTINGS, "-q"), check=True)
+    subprocess.run(command("run", some_proteins, path, *SETTINGS, "--workers", 1, "-q"), check=True)
     return Store(path)
 
 
@@ -317,7 +317,7 @@ def test_a_store_that_is_moved_away_ends_the_run_and_is_finished_once_it_is_back
     assert not (path / part).exists()  # nobody makes a part of a store anew
     away.rename(path / part)
     before = finished_chunks(Store(path))
-    again = Run("resume", path, "--workers", 2)
+    again = Run("resume", path, "--workers", 1)
     assert again.finish() == 0
     assert {name: tree(path)[name] for name in before} == before
     clear_partial_files_of_the_killed(Store(path))
