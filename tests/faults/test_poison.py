@@ -17,7 +17,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import Maker, chunk_bytes, command, tree
-from harness import assert_ledger, clear_partial_files_of_the_killed
+from harness import Run, assert_ledger, clear_partial_files_of_the_killed
 from nursery import wait_for
 
 import virnuc_dask
@@ -293,20 +293,18 @@ def test_a_worker_killed_while_a_child_tries_rows_leaves_no_file_of_them(
     # It kills two workers, so its chunk is given to a child, where it is held.
     table.write_text(json.dumps({KILLS: ["kill", "kill", "hold"]}))
     faults.arm(monkeypatch, table)
-    options = ("--workers", 1, "--backoff", 0.1)
-    run = psutil.Popen(command("resume", store.path, *options), stderr=subprocess.PIPE, text=True)
+    run = Run("resume", store.path, "--workers", 1, "--backoff", 0.1)
     met = tmp_path / f"{KILLS}.met"
     wait_for(lambda: met.exists() and met.stat().st_size == 3)
     (rows,) = scratch.rglob("rows.npz")
     worker = next(
         process.parent()
-        for process in run.children(recursive=True)
+        for process in psutil.Process(run.process.pid).children(recursive=True)
         if "virnuc_dask.runtime.isolate" in process.cmdline()
     )
     worker.kill()
-    said = run.communicate(timeout=200)[1]
-    assert run.returncode == 0, said
-    assert said.count(" was lost; ") == 3
+    assert run.finish() == 0
+    assert len(run.of("worker_lost")) == 3
     assert not rows.parent.exists()
     assert not [*scratch.rglob("*.npz")]
     clear_partial_files_of_the_killed(store)
