@@ -189,7 +189,7 @@ def made(inputs: Path, path: Path, *, embed: bool = True, **settings: Any) -> St
 
 
 def copied(store: Store, path: Path) -> Store:
-    """A copy with an id of its own, by which others keep what they know of a store."""
+    """A copy with an id of its own, for what is computed from a store is kept by its id."""
     metadata = shutil.copytree(store.path, path) / "zarr.json"
     metadata.write_text(metadata.read_text().replace(store.id, uuid4().hex))
     return Store(path)

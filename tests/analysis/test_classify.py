@@ -450,10 +450,10 @@ def test_lengths_that_differ_are_noted(
 
 
 def test_scores_are_scikit_learns(viral: Store, trained: Path) -> None:
-    found = virnuc_dask.predict(viral.path, trained)
-    data = virnuc_dask.open_store(viral.path)
     from skops.io import load
 
+    found = virnuc_dask.predict(viral.path, trained)
+    data = virnuc_dask.open_store(viral.path)
     loaded = load(trained, trusted=[])["classifier"]  # by nothing of ours
     expected = loaded.predict_proba(data.embedding.values)[:, 1]
     np.testing.assert_allclose(data.score_virus.values, expected, rtol=1e-6)
