@@ -100,6 +100,25 @@ def calls_of_an_ingest(nursery: Nursery, bench: Bench) -> list[Call]:
     return [call for call in found if call.in_main_thread or call.is_first]
 
 
+def test_a_call_that_strace_tells_of_two_threads_is_of_the_first(tmp_path: Path) -> None:
+    """As strace 6.1 wrote it once: the second thread had only waited, and was killed as well."""
+    call = f'openat(AT_FDCWD</>, "{tmp_path}/zarr.json.partial", O_WRONLY|O_CREAT'
+    lines = [
+        "10 --- SIGCONT ---",
+        f"11 {call}) = 3",
+        f"12 {call} <unfinished ...>",
+        f"11 {call} <unfinished ...>",
+        "12 <... openat resumed>) = ?",
+        "11 +++ killed by SIGKILL +++",
+    ]
+    log = tmp_path / "strace.log"
+    log.write_text("\n".join(lines))
+    assert len(calls(log, tmp_path)) == 2
+    lines[-1] = "11 <... openat resumed>) = 4"  # it did call
+    log.write_text("\n".join(lines))
+    assert len(calls(log, tmp_path)) == 3
+
+
 def check_deaths_in_an_ingest(nursery: Nursery, bench: Bench, aims: list[Call]) -> None:
     path = bench.folder / "new" / "out.zarr"
     outcomes = Counter[str]()

@@ -56,9 +56,11 @@ def calls(log: Path, place: Path) -> list[Call]:
     numbers: Counter[tuple[str, str]] = Counter()
     most: Counter[str] = Counter()
     found = []
-    for line in lines:
+    for at, line in enumerate(lines):
         if match := re.match(r"(\d*) *(\w+)\((.*)", line):
             thread, name, arguments = match.groups()
+            if arguments.endswith("<unfinished ...>") and is_told_again(lines, at, thread):
+                continue
             numbers[thread, name] += 1
             number = numbers[thread, name]
             is_first = number > most[name]
@@ -66,6 +68,16 @@ def calls(log: Path, place: Path) -> list[Call]:
             if str(place) in arguments or "/proc/self/fd/" in arguments:
                 found.append(Call(name, number, thread == main, arguments, is_first))
     return found
+
+
+def is_told_again(lines: list[str], at: int, thread: str) -> bool:
+    """Whether a line is the one before it, of a thread that only waited when both were killed.
+
+    Strace 6.1 sometimes writes such a line.
+    """
+    call = lines[at].removeprefix(thread)
+    goes_on = any(later.startswith(f"{thread} <...") for later in lines[at:])
+    return lines[at - 1].endswith(call) and not goes_on
 
 
 def changing(found: list[Call]) -> list[Call]:
