@@ -114,9 +114,13 @@ def run_chunk(
             report = (embed or embed_chunk)(*arguments, store_id=requirements.store_id)
         else:
             on = partial(tell, "progress")
-            # Dask removes the worker's own folder, however the worker ends.
-            more = (deadlines, on, requirements.store_id, worker.local_directory)
-            report = embed_chunk_in_children(*arguments, *more)
+            report = embed_chunk_in_children(
+                *arguments,
+                deadlines,
+                on,
+                requirements.store_id,
+                scratch=worker.local_directory,  # which Dask removes, however the worker ends
+            )
     except RuntimeError as error:
         if failures.is_sticky(error):
             raise DeviceLostError(worker.address, str(error)) from error
